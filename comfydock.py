@@ -380,7 +380,7 @@ def with_port(args: list[str], port: int) -> list[str]:
 def connect_host(host: str) -> str:
     """The address to connect to for a `--listen` value: the first of a list, loopback for a wildcard."""
     first = host.split(",")[0].strip()
-    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(first, first)
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(first, first)  # noqa: S104 (nothing is bound)
 
 
 def local_url(config: ComfyUIConfig) -> str:
@@ -701,7 +701,7 @@ if sys.platform == "win32":
             kernel.CloseHandle(handle)
 
     def has_ended(handle: Any, milliseconds: int = 0) -> bool:
-        """Tell whether an open process has ended, waiting up to `milliseconds`. (Exit code 259 may be a real one.)"""
+        """Tell whether an open process has ended, waiting up to `milliseconds`; exit code 259 may be a real one."""
         return bool(libraries()[0].WaitForSingleObject(handle, milliseconds) == 0)
 
     def detached(cmd: list[str], cwd: str, log_file: "IO[Any]", env: dict[str, str]) -> "subprocess.Popen[bytes]":
@@ -1243,7 +1243,7 @@ def release(process: "subprocess.Popen[Any]") -> None:
 
 
 def exit_code_within(process: "subprocess.Popen[Any]", seconds: float) -> Optional[int]:
-    """Return the exit code (negative: the signal) of a process that ends within `seconds`, None of one that lives on."""
+    """Return the exit code (negative: the signal) of a process that ends within `seconds`, else None."""
     import subprocess
 
     try:
@@ -1547,7 +1547,7 @@ def parse_stat(
         return None
     start, (number, _, name) = int(fields[19]), head.partition(b" (")
     pid, letter = int(number), fields[0]
-    # A leader that has ended before its threads is no dead process yet: it still holds its sockets and cannot be reaped.
+    # A leader that ended before its threads is not dead yet: it still holds its sockets and cannot be reaped.
     state = "zombie" if letter in b"ZXx" and int(fields[17]) <= 1 else "stopped" if letter == b"T" else "running"
     return ProcessRow(
         pid,
@@ -2595,7 +2595,10 @@ def copy_bytes(source: "BinaryIO", write: Callable[[bytes], object], count: int)
 
 
 def last_lines_offset(file: "BinaryIO", count: int, floor: int, end: int) -> int:
-    """Where the last `count` lines before `end` begin, not before `floor`. Reads from the end; `\\n` alone ends a line."""
+    """Where the last `count` lines before `end` begin, not before `floor`.
+
+    Reads from the end, a block at a time; a line feed alone ends a line.
+    """
     if count <= 0:
         return end
     position, found = end, 0
@@ -2920,6 +2923,7 @@ class Environment:
         return self.describe(sight, answer)
 
     def config_of(self, sight: Sighting) -> ComfyUIConfig:
+        """Where the ComfyUI of a sighting listens, by its arguments."""
         if sight.record is not None and sight.note != "untracked":
             args = sight.record.args
         else:
@@ -3051,7 +3055,7 @@ class Environment:
         self._require_startable()
         with self._process_lock("run"):
             self._require_not_running(self.observe(lock_held=True), take_over)
-            return self._start(words, set_env or {}, auto_port)
+            return self._start_on_some_port(words, set_env or {}) if auto_port else self._start(words, set_env or {})
 
     def _require_startable(self) -> None:
         if not os.path.isfile(self._script):
@@ -3092,8 +3096,22 @@ class Environment:
             "foreign",
         )
 
+    def _start_on_some_port(self, args: list[str], variables: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+        """Start on the first free port; when a stranger snatches it meanwhile, on the next."""
+        for _ in range(4):
+            try:
+                return self._start(args, variables, auto_port=True)
+            except CDEnvironmentError as error:
+                if "while attempting to bind on address" not in error.message:
+                    raise
+        return self._start(args, variables, auto_port=True)
+
     def _start(
-        self, args: list[str], variables: dict[str, str], auto_port: bool, previous: Optional[ProcessState] = None
+        self,
+        args: list[str],
+        variables: dict[str, str],
+        auto_port: bool = False,
+        previous: Optional[ProcessState] = None,
     ) -> "subprocess.CompletedProcess[str]":
         """Intent, log, process, record, watch. Whatever fails before the record leaves all as it was."""
         previous = previous or self._read_state()
@@ -3217,7 +3235,7 @@ class Environment:
         run_id = process_table().markers().get(row.pid)
         if not self._is_ours(run_id, record):
             raise CDEnvironmentError(
-                f"PID {row.pid} runs this ComfyUI ({self._checkout}), but was not started by environment '{self.name}'.",
+                f"PID {row.pid} runs this ComfyUI ({self._checkout}), but environment '{self.name}' did not start it.",
                 f"comfydock -e {self.name} repair --orphan",
                 "stranger",
             )
@@ -3283,7 +3301,7 @@ class Environment:
     def damaged_state(self) -> CDEnvironmentError:
         """The error of a state file that is no record."""
         return CDEnvironmentError(
-            f"The state file of environment '{self.name}' is damaged, and no ComfyUI of it is running: {self.paths.state}",
+            f"The state file of environment '{self.name}' is damaged, its ComfyUI is not running: {self.paths.state}",
             f"comfydock -e {self.name} run  (keeps the damaged file beside it)",
             "damaged",
         )
@@ -3315,11 +3333,10 @@ class Environment:
         if record.starter.get("interrupt_ignored"):
             steps = [("terminate", timeout), ("kill", 5.0)]
         hurry = timeout <= 0
-        for how, seconds in steps:
-            if hurry and how != "kill":
+        for how, patience in steps:
+            if hurry and how != "kill" or not self._signal(row, how):
                 continue
-            self._signal(row, how)
-            if wait_for_exit(row, seconds, meanwhile if how != "kill" else None):
+            if wait_for_exit(row, patience, meanwhile if how != "kill" else None):
                 return
             hurry = hurry or (how != "kill" and meanwhile())
         raise CDEnvironmentError(
@@ -3328,8 +3345,12 @@ class Environment:
             "stuck",
         )
 
-    def _signal(self, row: ProcessRow, how: str) -> None:
-        """Signal a process that is still the one of `row`; that it is gone is no error."""
+    @staticmethod
+    def _signal(row: ProcessRow, how: str) -> bool:
+        """Signal a process that is still the one of `row`; that it is gone is no error.
+
+        Returns whether it is worth waiting for the effect: a Windows process without a console cannot be interrupted.
+        """
         try:
             if still_runs(row):
                 signal_process(row.pid, how)
@@ -3337,11 +3358,14 @@ class Environment:
         except ProcessLookupError:
             pass
         except PermissionError as refused:
+            if how == "interrupt":
+                return False
             raise CDEnvironmentError(
                 f"PID {row.pid} ({row.name}) belongs to another user and was not stopped.",
                 "ask its owner, or try again as that user",
                 "permission",
             ) from refused
+        return True
 
     def _end_all(self, rows: "list[ProcessRow]") -> None:
         """What a process left behind: terminate all, and after a second kill what remains."""
@@ -3371,7 +3395,7 @@ class Environment:
             if record is None:
                 raise CDEnvironmentError("Cannot restart: ComfyUI not running", "comfydock run", "stopped")
             self._await_port(record)
-            self._start(record.args, record.env, False, record)
+            self._start(record.args, record.env, previous=record)
             return True
 
     def _require_restartable(self, sight: Sighting) -> None:
@@ -3381,7 +3405,7 @@ class Environment:
             raise self.damaged_state()
         if sight.record is None and sight.row is None:
             raise CDEnvironmentError(
-                f"Cannot restart: ComfyUI not running in environment '{self.name}', and nothing is recorded to start again.",
+                f"Cannot restart: ComfyUI not running in environment '{self.name}', and no arguments are recorded.",
                 f"comfydock -e {self.name} run",
                 "stopped",
             )
@@ -4177,9 +4201,14 @@ class Workspace:
         try:
             names = sorted(os.listdir(self.paths.environments), key=str.lower)
         except FileNotFoundError:
+            self._require_folder()
             return []
         environments = [self._environment(name) for name in names]
         return [environment for environment in environments if os.path.isdir(environment.paths.cec)]
+
+    def _require_folder(self) -> None:
+        if os.path.exists(self.paths.root) and not os.path.isdir(self.paths.root):
+            raise CDEnvironmentError(f"The workspace {self.paths.root} is no folder.", "comfydock --workspace DIR list")
 
     def get_environment(self, name: str) -> Environment:
         """The environment `name`. Raises CDEnvironmentError when there is none."""
@@ -4440,7 +4469,7 @@ SIGNS = {  # sign -> (in ASCII, colour)
     "🔍": (">", None),
 }
 PLAIN = str.maketrans({sign: plain for sign, (plain, _) in SIGNS.items()})
-TYPED = r"\bcomfydock (?=(?:-e |--workspace |run|stop|restart|status|list|logs|use|create|help)(?:\W|$)|(?:-e |--workspace ))"
+TYPED = r"\bcomfydock (?=(?:run|stop|restart|status|list|logs|use|create|help)(?:\W|$)|-e |--workspace )"
 ONE_ENVIRONMENT = ("run", "stop", "restart", "status", "logs", "repair", "node")
 
 
@@ -4652,7 +4681,7 @@ def status_words(data: dict[str, Any]) -> Iterator[str]:
         yield from _crash_lines(data)
     yield f"   Log: {data['log']}"
     if not data["complete"]:
-        yield f"⚠ This environment is not complete: its creation was interrupted (comfydock create {data['name']} goes on)."
+        yield f"⚠ Not complete: its creation was interrupted (comfydock create {data['name']} goes on)."
 
 
 def _status_line(data: dict[str, Any]) -> str:
@@ -5149,7 +5178,7 @@ def show_version(console: Console, args: "argparse.Namespace") -> Report:
 
 
 class Option:
-    """An option of comfydock: a switch without `metavar`, else with a value (that may be left out when `bare` is given)."""
+    """An option of comfydock: a switch without `metavar`, else with a value, which `bare` lets one leave out."""
 
     def __init__(
         self,

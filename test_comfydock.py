@@ -1990,7 +1990,9 @@ class TheHouse(unittest.TestCase):
             names = [inner for inner in ast.walk(node) if isinstance(inner, ast.Name)]
             local = {inner.id for inner in names if not isinstance(inner.ctx, ast.Load)}
             local |= {inner.arg for inner in ast.walk(node) if isinstance(inner, ast.arg)}
-            local |= {inner.name for inner in ast.walk(node) if isinstance(inner, ast.FunctionDef) and inner is not node}
+            local |= {
+                inner.name for inner in ast.walk(node) if isinstance(inner, ast.FunctionDef) and inner is not node
+            }
             for name in {inner.id for inner in names} & defined.keys() - local:
                 here, there = self.room(node.lineno), self.room(defined[name])
                 self.assertLessEqual(there, here, f"{name} of room {there} used in line {node.lineno}")
