@@ -3253,6 +3253,44 @@ class Environment:
         self._write_state(record)
         return record
 
+    # Orphans -------------------------------------------------------------------------
+
+    def orphans(self) -> list[ProcessRow]:
+        """The live ComfyUI processes of this checkout that the record does not name, started by whomever."""
+        sight = self.observe()
+        tracked = sight.row.pid if sight.row is not None and sight.note != "untracked" else None
+        return [row for row in comfyui_processes(self._checkout) if row.pid != tracked]
+
+    def take_back(self, row: ProcessRow) -> ProcessState:
+        """Adopt an orphan: from now on it is this environment's ComfyUI. Raises CDEnvironmentError when it has another."""
+        with self._process_lock("repair"):
+            sight = self.observe(lock_held=True)
+            if sight.row is not None and sight.note != "untracked":
+                raise CDEnvironmentError(
+                    f"Environment '{self.name}' has a ComfyUI already (PID {sight.row.pid}).",
+                    "comfydock stop",
+                    "running",
+                )
+            return self.adopt(row, sight.record, process_table().markers().get(row.pid))
+
+    def end_orphan(self, row: ProcessRow, timeout: float = 10) -> None:
+        """End an orphan and what it started. Raises CDEnvironmentError when it is another user's or does not end."""
+        with self._process_lock("repair", timeout):
+            family = family_of(row, process_table().markers().get(row.pid))
+            self._end(row, timeout, lambda: False)
+            self._end_all(family)
+
+    def clean_stale(self) -> bool:
+        """Clear a record of what no longer runs here; whether there was one. Damaged ones are kept beside it."""
+        with self._process_lock("repair"):
+            sight = self.observe(lock_held=True)
+            if sight.row is not None or sight.state == FOREIGN or not os.path.lexists(self.paths.state):
+                return False
+            if sight.note == "damaged":
+                set_aside(self.paths.state)
+            self._clear_state()
+            return True
+
     def _is_ours(self, run_id: Optional[str], record: Optional[ProcessState]) -> bool:
         """Whether a marker is of a run of this environment: the record or the log's last header has it."""
         if not run_id or (record is not None and record.run_id == run_id):
@@ -3326,11 +3364,13 @@ class Environment:
         except OSError:  # a full disk must not keep anyone from stopping ComfyUI
             pass
 
-    def _end(self, row: ProcessRow, timeout: float, meanwhile: Callable[[], bool], record: ProcessState) -> None:
+    def _end(
+        self, row: ProcessRow, timeout: float, meanwhile: Callable[[], bool], record: Optional[ProcessState] = None
+    ) -> None:
         """Interrupt, terminate 3 s before the deadline, kill at the deadline."""
         polite = max(timeout - 3, timeout / 2)
         steps = [("interrupt", polite), ("terminate", timeout - polite), ("kill", 5.0)]
-        if record.starter.get("interrupt_ignored"):
+        if record is not None and record.starter.get("interrupt_ignored"):
             steps = [("terminate", timeout), ("kill", 5.0)]
         hurry = timeout <= 0
         for how, patience in steps:
@@ -4469,7 +4509,7 @@ SIGNS = {  # sign -> (in ASCII, colour)
     "🔍": (">", None),
 }
 PLAIN = str.maketrans({sign: plain for sign, (plain, _) in SIGNS.items()})
-TYPED = r"\bcomfydock (?=(?:run|stop|restart|status|list|logs|use|create|help)(?:\W|$)|-e |--workspace )"
+TYPED = r"\bcomfydock (?=(?:run|stop|restart|status|list|logs|use|create|repair|help)(?:\W|$)|-e |--workspace )"
 ONE_ENVIRONMENT = ("run", "stop", "restart", "status", "logs", "repair", "node")
 
 
@@ -4546,7 +4586,7 @@ class Console:
     def show(self, command: str, report: Report, words: "Callable[[dict[str, Any]], Iterator[str]]") -> None:
         """A report, in words or as the one JSON object."""
         if self.json_mode:
-            self._object(command, report.code == 0, report.environment, report.data, None)
+            self._object(command, True, report.environment, report.data, None)
             return
         for line in [] if report.is_told else words(report.data):
             self.say(line)
@@ -4737,9 +4777,10 @@ def list_words(data: dict[str, Any]) -> Iterator[str]:
         yield "Create one with: comfydock create <name>"
         return
     yield "Environments:"
+    width = max(15, *(len(environment_title(item)) for item in data["environments"]))
     for item in data["environments"]:
         marker, label = ("✓", "(active)") if item["active"] else (" ", "        ")
-        yield f"  {marker} {environment_title(item):15} {label} {_list_status(item)}"
+        yield f"  {marker} {environment_title(item):{width}} {label} {_list_status(item)}"
 
 
 def _list_status(item: dict[str, Any]) -> str:
@@ -4753,6 +4794,24 @@ def _list_status(item: dict[str, Any]) -> str:
     if state == STOPPED and not item["complete"]:
         return "(incomplete)"
     return f"({state})"
+
+
+def repair_words(data: dict[str, Any]) -> Iterator[str]:
+    """What `repair` found and did."""
+    if data["cleaned"]:
+        yield "🧹 Cleaned a stale process state file"
+    if not data["orphans"]:
+        yield "✓ No orphaned processes found"
+    for item in data["orphans"]:
+        done = {"adopted": "✓ Adopted", "ended": "✓ Ended", "left": "Left running:"}[item["action"]]
+        yield f"  {done} PID {item['pid']}"
+    if any(item["action"] == "left" for item in data["orphans"]):
+        yield "Take it back with: comfydock repair --orphan --adopt, or end it with: comfydock repair --orphan --end"
+
+
+def orphan_line(item: dict[str, Any]) -> str:
+    """An orphaned process in one line."""
+    return f"  • PID {item['pid']}, {duration_words(item['age'])} old, port {item['port']}: {item['command']}"
 
 
 def use_words(data: dict[str, Any]) -> Iterator[str]:
@@ -5079,6 +5138,39 @@ def list_all(console: Console, args: "argparse.Namespace") -> Report:
     return Report({"workspace": workspace.paths.root, "environments": workspace.reports()})
 
 
+def repair(console: Console, args: "argparse.Namespace") -> Report:
+    """Clean a stale record, and find and settle processes that nobody tracks; no file of the environment is touched."""
+    environment = selected(console, args)
+    console.say("🔍 Checking for process/state issues...")
+    cleaned = environment.clean_stale()
+    found = [(row, orphan_data(environment, row)) for row in environment.orphans()]
+    if found:
+        console.say(f"\n⚠️  Found {len(found)} orphaned ComfyUI process(es):")
+    for row, item in found:
+        console.say(orphan_line(item))
+        item["action"] = settle_orphan(console, args, environment, row)
+    return Report(
+        {"name": environment.name, "cleaned": cleaned, "orphans": [item for _, item in found]}, environment.name
+    )
+
+
+def orphan_data(environment: Environment, row: ProcessRow) -> dict[str, Any]:
+    """What there is to tell of an orphan."""
+    port = environment.config_of(Sighting(RUNNING, None, row, "untracked")).port
+    return {"pid": row.pid, "age": round(row.age(), 3), "port": port, "command": row.text}
+
+
+def settle_orphan(console: Console, args: "argparse.Namespace", environment: Environment, row: ProcessRow) -> str:
+    """Adopt or end an orphan as told, or as a terminal answers; returns what was done."""
+    if args.adopt or (not args.end and console.ask("    Adopt it?", True)):
+        environment.take_back(row)
+        return "adopted"
+    if args.end or console.ask("    End it?", False):
+        environment.end_orphan(row)
+        return "ended"
+    return "left"
+
+
 def use(console: Console, args: "argparse.Namespace") -> Report:
     """Choose the active environment."""
     environment = select_workspace(args.workspace, True, os.getcwd()).use(args.name)
@@ -5154,7 +5246,7 @@ def follow_log(console: Console, environment: Environment, tail: int) -> None:
             continue
         now = time.monotonic()
         if now >= next_look:
-            next_look = now + 0.25
+            next_look = now + 0.5
             last_alive = now if environment.observe().state in LIVE_STATES else last_alive
         if now - last_alive > FOLLOW_PATIENCE:
             console.say("\n⚠️  ComfyUI process exited")
@@ -5347,6 +5439,18 @@ COMMANDS = (
         examples=("comfydock logs -n 50", "comfydock logs -f"),
     ),
     Command(
+        "repair",
+        "find ComfyUI processes that nobody tracks, clean a stale state file",
+        repair,
+        repair_words,
+        (
+            Option("--orphan", "processes and state only; no file of the environment is touched"),
+            Option("--adopt", "take back every orphan found, without asking"),
+            Option("--end", "end every orphan found, without asking"),
+        ),
+        examples=("comfydock repair --orphan", "comfydock -e dev repair --orphan --adopt"),
+    ),
+    Command(
         "create",
         "make an environment of an existing ComfyUI folder",
         create,
@@ -5490,6 +5594,8 @@ def finish(command: Command, args: "argparse.Namespace", call: str) -> "tuple[Co
     if args.json and (not command.has_json or args.__dict__.get("foreground")):
         what = "run --foreground" if command.has_json else command.name
         raise CDEnvironmentError(f"'{what}' streams a log, so it has no --json.", f"comfydock {what}", "usage")
+    if command.name == "repair" and args.adopt and args.end:
+        raise CDEnvironmentError("--adopt and --end exclude each other.", "comfydock help repair", "usage")
     if command.name == "run":
         args.set_env = dict(args.set_env)
     return command, args

@@ -2589,6 +2589,30 @@ class NobodyGetsLost(Journey):
             self.assertClear(self.person.types("-e", "a", command), 1, f"PID {child.pid} runs this ComfyUI")
         self.assertIsNone(child.poll())
 
+    def test_repair_takes_an_orphan_back_or_ends_it(self):
+        self.person.environment("a")
+        child = self.start_by_hand("a")
+        done = self.person.types("-e", "a", "repair", "--orphan")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn(f"PID {child.pid}", done.stdout)
+        self.assertIsNone(self.person.state("a"))
+        self.assertEqual(self.person.types("-e", "a", "repair", "--orphan", "--adopt").returncode, 0)
+        self.assertEqual(self.person.state("a")["pid"], child.pid)
+        self.assertIn("No orphaned processes found", self.person.types("-e", "a", "repair", "--orphan").stdout)
+        os.remove(self.person.state_file("a"))
+        done = self.person.types("-e", "a", "repair", "--orphan", "--end", "--json")
+        self.assertEqual(json.loads(done.stdout)["data"]["orphans"][0]["action"], "ended")
+        self.assertIsNotNone(child.wait(10))
+
+    def test_repair_cleans_a_stale_state_file_and_keeps_a_damaged_one(self):
+        self.person.environment("a")
+        self.intent("a", "the-run")
+        self.assertIn("Cleaned a stale", self.person.types("-e", "a", "repair", "--orphan").stdout)
+        self.assertIsNone(self.person.state("a"))
+        Path(self.person.state_file("a")).write_bytes(b"nonsense")
+        self.assertIn("Cleaned a stale", self.person.types("-e", "a", "repair", "--orphan").stdout)
+        self.assertEqual(Path(self.person.state_file("a") + ".damaged").read_bytes(), b"nonsense")
+
     @unittest.skipUnless(LINUX, "re-exec under the same PID")
     def test_a_restart_by_comfyui_manager_keeps_it_tracked(self):
         data = self.run_demo()
