@@ -71,7 +71,9 @@ __all__ = [
     "CDNodeConflictError",
     "ComfyUIConfig",
     "Environment",
+    "GitManager",
     "NodeInfo",
+    "NodeManager",
     "NodeOperationResult",
     "NodeRemovalResult",
     "ProcessState",
@@ -316,6 +318,32 @@ class UpdateResult:
     restart_reason: Optional[str] = None
 
 
+@dataclass
+class EnvironmentComparison:
+    """How custom_nodes differs from the manifest; the field names are those of 1.0.x."""
+
+    missing_nodes: list[str] = field(default_factory=list)
+    extra_nodes: list[str] = field(default_factory=list)
+    found_nodes: list[str] = field(default_factory=list)  # untracked, but there when the checkout was adopted
+    version_mismatches: list[dict[str, str]] = field(default_factory=list)  # {"name", "expected", "actual"}
+    interrupted: int = 0  # node changes that were broken off
+
+    @property
+    def is_synced(self) -> bool:
+        """Nothing to repair. Nodes found at adoption are the user's own and do not count."""
+        return not (self.missing_nodes or self.extra_nodes or self.version_mismatches or self.interrupted)
+
+
+@dataclass
+class SyncReport:
+    """What bring_in_line did: names of nodes, and a sentence for each that could not be put right."""
+
+    checked: bool = False  # False: the stamp said that nothing had changed
+    installed: list[str] = field(default_factory=list)
+    corrected: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
 def parse_comfyui_args(args: list[str]) -> ComfyUIConfig:
     """Host, port and TLS as ComfyUI's own argparse will read them from `args`.
 
@@ -392,8 +420,12 @@ def local_url(config: ComfyUIConfig) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether every address of a `--listen` value can be reached from this machine alone."""
-    names = [name.strip() for name in host.split(",")]
-    return all(name in ("localhost", "::1") or name.startswith("127.") for name in names)
+    return all(_is_loopback_name(name.strip().lower()) for name in host.split(","))
+
+
+def _is_loopback_name(name: str) -> bool:
+    """Localhost, ::1, or an IPv4 address of 127.0.0.0/8: digits only, for 127.example.org is anybody's."""
+    return name in ("localhost", "::1") or (name.startswith("127.") and name.replace(".", "").isdigit())
 
 
 def utc_now() -> str:
@@ -530,7 +562,11 @@ class EnvironmentPaths:
         self.content_lock = os.path.join(self.cec, ".content.lock")
         self.gitignore = os.path.join(self.cec, ".gitignore")
         self.removed = os.path.join(self.cec, "removed")
+        self.creation = os.path.join(self.cec, ".create.json")
+        self.stamp = os.path.join(self.cec, ".sync.json")
+        self.python_version = os.path.join(self.cec, ".python-version")
         self.venv = os.path.join(root, ".venv")
+        self.partial = os.path.join(root, "ComfyUI.partial")
         self.comfyui = os.path.join(root, "ComfyUI")
 
 
@@ -596,6 +632,12 @@ def default_workspace() -> str:
 
 
 IS_WINDOWS = sys.platform == "win32"
+
+
+def files_are_locked_in_use() -> bool:
+    """Tell whether this system refuses to replace or delete files that a process has open."""
+    return IS_WINDOWS
+
 
 # How `ps` is asked for the environment behind each command: macOS has -E, procps the BSD letter e.
 PS_WITH_ENVIRONMENT = "-axwwE" if sys.platform == "darwin" else "axeww"
@@ -2382,6 +2424,211 @@ def next_free_port(start: int, host: str, taken: "dict[int, str]") -> int:
     raise CDEnvironmentError(f"No free port from {start} on.", "comfydock run --port <number>")
 
 
+USER_AGENT = "comfydock/2 (process manager for ComfyUI)"
+RETRY_DELAYS = (1.0, 3.0, 9.0)  # seconds before the second, third and fourth try
+LONGEST_RETRY_AFTER = 60.0  # a server that asks for more is taken as down
+PASSING_ANSWERS = (429, 500, 502, 503, 504)  # too busy or broken now, may serve later
+CHUNK = 256 * 1024
+MEGABYTE = 1024 * 1024
+
+
+def check_url(url: str) -> None:
+    """Raise CDEnvironmentError (code "url") unless the URL is https, or http to this machine, and holds no password."""
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError:
+        host = ""
+    if not host or parts.scheme not in ("https", "http") or not url.isprintable() or " " in url:
+        raise CDEnvironmentError(f"{url!r} is not an https address", code="url")
+    if "@" in parts.netloc:
+        raise CDEnvironmentError(f"the address of {host} holds a user name or password", code="url")
+    if parts.scheme == "http" and not is_loopback(host):
+        raise CDEnvironmentError(f"{url} is not https", "use the https:// address", code="url")
+
+
+def url_opener(url: str) -> Any:
+    """An opener whose redirects stay on https; proxies from the environment serve other machines only."""
+    from urllib.parse import urlsplit
+    from urllib.request import HTTPRedirectHandler, ProxyHandler, build_opener
+
+    class SafeRedirects(HTTPRedirectHandler):
+        def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+            check_url(newurl)
+            if req.full_url.startswith("https:") and not newurl.startswith("https:"):
+                raise CDEnvironmentError(f"{req.full_url} redirects to an address that is not https", code="url")
+            return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    local = is_loopback(urlsplit(url).hostname or "")
+    return build_opener(SafeRedirects, *([ProxyHandler({})] if local else []))
+
+
+def download(
+    url: str, limit: int, timeout: float = 30.0, seconds: float = 3600.0, tell: Optional[Callable[[str], None]] = None
+) -> Iterator[bytes]:
+    """The bytes at an https URL, in pieces.
+
+    A broken transfer goes on where it stopped; 429 and 5xx answers are tried again after Retry-After or a pause.
+
+    Args:
+        url: https, or http to this machine.
+        limit: most bytes to accept.
+        timeout: seconds without a byte after which a try is given up.
+        seconds: wall-clock time for all of it.
+        tell: gets a line about progress once a second.
+
+    Raises:
+        CDEnvironmentError: code "url" (refused address), "network" (down, too slow, broken), "too-big", or
+            "http-404" and the like for an answer that is no success.
+    """
+    check_url(url)
+    transfer = Transfer(url, limit, timeout, time.monotonic() + seconds, tell)
+    for delay in (*RETRY_DELAYS, None):
+        try:
+            yield from transfer.chunks()
+            return
+        except transfer.passing_errors as error:
+            pause = transfer.pause_after(error, delay)
+        time.sleep(pause)
+
+
+class Transfer:
+    """One download over several tries.
+
+    `received` counts the bytes handed on so far; `total` is what the server announced for the whole, None if it did
+    not; `told` is when progress was last told.
+    """
+
+    def __init__(
+        self, url: str, limit: int, timeout: float, deadline: float, tell: Optional[Callable[[str], None]]
+    ) -> None:
+        from http.client import HTTPException
+
+        self.url, self.limit, self.timeout, self.deadline, self.tell = url, limit, timeout, deadline, tell
+        self.received = 0
+        self.total: Optional[int] = None
+        self.told = time.monotonic()
+        self.passing_errors = (OSError, HTTPException)
+
+    def chunks(self) -> Iterator[bytes]:
+        """What has not been received yet. Raises OSError or HTTPException when this try broke."""
+        with url_opener(self.url).open(self.request(), timeout=self.timeout) as reply:
+            skip = 0 if reply.status == 206 else self.received  # a server without ranges sends all of it again
+            self.note_length(reply, skip)
+            while True:
+                piece = reply.read1(CHUNK)  # one recv: a server that drips cannot hold us past the deadline
+                if time.monotonic() > self.deadline:
+                    raise CDEnvironmentError(f"the download of {self.url} took too long", code="network")
+                if not piece:
+                    break
+                kept, skip = piece[skip:], max(0, skip - len(piece))
+                self.count(kept)
+                yield kept
+        if self.total is not None and self.received < self.total:
+            raise ConnectionResetError("the connection broke off")
+
+    def request(self) -> Any:
+        from urllib.request import Request
+
+        headers = {"User-Agent": USER_AGENT, "Accept": "*/*"}
+        if self.received:
+            headers["Range"] = f"bytes={self.received}-"
+        return Request(self.url, headers=headers)  # noqa: S310 (check_url has seen it)
+
+    def note_length(self, reply: Any, skip: int) -> None:
+        length = reply.headers.get("Content-Length", "")
+        if not length.isdigit():
+            return
+        total = int(length) + self.received - skip
+        if self.total not in (None, total):
+            raise CDEnvironmentError(f"{self.url} changed while it was downloaded", "run the command again", "network")
+        self.total = total
+        self.check_size(total)
+
+    def count(self, piece: bytes) -> None:
+        self.received += len(piece)
+        self.check_size(self.received)
+        if self.tell and time.monotonic() - self.told >= 1.0:
+            self.told = time.monotonic()
+            whole = f" of {self.total / MEGABYTE:.1f}" if self.total else ""
+            self.tell(f"downloaded {self.received / MEGABYTE:.1f}{whole} MB")
+
+    def check_size(self, size: int) -> None:
+        if size > self.limit:
+            raise CDEnvironmentError(f"{self.url} is larger than {self.limit // MEGABYTE or 1} MB", code="too-big")
+
+    def pause_after(self, error: BaseException, delay: Optional[float]) -> float:
+        """Seconds to wait before the next try. Raises CDEnvironmentError when there is none."""
+        from urllib.error import HTTPError
+
+        if isinstance(error, HTTPError):
+            error.close()
+            if error.code == 416:  # the server cannot go on at that byte
+                raise CDEnvironmentError(f"{self.url} broke off", "run the command again", "network") from None
+            if error.code not in PASSING_ANSWERS or delay is None:
+                raise CDEnvironmentError(
+                    f"{self.url} answered {error.code} {error.reason}", code=f"http-{error.code}"
+                ) from None
+            delay = max(delay, retry_after(error.headers.get("Retry-After")))
+        if delay is None or is_certificate_error(error):
+            raise network_error(self.url, error) from None
+        if delay > LONGEST_RETRY_AFTER or time.monotonic() + delay > self.deadline:
+            raise CDEnvironmentError(
+                f"{self.url} asks to wait for {delay:.0f} seconds", "run the command again later", "network"
+            ) from None
+        return delay
+
+
+def retry_after(value: Optional[str]) -> float:
+    """Seconds that a Retry-After header asks for: a number or an HTTP date; 0 when it says nothing readable."""
+    from email.utils import parsedate_to_datetime
+
+    if not value:
+        return 0.0
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def is_certificate_error(error: BaseException) -> bool:
+    """Whether the other side could not prove who it is: trying again does not help."""
+    return "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+
+def network_error(url: str, error: BaseException) -> CDEnvironmentError:
+    """The clear sentence for a connection that does not come about."""
+    from urllib.parse import urlsplit
+
+    host = urlsplit(url).hostname
+    reason = getattr(error, "reason", None) or error
+    words = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+    if is_certificate_error(error):
+        return CDEnvironmentError(
+            f"the TLS certificate of {host} cannot be verified: {words}",
+            "update the machine's certificates, or set SSL_CERT_FILE",
+            "network",
+        )
+    return CDEnvironmentError(
+        f"cannot reach {host}: {words}",
+        "check the network (and https_proxy, if you need one), then run the command again",
+        "network",
+    )
+
+
+def fetch_json(url: str, limit: int = 16 * MEGABYTE, timeout: float = 30.0) -> Any:
+    """The JSON document at a URL. Raises CDEnvironmentError as download does, and code "network" when it is no JSON."""
+    data = b"".join(download(url, limit, timeout, seconds=300.0))
+    try:
+        return json.loads(data)
+    except ValueError:
+        raise CDEnvironmentError(f"{url} answered something that is not JSON", code="network") from None
+
+
 # ====================================================================================================================
 # 6. Files
 # The only room that creates, replaces, renames or deletes.
@@ -2691,6 +2938,391 @@ class LogFollower:
             self._file = None
 
 
+MOST_MEMBERS = 200_000  # of an archive; ComfyUI has about 1,000
+BUSY_RETRIES = 10  # times 0.1 s: virus scanners and dying processes hold files of Windows for a moment
+
+
+def is_link(path: str) -> bool:
+    """A symbolic link, or a Windows junction, which os.path.islink does not know."""
+    import stat
+
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    mount_point = 0xA0000003  # IO_REPARSE_TAG_MOUNT_POINT, what a junction carries
+    return stat.S_ISLNK(status.st_mode) or getattr(status, "st_reparse_tag", 0) == mount_point
+
+
+def remove_empty(path: str) -> None:
+    """Delete a folder if there is nothing in it."""
+    try:
+        os.rmdir(path)
+    except OSError:
+        pass
+
+
+def persist(action: Callable[[], Any], path: str) -> None:
+    """Do something with files, again for a second while the system says that they are in use."""
+    for attempt in range(BUSY_RETRIES):
+        try:
+            action()
+            return
+        except OSError as error:
+            if attempt == BUSY_RETRIES - 1:
+                raise CDEnvironmentError(
+                    f"{path} cannot be changed: {error.strerror or error}",
+                    "stop what uses it, then run the command again",
+                    "in-use",
+                ) from error
+        time.sleep(0.1)
+
+
+def move(source: str, target: str) -> None:
+    """Rename, within one file system. Raises CDEnvironmentError when the target exists or a file is in use."""
+    if os.path.lexists(target):
+        raise CDEnvironmentError(f"{target} already exists", code="exists")
+    persist(lambda: os.rename(source, target), source)
+
+
+def remove_tree(path: str) -> None:
+    """Delete a folder and all in it; links and junctions are deleted, never followed; nothing there is fine.
+
+    Raises:
+        CDEnvironmentError: code "mounted" when another file system is mounted inside (a volume with somebody's models
+            must not be emptied), before anything is deleted; code "in-use" when a file cannot be deleted.
+    """
+    import shutil
+
+    if is_link(path) or not os.path.isdir(path):
+        persist(lambda: remove_file(path), path)
+        return
+    refuse_mounts(path)
+
+    def remove() -> None:
+        if not os.path.lexists(path):
+            return
+        if sys.version_info >= (3, 12):
+            shutil.rmtree(path, onexc=unlock_and_retry)  # novm
+        else:
+            shutil.rmtree(path, onerror=lambda function, inner, trouble: unlock_and_retry(function, inner, trouble[1]))
+
+    persist(remove, path)
+
+
+def unlock_and_retry(function: Callable[..., Any], path: str, trouble: BaseException) -> None:
+    """For shutil.rmtree: git's object files are read-only, and Windows deletes no such file."""
+    import stat
+
+    if isinstance(trouble, FileNotFoundError):
+        return
+    if is_link(path) or not isinstance(trouble, PermissionError):
+        raise trouble
+    os.chmod(path, stat.S_IRWXU if os.path.isdir(path) else stat.S_IRUSR | stat.S_IWUSR)
+    if function not in (os.unlink, os.rmdir):  # listing was refused: the caller's next round walks it again
+        raise trouble
+    function(path)
+
+
+def refuse_mounts(path: str) -> None:
+    """Raise CDEnvironmentError (code "mounted") when a folder below path lies on another file system."""
+    device = os.lstat(path).st_dev
+    for folder, names, _ in os.walk(path):
+        names[:] = [name for name in names if not is_link(os.path.join(folder, name))]
+        for name in names:
+            inner = os.path.join(folder, name)
+            if os.lstat(inner).st_dev != device:
+                raise CDEnvironmentError(f"another file system is mounted at {inner}", f"umount {inner}", "mounted")
+
+
+def move_aside(path: str, shelf: str) -> str:
+    """Move a file or folder into `shelf`/<UTC time>/ and return its new path; the shelf may be on another disk."""
+    import shutil
+
+    stamp, number = time.strftime("%Y%m%d-%H%M%S", time.gmtime()), 1
+    target = os.path.join(shelf, stamp, os.path.basename(path))
+    while os.path.lexists(target):
+        number += 1
+        target = os.path.join(shelf, f"{stamp}-{number}", os.path.basename(path))
+    make_folder(os.path.dirname(target))
+    persist(lambda: shutil.move(path, target), path)
+    return target
+
+
+def link_folder(folder: str, link: str) -> None:
+    """Make `link` show what is in `folder`: a symbolic link, on Windows without the right to make one a junction."""
+    from importlib import import_module
+
+    try:
+        os.symlink(folder, link, target_is_directory=True)
+    except OSError as error:
+        try:
+            create_junction = import_module("_winapi").CreateJunction
+        except ImportError:
+            raise CDEnvironmentError(f"cannot make the link {link}: {error.strerror}") from error
+        create_junction(folder, link)
+
+
+def save(path: str, pieces: Iterator[bytes]) -> None:
+    """Write pieces of bytes to a new file."""
+    with open(path, "xb") as file:
+        file.writelines(pieces)
+
+
+def copy_folder(source: str, target: str) -> None:
+    """Copy a folder as it is: links stay links."""
+    import shutil
+
+    shutil.copytree(source, target, symlinks=True)
+
+
+def files_below(folder: str) -> Iterator[str]:
+    """Relative paths with / of all files and links below a folder, without its .git and any __pycache__."""
+    for here, names, files in os.walk(folder):
+        links = [name for name in names if is_link(os.path.join(here, name))]
+        hidden = {".git", "__pycache__"} if here == folder else {"__pycache__"}
+        names[:] = [name for name in names if name not in links and name not in hidden]
+        for name in files + links:
+            yield os.path.relpath(os.path.join(here, name), folder).replace(os.sep, "/")
+
+
+def carry_over(old: str, new: str, names: list[str]) -> None:
+    """Bring files of an old folder into a new one that has no such files; by hard link, since they may be gigabytes."""
+    for name in names:
+        source, target = os.path.join(old, name), os.path.join(new, name)
+        if not os.path.lexists(target):
+            make_folder(os.path.dirname(target))
+            link_or_copy(source, target)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """A second name for a file, or a copy where the file system has no hard links."""
+    import shutil
+
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def file_digest(path: str) -> str:
+    """The sha256 of a file, in hex; of a link, of where it points."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    if is_link(path):
+        return hashlib.sha256(os.fsencode(os.readlink(path))).hexdigest()
+    with open(path, "rb") as file:
+        for piece in iter(lambda: file.read(CHUNK), b""):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@dataclass
+class Member:
+    """One file or folder of an archive: its path as parts, its unpacked size in bytes, and how to open it."""
+
+    parts: list[str]
+    is_folder: bool
+    size: int
+    executable: bool
+    handle: Any
+
+
+def unpack(archive: str, folder: str, limit: int, strip: bool = False) -> list[str]:
+    """Unpack a zip or tar.gz file into a new folder; all members are judged before a byte is written.
+
+    Args:
+        archive: path of the file; its first bytes tell its kind.
+        folder: must not exist.
+        limit: most bytes that all files together may have when unpacked.
+        strip: leave out the single folder that all members are in, as in GitHub's release archives.
+
+    Returns:
+        The files, relative, with /.
+
+    Raises:
+        CDEnvironmentError: code "archive" when a member would leave the folder, is a link or a device, or the archive
+            is too big, encrypted, damaged or of another kind.
+    """
+    reader = open_archive(archive)
+    try:
+        members = judged(reader.members(), archive, limit)
+        if strip:
+            members = without_top(members)
+        make_folder(folder)
+        for member in members:
+            write_member(reader, member, folder)
+    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, *reader.errors) as error:
+        raise CDEnvironmentError(f"{archive} cannot be unpacked: {error}", "try again", "archive") from error
+    finally:
+        reader.close()
+    return ["/".join(member.parts) for member in members if not member.is_folder]
+
+
+def open_archive(path: str) -> Any:
+    """The reader for an archive, by its first bytes."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start[:2] == b"PK":
+        return ZipReader(path)
+    if start[:2] == b"\x1f\x8b":
+        return TarReader(path)
+    raise CDEnvironmentError(f"{path} is neither a zip nor a tar.gz file", code="archive")
+
+
+class ZipReader:
+    """A zip file as members."""
+
+    def __init__(self, path: str) -> None:
+        import zipfile
+        import zlib
+
+        self.errors = (zipfile.BadZipFile, zlib.error)
+        try:
+            self.file = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise CDEnvironmentError(f"{path} is damaged: {error}", "run the command again", "archive") from None
+
+    def members(self) -> Iterator[Member]:
+        """All members; raises CDEnvironmentError for one that is neither file nor folder."""
+        import stat
+
+        for info in self.file.infolist():
+            mode = info.external_attr >> 16
+            if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR) or info.flag_bits & 1:
+                raise refused_member(info.filename, "is a link, a device or encrypted")
+            name = info.orig_filename
+            yield Member(member_parts(name), name.endswith(("/", "\\")), info.file_size, bool(mode & 0o100), info)
+
+    def open(self, member: Member) -> Any:
+        """A stream of the member's bytes."""
+        return self.file.open(member.handle)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class TarReader:
+    """A tar.gz file as members."""
+
+    def __init__(self, path: str) -> None:
+        import gzip
+        import tarfile
+        import zlib
+
+        self.errors = (tarfile.TarError, zlib.error)
+        self.raw = gzip.open(path)  # noqa: SIM115 - the reader is open until close()
+        stream: Any = ShortReads(self.raw)
+        try:
+            self.file = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115
+        except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
+            self.raw.close()
+            raise CDEnvironmentError(f"{path} is damaged: {error}", "run the command again", "archive") from None
+
+    def members(self) -> Iterator[Member]:
+        """All members; raises CDEnvironmentError for one that is neither file nor folder."""
+        for info in self.file:
+            if not (info.isreg() or info.isdir()) or info.issparse():
+                raise refused_member(info.name, "is a link or a device")
+            yield Member(member_parts(info.name), info.isdir(), info.size, bool(info.mode & 0o100), info)
+
+    def open(self, member: Member) -> Any:
+        """A stream of the member's bytes."""
+        return self.file.extractfile(member.handle)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+        self.raw.close()
+
+
+class ShortReads:
+    """A stream that refuses giant reads: tarfile reads a long-name header whole, of whatever size it claims to be."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.seek, self.tell, self.close = stream.seek, stream.tell, stream.close
+
+    def read(self, size: int = -1) -> Any:
+        """Read as the stream does. Raises ValueError when asked for more than any header needs."""
+        if not 0 <= size <= 4 * MEGABYTE:
+            raise ValueError("a header of absurd size")
+        return self.stream.read(size)
+
+
+def has_control(text: str) -> bool:
+    """Whether a name holds control characters, or bytes that are no text."""
+    from unicodedata import category
+
+    return any(category(character) in ("Cc", "Cs") for character in text)
+
+
+def refused_member(name: str, why: str) -> CDEnvironmentError:
+    """The error for an archive that is not unpacked."""
+    return CDEnvironmentError(f"the archive is refused: its member {name[:120]!r} {why}", code="archive")
+
+
+def member_parts(name: str) -> list[str]:
+    r"""The parts of a member's path. Raises CDEnvironmentError for one that could lead out of the folder.
+
+    Backslashes separate on Windows, a colon names a drive or a stream there, and trailing dots and spaces are dropped
+    there, so that "..  " is "..": refused everywhere, so that an archive does the same on every machine.
+    """
+    path = name.replace("\\", "/")
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if path.startswith("/") or any(not part.rstrip(" .") for part in parts):
+        raise refused_member(name, "would be written outside of its folder")
+    if ":" in path or has_control(path):
+        raise refused_member(name, "has a name with a drive letter or a control character")
+    return parts
+
+
+def judged(members: Iterator[Member], archive: str, limit: int) -> list[Member]:
+    """The members as a list, which ends at the first that is one too many or too big."""
+    kept: list[Member] = []
+    size = 0
+    for member in members:
+        size += member.size
+        if size > limit or len(kept) >= MOST_MEMBERS:
+            raise CDEnvironmentError(
+                f"{archive} is refused: unpacked it has more than {MOST_MEMBERS} members or {limit // MEGABYTE} MB",
+                code="archive",
+            )
+        if member.parts:
+            kept.append(member)
+    files = {tuple(member.parts) for member in kept if not member.is_folder}
+    for member in kept:
+        if any(tuple(member.parts[:length]) in files for length in range(1, len(member.parts))):
+            raise refused_member("/".join(member.parts), "is inside of a file")
+    return kept
+
+
+def without_top(members: list[Member]) -> list[Member]:
+    """The members as seen from the one folder that all are in; unchanged when there is no such folder."""
+    tops = {member.parts[0] for member in members}
+    if len(tops) != 1 or any(len(member.parts) == 1 and not member.is_folder for member in members):
+        return members
+    for member in members:
+        member.parts = member.parts[1:]
+    return [member for member in members if member.parts]
+
+
+def write_member(reader: Any, member: Member, folder: str) -> None:
+    """Write one judged member."""
+    import shutil
+
+    path = os.path.join(folder, *member.parts)
+    make_folder(path if member.is_folder else os.path.dirname(path))
+    if member.is_folder:
+        return
+    with reader.open(member) as source, open(path, "wb") as target:
+        shutil.copyfileobj(source, target, CHUNK)
+    if member.executable:
+        os.chmod(path, 0o755)  # noqa: S103 (a program of the archive)
+
+
 # ====================================================================================================================
 # 7. The state file
 # The only room that knows its shape; malformed reads as None, unreadable raises.
@@ -2724,26 +3356,2415 @@ def is_damaged(path: str) -> bool:
 # 8. Manifest, git and nodes
 # Knows nothing of processes; returns what changed.
 
+COMFYUI_REPOSITORY = "https://github.com/Comfy-Org/ComfyUI.git"
+REGISTRY_URL = "https://api.comfy.org"
+TORCH_INDEX = "https://download.pytorch.org/whl/"
+TORCH_PACKAGES = ["torch", "torchvision", "torchaudio"]
+HELD_PACKAGES = ("torch", "torchvision", "torchaudio", "xformers", "triton", "numpy")
+CODE_LIMIT = 2048 * MEGABYTE  # of an archive of ComfyUI or of a node, as sent
+UNPACKED_LIMIT = 4 * CODE_LIMIT
+STAGING = ".comfydock.disabled"  # inside custom_nodes, so that renames stay on one disk; ComfyUI skips *.disabled
+NODE_RECORD = ".comfydock.json"  # inside a registry node: what its files were when they were unpacked
+GIT_SECONDS = 1800.0
+INSTALL_SECONDS = 7200.0
+
+
+# The manifest as text: TOML can be read with the standard library but not written, and the file is the user's; so the
+# tables that are ours are replaced as text, and the result must parse to exactly what was meant before it is saved.
+
+TOML_KEY = r'"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|[A-Za-z0-9_-]+'
+TOML_PIECE = (
+    r'"""(?:\\.|[^\\])*?"{3,5}|'
+    r"'''.*?'{3,5}|"
+    r'"(?:\\.|[^"\\\n])*"|'
+    r"'[^'\n]*'|"
+    r"#[^\n]*|"
+    r"\n|[^\S\n]+|[\[\]{}]|[^\s\"'#\[\]{}]+|."
+)
+
+
+@dataclass
+class Statement:
+    """A table header or a `key = value` of a TOML text: the header's own name or the pair's full one, and its lines."""
+
+    name: tuple[str, ...]
+    is_table: bool
+    start: int
+    end: int
+
+
+def toml_statements(text: str) -> list[Statement]:
+    """Where the statements of a valid TOML text are. Comments and blank lines lie between them."""
+    import re
+
+    spans: list[list[int]] = []
+    depth, fresh = 0, True
+    for match in re.finditer(TOML_PIECE, text, re.DOTALL):
+        token = match.group()
+        if token == "\n":
+            fresh = depth == 0
+        elif not token.isspace() and not token.startswith("#"):
+            if fresh:
+                spans.append([text.rfind("\n", 0, match.start()) + 1, 0])
+            fresh = False
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token, 0)
+            spans[-1][1] = text.find("\n", match.end()) + 1 or len(text)
+    return named_statements(text, spans)
+
+
+def named_statements(text: str, spans: list[list[int]]) -> list[Statement]:
+    """Statements for spans of lines: each pair gets the name of the table above it in front of its own."""
+    import re
+
+    statements = []
+    table: tuple[str, ...] = ()
+    for start, end in spans:
+        head = re.match(rf"\ufeff?\s*(\[?\[?)\s*((?:{TOML_KEY})(?:\s*\.\s*(?:{TOML_KEY}))*)", text[start:end])
+        keys = re.findall(TOML_KEY, head.group(2)) if head else []
+        name = tuple(plain_key(key) for key in keys)
+        is_table = bool(head and head.group(1))
+        if is_table:
+            table = name
+        statements.append(Statement(name if is_table else table + name, is_table, start, end))
+    return statements
+
+
+def plain_key(key: str) -> str:
+    """A TOML key without its quotes."""
+    if key.startswith('"'):
+        return str(json.loads(key))
+    return key.strip("'")
+
+
+def toml_key(key: str) -> str:
+    """A key as TOML wants it written."""
+    bare = key and all(character.isascii() and (character.isalnum() or character in "_-") for character in key)
+    return key if bare else toml_value(key)
+
+
+def toml_value(value: Any) -> str:
+    """A string, number, boolean, list or dict as TOML on one line. JSON's strings are TOML strings."""
+    if isinstance(value, dict):
+        inside = ", ".join(f"{toml_key(str(key))} = {toml_value(inner)}" for key, inner in value.items())
+        return f"{{ {inside} }}"
+    if isinstance(value, list):
+        return "[" + ", ".join(toml_value(inner) for inner in value) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def toml_lines(table: dict[str, Any]) -> list[str]:
+    """The `key = value` lines of a table, without what is None."""
+    return [f"{toml_key(key)} = {toml_value(value)}" for key, value in table.items() if value is not None]
+
+
+def with_table(text: str, name: tuple[str, ...], table: Optional[dict[str, Any]]) -> str:
+    """The text with one table replaced, added beside its relatives, or (None) removed with its sub-tables."""
+    statements = toml_statements(text)
+    own = [item for item in statements if item.name[: len(name)] == name]
+    if table is None:
+        return without_lines(text, *own)
+    block = as_block(text, ["[" + ".".join(toml_key(part) for part in name) + "]", *toml_lines(table)])
+    heads = [index for index, item in enumerate(statements) if item.is_table and item.name == name]
+    if len(heads) == 1 and len([item for item in own if item.is_table]) == 1:
+        return text[: statements[heads[0]].start] + block + text[table_end(statements, heads[0]) :]
+    if own:  # written inline, or with sub-tables
+        text = without_lines(text, *own)
+        statements = toml_statements(text)
+    place = place_beside(statements, name)
+    return joined(text[:place], as_block(text, [""]) if place else "", block, text[place:])
+
+
+def with_pair(text: str, table: tuple[str, ...], key: str, value: Any) -> str:
+    """The text with one `key = value` of a table replaced, added, or (None) removed, then also the emptied table."""
+    statements = toml_statements(text)
+    pairs = [item for item in statements if item.name == (*table, key) and not item.is_table]
+    if value is None:
+        text = without_lines(text, *pairs)
+        left = [item for item in toml_statements(text) if item.name[: len(table)] == table]
+        return without_lines(text, *left) if pairs and len(left) == 1 and left[0].is_table else text
+    line = as_block(text, [f"{toml_key(key)} = {toml_value(value)}"])
+    if pairs:
+        return text[: pairs[0].start] + line + text[pairs[0].end :]
+    heads = [index for index, item in enumerate(statements) if item.is_table and item.name == table]
+    if heads:
+        end = table_end(statements, heads[0])
+        return joined(text[:end], "", line, text[end:])
+    return with_table(text, table, {key: value})
+
+
+def as_block(text: str, lines: list[str]) -> str:
+    """Lines with the line ends that the text has."""
+    end = "\r\n" if "\r\n" in text else "\n"
+    return "".join(line + end for line in lines)
+
+
+def joined(before: str, gap: str, block: str, after: str) -> str:
+    """A block put into a text; a last line without its end gets one first."""
+    end = "\r\n" if block.endswith("\r\n") else "\n"
+    if before and not before.endswith("\n"):
+        before += end
+    return before + gap + block + after
+
+
+def without_lines(text: str, *items: Statement) -> str:
+    """The text without these statements; the blank line above a table goes with it."""
+    for item in reversed(items):
+        before = text[: item.start]
+        if item.is_table and (before in ("\n", "\r\n") or before.endswith(("\n\n", "\n\r\n"))):
+            before = before[:-2] if before.endswith("\r\n") else before[:-1]
+        text = before + text[item.end :]
+    return text
+
+
+def table_end(statements: list[Statement], head: int) -> int:
+    """Where the last line of a table ends, given the index of its header."""
+    end = statements[head].end
+    for item in statements[head + 1 :]:
+        if item.is_table:
+            break
+        end = item.end
+    return end
+
+
+def place_beside(statements: list[Statement], name: tuple[str, ...]) -> int:
+    """Where a new table goes: after its nearest relatives; one of no kin goes before the [tool] tables."""
+    for length in range(len(name) - 1, 0, -1):
+        kin = [index for index, item in enumerate(statements) if item.is_table and item.name[:length] == name[:length]]
+        if kin:
+            return table_end(statements, kin[-1])
+    tools = [index for index, item in enumerate(statements) if item.is_table and item.name[:1] == ("tool",)]
+    last = tools[0] if tools and name[0] != "tool" else len(statements)
+    return statements[last - 1].end if last else 0
+
+
+# Reading: tomllib, or the tomli inside pip, ours or that of the environment's Python.
+
+TOML_READER = """
+import json, sys
+try:
+    import tomllib
+except ImportError:
+    import pip._vendor.tomli as tomllib
+try:
+    with open(sys.argv[1], "rb") as file:
+        print(json.dumps({"data": tomllib.loads(file.read().decode("utf-8"))}, default=str))
+except ValueError as error:
+    print(json.dumps({"error": str(error)}))
+"""
+
+
+def parse_toml(text: str, path: str, python: Optional[str] = None) -> dict[str, Any]:
+    """The data of a TOML text.
+
+    Args:
+        text: the TOML.
+        path: of the file it is from or will be in, for messages.
+        python: the environment's interpreter, asked when this one has no TOML reader (before 3.11, without pip).
+
+    Raises:
+        CDEnvironmentError: code "manifest" with the line number when it is broken; "no-toml" when nothing reads TOML.
+    """
+    text = text.removeprefix("\ufeff")
+    reader = toml_module()
+    if reader is None:
+        answer = parse_toml_elsewhere(text, path, python)
+    else:
+        try:
+            answer = {"data": reader.loads(text)}
+        except ValueError as error:
+            answer = {"error": str(error)}
+    if "error" in answer:
+        raise broken_manifest(path, text, answer["error"])
+    return dict(answer["data"])
+
+
+def toml_module() -> Any:
+    """tomllib, or pip's copy of the same reader, or None."""
+    from importlib import import_module
+
+    for name in ("tomllib", "pip._vendor.tomli"):
+        try:
+            return import_module(name)
+        except ImportError:
+            continue
+    return None
+
+
+def parse_toml_elsewhere(text: str, path: str, python: Optional[str]) -> Any:
+    """What the environment's Python makes of a TOML text: {"data"} or {"error"}."""
+    draft = f"{path}.{os.getpid()}.tmp"
+    if python:
+        write_atomic(draft, text.encode())
+        try:
+            done = run_command([python, "-c", TOML_READER, draft], timeout=60.0)
+        finally:
+            remove_file(draft)
+        if done.returncode == 0:
+            return json.loads(done.stdout)
+    raise CDEnvironmentError(
+        f"nothing here can read {path}: this Python is older than 3.11 and has no new pip",
+        f"use Python 3.11 or later, or: {sys.executable} -m pip install --upgrade pip",
+        "no-toml",
+    )
+
+
+def broken_manifest(path: str, text: str, words: str) -> CDEnvironmentError:
+    """The error for a text that is not TOML, with the line."""
+    import re
+
+    place = re.search(r"\(at line (\d+), column \d+\)", words)
+    line = int(place.group(1)) if place else text.count("\n") + 1
+    reason = re.sub(r"\s*\(at [^)]*\)", "", words)
+    return CDEnvironmentError(f"{path} line {line}: {reason}", "mend that line; the file was not changed", "manifest")
+
 
 @dataclass
 class Manifest:
-    """What the manifest says of its environment."""
+    """What an environment's pyproject.toml says of it.
 
-    comfyui_path: Optional[str] = None
-    python_path: Optional[str] = None
-    demo: bool = False
+    `settings` is the table [tool.comfydock] with its `nodes`, `groups` the table [dependency-groups], `requirements`
+    [project] dependencies.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+
+    def text_setting(self, name: str) -> Optional[str]:
+        """A setting that is a text and not empty, else None."""
+        value = self.settings.get(name)
+        return value if isinstance(value, str) and value else None
+
+    @property
+    def comfyui_path(self) -> Optional[str]:
+        """The checkout of an adopted environment, None for one that has its own."""
+        return self.text_setting("comfyui_path")
+
+    @property
+    def python_path(self) -> Optional[str]:
+        """The interpreter of an adopted environment."""
+        return self.text_setting("python_path")
+
+    @property
+    def demo(self) -> bool:
+        """Whether this is the environment of the built-in demo."""
+        return self.settings.get("demo") is True
+
+    @property
+    def comfyui_version(self) -> Optional[str]:
+        """The tag, branch or commit of ComfyUI that was asked for."""
+        return self.text_setting("comfyui_version")
+
+    @property
+    def torch_backend(self) -> Optional[str]:
+        """As asked for, such as "auto"."""
+        return self.text_setting("torch_backend")
+
+    @property
+    def found_nodes(self) -> list[str]:
+        """Directories that were in custom_nodes when the checkout was adopted."""
+        names = self.settings.get("found_nodes")
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+    @property
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """The tables [tool.comfydock.nodes.KEY] as they are."""
+        nodes = self.settings.get("nodes")
+        pairs = nodes.items() if isinstance(nodes, dict) else ()
+        return {key: table for key, table in pairs if isinstance(table, dict)}
+
+    @property
+    def nodes(self) -> dict[str, NodeInfo]:
+        """The nodes by their keys: the registry id, else the name."""
+        return {key: info_from_table(key, table) for key, table in self.tables.items()}
+
+    def group_name(self, info: NodeInfo) -> str:
+        """The name of a node's dependency group: the one that is there (its last 8 hex digits tell), else a new one."""
+        new = group_name(info)
+        return next((name for name in self.groups if name.endswith(new[-9:])), new)
+
+    def requirements(self, info: NodeInfo) -> list[str]:
+        """The requirements recorded for a node."""
+        group = self.groups.get(self.group_name(info))
+        return [line for line in group if isinstance(line, str)] if isinstance(group, list) else []
+
+    def entry(self, key: str) -> Optional[dict[str, Any]]:
+        """All that the manifest says of a node: {"table": ..., "requirements": [...]}, or None."""
+        table = self.tables.get(key)
+        if table is None:
+            return None
+        return {"table": table, "requirements": self.requirements(info_from_table(key, table))}
 
 
-def read_manifest(paths: EnvironmentPaths) -> Manifest:
-    """Interim"""
-    data = read_small(paths.cache)
-    return Manifest(**json.loads(data)) if data else Manifest()
+def info_from_table(key: str, table: dict[str, Any]) -> NodeInfo:
+    """A node as its table has it; a field of the wrong type is left out."""
+    texts = ("registry_id", "repository", "version", "download_url")
+    known = {name: table[name] for name in texts if isinstance(table.get(name), str)}
+    sources = table.get("dependency_sources")
+    return NodeInfo(
+        name=str(table.get("name") or key),
+        source=str(table.get("source") or "unknown"),
+        **known,
+        dependency_sources=[str(item) for item in sources] if isinstance(sources, list) else [],
+    )
 
 
-def write_new_manifest(paths: EnvironmentPaths, name: str, manifest: Manifest) -> None:
-    """Interim"""
+def table_from_info(info: NodeInfo, old: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+    """The table for a node: the old one's unknown keys stay."""
+    ours = {
+        "name": info.name,
+        "registry_id": info.registry_id,
+        "repository": info.repository,
+        "version": info.version,
+        "download_url": info.download_url,
+        "source": info.source,
+        "dependency_sources": info.dependency_sources,
+    }
+    unknown = {key: value for key, value in (old or {}).items() if key not in ours}
+    return {**{key: value for key, value in ours.items() if value}, **unknown}
+
+
+def group_name(info: NodeInfo) -> str:
+    """The dependency group of a node, as 1.0.x names it: its name and 8 hex digits of where it comes from."""
+    import hashlib
+    import re
+
+    origin = info.repository or info.registry_id or info.name
+    plain = re.sub(r"[^a-z0-9]+", "-", info.name.lower()).strip("-") or "node"
+    return f"{plain}-{hashlib.sha256(origin.encode()).hexdigest()[:8]}"
+
+
+def read_manifest(paths: EnvironmentPaths, python: Optional[str] = None) -> Manifest:
+    """The manifest of an environment, from the JSON beside it when that belongs to these very bytes.
+
+    So run, stop, status and logs need no TOML reader. `python` is the environment's interpreter, for parse_toml.
+
+    Raises:
+        CDEnvironmentError: code "manifest" when it cannot be read or is broken (with the line), or "no-toml".
+    """
+    import hashlib
+
+    data = manifest_bytes(paths)
+    digest = hashlib.sha256(data).hexdigest()
+    cached = read_json(paths.cache)
+    if cached.get("sha256") == digest and isinstance(cached.get("settings"), dict):
+        return Manifest(cached["settings"], cached.get("groups") or {})
+    manifest = manifest_from(parse_toml(manifest_text(paths, data), paths.manifest, python))
+    record = {"sha256": digest, "settings": manifest.settings, "groups": manifest.groups}
+    try:
+        write_atomic(paths.cache, json.dumps(record, default=str).encode())
+    except OSError:
+        pass  # a read-only workspace is read all the same
+    return manifest
+
+
+def last_known_manifest(paths: EnvironmentPaths) -> Manifest:
+    """The manifest, or while it is broken what it last said: ComfyUI must be found and stopped all the same."""
+    try:
+        return read_manifest(paths)
+    except CDEnvironmentError:
+        cached = read_json(paths.cache)
+        settings, groups = cached.get("settings"), cached.get("groups")
+        return Manifest(settings if isinstance(settings, dict) else {}, groups if isinstance(groups, dict) else {})
+
+
+def manifest_bytes(paths: EnvironmentPaths) -> bytes:
+    """The manifest's bytes. Raises CDEnvironmentError (code "manifest") when it cannot be read."""
+    try:
+        with open(paths.manifest, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise CDEnvironmentError(f"{paths.manifest} cannot be read: {error.strerror}", code="manifest") from None
+
+
+def manifest_text(paths: EnvironmentPaths, data: bytes) -> str:
+    """The manifest as text. Raises CDEnvironmentError (code "manifest") with the line that is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise CDEnvironmentError(
+            f"{paths.manifest} line {line}: not UTF-8", "mend that line; the file was not changed", "manifest"
+        ) from None
+
+
+def manifest_from(data: dict[str, Any]) -> Manifest:
+    """The parts of a parsed pyproject.toml that are ours."""
+    tool = data.get("tool")
+    settings = tool.get("comfydock") if isinstance(tool, dict) else None
+    groups = data.get("dependency-groups")
+    return Manifest(settings if isinstance(settings, dict) else {}, groups if isinstance(groups, dict) else {})
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """A JSON object from a file; empty when there is none that can be read."""
+    try:
+        with open(path, "rb") as file:
+            data = json.loads(file.read())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def change_nodes(
+    paths: EnvironmentPaths, entries: dict[str, Optional[dict[str, Any]]], python: Optional[str] = None
+) -> None:
+    """Write what the manifest says of some nodes; every other byte stays.
+
+    Args:
+        paths: of the environment; its content lock is held.
+        entries: by key, what Manifest.entry gives, or None to take the node out.
+        python: the environment's interpreter, for parse_toml.
+
+    Raises:
+        CDEnvironmentError: code "manifest"; the file is then as it was.
+    """
+    text = manifest_text(paths, manifest_bytes(paths))
+    data = parse_toml(text, paths.manifest, python)
+    for key, entry in entries.items():
+        old = manifest_from(data).entry(key)
+        text = with_node(text, manifest_from(data), key, entry)
+        note_node(data, key, old, entry)
+    save_manifest(paths, text, data, python)
+
+
+def change_settings(paths: EnvironmentPaths, settings: dict[str, Any], python: Optional[str] = None) -> None:
+    """Write settings of [tool.comfydock], None removes one; every other byte stays. Raises as change_nodes does."""
+    text = manifest_text(paths, manifest_bytes(paths))
+    data = parse_toml(text, paths.manifest, python)
+    table = data.setdefault("tool", {}).setdefault("comfydock", {})
+    for name, value in settings.items():
+        text = with_pair(text, ("tool", "comfydock"), name, value)
+        table.pop(name, None) if value is None else table.update({name: value})
+    save_manifest(paths, text, data, python)
+
+
+def with_node(text: str, manifest: Manifest, key: str, entry: Optional[dict[str, Any]]) -> str:
+    """The manifest's text with one node's table and dependency group changed."""
+    old = manifest.entry(key)
+    if old is not None:
+        stale = manifest.group_name(info_from_table(key, old["table"]))
+        if entry is None or group_of(manifest, key, entry) != stale:
+            text = with_pair(text, ("dependency-groups",), stale, None)
+    if entry is None:
+        return with_table(text, ("tool", "comfydock", "nodes", key), None)
+    if old is None or old["requirements"] != entry["requirements"]:
+        text = with_pair(text, ("dependency-groups",), group_of(manifest, key, entry), entry["requirements"] or None)
+    if old is None or old["table"] != entry["table"]:
+        text = with_table(text, ("tool", "comfydock", "nodes", key), entry["table"])
+    return text
+
+
+def group_of(manifest: Manifest, key: str, entry: dict[str, Any]) -> str:
+    """The name of the dependency group for an entry."""
+    return manifest.group_name(info_from_table(key, entry["table"]))
+
+
+def note_node(data: dict[str, Any], key: str, old: Optional[dict[str, Any]], entry: Optional[dict[str, Any]]) -> None:
+    """Make the same change as with_node in the parsed data."""
+    manifest = manifest_from(data)
+    groups = data.setdefault("dependency-groups", {})
+    nodes = data.setdefault("tool", {}).setdefault("comfydock", {}).setdefault("nodes", {})
+    if old is not None:
+        groups.pop(group_of(manifest, key, old), None)
+    nodes.pop(key, None)
+    if entry is not None:
+        nodes[key] = entry["table"]
+        if entry["requirements"]:
+            groups[group_of(manifest, key, entry)] = entry["requirements"]
+
+
+def save_manifest(paths: EnvironmentPaths, text: str, expected: dict[str, Any], python: Optional[str]) -> None:
+    """Save a changed manifest to its real path, once it is sure that it says what is expected and nothing else."""
+    written = without_empty(parse_toml(text, paths.manifest, python))
+    if plain_data(written) != plain_data(without_empty(expected)):
+        raise CDEnvironmentError(
+            f"{paths.manifest} is laid out in a way that cannot be changed piece by piece",
+            "write each node as its own table [tool.comfydock.nodes.NAME]",
+            "manifest",
+        )
+    real = os.path.realpath(paths.manifest)
+    mode = os.stat(real).st_mode & 0o777 if os.path.exists(real) else 0o644
+    write_atomic(real, text.encode(), mode)
+
+
+def without_empty(data: dict[str, Any]) -> dict[str, Any]:
+    """The data without tables that have nothing in them: they mean nothing, and come and go with their content."""
+    inner = {key: without_empty(value) if isinstance(value, dict) else value for key, value in data.items()}
+    return {key: value for key, value in inner.items() if value != {}}
+
+
+def plain_data(data: Any) -> str:
+    """Data as one text that can be compared, whether it came through JSON or not."""
+    return json.dumps(data, sort_keys=True, default=str)
+
+
+# Git
+
+
+def git_path() -> Optional[str]:
+    """The git program, or None."""
+    import shutil
+
+    return shutil.which("git")
+
+
+def git_environment(url: str = "") -> dict[str, str]:
+    """The environment for git: it never asks, and uses only the ways to fetch that `url` itself may use.
+
+    GIT_ALLOW_PROTOCOL also holds for redirects and submodules: one of an https repository cannot name a local path.
+    Variables that point git at another repository (set inside hooks) are dropped.
+    """
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
+    }
+    inherited.setdefault("GIT_SSH_COMMAND", "ssh -oBatchMode=yes")
+    protocols = "https:ssh"
+    if url.startswith("http://"):
+        protocols += ":http"
+    elif not url.startswith("https://"):
+        protocols += ":file"
+    return {**inherited, "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "GIT_ALLOW_PROTOCOL": protocols, "LC_ALL": "C"}
+
+
+def git(words: list[str], folder: Optional[str] = None, url: str = "") -> str:
+    """What a git command prints. Raises CDEnvironmentError (code "git") with git's own last words when it fails."""
+    program = git_path()
+    if program is None:
+        raise CDEnvironmentError("git is not installed", "install git, then run the command again", "missing")
+    done = run_command([program, *words], cwd=folder, env=git_environment(url), timeout=GIT_SECONDS)
+    if done.returncode != 0:
+        raise CDEnvironmentError(
+            f"git {words[0]} failed{f' for {url}' if url else ''}: {last_words(done)}",
+            "check the address and the network, then run the command again" if url else "",
+            "git",
+        )
+    return done.stdout.strip()
+
+
+def git_answer(words: list[str], folder: str) -> Optional[str]:
+    """What a git command prints about a folder that is itself a repository; None when it is none or git fails."""
+    if not os.path.lexists(os.path.join(folder, ".git")) or git_path() is None:
+        return None
+    try:
+        return git(words, folder)
+    except CDEnvironmentError:
+        return None
+
+
+def remote_of(folder: str) -> Optional[str]:
+    """Where a clone is from, without the user name and password that its address may hold; None for no clone."""
+    import re
+
+    remote = git_answer(["config", "--get", "remote.origin.url"], folder)
+    return re.sub(r"^(https?://)[^/@]*@", r"\1", remote) if remote else None
+
+
+def last_words(done: Any) -> str:
+    """The lines of a failed command that say why: those marked as errors, else the last."""
+    lines = [line.strip() for line in (done.stderr + "\n" + done.stdout).splitlines() if line.strip()]
+    marked = [line for line in lines if line.lower().startswith(("error:", "fatal:", "\u00d7", "\u2570"))]
+    return " / ".join((marked or lines[-1:])[:3]) or f"exit code {done.returncode}"
+
+
+def check_repository(url: str) -> None:
+    """Raise CDEnvironmentError (code "url") unless git may be given this: https, ssh, or a path on this machine.
+
+    Refused: options ("-u..."), transports that run programs ("ext::sh -c ..."), unencrypted ones to other machines,
+    and passwords, which would be written into the manifest.
+    """
+    import re
+
+    refused = CDEnvironmentError(
+        f"{url!r} is not a repository address that is used",
+        "use https://..., ssh://..., git@host:path or a folder",
+        "url",
+    )
+    if url.startswith("-") or "::" in url or not url.isprintable():
+        raise refused
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
+    if scheme is None or scheme.group(1) == "file":
+        return
+    if scheme.group(1) in ("https", "http"):
+        check_url(url)
+    elif not re.match(r"ssh://([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9_\[][^/@\s]*/[^-]", url):
+        raise refused
+
+
+def check_reference(reference: str) -> None:
+    """Raise CDEnvironmentError (code "url") unless this can be a branch, tag or commit, and nothing else."""
+    import re
+
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._/+-]{0,200}", reference) or ".." in reference:
+        raise CDEnvironmentError(f"{reference!r} is no branch, tag or commit", code="url")
+
+
+def clone(url: str, reference: Optional[str], folder: str) -> None:
+    """Clone a repository with its submodules, shallow where that is enough.
+
+    Args:
+        url: what check_repository accepts.
+        reference: branch, tag or commit; None is the default branch.
+        folder: must not exist.
+    """
+    import re
+
+    check_repository(url)
+    options = ["--quiet", "--recurse-submodules", "--shallow-submodules"]
+    if reference is None:
+        git(["clone", *options, "--depth=1", "--", url, folder], url=url)
+        return
+    check_reference(reference)
+    if not re.fullmatch(r"[0-9a-f]{7,64}", reference):
+        git(["clone", *options, "--depth=1", f"--branch={reference}", "--", url, folder], url=url)
+        return
+    git(["clone", *options, "--no-checkout", "--filter=blob:none", "--", url, folder], url=url)
+    git(["checkout", "--quiet", "--detach", reference, "--"], folder, url)
+    git(["submodule", "--quiet", "update", "--init", "--recursive"], folder, url)
+
+
+def newest_release(url: str) -> Optional[str]:
+    """The highest vX.Y.Z tag of a repository, compared as numbers; None when it has no such tag."""
+    if git_path() is not None:
+        lines = git(["ls-remote", "--tags", "--refs", "--", url], url=url).splitlines()
+        return highest_release([line.rsplit("/", 1)[-1] for line in lines])
+    owner = github_name(url)
+    if owner is None:
+        raise CDEnvironmentError(
+            f"{url} cannot be read without git", "install git, or use --source with an archive", "missing"
+        )
+    answer = fetch_json(f"https://api.github.com/repos/{owner}/releases/latest")
+    return highest_release([str(answer.get("tag_name"))]) if isinstance(answer, dict) else None
+
+
+def highest_release(tags: list[str]) -> Optional[str]:
+    """The highest of the tags that read vX.Y.Z."""
+    import re
+
+    releases = [tag for tag in tags if re.fullmatch(r"v\d+\.\d+\.\d+", tag)]
+    return max(releases, key=version_key, default=None)
+
+
+def version_key(version: str) -> list[tuple[int, str]]:
+    """A sort key that compares versions by their numbers: 1.10.0 is above 1.9.0, and 2.0.0 above 2.0.0-rc1."""
+    import re
+
+    parts = re.findall(r"\d+|[a-z]+", version.lower().lstrip("v").split("+")[0])
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts] + [(0, "")]
+
+
+def github_name(url: str) -> Optional[str]:
+    """OWNER/REPOSITORY of a GitHub address, else None."""
+    import re
+
+    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?", url)
+    return found.group(1) if found else None
+
+
+def same_repository(one: Optional[str], other: Optional[str]) -> bool:
+    """Whether two addresses mean the same repository, whatever their spelling."""
+    import re
+
+    def plain(url: str) -> str:
+        url = re.sub(r"^(?:ssh://)?[\w.-]+@([\w.-]+)[:/]", r"\1/", url.strip())
+        return re.sub(r"^[a-z+]+://", "", url).rstrip("/").removesuffix(".git").casefold()
+
+    return bool(one and other) and plain(str(one)) == plain(str(other))
+
+
+class GitManager:
+    """The git repository of an environment's .cec folder: the history of its manifest."""
+
+    IGNORED = (
+        ".comfyui.state",
+        ".comfyui.state.damaged",
+        ".comfyui.lock",
+        ".content.lock",
+        ".complete",
+        ".create.json",
+        ".manifest.json",
+        ".sync.json",
+        "removed/",
+        "*.tmp",
+    )
+    GITIGNORE = "# ComfyUI process state (runtime only, not configuration)\n" + "".join(f"{line}\n" for line in IGNORED)
+
+    def __init__(self, repo_path: str) -> None:
+        self.repo_path = str(repo_path)
+
+    def initialize_environment_repo(self, message: str) -> bool:
+        """Make the repository with .gitignore and a first commit. False, with .gitignore alone, where git is missing.
+
+        A repository that is there already is not ours: it gets no commit, and its own files stay as they are.
+        """
+        if os.path.lexists(self.git_folder):
+            self.hide_runtime_files()
+            return False
+        ignore = os.path.join(self.repo_path, ".gitignore")
+        if not os.path.exists(ignore):
+            write_atomic(ignore, self.GITIGNORE.encode(), 0o644)
+        if git_path() is None:
+            return False
+        git(["init", "--quiet"], self.repo_path)
+        self.commit(message)
+        return True
+
+    @property
+    def git_folder(self) -> str:
+        """The folder (or, of a worktree, the file) that makes it a repository."""
+        return os.path.join(self.repo_path, ".git")
+
+    def commit(self, message: str) -> None:
+        """Commit all that is not ignored, under the user's name or, where git knows none, under ours."""
+        for name, value in (("user.name", "comfydock"), ("user.email", "comfydock@localhost")):
+            if git_answer(["config", name], self.repo_path) is None:
+                git(["config", name, value], self.repo_path)
+        git(["add", "--all"], self.repo_path)
+        git(["-c", "commit.gpgsign=false", "commit", "--quiet", "--no-verify", "-m", message], self.repo_path)
+
+    def hide_runtime_files(self) -> None:
+        """See that git ignores our files: what .gitignore lacks goes to .git/info/exclude, which is never committed."""
+        known = self.lines_of(os.path.join(self.repo_path, ".gitignore"))
+        exclude = os.path.join(self.git_folder, "info", "exclude")
+        if not os.path.isdir(self.git_folder):
+            return
+        excluded = self.lines_of(exclude)
+        lacking = [line for line in self.IGNORED if line not in known and line not in excluded]
+        if lacking:
+            make_folder(os.path.dirname(exclude))
+            write_atomic(exclude, "".join(f"{line}\n" for line in excluded + lacking).encode(), 0o644)
+
+    @staticmethod
+    def lines_of(path: str) -> list[str]:
+        """The lines of a text file; none when it is not there."""
+        try:
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                return file.read().splitlines()
+        except OSError:
+            return []
+
+
+# Packages: pip, or uv where it is (environments of 1.0.x have no pip)
+
+
+def package_lines(text: str) -> list[str]:
+    """The packages in what pip freeze prints, which also repeats options of pip's configuration."""
+    return [line for line in text.splitlines() if line and (line.startswith("-e ") or not line.startswith(("#", "-")))]
+
+
+class PipInstaller:
+    """Installs packages with the environment's own pip."""
+
+    def __init__(self, python: str) -> None:
+        self.python = python
+
+    def install(
+        self, words: list[str], folder: Optional[str] = None, tell: Optional[Callable[[str], None]] = None
+    ) -> None:
+        """Install. Raises CDEnvironmentError (code "packages") with pip's reason."""
+        self.run(["install", *words], folder, tell)
+
+    def try_install(self, words: list[str], folder: str, scratch: str) -> None:
+        """Find out whether an installation can work; only the scratch folder is changed. Raises as install does."""
+        try:
+            self.run(["install", "--dry-run", "--quiet", *words], folder)
+        except CDEnvironmentError as error:
+            if "no such option" not in error.message:  # pip before 22.2
+                raise
+            self.run(["install", "--quiet", "--target", scratch, *words], folder)
+
+    def uninstall(self, names: list[str]) -> None:
+        """Remove packages by name."""
+        self.run(["uninstall", "--yes", *names])
+
+    def freeze(self) -> list[str]:
+        """What is installed, as requirement lines."""
+        return package_lines(self.run(["freeze", "--all"]))
+
+    def torch_words(self, backend: str) -> list[str]:
+        """The options that take PyTorch from the index of a backend."""
+        return ["--index-url", torch_index(detect_torch_backend() if backend == "auto" else backend)]
+
+    def index_words(self, index: str) -> list[str]:
+        """The options that add an index to the usual one."""
+        return ["--extra-index-url", index]
+
+    def run(self, words: list[str], folder: Optional[str] = None, tell: Optional[Callable[[str], None]] = None) -> str:
+        """What a pip command prints."""
+        return run_installer([self.python, "-m", "pip", *words], self.python, folder, tell)
+
+
+class UvInstaller(PipInstaller):
+    """Installs packages with uv."""
+
+    def __init__(self, python: str, uv: str) -> None:
+        super().__init__(python)
+        self.uv = uv
+
+    def try_install(self, words: list[str], folder: str, scratch: str) -> None:
+        """As PipInstaller has it."""
+        self.run(["install", "--dry-run", *words], folder)
+
+    def uninstall(self, names: list[str]) -> None:
+        """As PipInstaller has it."""
+        self.run(["uninstall", *names])
+
+    def freeze(self) -> list[str]:
+        """As PipInstaller has it."""
+        return package_lines(self.run(["freeze"]))
+
+    def torch_words(self, backend: str) -> list[str]:
+        """As PipInstaller has it; uv finds the graphics card by itself."""
+        return [f"--torch-backend={backend}"]
+
+    def index_words(self, index: str) -> list[str]:
+        """As PipInstaller has it. PyTorch's index holds old copies of other packages: uv must look at both."""
+        return ["--extra-index-url", index, "--index-strategy", "unsafe-best-match"]
+
+    def run(self, words: list[str], folder: Optional[str] = None, tell: Optional[Callable[[str], None]] = None) -> str:
+        """What a `uv pip` command prints."""
+        command = [self.uv, "pip", words[0], "--python", self.python, *words[1:]]
+        return run_installer(command, self.python, folder, tell)
+
+
+def find_installer(python: str) -> PipInstaller:
+    """Uv where it is installed, else the environment's pip."""
+    import shutil
+
+    uv = shutil.which("uv")
+    return UvInstaller(python, uv) if uv else PipInstaller(python)
+
+
+def run_installer(command: list[str], python: str, folder: Optional[str], tell: Optional[Callable[[str], None]]) -> str:
+    """Run pip or uv. Raises CDEnvironmentError (code "packages") with its reason when it fails."""
+    done = run_command(command, cwd=folder, env=package_environment(python), timeout=INSTALL_SECONDS, tell=tell)
+    if "No module named pip" in done.stderr:
+        raise CDEnvironmentError(f"{python} has no pip, and uv is not installed", f"{python} -m ensurepip", "packages")
+    if done.returncode != 0:
+        raise CDEnvironmentError(f"packages cannot be installed: {last_words(done)}", code="packages")
+    return done.stdout
+
+
+def package_environment(python: str) -> dict[str, str]:
+    """The environment variables under which packages are installed and install.py runs.
+
+    Packages of the user's own site are left out: ComfyUI's portable Python is started with -s and does not see them.
+    """
+    dropped = ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_REQUIRE_VIRTUALENV")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    folder = os.path.dirname(python)
+    return {
+        **kept,
+        "PATH": folder + os.pathsep + kept.get("PATH", ""),
+        "VIRTUAL_ENV": os.path.dirname(folder),
+        "PYTHONNOUSERSITE": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_NO_INPUT": "1",
+        "PYTHONIOENCODING": "utf-8",
+    }
+
+
+def package_name(line: str) -> str:
+    """The normalised package name in a requirement line; the line itself when it has none."""
+    import re
+
+    found = re.match(r"(?:-e .*[#&]egg=)?([A-Za-z0-9][A-Za-z0-9._-]*)", line)
+    return re.sub(r"[-_.]+", "-", found.group(1)).lower() if found else line
+
+
+def held_packages(frozen: list[str]) -> list[str]:
+    """The installed versions of PyTorch's family and numpy, as lines of a constraint file."""
+    return [line for line in frozen if package_name(line) in HELD_PACKAGES]
+
+
+def held_index(frozen: list[str]) -> Optional[str]:
+    """The index that the installed PyTorch is from, by its local version: 2.9.0+cu128 is from .../whl/cu128."""
+    for line in frozen:
+        if package_name(line) == "torch" and "+" in line:
+            return torch_index(line.rsplit("+", 1)[1].strip())
+    return None
+
+
+def torch_index(backend: str) -> str:
+    """The address of PyTorch's index for a backend. Raises CDEnvironmentError for a word that can be none."""
+    import re
+
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9]+)?", backend):
+        raise CDEnvironmentError(f"{backend!r} is no PyTorch backend", "--torch-backend auto, cpu, cu128, rocm6.4, xpu")
+    return TORCH_INDEX + backend
+
+
+def detect_torch_backend() -> str:
+    """The PyTorch backend for the graphics card of this machine: cuNNN, rocmX.Y or cpu (on Macs this has Metal too).
+
+    CUDA 13 needs driver 580 or later and CUDA 12.8 driver 570 (NVIDIA's release notes).
+    """
+    import re
+    import shutil
+
+    if shutil.which("nvidia-smi"):
+        answer = run_command(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], timeout=30.0)
+        driver = re.match(r"\s*(\d+)", answer.stdout)
+        if answer.returncode == 0 and driver:
+            return "cu130" if int(driver.group(1)) >= 580 else "cu128" if int(driver.group(1)) >= 570 else "cu126"
+    return "rocm6.4" if shutil.which("rocminfo") else "cpu"
+
+
+def requirement_lines(text: str) -> list[str]:
+    """The plain requirements of a requirements.txt, which dependency groups can hold; options and paths left out."""
+    import re
+
+    lines = [re.sub(r"(^|\s)#.*$", "", line).strip() for line in text.splitlines()]
+    return [line for line in lines if re.match(r"[A-Za-z0-9][\w.-]*\s*(\[[^\]]*\]\s*)?($|[<>=!~;@(])", line)]
+
+
+def read_any_text(path: str) -> str:
+    """A text file of unknown encoding: UTF-8, UTF-16 with its mark (Windows editors), else as Windows has it."""
+    with open(path, "rb") as file:
+        data = file.read()
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", "replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
+
+
+def project_table(folder: str, python: Optional[str] = None) -> dict[str, Any]:
+    """[project] of the pyproject.toml in a folder; empty when there is none, or it is broken."""
+    path = os.path.join(folder, "pyproject.toml")
+    if not os.path.isfile(path):
+        return {}
+    try:
+        project = parse_toml(read_any_text(path), path, python).get("project")
+    except (OSError, CDEnvironmentError):
+        return {}
+    return project if isinstance(project, dict) else {}
+
+
+def node_requirements(folder: str, python: Optional[str] = None) -> str:
+    """What a node needs, as the text of a requirements.txt: its own, else the dependencies of its pyproject.toml."""
+    path = os.path.join(folder, "requirements.txt")
+    if os.path.isfile(path):
+        return read_any_text(path)
+    listed = project_table(folder, python).get("dependencies")
+    return "".join(f"{line}\n" for line in listed if isinstance(line, str)) if isinstance(listed, list) else ""
+
+
+class Packages:
+    """The packages of one environment, for one change: tried, installed under constraints, and put back.
+
+    `before` is what was installed when the change began; `scratch` a folder for the files that pip is given.
+    """
+
+    def __init__(self, python: str, scratch: str, before: Optional[list[str]] = None) -> None:
+        self.installer = find_installer(python)
+        self.python, self.scratch = python, scratch
+        self.before = self.installer.freeze() if before is None else before
+        self.constraints = self.file("constraints.txt", held_packages(self.before))
+        index = held_index(self.before)
+        self.index = self.installer.index_words(index) if index else []
+
+    def file(self, name: str, lines: list[str]) -> str:
+        """A file of lines in the scratch folder."""
+        path = os.path.join(self.scratch, name)
+        write_atomic(path, "".join(f"{line}\n" for line in lines).encode(), 0o644)
+        return path
+
+    def words(self, folder: str) -> list[str]:
+        """The arguments that name a node's requirements; its own file where that can be, as it may name others."""
+        own = os.path.join(folder, "requirements.txt")
+        if not os.path.isfile(own) or not is_utf8(own):
+            own = self.file(f"of-{os.path.basename(folder)}.txt", node_requirements(folder, self.python).splitlines())
+        return ["-r", own, "-c", self.constraints, *self.index]
+
+    def try_install(self, folder: str) -> None:
+        """Find out whether a node's requirements can be installed beside what is there."""
+        self.installer.try_install(self.words(folder), folder, os.path.join(self.scratch, "target"))
+
+    def install(self, folder: str, tell: Callable[[str], None]) -> None:
+        """Install a node's requirements."""
+        self.installer.install(self.words(folder), folder, tell)
+
+    def install_all(self, folders: list[str], tell: Callable[[str], None]) -> None:
+        """Install the requirements of many folders: at once, which is fast; else one by one, which names one."""
+        words = [word for folder in folders for word in self.words(folder)[:2]]
+        try:
+            self.installer.install([*words, "-c", self.constraints, *self.index], tell=tell)
+        except CDEnvironmentError:
+            for folder in folders:
+                self.install(folder, tell)
+
+    def run_install_script(self, folder: str, comfyui: str, tell: Callable[[str], None]) -> None:
+        """Run a node's install.py, whose own calls of pip are held to the same versions."""
+        held = {"PIP_CONSTRAINT": self.constraints, "UV_CONSTRAINT": self.constraints, "COMFYUI_PATH": comfyui}
+        done = run_command(
+            [self.python, "install.py"],
+            cwd=folder,
+            timeout=GIT_SECONDS,
+            tell=tell,
+            env={**package_environment(self.python), **held},
+        )
+        if done.returncode != 0:
+            raise CDEnvironmentError(
+                f"{os.path.join(folder, 'install.py')} failed: {last_words(done)}", code="install-script"
+            )
+        lost = [line for line in held_packages(self.before) if line not in self.installer.freeze()]
+        if lost:
+            raise CDEnvironmentError(f"install.py replaced {', '.join(lost)}", code="install-script")
+
+    def put_back(self, tell: Callable[[str], None]) -> None:
+        """Install what was there before and remove what was not; tells the packages, and what could not be done."""
+        now = self.installer.freeze()
+        gone = [line for line in self.before if line not in now]
+        kept = {package_name(line) for line in self.before}
+        new = [name for name in map(package_name, now) if name not in kept]
+        try:
+            if new:
+                self.installer.uninstall(new)
+            if gone:
+                self.installer.install(["--no-deps", "-r", self.file("before.txt", gone), *self.index])
+        except CDEnvironmentError as error:
+            tell(f"warning: packages could not all be put back ({', '.join(gone + new)}): {error.message}")
+            return
+        if gone or new:
+            tell(f"packages put back: {', '.join(gone + [f'{name} removed' for name in new])}")
+
+
+def is_utf8(path: str) -> bool:
+    """Whether pip can read the file wherever it runs."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            file.read()
+        return True
+    except ValueError:
+        return False
+
+
+# Node sources: each can find a node by what was typed, fetch it into a folder, name the newest version, and tell what
+# was changed in a folder since.
+
+
+def check_node_name(name: str) -> None:
+    """Raise CDEnvironmentError (code "name") unless a folder of this name stays in custom_nodes on every system.
+
+    Names of 1.0.x are display names: they may hold spaces and any letters.
+    """
+    stem = name.split(".")[0].rstrip().upper()
+    numbered = stem[:3] in ("COM", "LPT") and len(stem) == 4 and stem[3].isdigit()
+    devices = stem in ("CON", "PRN", "AUX", "NUL") or numbered
+    bad = has_control(name) or any(character in '<>:"/\\|?*' for character in name)
+    if (
+        not name
+        or len(name) > 120
+        or bad
+        or devices
+        or name.startswith((".", "-"))
+        or name.endswith((".", " "))
+        or name.lower().endswith(".disabled")
+        or name == "__pycache__"
+    ):
+        raise CDEnvironmentError(f"{name!r} cannot be the name of a node", code="name")
+
+
+class RegistrySource:
+    """The Comfy Registry: `ID` or `ID@VERSION` at api.comfy.org, or where COMFYDOCK_REGISTRY_URL says."""
+
+    name = "registry"
+
+    def find(self, identifier: str, tell: Callable[[str], None]) -> NodeInfo:
+        """The node and the version to install; says what speaks against it.
+
+        Raises:
+            CDEnvironmentError: code "name" (no id), "not-found", "banned", or as download does.
+        """
+        import re
+
+        identity, _, version = identifier.partition("@")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", identity):
+            raise CDEnvironmentError(f"{identifier!r} is neither a registry id nor a git address", code="name")
+        if "@" in identifier and not re.fullmatch(r"\d+\.\d+\.\d+[A-Za-z0-9.+-]*", version):
+            raise CDEnvironmentError(f"{version!r} is no version: those of the registry read 1.2.3", code="name")
+        node = self.node(identity)
+        release = self.release(identity, version) if version else node.get("latest_version")
+        if not isinstance(release, dict) or not release.get("version"):
+            raise CDEnvironmentError(
+                f"the registry offers no version of {identity}",
+                f"name one: {identity}@1.2.3, or use its git address",
+                "not-found",
+            )
+        self.judge(identity, release, tell)
+        return self.info(identity, node, release)
+
+    def info(self, identity: str, node: dict[str, Any], release: dict[str, Any]) -> NodeInfo:
+        """The registry's words as a NodeInfo; the id as the registry spells it names the folder."""
+        name = str(node.get("id") or identity)
+        if name.lower() != identity.lower():
+            raise CDEnvironmentError(f"the registry answered {name!r} when asked for {identity}", code="not-found")
+        check_node_name(name)
+        return NodeInfo(
+            name=name,
+            registry_id=name,
+            repository=str(node.get("repository") or "") or None,
+            version=str(release["version"]),
+            download_url=str(release.get("downloadUrl") or "") or None,
+            source=self.name,
+        )
+
+    def node(self, identity: str) -> dict[str, Any]:
+        """What the registry says of a node."""
+        node = self.ask(f"/nodes/{identity.lower()}", identity)
+        if node.get("status") in ("NodeStatusBanned", "NodeStatusDeleted"):
+            word = "banned" if node["status"] == "NodeStatusBanned" else "deleted"
+            raise CDEnvironmentError(f"{identity} is {word} in the registry", code="banned")
+        return node
+
+    def release(self, identity: str, version: str) -> dict[str, Any]:
+        """What the registry says of one version."""
+        return self.ask(f"/nodes/{identity.lower()}/versions/{version}", f"{identity}@{version}")
+
+    def ask(self, path: str, what: str) -> dict[str, Any]:
+        """One question to the registry."""
+        base = os.environ.get("COMFYDOCK_REGISTRY_URL") or REGISTRY_URL
+        try:
+            answer = fetch_json(base.rstrip("/") + path)
+        except CDEnvironmentError as error:
+            if error.code == "http-403":
+                raise CDEnvironmentError(f"{what} is banned in the registry", code="banned") from None
+            if error.code in ("http-404", "http-400"):
+                raise CDEnvironmentError(
+                    f"the registry has no {what}", "give the node's git address instead", "not-found"
+                ) from None
+            raise
+        if not isinstance(answer, dict):
+            raise CDEnvironmentError(f"the registry answered nothing usable about {what}", code="network")
+        return answer
+
+    def judge(self, identity: str, release: dict[str, Any], tell: Callable[[str], None]) -> None:
+        """Refuse a banned or deleted version; warn of one that is deprecated, flagged or not yet checked."""
+        what = f"{identity} {release['version']}"
+        status = str(release.get("status") or "").removeprefix("NodeVersionStatus")
+        if status in ("Banned", "Deleted"):
+            raise CDEnvironmentError(f"{what} is {status.lower()} in the registry", code="banned")
+        reason = {
+            "Flagged": "was flagged by the registry's security scan: look at its code before you run it",
+            "Pending": "has not been checked by the registry yet",
+        }.get(status)
+        if reason:
+            tell(f"warning: {what} {reason}")
+        if release.get("deprecated"):
+            tell(f"warning: {what} is deprecated by its author")
+
+    def fetch(self, info: NodeInfo, folder: str, tell: Callable[[str], None]) -> NodeInfo:
+        """Download and unpack into a new folder, with a record of the files beside them."""
+        identity = info.registry_id or info.name
+        question = f"/nodes/{identity.lower()}/install?version={info.version}"
+        url = info.download_url or self.ask(question, identity).get("downloadUrl")
+        if not url:
+            raise CDEnvironmentError(
+                f"the registry has no archive of {identity} {info.version}",
+                f"comfydock node add {info.repository}" if info.repository else "",
+                "not-found",
+            )
+        archive = folder + ".archive"
+        save(archive, download(str(url), CODE_LIMIT, tell=tell))
+        files = unpack(archive, folder, UNPACKED_LIMIT)
+        remove_file(archive)
+        record = {"version": info.version, "files": {name: file_digest(os.path.join(folder, name)) for name in files}}
+        write_atomic(os.path.join(folder, NODE_RECORD), json.dumps(record).encode(), 0o644)
+        write_atomic(os.path.join(folder, ".tracking"), "\n".join(files).encode(), 0o644)  # ComfyUI-Manager's list
+        return info
+
+    def newest(self, info: NodeInfo, tell: Callable[[str], None]) -> NodeInfo:
+        """The newest version, or the node as it is when there is none above it."""
+        found = self.find(info.registry_id or info.name, tell)
+        newer = version_key(found.version or "") > version_key(info.version or "")
+        return found if newer else info
+
+    def version_in(self, folder: str) -> Optional[str]:
+        """The version that a folder holds, as its pyproject.toml says."""
+        import re
+
+        path = os.path.join(folder, "pyproject.toml")
+        if not os.path.isfile(path):
+            return None
+        lines = "".join(pair_lines(read_any_text(path), ("project", "version")))
+        found = re.search(r"""=\s*["']([^"']+)["']""", lines)
+        return found.group(1) if found else None
+
+    def changes(self, folder: str, info: NodeInfo) -> Optional[list[str]]:
+        """Files that are no longer as they were unpacked; None when nobody wrote down how that was."""
+        recorded = read_json(os.path.join(folder, NODE_RECORD)).get("files")
+        if not isinstance(recorded, dict):
+            return None
+        return [
+            name
+            for name, digest in recorded.items()
+            if not os.path.lexists(os.path.join(folder, name)) or file_digest(os.path.join(folder, name)) != digest
+        ]
+
+    def files(self, folder: str) -> set[str]:
+        """The files that came with the node; others are the user's."""
+        recorded = read_json(os.path.join(folder, NODE_RECORD)).get("files")
+        ours = {NODE_RECORD, ".tracking"}
+        return ours | set(recorded) if isinstance(recorded, dict) else ours
+
+
+def pair_lines(text: str, name: tuple[str, ...]) -> list[str]:
+    """The text of the `key = value` statements of this name, without a TOML reader."""
+    return [text[item.start : item.end] for item in toml_statements(text) if item.name == name and not item.is_table]
+
+
+class GitSource:
+    """A git repository: an address or a folder, with `@` and a branch, tag or commit when wanted."""
+
+    name = "git"
+
+    def find(self, identifier: str, tell: Callable[[str], None]) -> NodeInfo:
+        """The node; its version is the reference that was asked for until it is fetched."""
+        url, reference = split_reference(identifier)
+        check_repository(url)
+        if reference is not None:
+            check_reference(reference)
+        if is_local(url):
+            url = os.path.abspath(os.path.expanduser(url))
+        name = url.replace("\\", "/").rstrip("/").replace(":", "/").rsplit("/", 1)[-1].removesuffix(".git")
+        check_node_name(name)
+        return NodeInfo(name=name, repository=url, version=reference, source=self.name)
+
+    def fetch(self, info: NodeInfo, folder: str, tell: Callable[[str], None]) -> NodeInfo:
+        """Clone into a new folder; the answer has the commit as its version."""
+        from dataclasses import replace
+
+        if not info.repository:
+            raise CDEnvironmentError(f"the manifest names no repository for {info.name}", code="not-found")
+        clone(info.repository, info.version, folder)
+        return replace(info, version=git(["rev-parse", "HEAD"], folder))
+
+    def newest(self, info: NodeInfo, tell: Callable[[str], None]) -> NodeInfo:
+        """The newest commit of the default branch."""
+        from dataclasses import replace
+
+        url = info.repository or ""
+        check_repository(url)
+        answer = git(["ls-remote", "--", url, "HEAD"], url=url).split()
+        return replace(info, version=answer[0]) if answer else info
+
+    def version_in(self, folder: str) -> Optional[str]:
+        """The commit that a folder is at."""
+        return git_answer(["rev-parse", "HEAD"], folder)
+
+    def changes(self, folder: str, info: NodeInfo) -> Optional[list[str]]:
+        """Changed files, and commits or stashes that no other repository has; None when git cannot tell."""
+        status = git_answer(["status", "--porcelain", "--untracked-files=no"], folder)
+        if status is None:
+            return None
+        known = [f"^{info.version}"] if info.version and info.version == self.version_in(folder) else []
+        words = ["rev-list", "--max-count=9", "HEAD", "--branches", *known, "--not", "--remotes", "--tags"]
+        commits = (git_answer(words, folder) or "").split()
+        stashes = (git_answer(["stash", "list"], folder) or "").splitlines()
+        return [line[2:].strip() for line in status.splitlines()] + [f"commit {one[:8]}" for one in commits] + stashes
+
+    def files(self, folder: str) -> set[str]:
+        """The files that git has; others are the user's."""
+        listed = git_answer(["ls-files", "-z", "--recurse-submodules"], folder) or ""
+        return set(listed.split("\0")) | {".git"}
+
+
+def is_local(url: str) -> bool:
+    """Whether a repository address is a path on this machine: no scheme, and no HOST:PATH as ssh has it."""
+    import re
+
+    return "://" not in url and not re.match(r"[\w.-]+@[\w.-]+:|[\w.-]{2,}:(?!\\)", url)
+
+
+def split_reference(identifier: str) -> tuple[str, Optional[str]]:
+    """ADDRESS@REFERENCE in its parts. The @ of git@host does not count, nor one in a folder's real name."""
+    import re
+
+    if is_local(identifier):
+        url, mark, reference = identifier.rpartition("@")
+        return (identifier, None) if os.path.isdir(identifier) or not mark else (url, reference)
+    head = re.match(r"[A-Za-z+.-]+://[^/]*|[^/:]*:", identifier)
+    start = head.end() if head else 0
+    path, mark, reference = identifier[start:].partition("@")
+    return identifier[:start] + path, (reference if mark else None)
+
+
+class DevelopmentSource:
+    """A folder that its author works in: linked into custom_nodes when it lies elsewhere, never fetched or deleted."""
+
+    name = "development"
+
+    def __init__(self, custom_nodes: str) -> None:
+        self.custom_nodes = custom_nodes
+
+    def find(self, identifier: str, tell: Callable[[str], None]) -> NodeInfo:
+        """The node; a bare name is a folder of custom_nodes."""
+        folder = self.place(identifier)
+        name = os.path.basename(folder)
+        check_node_name(name)
+        return NodeInfo(name=name, repository=remote_of(folder), version="dev", source=self.name)
+
+    def place(self, identifier: str) -> str:
+        """The folder that was meant. Raises CDEnvironmentError (code "not-found") when there is none."""
+        inside = os.path.join(self.custom_nodes, identifier)
+        folder = inside if os.path.basename(identifier) == identifier and os.path.isdir(inside) else identifier
+        folder = os.path.abspath(os.path.expanduser(folder))
+        if not os.path.isdir(folder):
+            raise CDEnvironmentError(f"{folder} is not a folder", "name a folder with --dev", "not-found")
+        return folder
+
+
+def pick_source(identifier: str) -> Any:
+    """The source that an identifier belongs to: git for addresses and paths, else the registry."""
+    import re
+
+    path = identifier.startswith(("/", "./", "../", "~", ".\\", "..\\")) or re.match(r"[A-Za-z]:[\\/]", identifier)
+    address = "://" in identifier or "::" in identifier or re.match(r"[\w.-]+@[\w.-]+:", identifier)
+    return GitSource() if path or address else RegistrySource()
+
+
+# Changing nodes: each change is all or nothing. What it will do is written down (journal.json in a staging folder)
+# before the first effect; the write of the manifest is the moment it holds. Whoever comes next after a kill finds the
+# journal, and takes the change back, or, when the manifest already has it, only tidies up.
+
+
+@dataclass
+class Journal:
+    """One change of nodes.
+
+    `before` and `after` are manifest entries by key, None where there is none; `moves` the renames in their order;
+    `keeps` former folders that go to the shelf instead of being deleted once the change holds, as they hold somebody's
+    work; `packages` what was installed before, None when none are touched.
+    """
+
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+    moves: list[list[str]] = field(default_factory=list)
+    keeps: list[str] = field(default_factory=list)
+    packages: Optional[list[str]] = None
+
+    def holds(self, manifest: Manifest) -> bool:
+        """Whether the manifest has what this change was to bring."""
+        return self.before != self.after and all(manifest.entry(key) == entry for key, entry in self.after.items())
+
+
+class NodeChange:
+    """The staging folder of one change: `new` is what the node is fetched to, `old` holds the former one."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.new = os.path.join(folder, "new")
+        self.old = os.path.join(folder, "old")
+        self.journal_path = os.path.join(folder, "journal.json")
+        self.journal = Journal()
+
+    def write_down(self) -> None:
+        """From here on the change has effects."""
+        write_atomic(self.journal_path, json.dumps(self.journal.__dict__).encode())
+
+    def read(self) -> bool:
+        """Load what was written down; False when the change never came that far."""
+        try:
+            with open(self.journal_path, "rb") as file:
+                self.journal = Journal(**json.loads(file.read()))
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, TypeError) as error:  # not to be tidied away: `old` may hold a node
+            raise CDEnvironmentError(
+                f"{self.journal_path} cannot be read: {error}", f"look into {self.folder}, then remove it"
+            ) from None
+        return True
+
+    def do_moves(self) -> None:
+        """All renames."""
+        for source, target in self.journal.moves:
+            move(source, target)
+
+    def undo_moves(self) -> None:
+        """Those renames that happened, backwards. One happened when its target is there and its source is not."""
+        for source, target in reversed(self.journal.moves):
+            if os.path.lexists(target) and not os.path.lexists(source):
+                move(target, source)
+
+    def tidy(self) -> None:
+        """Remove the staging folder, the journal first: without one there is nothing to take back."""
+        remove_file(self.journal_path)
+        remove_tree(self.folder)
+        remove_empty(os.path.dirname(self.folder))
+
+
+class NodeManager:
+    """The custom nodes of one environment: in its manifest, in custom_nodes, and their packages.
+
+    Methods that change something hold the environment's content lock, take back what a killed command left half done,
+    and either do all they say or leave directory, manifest and packages as they were.
+    """
+
+    def __init__(self, paths: EnvironmentPaths, python: Optional[str], tell: Callable[[str], None]) -> None:
+        """`python` is the environment's interpreter, None when it has none yet: then no packages are installed."""
+        self.paths, self.python, self.tell = paths, python, tell
+
+    # What is there
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest as it is now."""
+        return read_manifest(self.paths, self.python)
+
+    @property
+    def comfyui(self) -> str:
+        """The ComfyUI checkout: an adopted one, else the environment's own."""
+        return self.manifest.comfyui_path or self.paths.comfyui
+
+    @property
+    def custom_nodes(self) -> str:
+        """The folder that ComfyUI loads nodes from."""
+        return os.path.join(self.comfyui, "custom_nodes")
+
+    @property
+    def staging(self) -> str:
+        """Where changes in progress are."""
+        return os.path.join(self.custom_nodes, STAGING)
+
+    def folder_of(self, info: NodeInfo) -> str:
+        """A node's folder, whatever the case of its letters. Raises CDEnvironmentError (code "name") for no name."""
+        check_node_name(info.name)
+        return self.existing(info.name) or os.path.join(self.custom_nodes, info.name)
+
+    def existing(self, name: str) -> Optional[str]:
+        """The folder of this name, whatever the case of its letters: on Windows and macOS the two would be one."""
+        for other in self.folders():
+            if other.casefold() == name.casefold():
+                return os.path.join(self.custom_nodes, other)
+        return None
+
+    def source_of(self, info: NodeInfo) -> Any:
+        """The source of a node in the manifest; None for one found at adoption or of an unknown kind."""
+        return {
+            "registry": RegistrySource(),
+            "git": GitSource(),
+            "development": DevelopmentSource(self.custom_nodes),
+        }.get(info.source)
+
+    def list_nodes(self) -> dict[str, NodeInfo]:
+        """The nodes in the manifest by key."""
+        return self.manifest.nodes
+
+    def find_node(self, identifier: str) -> tuple[str, NodeInfo]:
+        """The key and node that an identifier means: key, name or registry id in any case, or its repository.
+
+        Raises:
+            CDEnvironmentError: code "not-found".
+        """
+        nodes = self.list_nodes()
+        wanted = identifier.casefold()
+        for key, info in nodes.items():
+            if wanted in (key.casefold(), info.name.casefold(), (info.registry_id or key).casefold()):
+                return key, info
+        for key, info in nodes.items():
+            if same_repository(identifier, info.repository):
+                return key, info
+        raise CDEnvironmentError(f"no node {identifier!r} in the manifest", "comfydock node list", "not-found")
+
+    def folders(self) -> list[str]:
+        """Names of the folders in custom_nodes that ComfyUI loads and that are no tool's own."""
+        try:
+            with os.scandir(self.custom_nodes) as entries:
+                names = [entry.name for entry in entries if entry.is_dir()]
+        except OSError:
+            return []
+        return sorted(
+            name
+            for name in names
+            if not name.startswith(".") and not name.endswith(".disabled") and name != "__pycache__"
+        )
+
+    def compare(self) -> EnvironmentComparison:
+        """How custom_nodes differs from the manifest. Changes nothing."""
+        manifest = self.manifest
+        there = {name.casefold() for name in self.folders()}
+        tracked = {info.name.casefold() for info in manifest.nodes.values()}
+        found = {name.casefold() for name in manifest.found_nodes}
+        extra = [name for name in self.folders() if name.casefold() not in tracked]
+        report = EnvironmentComparison(
+            extra_nodes=[name for name in extra if name.casefold() not in found],
+            found_nodes=[name for name in extra if name.casefold() in found],
+            interrupted=len(self.interrupted()),
+        )
+        for info in manifest.nodes.values():
+            if info.name.casefold() not in there:
+                report.missing_nodes.append(info.name)
+            else:
+                report.version_mismatches += self.mismatch(info)
+        return report
+
+    def mismatch(self, info: NodeInfo) -> list[dict[str, str]]:
+        """What 1.0.x calls a version mismatch: none or one. Git nodes are compared only when a commit is recorded."""
+        import re
+
+        source = self.source_of(info)
+        if source is None or info.source == "development" or not info.version:
+            return []
+        if info.source == "git" and not re.fullmatch("[0-9a-f]{40,64}", info.version):
+            return []
+        actual = source.version_in(self.folder_of(info))
+        differs = actual and actual.removeprefix("v") != info.version.removeprefix("v")
+        return [{"name": info.name, "expected": info.version, "actual": actual}] if differs else []
+
+    # What changes nodes
+
+    def add_node(
+        self, identifier: str, is_development: bool = False, no_test: bool = False, force: bool = False
+    ) -> NodeOperationResult:
+        """Add a node and what it needs.
+
+        Args:
+            identifier: registry id `ID[@VERSION]`, git address or path `ADDRESS[@REFERENCE]`, or, with
+                is_development, a folder.
+            is_development: the folder is the user's own work; it is linked, and never deleted.
+            no_test: do not try the requirements before they are installed.
+            force: replace what is there; a folder that holds somebody's work is moved aside.
+
+        Raises:
+            CDNodeConflictError: the node, or a folder of its name, is there already.
+            CDEnvironmentError: it cannot be found, fetched or installed; then all is as before.
+        """
+        with self.changing(f"add {identifier}"):
+            source = DevelopmentSource(self.custom_nodes) if is_development else pick_source(identifier)
+            info = source.find(identifier, self.tell)
+            key, info = self.tracked_as(info, identifier, force)
+            with self.change() as change:
+                if info.source == "development":
+                    self.prepare_development(change, key, source.place(identifier), force)
+                else:
+                    info = self.prepare(change, key, info, force)
+                self.put_in_place(change, key, info, no_test)
+        return NodeOperationResult(info, True, "Node added - ComfyUI needs to load new node classes")
+
+    def remove_node(self, identifier: str) -> NodeRemovalResult:
+        """Take a node out of custom_nodes and the manifest; its packages stay, others may use them.
+
+        A development node is renamed to NAME.disabled, another is deleted, or moved aside when it holds local changes.
+        """
+        with self.changing(f"remove {identifier}"):
+            key, info = self.find_node(identifier)
+            folder = self.folder_of(info)
+            action = "none" if not os.path.lexists(folder) else "deleted"
+            with self.change() as change:
+                if action == "deleted":
+                    action = self.prepare_leaving(change, info, folder)
+                change.journal.before[key], change.journal.after[key] = self.manifest.entry(key), None
+                change.write_down()
+                change.do_moves()
+                change_nodes(self.paths, change.journal.after, self.python)
+        return NodeRemovalResult(identifier, info.name, info.source, action)
+
+    def update_node(
+        self,
+        identifier: str,
+        confirmation_strategy: Optional[Callable[[str, str, str], bool]] = None,
+        no_test: bool = False,
+        force: bool = False,
+    ) -> UpdateResult:
+        """Bring a node to its newest version; a development node's requirements are read again.
+
+        Args:
+            identifier: as find_node takes it.
+            confirmation_strategy: asked with (name, old version, new version) before anything changes; no lock is
+                held meanwhile.
+            no_test: as for add_node.
+            force: replace the node's own local changes; they are moved aside.
+
+        Raises:
+            CDNodeConflictError: the node has local changes.
+            CDEnvironmentError: as for add_node.
+        """
+        key, info = self.find_node(identifier)
+        source = self.source_of(info)
+        if source is None:
+            raise CDEnvironmentError(f"nobody recorded where {info.name} comes from", "comfydock repair", "not-found")
+        if info.source == "development":
+            return self.update_development(key, info, no_test)
+        newest = source.newest(info, self.tell)
+        result = UpdateResult(info.name, info.source, old_version=info.version, new_version=info.version)
+        if newest.version == info.version:
+            result.message = f"{info.name} is at its newest version"
+            return result
+        if confirmation_strategy and not confirmation_strategy(info.name, str(info.version), str(newest.version)):
+            result.message = f"{info.name} was left as it is"
+            return result
+        return self.replace_node(key, info, newest, no_test, force)
+
+    def replace_node(self, key: str, info: NodeInfo, newest: NodeInfo, no_test: bool, force: bool) -> UpdateResult:
+        """The part of update_node that changes something: the version that was looked up goes where the old one is."""
+        from dataclasses import replace
+
+        with self.changing(f"update {info.name}"):
+            old = self.manifest.entry(key)
+            if old is None or old["table"].get("version") != info.version:
+                raise CDEnvironmentError(f"{info.name} was changed by another command meanwhile", "run it again")
+            with self.change() as change:
+                found = self.prepare(change, key, replace(newest, name=info.name, registry_id=info.registry_id), force)
+                self.put_in_place(change, key, found, no_test)
+            return self.update_result(info, found, old["requirements"], self.manifest.requirements(found))
+
+    def update_development(self, key: str, info: NodeInfo, no_test: bool) -> UpdateResult:
+        """Install and record what a development node needs by now."""
+        with self.changing(f"update {info.name}"):
+            old = self.manifest.requirements(info)
+            new = requirement_lines(node_requirements(self.folder_of(info), self.python))
+            if new != old:
+                with self.change() as change:
+                    self.put_in_place(change, key, info, no_test)
+            return self.update_result(info, info, old, new)
+
+    def update_result(self, old: NodeInfo, new: NodeInfo, before: list[str], after: list[str]) -> UpdateResult:
+        """The report of an update."""
+        changed = old.version != new.version or before != after
+        result = UpdateResult(old.name, old.source, changed, old_version=old.version, new_version=new.version)
+        result.message = f"{old.name} updated" if changed else f"{old.name} is up to date"
+        result.requirements_added = [line for line in after if line not in before]
+        result.requirements_removed = [line for line in before if line not in after]
+        result.restart_recommended = changed
+        result.restart_reason = f"Node '{old.name}' updated to {new.version}" if changed else None
+        return result
+
+    def bring_in_line(self, correct_versions: bool = False, force: bool = False) -> SyncReport:
+        """Install what the manifest has and the disk lacks; nothing is removed.
+
+        Args:
+            correct_versions: also replace nodes whose version is not the recorded one (repair).
+            force: do all checks although the stamp says that nothing changed.
+
+        Raises:
+            CDEnvironmentError: packages cannot be installed, or the manifest cannot be read. What fails for single
+                nodes is in the report's `problems` instead.
+        """
+        if not force and not correct_versions and self.is_in_line():
+            return SyncReport()
+        with self.changing("sync"):
+            report = SyncReport(checked=True)
+            difference = self.compare()
+            for name in difference.missing_nodes:
+                self.restore(name, report, report.installed)
+            for wrong in difference.version_mismatches if correct_versions else []:
+                self.restore(wrong["name"], report, report.corrected)
+            self.install_requirements()
+            if not report.problems:
+                write_atomic(self.paths.stamp, json.dumps({"stamp": self.stamp()}).encode())
+        return report
+
+    def restore(self, name: str, report: SyncReport, done: list[str]) -> None:
+        """Bring one node to what the manifest says, or note why not."""
+        key, info = self.find_node(name)
+        if self.source_of(info) is None or info.source == "development":
+            report.problems.append(
+                f"{name} is not in custom_nodes, and only you know where it is: "
+                f"put it back, or: comfydock node remove {name}"
+            )
+            return
+        try:
+            with self.change() as change:
+                self.put_in_place(change, key, self.prepare(change, key, info, force=False), no_test=False)
+            done.append(name)
+        except CDEnvironmentError as error:
+            report.problems.append(f"{name}: {error.message}")
+
+    def track(self, name: str) -> NodeInfo:
+        """Write a folder that is in custom_nodes into the manifest as what it looks like; nothing else changes.
+
+        A clone with a remote is a git node, one with the marks of the registry a registry node, else it is development.
+        """
+        with self.changing(f"track {name}"):
+            folder = os.path.join(self.custom_nodes, name)
+            if name not in self.folders():
+                raise CDEnvironmentError(f"there is no folder {folder}", code="not-found")
+            info = self.recognised(folder, name)
+            key = info.registry_id or info.name
+            if key in self.list_nodes():
+                raise CDNodeConflictError(f"the manifest has another {key}", f"comfydock node remove {key}", "conflict")
+            change_nodes(self.paths, {key: self.entry(folder, info)}, self.python)
+        return info
+
+    def recognised(self, folder: str, name: str) -> NodeInfo:
+        """What kind of node a folder holds."""
+        check_node_name(name)
+        remote = remote_of(folder)
+        if remote:
+            return NodeInfo(name, repository=remote, version=GitSource().version_in(folder), source="git")
+        project = project_table(folder, self.python)
+        if os.path.isfile(os.path.join(folder, ".tracking")) and isinstance(project.get("name"), str):
+            version = RegistrySource().version_in(folder)
+            return NodeInfo(name, registry_id=project["name"], version=version, source="registry")
+        return NodeInfo(name, version="dev", source="development")
+
+    def move_untracked_aside(self, names: list[str]) -> list[str]:
+        """Move folders that the manifest does not have from custom_nodes to the shelf; returns their new paths."""
+        with self.changing("move nodes aside"):
+            difference = self.compare()
+            untracked = [name for name in names if name in difference.extra_nodes + difference.found_nodes]
+            return [move_aside(os.path.join(self.custom_nodes, name), self.paths.removed) for name in untracked]
+
+    # The steps of a change
+
+    @contextmanager
+    def changing(self, purpose: str) -> Iterator[None]:
+        """Hold the content lock, on ground that no killed command left half done."""
+        with locked(self.paths.content_lock, 30.0, purpose):
+            self.take_back_interrupted()
+            yield
+
+    def interrupted(self) -> list[str]:
+        """Staging folders; while the content lock is free, each is of a command that was killed."""
+        try:
+            return [os.path.join(self.staging, name) for name in sorted(os.listdir(self.staging))]
+        except OSError:
+            return []
+
+    def take_back_interrupted(self) -> None:
+        """Undo what killed commands left half done; the lock is held."""
+        for folder in self.interrupted():
+            change = NodeChange(folder)
+            if not change.read():
+                change.tidy()
+            elif change.journal.holds(self.manifest):
+                self.finish(change)
+            else:
+                self.tell("a node change that was broken off is taken back")
+                self.undo(change)
+        remove_empty(self.staging)
+
+    @contextmanager
+    def change(self) -> Iterator[NodeChange]:
+        """A staging folder for one change, which is taken back when anything goes wrong."""
+        import uuid
+
+        if not os.path.isdir(self.comfyui):
+            raise CDEnvironmentError(f"ComfyUI is not at {self.comfyui}", "comfydock repair", "not-found")
+        change = NodeChange(os.path.join(self.staging, uuid.uuid4().hex))
+        make_folder(change.old)
+        try:
+            yield change
+        except BaseException:
+            self.undo(change)
+            raise
+        self.finish(change)
+
+    def undo(self, change: NodeChange) -> None:
+        """Put folders and packages back; the manifest was not written yet."""
+        if os.path.exists(change.journal_path):
+            change.undo_moves()
+            if self.python and change.journal.packages is not None:
+                Packages(self.python, change.folder, change.journal.packages).put_back(self.tell)
+        change.tidy()
+
+    def finish(self, change: NodeChange) -> None:
+        """The change holds: what it replaced goes, to the shelf when it holds somebody's work."""
+        for folder in change.journal.keeps:
+            if os.path.lexists(folder):
+                self.tell(f"the former {os.path.basename(folder)} is kept: {move_aside(folder, self.paths.removed)}")
+        change.tidy()
+
+    def tracked_as(self, info: NodeInfo, identifier: str, force: bool) -> tuple[str, NodeInfo]:
+        """The key for a node that is to be added, and its NodeInfo in the folder of the tracked node it replaces.
+
+        Raises:
+            CDNodeConflictError: what is there already is not to be replaced.
+        """
+        from dataclasses import replace
+
+        for key, old in self.list_nodes().items():
+            same_name = (info.registry_id or info.name).casefold() in (key.casefold(), old.name.casefold())
+            if not same_name and not same_repository(info.repository, old.repository):
+                continue
+            version_asked = info.source == old.source and "@" in identifier and info.version != old.version
+            if not force and not version_asked and os.path.isdir(self.folder_of(old)):
+                hint = f"comfydock node update {key}" if info.source == old.source else f"comfydock node remove {key}"
+                raise CDNodeConflictError(f"{key} is already here ({old.source} {old.version})", hint, "conflict")
+            return key, info if info.source == "development" else replace(info, name=old.name)
+        return info.registry_id or info.name, info
+
+    def prepare(self, change: NodeChange, key: str, info: NodeInfo, force: bool) -> NodeInfo:
+        """Fetch a node into the staging folder and plan how it takes its place; nothing is moved yet."""
+        old = self.list_nodes().get(key)
+        folder = self.folder_of(info)
+        carries = os.path.lexists(folder) and self.prepare_replacing(change, old, folder, force)
+        self.tell(f"fetching {info.name} {info.version or ''}".rstrip())
+        info = self.source_of(info).fetch(info, change.new, self.tell)
+        if carries and old:
+            known = self.source_of(old).files(folder)
+            carry_over(folder, change.new, [name for name in files_below(folder) if name not in known])
+        change.journal.moves.append([change.new, os.path.join(self.custom_nodes, info.name)])
+        return info
+
+    def prepare_replacing(self, change: NodeChange, old: Optional[NodeInfo], folder: str, force: bool) -> bool:
+        """Plan where the folder goes that a node is to replace; whether the user's files in it are known as such.
+
+        Raises:
+            CDNodeConflictError: it has to stay.
+        """
+        name = os.path.basename(folder)
+        if (old is None or old.name.casefold() != name.casefold()) and not force:
+            raise CDNodeConflictError(
+                f"custom_nodes has a folder {name} that the manifest does not know",
+                "comfydock repair (to track it), or --force (to move it aside)",
+                "conflict",
+            )
+        if old is not None and old.source == "development":
+            change.journal.moves += self.disabling_moves(folder)
+            return False
+        changes = self.local_changes(old, folder)
+        if changes and not force:
+            raise CDNodeConflictError(
+                f"{name} has local changes ({', '.join(changes[:3])})",
+                "save them, or use --force (they are moved aside)",
+                "local-changes",
+            )
+        former = os.path.join(change.old, name)
+        change.journal.moves.append([folder, former])
+        if changes is None or changes:
+            change.journal.keeps.append(former)
+        return changes is not None
+
+    def local_changes(self, old: Optional[NodeInfo], folder: str) -> Optional[list[str]]:
+        """What of a folder is the user's work; None when nobody can tell."""
+        source = self.source_of(old) if old else None
+        answer: Optional[list[str]] = source.changes(folder, old) if source and not is_link(folder) else None
+        return answer
+
+    def prepare_leaving(self, change: NodeChange, info: NodeInfo, folder: str) -> str:
+        """Plan the removal of a folder; the answer is the word for it: disabled, moved or deleted."""
+        if info.source == "development":
+            change.journal.moves += self.disabling_moves(folder)
+            return "disabled"
+        self.prepare_replacing(change, info, folder, force=True)
+        return "moved" if change.journal.keeps else "deleted"
+
+    def disabling_moves(self, folder: str) -> list[list[str]]:
+        """The renames that disable a node; one that was disabled before gets the time into its name, as in 1.0.x."""
+        disabled = f"{folder}.disabled"
+        earlier = [[disabled, f"{folder}.{time.time_ns() // 10**6}.disabled"]] if os.path.lexists(disabled) else []
+        return [*earlier, [folder, disabled]]
+
+    def prepare_development(self, change: NodeChange, key: str, place: str, force: bool) -> None:
+        """Plan how a development folder comes into custom_nodes: not at all when it is there, else as a link."""
+        old = self.list_nodes().get(key)
+        folder = os.path.join(self.custom_nodes, os.path.basename(place))
+        if os.path.realpath(place) == os.path.realpath(folder):
+            return
+        existing = self.existing(os.path.basename(place))
+        if existing:
+            self.prepare_replacing(change, old, existing, force)
+        link_folder(place, change.new)
+        change.journal.moves.append([change.new, folder])
+
+    def put_in_place(self, change: NodeChange, key: str, info: NodeInfo, no_test: bool) -> None:
+        """Carry out a planned change: try, write down, move, install, record."""
+        folder = os.path.join(self.custom_nodes, info.name) if change.journal.moves else self.folder_of(info)
+        fetched = change.new if os.path.lexists(change.new) else folder
+        journal = change.journal
+        journal.before[key], journal.after[key] = self.manifest.entry(key), self.entry(fetched, info, key)
+        packages = self.packages_for(change, fetched)
+        if packages and not no_test:
+            self.tell(f"trying the requirements of {info.name}")
+            packages.try_install(fetched)
+        change.write_down()
+        change.do_moves()
+        if packages:
+            self.tell(f"installing the requirements of {info.name}")
+            packages.install(folder, self.tell)
+            if os.path.isfile(os.path.join(folder, "install.py")):
+                self.tell(f"running install.py of {info.name}")
+                packages.run_install_script(folder, self.comfyui, self.tell)
+        if journal.before != journal.after:
+            change_nodes(self.paths, journal.after, self.python)
+
+    def packages_for(self, change: NodeChange, folder: str) -> Optional[Packages]:
+        """The packages that a node's change touches; None when it needs none, or there is no Python to hold them."""
+        needs = node_requirements(folder, self.python).strip() or os.path.isfile(os.path.join(folder, "install.py"))
+        if needs and not self.python:
+            self.tell("warning: this environment has no Python yet, so what the node needs is not installed")
+        if not needs or not self.python:
+            return None
+        packages = Packages(self.python, change.folder)
+        change.journal.packages = packages.before
+        return packages
+
+    def entry(self, folder: str, info: NodeInfo, key: Optional[str] = None) -> dict[str, Any]:
+        """The manifest entry for a node in a folder."""
+        old = self.manifest.tables.get(key or "")
+        needed = requirement_lines(node_requirements(folder, self.python))
+        return {"table": table_from_info(info, old), "requirements": needed}
+
+    # Sync
+
+    def requirement_folders(self) -> list[str]:
+        """Folders whose requirements are the environment's to install: of an adopted one, the nodes added by us."""
+        own = [] if self.manifest.comfyui_path else [self.comfyui]
+        nodes = [self.folder_of(info) for info in self.list_nodes().values() if self.source_of(info)]
+        return [folder for folder in own + nodes if os.path.isdir(folder)]
+
+    def install_requirements(self) -> None:
+        """Install what ComfyUI and the nodes need and is not there."""
+        folders = [folder for folder in self.requirement_folders() if node_requirements(folder, self.python).strip()]
+        if not self.python or not folders:
+            return
+        with self.change() as change:
+            Packages(self.python, change.folder).install_all(folders, self.tell)
+
+    def is_in_line(self) -> bool:
+        """Whether nothing changed since the last bring_in_line that found no problem."""
+        return bool(read_json(self.paths.stamp).get("stamp") == self.stamp())
+
+    def stamp(self) -> str:
+        """A digest of all that bring_in_line depends on: a few dozen stat calls, no program is run."""
+        import hashlib
+
+        with open(self.paths.manifest, "rb") as file:
+            digest = hashlib.sha256(file.read())
+        watched = [
+            os.path.join(folder, name)
+            for folder in self.requirement_folders()
+            for name in ("requirements.txt", "pyproject.toml")
+        ]
+        for path in [*watched, *([self.python, pyvenv_path(self.python)] if self.python else [])]:
+            digest.update(f"{path}\0{file_mark(path)}\0".encode("utf-8", "surrogateescape"))
+        digest.update("\0".join(self.folders() + self.interrupted()).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+
+def pyvenv_path(python: str) -> str:
+    """The file that a venv is made new with."""
+    return os.path.join(os.path.dirname(os.path.dirname(python)), "pyvenv.cfg")
+
+
+def file_mark(path: str) -> str:
+    """Size and time of a file, which change with its content."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+# Creating and deleting an environment
+
+CREATE_MESSAGE = "Initial environment setup"
+DISK_NEEDED = {"code": 500, "cpu": 4000, "other": 12000}  # MB: the code, PyTorch for the CPU, for a graphics card
+
+
+@dataclass
+class CreateOptions:
+    """What `create` was asked for.
+
+    `source` is a git address, a folder or an archive (path or address); `comfyui` a tag, branch or commit, None for the
+    newest release; `python` an interpreter's path or a version such as 3.12.
+    """
+
+    name: str
+    source: Optional[str] = None
+    comfyui: Optional[str] = None
+    python: Optional[str] = None
+    torch_backend: str = "auto"
+    no_install: bool = False
+
+
+@dataclass
+class CreateReport:
+    """What `create` made; `seconds` by stage, for those that ran this time."""
+
+    comfyui_version: Optional[str] = None
+    commit: Optional[str] = None
+    python: Optional[str] = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Callable[[str], None]) -> CreateReport:
+    """Make an environment; run again after a failure or a kill it goes on with the first stage that is not done.
+
+    Raises:
+        CDEnvironmentError: code "exists" when there is a complete environment or a folder of somebody else; else as
+            the stages do. What was made stays for the next try, without `.complete`.
+    """
+    claim_place(paths)
+    with locked(paths.content_lock, 5.0, f"create {options.name}"):
+        claim_place(paths)  # another command may have completed it meanwhile
+        creation = Creation(paths, options, tell)
+        creation.stage("disk space", creation.check_space)
+        creation.stage("ComfyUI", creation.get_comfyui)
+        if not options.no_install:
+            creation.stage("Python", creation.make_venv)
+            creation.stage("PyTorch", creation.install_torch)
+            creation.stage("requirements", creation.install_requirements)
+        creation.stage("manifest", creation.write_manifest)
+        creation.stage("git", creation.start_history)
+        creation.finish()
+    return creation.report
+
+
+def claim_place(paths: EnvironmentPaths) -> None:
+    """Make the environment's folder, unless there is one that is complete or not ours."""
+    if os.path.exists(paths.complete):
+        raise CDEnvironmentError(f"{paths.root} already holds an environment", "choose another name", "exists")
+    if not os.path.exists(paths.creation) and not is_untouched(paths):
+        raise CDEnvironmentError(f"{paths.root} exists and is no unfinished environment", "use another name", "exists")
     make_folder(paths.cec)
-    write_atomic(paths.cache, json.dumps(manifest.__dict__).encode())
+    if not os.path.exists(paths.creation):
+        write_atomic(paths.creation, b"{}")
+
+
+def is_untouched(paths: EnvironmentPaths) -> bool:
+    """Whether there is nothing at an environment's place, but for a `.cec` that a killed `create` had only begun."""
+
+    def names(folder: str) -> list[str]:
+        return os.listdir(folder) if os.path.isdir(folder) else []
+
+    others = set(names(paths.root)) - {os.path.basename(paths.cec)}
+    return not others and all(name.endswith(".tmp") for name in names(paths.cec))
+
+
+class Creation:
+    """An environment being made. `record` is on disk: the options, what was found out, and the stages done."""
+
+    def __init__(self, paths: EnvironmentPaths, options: CreateOptions, tell: Callable[[str], None]) -> None:
+        self.paths, self.options, self.tell = paths, options, tell
+        self.report = CreateReport()
+        self.record = read_json(paths.creation)
+        if self.record and self.record.get("options") != options.__dict__:
+            self.start_over()
+        self.record = {"done": [], "facts": {}, **self.record, "options": options.__dict__}
+        self.save()
+
+    def start_over(self) -> None:
+        """Other options than last time: what was made for those goes."""
+        self.tell("the options changed: the unfinished environment is made anew")
+        for path in (self.paths.comfyui, self.paths.partial, self.paths.venv, self.paths.manifest):
+            remove_tree(path)
+        self.record = {}
+
+    def save(self) -> None:
+        """Write the record down."""
+        write_atomic(self.paths.creation, json.dumps(self.record).encode())
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the stages found out: version, commit."""
+        facts: dict[str, Any] = self.record["facts"]
+        return facts
+
+    @property
+    def python(self) -> str:
+        """The environment's interpreter."""
+        return venv_python(self.paths.venv)
+
+    def stage(self, title: str, work: Callable[[], None]) -> None:
+        """Do one stage unless it is done; tell how long it took."""
+        if title in self.record["done"]:
+            return
+        self.tell(f"{title} ...")
+        start = time.monotonic()
+        work()
+        took = self.report.seconds[title] = time.monotonic() - start
+        self.tell(f"{title}: done in {took:.1f} s")
+        if title != "disk space":  # to be checked each time
+            self.record["done"].append(title)
+        self.save()
+
+    def check_space(self) -> None:
+        """Refuse to begin what cannot end. Sizes are measured: 1.7 GB of packages for the CPU, 5 to 8 GB else."""
+        import shutil
+
+        kind = "code" if self.options.no_install else "cpu" if self.options.torch_backend == "cpu" else "other"
+        needed = DISK_NEEDED[kind] if "PyTorch" not in self.record["done"] else DISK_NEEDED["code"]
+        free = shutil.disk_usage(self.paths.root).free // MEGABYTE
+        if free < needed:
+            raise CDEnvironmentError(
+                f"{self.paths.root} has {free} MB free, about {needed} MB are needed",
+                "make room, or use another --workspace",
+                "disk-full",
+            )
+
+    def get_comfyui(self) -> None:
+        """Fetch ComfyUI beside its place, then rename: a folder ComfyUI is a whole one."""
+        if not os.path.isdir(self.paths.comfyui):
+            remove_tree(self.paths.partial)
+            fetch_comfyui(self.options, self.paths.partial, self.tell, self.facts)
+            move(self.paths.partial, self.paths.comfyui)
+        self.facts["commit"] = git_answer(["rev-parse", "HEAD"], self.paths.comfyui)
+        self.facts["version"] = self.facts.get("version") or code_version(self.paths.comfyui)
+        make_folder(os.path.join(self.paths.comfyui, "custom_nodes"))
+
+    def make_venv(self) -> None:
+        """A new venv with pip in it, as ComfyUI-Manager needs it."""
+        remove_tree(self.paths.venv)
+        make_venv(self.paths.venv, self.options.python)
+        words = "import sys; print('%d.%d' % sys.version_info[:2])"
+        version = run_command([self.python, "-c", words], timeout=60.0).stdout.strip()
+        if not version:
+            raise CDEnvironmentError(f"{self.python} does not run", "name another --python", "python")
+        self.facts["python_version"] = version
+        write_atomic(self.paths.python_version, f"{version}\n".encode(), 0o644)
+
+    def install_torch(self) -> None:
+        """PyTorch from its own index, before the requirements: else the usual index decides for which hardware."""
+        installer = find_installer(self.python)
+        backend = self.options.torch_backend
+        index = ["--index-url", torch_index(detect_torch_backend() if backend == "auto" else backend)]
+        words = installer.torch_words(backend)
+        try:
+            installer.install([*words, *TORCH_PACKAGES], tell=self.tell)
+        except CDEnvironmentError:
+            if words == index:
+                raise
+            installer.install([*index, *TORCH_PACKAGES], tell=self.tell)  # a backend this uv has not heard of
+
+    def install_requirements(self) -> None:
+        """What ComfyUI itself needs, PyTorch held as it is."""
+        if node_requirements(self.paths.comfyui).strip():
+            Packages(self.python, self.paths.cec).install(self.paths.comfyui, self.tell)
+        remove_file(os.path.join(self.paths.cec, "constraints.txt"))
+
+    def write_manifest(self) -> None:
+        """The manifest, in the tables of 1.0.x."""
+        frozen = [] if self.options.no_install else find_installer(self.python).freeze()
+        text = first_manifest(self.options, self.facts, node_requirements(self.paths.comfyui), held_packages(frozen))
+        parse_toml(text, self.paths.manifest, None if self.options.no_install else self.python)
+        write_atomic(self.paths.manifest, text.encode(), 0o644)
+
+    def start_history(self) -> None:
+        """The manifest's git repository, where git is."""
+        GitManager(self.paths.cec).initialize_environment_repo(CREATE_MESSAGE)
+
+    def finish(self) -> None:
+        """The last stage: from here on it is an environment."""
+        write_atomic(self.paths.complete, b"", 0o644)
+        remove_file(self.paths.creation)
+        self.report.comfyui_version = self.facts.get("version")
+        self.report.commit = self.facts.get("commit")
+        self.report.python = None if self.options.no_install else self.python
+
+
+def fetch_comfyui(options: CreateOptions, folder: str, tell: Callable[[str], None], facts: dict[str, Any]) -> None:
+    """Bring ComfyUI's code into a new folder; notes the version that it chose in `facts`."""
+    source = options.source or COMFYUI_REPOSITORY
+    is_folder = os.path.isdir(source)
+    if source.lower().endswith((".zip", ".tar.gz", ".tgz")) and not is_folder:
+        unpack_code(source, folder, tell)
+    elif is_folder and not os.path.lexists(os.path.join(source, ".git")) and not source.endswith(".git"):
+        copy_folder(source, folder)
+    else:
+        source = os.path.abspath(source) if is_folder else source
+        fetch_repository(source, options.comfyui, folder, tell, facts)
+    if not os.path.isfile(os.path.join(folder, "main.py")):
+        raise CDEnvironmentError(f"{source} holds no ComfyUI: it has no main.py", "name another --source", "not-found")
+
+
+def fetch_repository(
+    url: str, reference: Optional[str], folder: str, tell: Callable[[str], None], facts: dict[str, Any]
+) -> None:
+    """ComfyUI from a repository: by git, or without git as the archive that GitHub makes of it."""
+    check_repository(url)
+    reference = reference or newest_release(url)
+    facts["version"] = reference
+    tell(f"fetching {url} {reference or '(no release: its default branch)'}")
+    if git_path() is not None:
+        clone(url, reference, folder)
+        return
+    owner = github_name(url)
+    if owner is None:
+        raise CDEnvironmentError(
+            f"{url} cannot be read without git", "install git, or use --source with an archive", "missing"
+        )
+    check_reference(reference or "HEAD")
+    unpack_code(f"https://github.com/{owner}/archive/{reference or 'HEAD'}.tar.gz", folder, tell)
+
+
+def unpack_code(source: str, folder: str, tell: Callable[[str], None]) -> None:
+    """ComfyUI from an archive: a path, or an address that is downloaded first."""
+    if os.path.isfile(source):
+        unpack(source, folder, UNPACKED_LIMIT, strip=True)
+        return
+    if "://" not in source:
+        raise CDEnvironmentError(f"{source} is not there", "name another --source", "not-found")
+    archive = folder + ".archive"
+    remove_file(archive)
+    try:
+        save(archive, download(source, CODE_LIMIT, tell=tell))
+        unpack(archive, folder, UNPACKED_LIMIT, strip=True)
+    finally:
+        remove_file(archive)
+
+
+def code_version(folder: str) -> Optional[str]:
+    """The version that ComfyUI's own comfyui_version.py names, as a tag."""
+    import re
+
+    path = os.path.join(folder, "comfyui_version.py")
+    found = re.search(r"""__version__\s*=\s*["']([^"']+)""", read_any_text(path)) if os.path.isfile(path) else None
+    return f"v{found.group(1)}" if found else None
+
+
+def make_venv(folder: str, python: Optional[str]) -> None:
+    """A venv with pip: by uv where it is (which also fetches Pythons), else by the Python itself."""
+    import shutil
+
+    uv = shutil.which("uv")
+    if uv is not None:
+        done = run_command(
+            [uv, "venv", "--seed", "--quiet", *(["--python", python] if python else []), folder],
+            timeout=INSTALL_SECONDS,
+        )
+        if done.returncode == 0:
+            return
+        remove_tree(folder)
+    interpreter = find_python(python)
+    done = run_command([interpreter, "-m", "venv", folder], timeout=600.0)
+    if done.returncode != 0:
+        raise CDEnvironmentError(
+            f"{interpreter} cannot make a venv: {last_words(done)}",
+            "install python3-venv (Debian, Ubuntu) or uv, or name another --python",
+            "python",
+        )
+
+
+def find_python(wanted: Optional[str]) -> str:
+    """The interpreter for a path, a version or (None) this program's own. Raises CDEnvironmentError for none."""
+    import shutil
+
+    if wanted is None:
+        return sys.executable
+    found = shutil.which(wanted) or shutil.which(f"python{wanted}")
+    if found is None:
+        raise CDEnvironmentError(f"there is no Python {wanted!r} here", "give --python a path, or install uv", "python")
+    return found
+
+
+def first_manifest(options: CreateOptions, facts: dict[str, Any], requirements: str, held: list[str]) -> str:
+    """The text of a new environment's manifest."""
+    version = facts.get("python_version")
+    project = {
+        "name": f"comfydock-env-{options.name}",
+        "version": "0.1.0",
+        "requires-python": f">={version or '3.9'}",
+        "dependencies": requirement_lines(requirements),
+    }
+    settings = {
+        "comfyui_version": facts.get("version"),
+        "comfyui_version_type": version_type(facts.get("version")),
+        "comfyui_commit_sha": facts.get("commit"),
+        "python_version": version,
+        "torch_backend": options.torch_backend,
+    }
+    lines = ["[project]", *toml_lines(project), "", "[tool.comfydock]", *toml_lines(settings), *torch_lines(held)]
+    return "\n".join(lines) + "\n"
+
+
+def torch_lines(held: list[str]) -> list[str]:
+    """The lines of the tables by which `uv sync` finds the same PyTorch again."""
+    ours = [line for line in held if package_name(line) in TORCH_PACKAGES]
+    index = held_index(ours)
+    if index is None:
+        return []
+    name = "pytorch-" + index.removeprefix(TORCH_INDEX)
+    sources = [f"{package_name(line)} = {{ index = {toml_value(name)} }}" for line in ours]
+    return [
+        "",
+        "[[tool.uv.index]]",
+        *toml_lines({"name": name, "url": index, "explicit": True}),
+        "",
+        "[tool.uv.sources]",
+        *sources,
+        "",
+        "[tool.uv]",
+        *toml_lines({"constraint-dependencies": ours}),
+    ]
+
+
+def version_type(version: Optional[str]) -> Optional[str]:
+    """The word of 1.0.x for a version of ComfyUI: release, commit or branch."""
+    import re
+
+    if not version:
+        return None
+    if re.fullmatch(r"v?\d+\.\d+\.\d+", version):
+        return "release"
+    return "commit" if re.fullmatch(r"[0-9a-f]{7,64}", version) else "branch"
+
+
+def adopt_environment(
+    paths: EnvironmentPaths, name: str, comfyui: str, python: str, tell: Callable[[str], None]
+) -> Manifest:
+    """Make an environment of a checkout that is there already; nothing is written into it.
+
+    The nodes in it are recorded as found: left alone until somebody has them tracked.
+    """
+    comfyui = os.path.realpath(comfyui)
+    if not os.path.isfile(os.path.join(comfyui, "main.py")):
+        raise CDEnvironmentError(f"{comfyui} holds no ComfyUI: there is no main.py", code="not-found")
+    claim_place(paths)
+    with locked(paths.content_lock, 5.0, f"create {name}"):
+        facts = {"version": code_version(comfyui), "commit": git_answer(["rev-parse", "HEAD"], comfyui)}
+        text = first_manifest(CreateOptions(name), facts, "", [])
+        write_atomic(paths.manifest, text.encode(), 0o644)
+        change_settings(paths, {"comfyui_path": comfyui, "python_path": python, "torch_backend": None}, python)
+        found = NodeManager(paths, python, tell).folders()
+        change_settings(paths, {"found_nodes": found or None}, python)
+        GitManager(paths.cec).initialize_environment_repo(CREATE_MESSAGE)
+        write_atomic(paths.complete, b"", 0o644)
+        remove_file(paths.creation)
+    return read_manifest(paths, python)
+
+
+def write_demo_manifest(paths: EnvironmentPaths, name: str, python: str) -> None:
+    """The manifest of the built-in demo, which runs on the Python that comfydock itself runs on."""
+    make_folder(paths.cec)
+    project = {"name": f"comfydock-env-{name}", "version": "0.1.0"}
+    lines = [
+        "[project]",
+        *toml_lines(project),
+        "",
+        "[tool.comfydock]",
+        *toml_lines({"demo": True, "python_path": python}),
+    ]
+    write_atomic(paths.manifest, ("\n".join(lines) + "\n").encode(), 0o644)
+    write_atomic(paths.gitignore, GitManager.GITIGNORE.encode(), 0o644)
+    write_atomic(paths.complete, b"", 0o644)
+
+
+def delete_environment(paths: EnvironmentPaths) -> None:
+    """Delete an environment's folder. Links and junctions out of it are cut; an adopted checkout stays.
+
+    `.complete` goes first, so that a deletion that breaks off leaves nothing that looks whole; `.cec` goes last.
+
+    Raises:
+        CDEnvironmentError: code "locked", "mounted", "in-use" as the steps do, or "adopted" when the checkout that was
+            adopted lies inside the environment's folder.
+    """
+    if is_link(paths.root):
+        remove_file(paths.root)
+        return
+    refuse_adopted_inside(paths)
+    with locked(paths.content_lock, 5.0, "delete the environment"):
+        refuse_mounts(paths.root)
+        remove_file(paths.complete)
+        for name in os.listdir(paths.root):
+            if os.path.join(paths.root, name) != paths.cec:
+                remove_tree(os.path.join(paths.root, name))
+    remove_tree(paths.root)  # Windows deletes no file that is open, as the lock is until here
+
+
+def refuse_adopted_inside(paths: EnvironmentPaths) -> None:
+    """Raise CDEnvironmentError (code "adopted") when deleting the folder would delete what was adopted."""
+    try:
+        adopted = read_manifest(paths).comfyui_path
+    except CDEnvironmentError:
+        return  # a broken environment can be deleted, too
+    root = os.path.join(os.path.realpath(paths.root), "")
+    if adopted and os.path.realpath(adopted).startswith(root):
+        raise CDEnvironmentError(f"{adopted} was adopted and lies inside {paths.root}", "move it out first", "adopted")
 
 
 # ====================================================================================================================
@@ -2786,6 +5807,7 @@ class Environment:
         self.name = name
         self.workspace_paths = workspace_paths
         self.paths = EnvironmentPaths(os.path.join(workspace_paths.environments, name))
+        self.tell: Tell = say_nothing  # long work (nodes, sync) tells its progress here
         self._taken_ports = taken_ports or dict
 
     # Where its things are ------------------------------------------------------------
@@ -2812,8 +5834,13 @@ class Environment:
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest as it stands. Raises CDEnvironmentError when it is broken."""
-        return read_manifest(self.paths)
+        """What the manifest says, or while it is broken what it last said (`nodes.manifest` reads strictly)."""
+        return last_known_manifest(self.paths)
+
+    @property
+    def nodes(self) -> NodeManager:
+        """The custom nodes; what it does is told to `tell`."""
+        return NodeManager(self.paths, self.python if os.path.exists(self.python) else None, self.tell)
 
     @property
     def is_complete(self) -> bool:
@@ -2858,6 +5885,8 @@ class Environment:
 
     @contextmanager
     def _process_lock(self, purpose: str, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+        if not os.path.exists(self.paths.lock):  # the first time here: git shall not see our files
+            GitManager(self.paths.cec).hide_runtime_files()
         with locked(self.paths.lock, seconds, purpose):
             sweep_leftovers(self.paths.state)
             yield
@@ -3253,6 +6282,42 @@ class Environment:
         self._write_state(record)
         return record
 
+    # Nodes ---------------------------------------------------------------------------
+
+    def add_node(
+        self, identifier: str, is_development: bool = False, no_test: bool = False, force: bool = False
+    ) -> NodeOperationResult:
+        """Add a custom node: a registry id, a git address or a folder. See `NodeManager.add_node`."""
+        return self.nodes.add_node(identifier, is_development, no_test, force)
+
+    def remove_node(self, identifier: str) -> NodeRemovalResult:
+        """Remove a custom node. See `NodeManager.remove_node`."""
+        return self.nodes.remove_node(identifier)
+
+    def update_node(
+        self,
+        identifier: str,
+        confirmation_strategy: "Optional[Callable[[str, str, str], bool]]" = None,
+        no_test: bool = False,
+        force: bool = False,
+    ) -> UpdateResult:
+        """Bring a custom node to its newest version. See `NodeManager.update_node`."""
+        return self.nodes.update_node(identifier, confirmation_strategy, no_test, force)
+
+    def bring_in_line(self) -> SyncReport:
+        """Install what the manifest has and the disk lacks, before a start. Costs almost nothing when nothing changed.
+
+        Raises CDEnvironmentError, with a hint that names --no-sync, when something could not be put right.
+        """
+        hint = f"comfydock -e {self.name} run --no-sync  (starts it as it is)"
+        try:
+            report = self.nodes.bring_in_line()
+        except CDEnvironmentError as error:
+            raise CDEnvironmentError(f"The environment is not in line: {error.message}", hint, "sync") from error
+        if report.problems:
+            raise CDEnvironmentError(f"The environment is not in line: {'; '.join(report.problems)}", hint, "sync")
+        return report
+
     # Orphans -------------------------------------------------------------------------
 
     def orphans(self) -> list[ProcessRow]:
@@ -3262,7 +6327,7 @@ class Environment:
         return [row for row in comfyui_processes(self._checkout) if row.pid != tracked]
 
     def take_back(self, row: ProcessRow) -> ProcessState:
-        """Adopt an orphan: from now on it is this environment's ComfyUI. Raises CDEnvironmentError when it has another."""
+        """Adopt an orphan as this environment's ComfyUI. Raises CDEnvironmentError when it has another."""
         with self._process_lock("repair"):
             sight = self.observe(lock_held=True)
             if sight.row is not None and sight.note != "untracked":
@@ -3327,6 +6392,18 @@ class Environment:
             self._stop_seen(sight, 0 if kill else timeout, meanwhile)
             self._clear_state()
             return True
+
+    def require_idle(self) -> None:
+        """Raises CDEnvironmentError while a ComfyUI of this environment runs or may run elsewhere."""
+        sight = self.observe()
+        if sight.state == FOREIGN:
+            raise self._foreign(sight)
+        if sight.row is not None:
+            raise CDEnvironmentError(
+                f"ComfyUI runs in environment '{self.name}' (PID {sight.row.pid}).",
+                f"comfydock -e {self.name} stop",
+                "running",
+            )
 
     def _tidy(self, sight: Sighting) -> None:
         """Nothing runs: a record of what ran is no longer wanted. Raises CDEnvironmentError for a damaged one."""
@@ -3417,6 +6494,13 @@ class Environment:
             for row in rows:
                 wait_for_exit(row, max(0.0, deadline - time.monotonic()))
                 reap(row.pid)
+
+    def stop_for_restart(self) -> bool:
+        """Stop ComfyUI but keep its record, so that `restart` starts it again; whether it ran."""
+        with self._process_lock("stop"):
+            sight = self.observe(lock_held=True)
+            self._stop_seen(sight, 10)
+            return sight.row is not None
 
     def restart(self, timeout: float = 10) -> bool:
         """Stop ComfyUI if it runs, and start it with the arguments and variables it was started with.
@@ -3509,7 +6593,7 @@ def _completed(command: list[str], words: str) -> "subprocess.CompletedProcess[s
 # Another program that lives here: exempt from the other doors, imports inside, uses nothing above it.
 
 
-def demo_server() -> None:
+def demo_server() -> None:  # noqa: C901  # a whole program
     """Stand in for the `main.py` of ComfyUI 0.3.64: its flags, log lines, endpoints, Origin rule and signal behaviour.
 
     `demo_source` writes this function out as a whole program, so it uses no name from outside its own body. On purpose
@@ -3538,364 +6622,166 @@ def demo_server() -> None:
     ONCE           PATH          only the process that creates the file PATH misbehaves, later ones do not
     """
     import argparse
-    import heapq
+    import errno
     import http.server
+    import itertools
     import json
+    import logging
     import os
     import signal
     import socket
+    import ssl
+    import subprocess
     import sys
     import threading
     import time
-    import traceback
     import urllib.parse
+    import uuid
 
     # --- the command line
 
-    LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
-    TEXTS = """--tls-keyfile --tls-certfile --base-directory --output-directory --temp-directory --input-directory
-        --oneapi-device-selector --front-end-version --comfy-api-base --database-url"""
-    FOLDERS = "--user-directory --front-end-root"
-    INTEGERS = "--cuda-device --default-device --preview-size"
-    DECIMALS = "--max-upload-size --reserve-vram"
-    SWITCHES = """--auto-launch --disable-auto-launch --cpu-vae --force-channels-last --disable-ipex-optimize
-        --supports-fp8-compute --disable-xformers --async-offload --force-non-blocking --disable-smart-memory
-        --multi-user --log-stdout --deterministic --mmap-torch-files --disable-mmap --dont-print-server
-        --quick-test-for-ci --disable-metadata --windows-standalone-build --disable-all-custom-nodes
-        --disable-api-nodes --enable-compress-response-body"""
-    ONE_OF_EACH = (
-        "--cuda-malloc --disable-cuda-malloc",
-        "--force-fp32 --force-fp16",
-        "--fp32-unet --fp64-unet --bf16-unet --fp16-unet --fp8_e4m3fn-unet --fp8_e5m2-unet --fp8_e8m0fnu-unet",
-        "--fp16-vae --fp32-vae --bf16-vae",
-        "--fp8_e4m3fn-text-enc --fp8_e5m2-text-enc --fp16-text-enc --fp32-text-enc --bf16-text-enc",
-        "--cache-classic --cache-lru --cache-none",
-        """--use-split-cross-attention --use-quad-cross-attention --use-pytorch-cross-attention --use-sage-attention
-        --use-flash-attention""",
-        "--force-upcast-attention --dont-upcast-attention",
-        "--gpu-only --highvram --normalvram --lowvram --novram --cpu",
-    )
-
     def folder(path: str) -> str:
-        """Return `path` if it is a readable folder, as ComfyUI demands of two of its flags."""
         if not os.path.isdir(path) or not os.access(path, os.R_OK):
-            raise argparse.ArgumentTypeError(f"'{path}' is not a directory that can be read.")
+            raise argparse.ArgumentTypeError(f"The path '{path}' does not exist.")
         return path
 
-    def build_parser() -> argparse.ArgumentParser:
-        """Know the flags of ComfyUI 0.3.64; abbreviations are accepted and a bad one exits 2, as there."""
-        parser = argparse.ArgumentParser(description="A stand-in for ComfyUI, part of comfydock: no images, no models.")
-        add = parser.add_argument
-        add("--listen", default="127.0.0.1", metavar="IP", nargs="?", const="0.0.0.0,::")
-        add("--port", type=int, default=8188)
-        add("--enable-cors-header", metavar="ORIGIN", nargs="?", const="*")
-        add("--verbose", default="INFO", nargs="?", const="DEBUG", choices=list(LEVELS))
-        add("--extra-model-paths-config", metavar="PATH", nargs="+", action="append")
-        add("--whitelist-custom-nodes", nargs="+", default=[])
-        add("--directml", type=int, nargs="?", const=-1)
-        add("--fast", nargs="*", choices=["fp16_accumulation", "fp8_matrix_mult", "cublas_ops", "autotune"])
-        add("--preview-method", choices=["none", "auto", "latent2rgb", "taesd"])
-        add("--default-hashing-function", choices=["md5", "sha1", "sha256", "sha512"])
-        for kind, names in ((folder, FOLDERS), (str, TEXTS), (int, INTEGERS), (float, DECIMALS)):
-            for name in names.split():
-                add(name, type=kind)
-        for name in SWITCHES.split():
-            add(name, action="store_true")
-        for names in ONE_OF_EACH:
-            group = parser.add_mutually_exclusive_group()
-            for name in names.split():
-                group.add_argument(name, **({"type": int} if name == "--cache-lru" else {"action": "store_true"}))
-        return parser
+    LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+    TEXTS = """--tls-keyfile --tls-certfile --base-directory --output-directory --temp-directory --input-directory
+        --oneapi-device-selector --front-end-version --comfy-api-base --database-url --preview-method
+        --default-hashing-function --cuda-device --default-device --preview-size --cache-lru --max-upload-size
+        --reserve-vram"""
+    SWITCHES = """--auto-launch --disable-auto-launch --cuda-malloc --disable-cuda-malloc --force-fp32 --force-fp16
+        --fp32-unet --fp64-unet --bf16-unet --fp16-unet --fp8_e4m3fn-unet --fp8_e5m2-unet --fp8_e8m0fnu-unet --fp16-vae
+        --fp32-vae --bf16-vae --cpu-vae --fp8_e4m3fn-text-enc --fp8_e5m2-text-enc --fp16-text-enc --fp32-text-enc
+        --bf16-text-enc --force-channels-last --disable-ipex-optimize --supports-fp8-compute --cache-classic
+        --cache-none --use-split-cross-attention --use-quad-cross-attention --use-pytorch-cross-attention
+        --use-sage-attention --use-flash-attention --disable-xformers --force-upcast-attention --dont-upcast-attention
+        --async-offload --force-non-blocking --disable-smart-memory --deterministic --mmap-torch-files --disable-mmap
+        --dont-print-server --quick-test-for-ci --windows-standalone-build --disable-metadata
+        --disable-all-custom-nodes --disable-api-nodes --multi-user --log-stdout --enable-compress-response-body"""
+    FLAGS: tuple[tuple[dict[str, Any], str], ...] = (  # how argparse reads them; the demo heeds few
+        ({"nargs": "?", "default": "127.0.0.1", "const": "0.0.0.0,::"}, "--listen"),
+        ({"type": int, "default": 8188}, "--port"),
+        ({"nargs": "?", "const": "*"}, "--enable-cors-header"),
+        ({"nargs": "?", "default": "INFO", "const": "DEBUG", "choices": LEVELS}, "--verbose"),
+        ({"nargs": "?"}, "--directml"),
+        ({"nargs": "*"}, "--fast --whitelist-custom-nodes --extra-model-paths-config"),
+        ({"type": folder}, "--user-directory --front-end-root"),
+        ({}, TEXTS),
+        ({"action": "store_true"}, SWITCHES),
+    )
+    parser = argparse.ArgumentParser(description="A stand-in for ComfyUI, part of comfydock: no images, no models.")
+    for options, names in FLAGS:
+        for name in names.split():
+            parser.add_argument(name, **options)
+    memory = parser.add_mutually_exclusive_group()
+    for name in ("--gpu-only", "--highvram", "--normalvram", "--lowvram", "--novram", "--cpu"):
+        memory.add_argument(name, action="store_true")
+    args = parser.parse_args()
 
-    def read_faults() -> dict[str, str]:
-        """Return the faults asked for by the environment, by name."""
-        prefix = "COMFYDOCK_DEMO_"
-        found = {name[len(prefix) :]: value for name, value in os.environ.items() if name.startswith(prefix) and value}
-        if "ONCE" in found:
-            try:
-                os.close(os.open(found["ONCE"], os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            except FileExistsError:
-                return {}
-        return found
+    prefix = "COMFYDOCK_DEMO_"
+    faults = {name[len(prefix) :]: value for name, value in os.environ.items() if name.startswith(prefix) and value}
+    try:
+        if "ONCE" in faults:
+            open(faults["ONCE"], "x").close()
+    except FileExistsError:
+        faults.clear()
 
-    args = build_parser().parse_args()
-    faults = read_faults()
-    stopping = threading.Event()
-
-    def say(text: str, level: str = "INFO") -> None:
-        """Log as ComfyUI does: bare lines, to stderr; with --log-stdout those below ERROR to stdout."""
-        if LEVELS[level] < LEVELS[args.verbose]:
-            return
-        stream = sys.stdout if args.log_stdout and LEVELS[level] < LEVELS["ERROR"] else sys.stderr
-        stream.write(text + "\n")
-        stream.flush()
+    logging.basicConfig(level=args.verbose, format="%(message)s", stream=sys.stdout if args.log_stdout else sys.stderr)
+    say = logging.info
 
     # --- the queue and its worker
 
-    SIZE = ("INT", {"default": 512, "min": 1, "max": 16384, "step": 1})
-    BATCH = ("INT", {"default": 1, "min": 1, "max": 4096})
-    COLOR = ("INT", {"default": 0, "min": 0, "max": 0xFFFFFF, "step": 1, "display": "color"})
-    SECONDS = ("FLOAT", {"default": 5.0, "min": 0.0, "max": 86400.0})
-    PREFIX = ("STRING", {"default": "ComfyUI"})
-    NODES: dict[str, dict[str, Any]] = {  # class -> its inputs, as /object_info shows them
-        "DemoSleep": {"seconds": SECONDS},
-        "EmptyImage": {"width": SIZE, "height": SIZE, "batch_size": BATCH, "color": COLOR},
-        "SaveImage": {"images": ("IMAGE", {}), "filename_prefix": PREFIX},
-        "PreviewImage": {"images": ("IMAGE", {})},
-    }
-    SOURCES = ("EmptyImage",)  # every other class is an output node
+    changed = threading.Condition()  # held by who looks at the queue and the history: an endpoint, or the worker
+    pending: list[list[Any]] = []  # items as /queue shows them: number, prompt id, workflow, extra data, output nodes
+    running: list[list[Any]] = []  # one of them at most
+    history: dict[str, Any] = {}  # prompt id -> record
+    numbers = itertools.count()
+    interrupted = threading.Event()  # set by /interrupt, cleared by each prompt
 
-    def problem(kind: str, message: str, details: str = "", **extra: object) -> "dict[str, Any]":
-        """Shape an error as `POST /prompt` reports it."""
-        return {"type": kind, "message": message, "details": details, "extra_info": extra}
+    def duration(workflow: "dict[str, Any]") -> float:
+        """Return the seconds that a workflow takes, at most a day; an odd one raises."""
+        asked = sum(float(body["inputs"]["seconds"]) for body in workflow.values() if body["class_type"] == "DemoSleep")
+        return max(0.0, min(asked, 86400.0))
 
-    def input_problem(name: str, kind: str, given: "dict[str, Any]") -> "Any":
-        """Say what is wrong with one input of a node, or None; links and ranges are taken on trust."""
-        if name not in given:
-            return problem("required_input_missing", "Required input is missing", name, input_name=name)
-        if kind == "IMAGE":
-            return None
-        try:
-            {"INT": int, "FLOAT": float, "STRING": str}[kind](given[name])
-        except (TypeError, ValueError) as error:
-            message, details = f"Failed to convert an input value to a {kind} value", f"{name}, {given[name]}, {error}"
-            return problem("invalid_input_type", message, details, input_name=name)
-        return None
-
-    def validate(workflow: "dict[str, Any]") -> "tuple[list[str], Any, dict[str, Any]]":
-        """Return a workflow's output nodes, the error that refuses it (or None) and the errors of its nodes."""
-        for node, body in workflow.items():
-            if "class_type" not in body:
-                message = "Cannot execute because a node is missing the class_type property."
-                return [], problem("invalid_prompt", message, f"Node ID '#{node}'"), {}
-            if body["class_type"] not in NODES:
-                message = f"Cannot execute because node {body['class_type']} does not exist."
-                return [], problem("invalid_prompt", message, f"Node ID '#{node}'"), {}
-        outputs = [node for node, body in workflow.items() if body["class_type"] not in SOURCES]
-        if not outputs:
-            return [], problem("prompt_no_outputs", "Prompt has no outputs"), {}
-        bad = {}
-        for node, body in workflow.items():
-            wanted, given = NODES[body["class_type"]], body.get("inputs", {})
-            checks = [input_problem(name, kind, given) for name, (kind, _) in wanted.items()]
-            errors = [check for check in checks if check]
-            if errors:
-                bad[node] = {"errors": errors, "dependent_outputs": outputs, "class_type": body["class_type"]}
-        if not bad:
-            return outputs, None, {}
-        shown = [error for node in outputs if node in bad for error in bad[node]["errors"]]
-        details = "\n".join(f"{error['message']}: {error['details']}" for error in shown)
-        return [], problem("prompt_outputs_failed_validation", "Prompt outputs failed validation", details), bad
-
-    class Work:
-        """ComfyUI's prompt queue, the history, and the one thread that executes.
-
-        pending: a heap of [number, prompt id, workflow, extra data, outputs]; running: at most one of them; number: the
-        next one; history: prompt id -> record, oldest first; interrupted: set by /interrupt, cleared by each prompt.
-        """
-
-        def __init__(self) -> None:
-            self.pending: list[list[Any]] = []
-            self.running: list[list[Any]] = []
-            self.history: dict[str, Any] = {}
-            self.number = 0
-            self.changed = threading.Condition()
-            self.interrupted = threading.Event()
-
-        def next_number(self, wanted: "dict[str, Any]") -> float:
-            """Number a prompt: as it wishes, or next in line, negative to go before all others."""
-            if "number" in wanted:
-                return float(wanted["number"])
-            number, self.number = self.number, self.number + 1
-            return -number if wanted.get("front") else number
-
-        def put(self, item: "list[Any]") -> None:
-            """Queue a prompt."""
-            with self.changed:
-                heapq.heappush(self.pending, item)
-                self.changed.notify()
-
-        def drop(self, unwanted: "Callable[[list[Any]], bool]") -> None:
-            """Remove pending prompts; the running one stays."""
-            with self.changed:
-                self.pending = [item for item in self.pending if not unwanted(item)]
-                heapq.heapify(self.pending)
-
-        def execute_forever(self) -> None:
-            """Execute one prompt after another, recording each."""
-            while True:
-                with self.changed:
-                    self.changed.wait_for(lambda: self.pending)
-                    item = heapq.heappop(self.pending)
-                    self.running.append(item)
-                began = time.monotonic()
-                record = self.execute(item)
-                with self.changed:
-                    self.running.remove(item)
-                    self.history[item[1]] = record
-                say(f"Prompt executed in {time.monotonic() - began:.2f} seconds")
-
-        def execute(self, item: "list[Any]") -> "dict[str, Any]":
-            """Run the nodes of one prompt in the order they are written; return its history record."""
+    def work() -> None:
+        """Execute one prompt after another: sleep as long as it asks, or until it is interrupted, and record it."""
+        while True:
+            with changed:
+                changed.wait_for(lambda: pending)
+                interrupted.clear()  # before it shows as running: who interrupts what he saw is heard
+                running.append(pending.pop(0))
             if "STUCK" in faults:
-                raise SystemExit  # a thread swallows it without a word: the prompt stays in `running` for ever
-            self.interrupted.clear()
-            messages: list[Any] = []
+                return
+            item, began = running[0], time.monotonic()
+            done = not interrupted.wait(duration(item[2]))
+            messages = [["execution_success" if done else "execution_interrupted", {"prompt_id": item[1]}]]
+            status = {"status_str": "success" if done else "error", "completed": done, "messages": messages}
+            with changed:
+                history[item[1]] = {"prompt": running.pop(), "outputs": {}, "status": status, "meta": {}}
+            say(f"Prompt executed in {time.monotonic() - began:.2f} seconds")
 
-            def tell(event: str, **facts: object) -> None:
-                """Add what /history will show."""
-                messages.append([event, {"prompt_id": item[1], **facts, "timestamp": int(time.time() * 1000)}])
+    # --- the endpoints
 
-            tell("execution_start")
-            tell("execution_cached", nodes=[])
-            completed = True
-            for node, body in item[2].items():
-                seconds = float(body["inputs"]["seconds"]) if body["class_type"] == "DemoSleep" else 0.0
-                if self.interrupted.wait(max(0.0, min(seconds, 86400.0))):
-                    say("Processing interrupted")
-                    tell("execution_interrupted", node_id=node, node_type=body["class_type"], executed=[])
-                    completed = False
-                    break
-            else:
-                tell("execution_success")
-            status = {"status_str": "success" if completed else "error", "completed": completed, "messages": messages}
-            shown = item[4] if completed else []
-            outputs: dict[str, Any] = {node: {"images": []} for node in shown}
-            names = ("node_id", "display_node", "real_node_id")
-            meta = {node: {**dict.fromkeys(names, node), "parent_node": None} for node in shown}
-            return {"prompt": item, "outputs": outputs, "status": status, "meta": meta}
+    INDEX = (
+        "<!doctype html><html lang=en><head><meta charset=utf-8><title>ComfyUI (comfydock demo)</title></head><body>"
+        "<h1>ComfyUI demo</h1><p>Not ComfyUI but the stand-in that comes with comfydock. It makes no images.</p>"
+        "<p><a href=system_stats>system_stats</a> <a href=queue>queue</a> <a href=history>history</a></p></body></html>"
+    )
+    NAMES = ("DemoSleep", "EmptyImage", "SaveImage", "PreviewImage")
+    NODES = {name: {"name": name, "category": "demo", "output_node": name != "EmptyImage"} for name in NAMES}
 
-    work = Work()
-
-    # --- the endpoints: each returns a text, a JSON value, None (empty), a status, or (status, one of these)
-
-    def get_index(request: "Handler") -> str:
-        return (
-            "<!doctype html><html lang=en><head><meta charset=utf-8><title>ComfyUI (comfydock demo)</title></head>"
-            "<body><h1>ComfyUI demo</h1><p>This is not ComfyUI but the stand-in that comes with comfydock: it answers "
-            "as ComfyUI does and makes no images.</p><p><a href=system_stats>system_stats</a> <a href=queue>queue</a> "
-            "<a href=history>history</a> <a href=object_info>object_info</a></p></body></html>\n"
-        )
-
-    def get_system_stats(request: "Handler") -> object:
-        memory = 8 << 30
-        system = {
-            "os": os.name,
-            "ram_total": memory,
-            "ram_free": memory,
-            "comfyui_version": "0.3.64",
-            "required_frontend_version": "1.27.10",
-            "installed_templates_version": "0.1.95",
-            "required_templates_version": "0.1.95",
-            "python_version": sys.version,
-            "embedded_python": False,
-            "pytorch_version": "none (comfydock demo)",
-            "argv": sys.argv,
-            "demo": "comfydock",
-        }
+    def show_system() -> object:
+        """Tell about this process what ComfyUI tells, and that it is the demo."""
+        versions = {"comfyui_version": "0.3.64", "python_version": sys.version, "pytorch_version": "comfydock demo"}
+        system = {"os": os.name, "argv": sys.argv, **versions, "embedded_python": False, "demo": "comfydock"}
         if "LONG_ANSWER" in faults:
             system["padding"] = "x" * int(faults["LONG_ANSWER"])
-        device = {
-            "name": "comfydock demo",
-            "type": "cpu",
-            "index": None,
-            "vram_total": memory,
-            "vram_free": memory,
-            "torch_vram_total": memory,
-            "torch_vram_free": memory,
-        }
-        return {"system": system, "devices": [device]}
+        memory = dict.fromkeys(("vram_total", "vram_free", "torch_vram_total", "torch_vram_free"), 8 << 30)
+        return {"system": system, "devices": [{"name": "comfydock demo", "type": "cpu", "index": None, **memory}]}
 
-    def get_queue(request: "Handler") -> object:
-        with work.changed:
-            return {"queue_running": list(work.running), "queue_pending": list(work.pending)}
+    def refuse(kind: str, message: str) -> "tuple[int, object]":
+        """Say what is wrong with a prompt."""
+        error = {"type": kind, "message": message, "details": "", "extra_info": {}}
+        logging.warning(f"invalid prompt: {error}")
+        return 400, {"error": error, "node_errors": {}}
 
-    def post_queue(request: "Handler") -> None:
-        wanted = request.json()
-        if wanted.get("clear"):
-            work.drop(lambda item: True)
-        work.drop(lambda item: item[1] in wanted.get("delete", ()))
-
-    def get_prompt(request: "Handler") -> object:
-        return {"exec_info": {"queue_remaining": len(work.running) + len(work.pending)}}
-
-    def post_prompt(request: "Handler") -> object:
-        import uuid
-
+    def queue_prompt(wanted: "Any") -> "tuple[int, object]":
+        """Check a prompt and put it in line."""
         say("got prompt")
-        wanted = request.json()
-        number = work.next_number(wanted)
         if "prompt" not in wanted:
-            return 400, {"error": problem("no_prompt", "No prompt provided", "No prompt provided"), "node_errors": {}}
-        outputs, error, node_errors = validate(wanted["prompt"])
-        if error:
-            say(f"invalid prompt: {error}", "WARNING")
-            return 400, {"error": error, "node_errors": node_errors}
-        extra = dict(wanted.get("extra_data", {}))
-        if "client_id" in wanted:
-            extra["client_id"] = wanted["client_id"]
-        name = str(wanted.get("prompt_id", uuid.uuid4()))
-        work.put([number, name, wanted["prompt"], extra, outputs])
-        return {"prompt_id": name, "number": number, "node_errors": {}}
+            return refuse("no_prompt", "No prompt provided")
+        workflow = wanted["prompt"]
+        for name in [body.get("class_type") for body in workflow.values()]:
+            if name not in NODES:
+                return refuse("invalid_prompt", f"Cannot execute because node {name} does not exist.")
+        outputs = [node for node, body in workflow.items() if NODES[body["class_type"]]["output_node"]]
+        if not outputs:
+            return refuse("prompt_no_outputs", "Prompt has no outputs")
+        duration(workflow)  # if that raises, then here and not in the worker
+        number, name = next(numbers), str(wanted.get("prompt_id") or uuid.uuid4())
+        pending.append([number, name, workflow, wanted.get("extra_data", {}), outputs])
+        changed.notify()
+        return 200, {"prompt_id": name, "number": number, "node_errors": {}}
 
-    def post_interrupt(request: "Handler") -> None:
-        try:
-            wanted = request.json().get("prompt_id")
-        except json.JSONDecodeError:
-            wanted = None
-        if not wanted:
-            say("Global interrupt (no prompt_id specified)")
-        elif any(item[1] == wanted for item in list(work.running)):
-            say(f"Interrupting prompt {wanted}")
+    def drop_prompts(wanted: "Any") -> None:
+        unwanted = [item[1] for item in pending] if wanted.get("clear") else wanted.get("delete", [])
+        pending[:] = [item for item in pending if item[1] not in unwanted]
+
+    def drop_history(wanted: "Any") -> None:
+        for name in list(history) if wanted.get("clear") else wanted.get("delete", []):
+            history.pop(name, None)
+
+    def interrupt(wanted: "Any") -> None:
+        name = wanted.get("prompt_id")
+        if name and name not in [item[1] for item in running]:
+            say(f"Prompt {name} is not currently running, skipping interrupt")
         else:
-            say(f"Prompt {wanted} is not currently running, skipping interrupt")
-            return
-        work.interrupted.set()
+            say(f"Interrupting prompt {name}" if name else "Global interrupt (no prompt_id specified)")
+            interrupted.set()
 
-    def get_history(request: "Handler") -> object:
-        with work.changed:
-            records = dict(work.history)
-        if request.rest:
-            return {name: record for name, record in records.items() if name == request.rest}
-        most = int(request.query.get("max_items", len(records)))
-        offset = int(request.query.get("offset", -1))
-        start = offset if offset >= 0 else max(0, len(records) - most)
-        return dict(list(records.items())[start : start + most])
-
-    def post_history(request: "Handler") -> None:
-        wanted = request.json()
-        with work.changed:
-            for name in list(work.history) if wanted.get("clear") else wanted.get("delete", ()):
-                work.history.pop(name, None)
-
-    def get_object_info(request: "Handler") -> object:
-        return {name: node_info(name) for name in NODES if request.rest in ("", name)}
-
-    def node_info(name: str) -> object:
-        """Describe one node class."""
-        shown = ["IMAGE"] if name in SOURCES else []
-        return {
-            "input": {"required": NODES[name]},
-            "input_order": {"required": list(NODES[name])},
-            "output": shown,
-            "output_is_list": [False for _ in shown],
-            "output_name": shown,
-            "name": name,
-            "display_name": name,
-            "description": "",
-            "python_module": "nodes",
-            "category": "demo",
-            "output_node": name not in SOURCES,
-        }
-
-    def post_reboot(request: "Handler") -> object:
-        if request.headers.get("Content-Type", "").startswith(("application/x-www-form", "multipart/", "text/plain")):
-            return 400  # what a page from elsewhere can send without asking
-        restart()
-        return None
-
-    def restart() -> None:
-        """Restart as ComfyUI-Manager 3 does; the caller gets no answer, as there."""
+    def restart(wanted: object = None) -> None:
+        """Restart as ComfyUI-Manager 3 does; who asked for it gets no answer, as there."""
         session = os.environ.get("__COMFY_CLI_SESSION__")
         say("\nRestarting...\n\n" if session else "\nRestarting... [Legacy Mode]\n\n")
         if session:
@@ -3906,276 +6792,169 @@ def demo_server() -> None:
         argv = [f'"{sys.executable}"', f'"{argv[0]}"', *argv[1:]] if os.name == "nt" else [sys.executable, *argv]
         os.execv(sys.executable, argv)
 
-    ROUTES: dict[tuple[str, str], Callable[[Any], object]] = {  # "/*": one more word may follow
-        ("GET", "/"): get_index,
-        ("GET", "/system_stats"): get_system_stats,
-        ("GET", "/queue"): get_queue,
-        ("POST", "/queue"): post_queue,
-        ("GET", "/prompt"): get_prompt,
-        ("POST", "/prompt"): post_prompt,
-        ("POST", "/interrupt"): post_interrupt,
-        ("GET", "/history"): get_history,
-        ("GET", "/history/*"): get_history,
-        ("POST", "/history"): post_history,
-        ("GET", "/object_info"): get_object_info,
-        ("GET", "/object_info/*"): get_object_info,
-        ("POST", "/manager/reboot"): post_reboot,
+    PAGES: dict[str, Callable[[], Any]] = {  # GET: what there is to see
+        "/": lambda: INDEX,
+        "/system_stats": show_system,
+        "/queue": lambda: {"queue_running": list(running), "queue_pending": list(pending)},
+        "/prompt": lambda: {"exec_info": {"queue_remaining": len(running) + len(pending)}},
+        "/history": lambda: dict(history),
+        "/object_info": lambda: NODES,
+    }
+    ORDERS: dict[str, Callable[[Any], Any]] = {  # POST: what is done with the JSON that was sent
+        "/prompt": queue_prompt,
+        "/queue": drop_prompts,
+        "/history": drop_history,
+        "/interrupt": interrupt,
+        "/manager/reboot": restart,
     }
 
     # --- HTTP
 
-    def is_loopback(host: "Any") -> bool:
-        """Whether every address of a host name is a loopback address."""
-        import ipaddress
-
-        try:
-            found = socket.getaddrinfo(host, None, 0, socket.SOCK_STREAM) if host else []
-        except OSError:
-            return False
-        return bool(found) and all(ipaddress.ip_address(str(info[4][0]).split("%")[0]).is_loopback for info in found)
-
     def is_foreign(host: str, origin: str) -> bool:
-        """Whether a browser page from elsewhere asks a loopback server: ComfyUI's rule against such requests."""
+        """Whether a browser page from elsewhere asks a loopback server: ComfyUI's rule; it resolves names, too."""
         to, by = urllib.parse.urlsplit("//" + host.lower()), urllib.parse.urlsplit(origin.lower())
-        asked = to.hostname if by.port is None else to.netloc
-        asker = by.hostname if to.port is None else by.netloc
-        if not asked or not asker or asked == asker or not is_loopback(to.hostname):
+        asked = (to.hostname if by.port is None else to.netloc) or ""
+        asker = (by.hostname if to.port is None else by.netloc) or asked
+        if asked == asker or not asked.startswith(("localhost", "127.", "::1", "[::1]")):
             return False
-        say(f"WARNING: request with non matching host and origin {asked} != {asker}, returning 403", "WARNING")
+        logging.warning(f"WARNING: request with non matching host and origin {asked} != {asker}, returning 403")
         return True
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        """One connection.
-
-        rest: what followed a "/*" route; query: parameter -> its last value; data: the body.
-        """
+        """One connection, in a thread of its own."""
 
         protocol_version = "HTTP/1.1"
         server_version = "comfydock-demo"
-        timeout = 75
         disable_nagle_algorithm = True
 
         def log_message(self, *words: object) -> None:
             """Stay silent: ComfyUI keeps no access log."""
 
-        def json(self) -> "Any":
-            """Return the body as JSON; junk raises, and ends as the 500 that ComfyUI gives."""
-            return json.loads(self.data.decode())
+        def result(self, data: bytes) -> "tuple[int, Any]":
+            """Return the status and the content of the answer; an unknown path is a file that is not there."""
+            if "STATUS" in faults:
+                return int(faults["STATUS"]), ""
+            host, origin = self.headers.get("Host", ""), self.headers.get("Origin", "")
+            if not args.enable_cors_header and is_foreign(host, origin):
+                return 403, ""
+            path = urllib.parse.unquote(self.path.partition("?")[0])
+            path = path[4:] if path.startswith("/api/") else path
+            whole, _, part = path.rpartition("/")
+            with changed:
+                if self.command == "POST" and path in ORDERS:
+                    return ORDERS[path](json.loads(data or b"{}")) or (200, "")
+                if self.command not in ("GET", "HEAD"):
+                    return 405, ""
+                if whole in ("/history", "/object_info"):
+                    return 200, {name: shown for name, shown in PAGES[whole]().items() if name == part}
+                return (200, PAGES[path]()) if path in PAGES else (404, "")
 
         def answer(self) -> None:
-            """Answer one request: find its function, call it, send what it returns."""
-            path, _, query = self.path.partition("?")
+            """Answer one request; whatever goes wrong is a 500, and the server goes on."""
             try:
-                self.query = dict(urllib.parse.parse_qsl(query))
-                self.data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                result = int(faults["STATUS"]) if "STATUS" in faults else self.result(urllib.parse.unquote(path))
-            except Exception:  # noqa: BLE001  # whatever an endpoint does, the server goes on
-                say(f"Error handling request from {self.client_address[0]}\n{traceback.format_exc()}".rstrip(), "ERROR")
+                status, content = self.result(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+                text = content if isinstance(content, str) else json.dumps(content)
+            except Exception:  # noqa: BLE001  # a stand-in for the web framework, which swallows all, too
+                logging.exception(f"Error handling request from {self.client_address[0]}")
                 self.close_connection = True
-                result = 500, "500 Internal Server Error\n\nServer got itself in trouble"
-            if isinstance(result, int):
-                result = result, None
-            self.send(*(result if isinstance(result, tuple) else (200, result)))
+                status, text = 500, "500 Internal Server Error\n\nServer got itself in trouble"
+            kind = {"{": "application/json", "<": "text/html"}.get(text[:1], "text/plain")
+            self.send_response(status)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(text)))
+            if self.close_connection:
+                self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else text.encode())
 
         do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = answer
 
-        def result(self, path: str) -> object:
-            """Apply the Origin rule and the route; unknown paths are static files to ComfyUI, hence 404 or 405."""
-            host, origin = self.headers.get("Host"), self.headers.get("Origin")
-            if not args.enable_cors_header and host is not None and origin is not None and is_foreign(host, origin):
-                return 403
-            method = "GET" if self.command == "HEAD" else self.command
-            if path.startswith("/api/"):
-                path = path[4:]
-            head, _, self.rest = path[1:].partition("/")
-            found = ROUTES.get((method, path)) or ROUTES.get((method, f"/{head}/*"))
-            if found:
-                return found(self)
-            if method in ("GET", "OPTIONS"):
-                return 404 if method == "GET" else 200
-            self.allow = "GET,HEAD,POST" if ("POST", path) in ROUTES else "GET,HEAD"
-            return 405, "405: Method Not Allowed"
-
-        def send(self, status: int, body: object) -> None:
-            """Send an answer: texts as they are, None as nothing, the rest as JSON."""
-            kind = "application/json" if not isinstance(body, str) else "text/html" if status == 200 else "text/plain"
-            data = (body if isinstance(body, str) else "" if body is None else json.dumps(body)).encode()
-            self.send_response(status)
-            if body is not None:
-                self.send_header("Content-Type", kind + "; charset=utf-8")
-            if status == 405:
-                self.send_header("Allow", self.allow)
-            if args.enable_cors_header:
-                self.send_header("Access-Control-Allow-Origin", args.enable_cors_header)
-            if self.close_connection:
-                self.send_header("Connection", "close")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(b"" if self.command == "HEAD" else data)
-
-    def misbehave(connection: socket.socket, fault: str) -> None:
-        """Answer a request wrongly: not at all, byte by byte, in no HTTP, or without end."""
-        while connection.recv(65536) and fault == "HANG":
-            pass
-        if fault == "GARBAGE":
-            connection.sendall(b"\x00\xff\xfe this is not HTTP\r\n\r\n" * 100)
-        elif fault == "DRIP":
-            for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b" " * 1000:
-                connection.sendall(bytes([byte]))
-                time.sleep(0.2)
-        elif fault == "ENDLESS":
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
-            while True:
-                connection.sendall(b" " * 65536)
+    BLANK = b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 4096
+    WRONG_ANSWERS: dict[str, tuple[Any, float]] = {  # fault -> what is sent, seconds after each part
+        "HANG": ([], 0),
+        "DRIP": ([bytes([byte]) for byte in BLANK], 0.2),
+        "GARBAGE": ([b"\x00\xff\xfe this is not HTTP\r\n\r\n" * 100], 0),
+        "ENDLESS": (itertools.repeat(BLANK), 0),
+    }
 
     def converse(connection: socket.socket, client: "Any", tls: "Any") -> None:
-        """Serve one connection to its end, in a thread of its own; a client that leaves is no news."""
-        wrong = [name for name in ("HANG", "DRIP", "GARBAGE", "ENDLESS") if name in faults or stopping.is_set()]
+        """Serve one connection to its end, rightly or wrongly; a client that leaves is no news."""
+        fault = next((fault for fault in WRONG_ANSWERS if fault in faults), "")
         try:
             connection = tls.wrap_socket(connection, server_side=True) if tls else connection
-            if wrong:
-                misbehave(connection, wrong[0])
-            else:
+            if not fault:
                 Handler(connection, client, None)  # type: ignore[arg-type]  # it never asks its server
+                return
+            while connection.recv(65536) and fault == "HANG":
+                pass
+            parts, pause = WRONG_ANSWERS[fault]
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(pause)
         except OSError:
             pass
         finally:
             connection.close()
 
     def accept_forever(listener: socket.socket, tls: "Any") -> None:
-        """Accept until we stop; then the backlog still accepts and nobody answers, as with ComfyUI."""
-        while not stopping.is_set():
+        while True:
             try:
                 connection, client = listener.accept()
             except OSError:  # the client has gone again, or we are out of descriptors
                 time.sleep(0.05)
-                continue
-            threading.Thread(target=converse, args=(connection, client, tls), daemon=True).start()
+            else:
+                threading.Thread(target=converse, args=(connection, client, tls), daemon=True).start()
 
-    def bind(host: str, port: int) -> list[socket.socket]:
+    def bind(host: str) -> "Iterator[socket.socket]":
         """Listen on every address of one host name ("" is all), as asyncio does, whose error text ComfyUI shows."""
-        found = []
-        resolved = socket.getaddrinfo(host or None, 0, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
-        for family, kind, protocol, _, address in resolved:
-            where = (address[0], port, *address[2:])
+        found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in found:
+            where = (address[0], args.port, *address[2:])
             try:
-                listener = socket.socket(family, kind, protocol)
-            except OSError:  # a machine without that family; asyncio goes on without a word
-                continue
-            if os.name == "posix":  # on Windows it would let two programs share a port
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            try:
-                listener.bind(where)
+                yield socket.create_server(where, family=family, backlog=128)
             except OSError as error:
-                text = f"error while attempting to bind on address {where!r}: {str(error.strerror).lower()}"
-                raise OSError(error.errno, text) from None
-            listener.listen(128)
-            found.append(listener)
-        return found
+                if error.errno != errno.EAFNOSUPPORT:  # asyncio passes over what a machine does not know
+                    why = str(error.strerror).partition(" (while ")[0].lower()
+                    raise OSError(error.errno, f"error while attempting to bind on address {where!r}: {why}") from None
 
     # --- faults and startup
 
-    def end(code: str) -> None:
-        """End this process at once: no teardown, no last words."""
+    def leave(when: str) -> None:
+        wanted = "later:segv" if faults.get("EXIT") == "segv" else faults.get("EXIT", "")
+        moment, code, seconds = f"{wanted}::".split(":")[:3]
+        if moment != when:
+            return
+        if when == "import":
+            sys.stderr.write("Traceback (most recent call last):\nModuleNotFoundError: No module named 'PIL'\n")
+        if when == "later":
+            time.sleep(float(seconds or 0.5))
         if code == "segv":  # Windows: TerminateProcess with the code of an access violation
             os.kill(os.getpid(), 0xC0000005 if os.name == "nt" else signal.SIGSEGV)
         os._exit(int(code))
 
-    def leave(when: str) -> None:
-        """Do what the fault EXIT says for this moment: import, bind or later."""
-        wanted = faults.get("EXIT", "")
-        moment, code, seconds = ((f"later:{wanted}" if wanted == "segv" else wanted) + "::").split(":")[:3]
-        if moment != when:
-            return
-        if when == "import":
-            try:
-                raise ModuleNotFoundError("No module named 'PIL'", name="PIL")
-            except ModuleNotFoundError:
-                traceback.print_exc()
-        if when == "later":
-            time.sleep(float(seconds or 0.5))
-        end(code)
-
-    def spawn_child() -> None:
-        """Leave a child that outlives us and holds our log (for ten minutes at most)."""
-        import subprocess
-
-        apart = faults["CHILD"] == "session"
-        command = [sys.executable, "-c", "import time; time.sleep(600)"]
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=apart)
-        say(f"child: {child.pid}")
-
-    def make_noise() -> None:
-        """Write what real logs contain and readers stumble over."""
-        bars = "".join(f"\r{20 * n:3}%|{chr(0x2588) * n:5}| {n}/5 [00:0{n}<00:0{5 - n},  1.00it/s]" for n in range(6))
-        sys.stderr.buffer.write(b"bad \xff\xfe bytes\n" + bars.encode() + b"\n" + b"x" * 200000 + b"\n")
-        sys.stderr.buffer.flush()
-
     def spam() -> None:
-        """Write numbered lines at a steady rate."""
         rate, _, size = faults["SPAM"].partition(":")
-        began, number = time.monotonic(), 0
-        while True:
-            while number < (time.monotonic() - began) * float(rate):
-                number += 1
-                say(f"spam {number} ".ljust(int(size or 0), "."))
-            time.sleep(0.01)
-
-    def custom_nodes() -> None:
-        """List the custom nodes as ComfyUI does after loading them: folders without an __init__.py fail."""
-        here = os.path.join(args.base_directory or os.path.dirname(os.path.abspath(sys.argv[0])), "custom_nodes")
-        if not args.base_directory and not os.path.isdir(here):
-            return
-        lines = []
-        for name in os.listdir(here):  # a --base-directory without this folder ends ComfyUI, too
-            path = os.path.join(here, name)
-            if name.endswith(".disabled") or name == "__pycache__" or not (os.path.isdir(path) or name.endswith(".py")):
-                continue
-            if args.disable_all_custom_nodes and name not in args.whitelist_custom_nodes:
-                continue
-            failed = os.path.isdir(path) and not os.path.isfile(os.path.join(path, "__init__.py"))
-            lines.append(f"   0.0 seconds{' (IMPORT FAILED)' if failed else ''}: {path}")
-        if lines:
-            say("\nImport times for custom nodes:\n" + "\n".join(lines) + "\n")
-
-    def start_up() -> None:
-        """Write the log lines of a start, up to the moment before the sockets."""
-        leave("import")
-        say("Checkpoint files will always be loaded safely.")
-        say("Total VRAM 8192 MB, total RAM 8192 MB\npytorch version: none (comfydock demo)")
-        say("Set vram state to: DISABLED\nDevice: cpu (comfydock demo)\nUsing no attention: this is a demo")
-        say(f"Python version: {sys.version}\nComfyUI version: 0.3.64\nComfyUI frontend version: 1.27.10")
-        say("[Prompt Server] web root: built into the comfydock demo")
-        custom_nodes()
-        if os.environ.pop("COMFYDOCK_DEMO_REEXEC", "") and "REEXEC" in faults:
-            say("Restarting to reapply dependency installation.")
-            restart()
-        if "CHILD" in faults:
-            spawn_child()
-        if "NOISE" in faults:
-            make_noise()
-        time.sleep(float(faults.get("START_SECONDS", 0)))
-        say("Context impl SQLiteImpl.\nWill assume non-transactional DDL.\nNo target revision found.")
+        began = time.monotonic()
+        for number in itertools.count(1):
+            while number > (time.monotonic() - began) * float(rate):
+                time.sleep(0.01)
+            say(f"spam {number} ".ljust(int(size or 0), "."))
 
     def serve() -> None:
         """Bind every address, announce each, then answer until something ends us."""
         tls = None
         if args.tls_keyfile and args.tls_certfile:
-            import ssl
-
             tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             tls.load_cert_chain(args.tls_certfile, args.tls_keyfile)
         announce = (lambda text: None) if args.dont_print_server else say
         announce("Starting server\n")
-        listeners = []
+        listeners: list[socket.socket] = []
         for host in args.listen.split(","):
-            listeners += bind(host, args.port)
+            listeners += bind(host)
             shown = f"[{host}]" if ":" in host else host
             announce(f"To see the GUI go to: {'https' if tls else 'http'}://{shown}:{args.port}")
         leave("bind")
-        threading.Thread(target=work.execute_forever, daemon=True).start()
+        threading.Thread(target=work, daemon=True).start()
         if "SPAM" in faults:
             threading.Thread(target=spam, daemon=True).start()
         for listener in listeners:
@@ -4184,25 +6963,36 @@ def demo_server() -> None:
         while True:
             time.sleep(3600)  # Windows lets Ctrl-C interrupt a sleep, not a wait for a lock
 
-    def main() -> None:
-        """Start, serve, and stop on SIGINT; every other signal keeps its default."""
-        for name in faults.get("IGNORE", "").split(","):
-            if name:
-                signal.signal(getattr(signal, "SIG" + name), signal.SIG_IGN)
-        start_up()
-        if args.quick_test_for_ci:
-            return
-        try:
-            serve()
-        except KeyboardInterrupt:
-            say("\nStopped server")
-            stopping.set()
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends us, as during ComfyUI's teardown
-            time.sleep(float(faults.get("STOP_SECONDS", 0.1)))
-            sys.stdout.flush()
-            os._exit(0)  # past the interpreter's teardown, where a thread that still logs can make it abort
-
-    main()
+    for name in filter(None, faults.get("IGNORE", "").split(",")):
+        signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
+    leave("import")
+    say("Checkpoint files will always be loaded safely.")
+    say("Total VRAM 8192 MB, total RAM 8192 MB\npytorch version: none (comfydock demo)")
+    say("Set vram state to: DISABLED\nDevice: cpu (comfydock demo)\nUsing no attention: this is a demo")
+    say(f"Python version: {sys.version}\nComfyUI version: 0.3.64\nComfyUI frontend version: 1.27.10")
+    say("[Prompt Server] web root: built into the comfydock demo")
+    if os.environ.pop("COMFYDOCK_DEMO_REEXEC", "") and "REEXEC" in faults:
+        say("Restarting to reapply dependency installation.")
+        restart()
+    if "CHILD" in faults:
+        command, apart = [sys.executable, "-c", "import time; time.sleep(600)"], faults["CHILD"] == "session"
+        say(f"child: {subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=apart).pid}")
+    if "NOISE" in faults:
+        bars = "".join(f"\r{20 * n:3}%|{chr(0x2588) * n:5}| {n}/5 [00:0{n}<00:0{5 - n},  1.00it/s]" for n in range(6))
+        sys.stderr.buffer.write(b"bad \xff\xfe bytes\n" + bars.encode() + b"\n" + b"x" * 200000 + b"\n")
+        sys.stderr.buffer.flush()
+    time.sleep(float(faults.get("START_SECONDS", 0)))
+    say("Context impl SQLiteImpl.\nWill assume non-transactional DDL.\nNo target revision found.")
+    if args.quick_test_for_ci:
+        return
+    try:
+        serve()
+    except KeyboardInterrupt:
+        say("\nStopped server")
+        faults["HANG"] = "yes"  # what connects now is accepted and not answered, as during ComfyUI's teardown
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # and a second one ends us
+        time.sleep(float(faults.get("STOP_SECONDS", 0.1)))
+        os._exit(0)  # past the interpreter's teardown, where a thread that still logs can make it abort
 
 
 def demo_source() -> str:
@@ -4340,7 +7130,8 @@ class Workspace:
             raise CDEnvironmentError(
                 f"There is no Python at {interpreter}.", "give the path of an interpreter", "missing"
             )
-        self._write_new(environment, Manifest(comfyui_path=checkout, python_path=interpreter))
+        self._write_settings(self._settings())
+        adopt_environment(environment.paths, name, checkout, interpreter, environment.tell)
         return environment
 
     def demo(self) -> Environment:
@@ -4358,16 +7149,44 @@ class Workspace:
         if _file_differs(script, source):
             make_folder(os.path.join(environment.paths.comfyui, "custom_nodes"))
             write_atomic(script, source, 0o644)
-        wanted = Manifest(python_path=sys.executable, demo=True)
         if not is_there or not environment.is_complete or environment.manifest.python_path != sys.executable:
-            self._write_new(environment, wanted)
+            self._write_settings(self._settings())
+            write_demo_manifest(environment.paths, environment.name, sys.executable)
         return environment
 
-    def _write_new(self, environment: Environment, manifest: Manifest) -> None:
-        make_folder(environment.paths.cec)
+    def create(self, options: CreateOptions, tell: Tell) -> Environment:
+        """Make an environment with a ComfyUI of its own. Raises as `create_environment`."""
+        require_new_name(options.name)
+        environment = self._environment(options.name)
         self._write_settings(self._settings())
-        write_new_manifest(environment.paths, environment.name, manifest)
-        write_atomic(environment.paths.complete, b"")
+        make_folder(self.paths.environments)
+        create_environment(environment.paths, options, tell)
+        return environment
+
+    def delete(self, name: str) -> None:
+        """Delete an environment; its logs and a checkout that was adopted stay.
+
+        Raises CDEnvironmentError when there is none, or while its ComfyUI runs.
+        """
+        environment = self.get_environment(name)
+        environment.require_idle()
+        delete_environment(environment.paths)
+        settings = self._settings()
+        if settings.get("active_environment") == name:
+            self._write_settings({**settings, "active_environment": ""})
+
+    def initialize(self) -> bool:
+        """Make the workspace's folder; False when it is one already. Raises CDEnvironmentError for another folder."""
+        if os.path.isdir(self.paths.metadata):
+            return False
+        self._require_folder()
+        if os.path.isdir(self.paths.root) and os.listdir(self.paths.root):
+            raise CDEnvironmentError(
+                f"{self.paths.root} is not empty and no workspace.", "name another folder", "exists"
+            )
+        make_folder(self.paths.environments)
+        self._write_settings(self._settings())
+        return True
 
     def reports(self, timeout: float = 0.5) -> list[dict[str, Any]]:
         """What `list` tells: each environment described, with one look at the processes and all probes at once."""
@@ -4509,7 +7328,10 @@ SIGNS = {  # sign -> (in ASCII, colour)
     "🔍": (">", None),
 }
 PLAIN = str.maketrans({sign: plain for sign, (plain, _) in SIGNS.items()})
-TYPED = r"\bcomfydock (?=(?:run|stop|restart|status|list|logs|use|create|repair|help)(?:\W|$)|-e |--workspace )"
+TYPED = (
+    r"\bcomfydock (?=(?:run|stop|restart|status|list|logs|node|use|create|delete|init|repair|help)(?:\W|$)"
+    r"|-e |--workspace )"
+)
 ONE_ENVIRONMENT = ("run", "stop", "restart", "status", "logs", "repair", "node")
 
 
@@ -4591,13 +7413,19 @@ class Console:
         for line in [] if report.is_told else words(report.data):
             self.say(line)
 
+    def problem(self, error: CDEnvironmentError) -> None:
+        """One of several things that could not be done; the command goes on."""
+        self._write(self.err, f"✗ {as_sentence(error.message)}\n")
+        if error.hint:
+            self._write(self.err, f"  {error.hint}\n")
+
     def fail(self, command: str, error: CDEnvironmentError) -> None:
         """An error: a sentence and a hint on the error stream, or the one JSON object."""
         if self.json_mode:
             problem = {"message": error.message, "hint": self._typed(error.hint) or None, "code": error.code}
             self._object(command, False, None, None, problem)
             return
-        self._write(self.err, f"comfydock: {error.message}\n")
+        self._write(self.err, f"comfydock: {as_sentence(error.message)}\n")
         if error.hint:
             indent = "" if "\n" in error.hint else "  "
             self._write(self.err, f"{indent}{error.hint}\n")
@@ -4650,6 +7478,13 @@ class Console:
             return f"{self.call}{self.chosen if following in ONE_ENVIRONMENT else ''} "
 
         return re.sub(TYPED, call, text)
+
+
+def as_sentence(text: str) -> str:
+    """`text` with a capital at its beginning, unless that is a name or a path, and a stop at its end."""
+    first = text.split(" ", 1)[0]
+    opened = text[:1].upper() + text[1:] if first.isalpha() and first.islower() else text
+    return opened if opened.endswith((".", "!", "?", ":")) or "\n" in opened else f"{opened}."
 
 
 def is_terminal(stream: "Any") -> bool:
@@ -4720,6 +7555,10 @@ def status_words(data: dict[str, Any]) -> Iterator[str]:
     if data["state"] == CRASHED:
         yield from _crash_lines(data)
     yield f"   Log: {data['log']}"
+    if data["difference"] is not None and not data["difference"]["synced"]:
+        yield ""
+        yield "⚠️  Environment needs repair: comfydock repair"
+        yield from difference_lines(data["difference"])
     if not data["complete"]:
         yield f"⚠ Not complete: its creation was interrupted (comfydock create {data['name']} goes on)."
 
@@ -4800,13 +7639,48 @@ def repair_words(data: dict[str, Any]) -> Iterator[str]:
     """What `repair` found and did."""
     if data["cleaned"]:
         yield "🧹 Cleaned a stale process state file"
-    if not data["orphans"]:
+    yield from _settled_lines(data["orphans"])
+    if data["orphan_only"]:
+        yield "✓ Process repair complete (no environment changes made)"
+        return
+    for name in data["installed"]:
+        yield f"✓ Installed {name}"
+    for name in data["corrected"]:
+        yield f"✓ Put right {name}"
+    for name in data["tracked"]:
+        yield f"✓ Tracked {name}"
+    for path in data["moved"]:
+        yield f"✓ Moved aside to {path}"
+    for problem in data["problems"]:
+        yield f"✗ {problem}"
+    if data["synced"]:
+        yield "✓ No changes to apply"
+
+
+def _settled_lines(orphans: list[dict[str, Any]]) -> Iterator[str]:
+    if not orphans:
         yield "✓ No orphaned processes found"
-    for item in data["orphans"]:
+    for item in orphans:
         done = {"adopted": "✓ Adopted", "ended": "✓ Ended", "left": "Left running:"}[item["action"]]
         yield f"  {done} PID {item['pid']}"
-    if any(item["action"] == "left" for item in data["orphans"]):
+    if any(item["action"] == "left" for item in orphans):
         yield "Take it back with: comfydock repair --orphan --adopt, or end it with: comfydock repair --orphan --end"
+
+
+def difference_lines(difference: dict[str, Any]) -> Iterator[str]:
+    """How an environment differs from its manifest."""
+    if difference.get("error"):
+        yield f"   • {difference['error']}"
+        return
+    if difference["missing"]:
+        missing = difference["missing"]
+        yield f"   • {len(missing)} nodes in pyproject.toml not installed: {', '.join(missing)}"
+    if difference["untracked"]:
+        yield f"   • {len(difference['untracked'])} extra nodes on filesystem: {', '.join(difference['untracked'])}"
+    for item in difference["mismatches"]:
+        yield f"   • {item['name']} is {item['actual']}, the manifest says {item['expected']}"
+    if difference["interrupted"]:
+        yield f"   • {difference['interrupted']} node changes were broken off"
 
 
 def orphan_line(item: dict[str, Any]) -> str:
@@ -4822,10 +7696,47 @@ def use_words(data: dict[str, Any]) -> Iterator[str]:
 def create_words(data: dict[str, Any]) -> Iterator[str]:
     """What `create` says."""
     yield f"✓ Environment '{data['name']}' is ready"
-    yield f"  ComfyUI: {data['comfyui']}"
-    yield f"  Python: {data['python']}"
+    yield f"  ComfyUI: {data['comfyui']}" + (f" ({data['version']})" if data["version"] else "")
+    yield f"  Python: {data['python'] or 'none yet'}"
     yield ""
     yield f"Start it with: comfydock -e {data['name']} run"
+
+
+def delete_words(data: dict[str, Any]) -> Iterator[str]:
+    """What `delete` says."""
+    yield (
+        f"✓ Environment '{data['name']}' deleted"
+        if data["deleted"]
+        else f"Environment '{data['name']}' was left as it is"
+    )
+
+
+def init_words(data: dict[str, Any]) -> Iterator[str]:
+    """What `init` says."""
+    yield f"✓ Workspace {data['workspace']}" + ("" if data["made"] else " (it was one already)")
+    yield f"Use it with: comfydock --workspace {data['workspace']} list, or set COMFYDOCK_HOME"
+
+
+def node_words(data: dict[str, Any]) -> Iterator[str]:
+    """What became of the nodes of a command; failures were told when they happened."""
+    for item in data["nodes"]:
+        if item["ok"]:
+            yield f"✓ {item['message']}"
+    if data["restarted"]:
+        yield f"✓ Restarted (new PID: {data['pid']})"
+
+
+def node_list_words(data: dict[str, Any]) -> Iterator[str]:
+    """The nodes of an environment."""
+    if not data["nodes"]:
+        yield "No custom nodes installed"
+    for item in data["nodes"]:
+        version = item["version"] or ""
+        shown = {"git": f"@ {version[:8]}", "development": "(dev)"}.get(
+            item["source"], f"v{version}" if version else ""
+        )
+        missing = "" if item["installed"] else "  ⚠ not installed: comfydock repair"
+        yield f"  • {item['name']} ({item['source']}) {shown}".rstrip() + missing
 
 
 def text_words(data: dict[str, Any]) -> Iterator[str]:
@@ -4848,6 +7759,7 @@ def selected(console: Console, args: "argparse.Namespace") -> Environment:
     folder = os.getcwd()
     workspace = select_workspace(args.workspace, args.env is not None, folder)
     environment = workspace.select(args.env, folder)
+    environment.tell = lambda line: console.say(f"   {line}")
     remember_choice(console, args, environment)
     return environment
 
@@ -4866,6 +7778,8 @@ def run(console: Console, args: "argparse.Namespace") -> Report:
     if args.comfyui_args:
         console.say(f"   Arguments: {' '.join(args.comfyui_args)}")
     warn_before_start(console, environment, args)
+    if not args.no_sync and not environment.manifest.demo:
+        environment.bring_in_line()
     environment.run(
         args.comfyui_args,
         auto_port=args.auto_port or is_demo_on_any_port(args),
@@ -4892,6 +7806,7 @@ def environment_to_run(console: Console, args: "argparse.Namespace") -> Environm
         environment = workspace.demo()
     else:
         environment = adopted_here(console, args, workspace, folder) or workspace.select(args.env, folder)
+    environment.tell = lambda line: console.say(f"   {line}")
     remember_choice(console, args, environment)
     return environment
 
@@ -5129,6 +8044,7 @@ def status(console: Console, args: "argparse.Namespace") -> Report:
     data = environment.report()
     if data["note"] == "damaged" and data["pid"] is None:
         raise environment.damaged_state()
+    data["difference"] = difference_of(environment)
     return Report(data, environment.name, 3 if data["state"] in (STOPPED, CRASHED) else 0)
 
 
@@ -5138,20 +8054,84 @@ def list_all(console: Console, args: "argparse.Namespace") -> Report:
     return Report({"workspace": workspace.paths.root, "environments": workspace.reports()})
 
 
+def difference_of(environment: Environment) -> Optional[dict[str, Any]]:
+    """How an environment differs from its manifest; None for the demo and for one that is not complete."""
+    if environment.manifest.demo or not environment.is_complete:
+        return None
+    try:
+        found = environment.nodes.compare()
+    except CDEnvironmentError as error:
+        return {"synced": False, "error": error.message}
+    return {
+        "synced": found.is_synced,
+        "error": None,
+        "missing": found.missing_nodes,
+        "untracked": found.extra_nodes,
+        "mismatches": found.version_mismatches,
+        "interrupted": found.interrupted,
+    }
+
+
 def repair(console: Console, args: "argparse.Namespace") -> Report:
-    """Clean a stale record, and find and settle processes that nobody tracks; no file of the environment is touched."""
+    """Clean a stale record, settle orphans, and (without --orphan) bring the environment in line with its manifest."""
     environment = selected(console, args)
     console.say("🔍 Checking for process/state issues...")
-    cleaned = environment.clean_stale()
+    data: dict[str, Any] = {"name": environment.name, "orphan_only": args.orphan, "cleaned": environment.clean_stale()}
     found = [(row, orphan_data(environment, row)) for row in environment.orphans()]
     if found:
         console.say(f"\n⚠️  Found {len(found)} orphaned ComfyUI process(es):")
     for row, item in found:
         console.say(orphan_line(item))
         item["action"] = settle_orphan(console, args, environment, row)
-    return Report(
-        {"name": environment.name, "cleaned": cleaned, "orphans": [item for _, item in found]}, environment.name
-    )
+    data["orphans"] = [item for _, item in found]
+    if not args.orphan:
+        data.update(repair_content(console, args, environment))
+    return Report(data, environment.name, 1 if data.get("problems") else 0)
+
+
+def repair_content(console: Console, args: "argparse.Namespace", environment: Environment) -> dict[str, Any]:
+    """Bring custom nodes and packages in line with the manifest, as far as the user agrees."""
+    done: dict[str, Any] = {
+        "synced": False,
+        "installed": [],
+        "corrected": [],
+        "tracked": [],
+        "moved": [],
+        "problems": [],
+    }
+    difference = environment.nodes.compare()
+    if difference.is_synced and not (args.remove_untracked and difference.found_nodes):
+        report = environment.nodes.bring_in_line(force=True)
+        return {**done, "synced": not report.problems, "problems": report.problems}
+    console.say("\n⚠️  Environment needs repair:")
+    for line in difference_lines(difference_of(environment) or {}):
+        console.say(line)
+    if not (args.yes or agreed(console, "Put this right?", "comfydock repair -y")):
+        return {**done, "problems": ["Nothing was changed."]}
+    if args.remove_untracked:
+        done["moved"] = environment.nodes.move_untracked_aside(difference.extra_nodes + difference.found_nodes)
+    else:
+        done["tracked"] = [name for name in difference.extra_nodes if track(console, args, environment, name)]
+    report = environment.nodes.bring_in_line(correct_versions=True, force=True)
+    done.update(installed=report.installed, corrected=report.corrected, problems=report.problems)
+    offer_restart(console, args, environment, "The environment was repaired")
+    return done
+
+
+def track(console: Console, args: "argparse.Namespace", environment: Environment, name: str) -> bool:
+    """Have an untracked node written into the manifest, if the user wants it."""
+    if not (args.yes or console.ask(f"   Track {name} in the manifest?", True)):
+        return False
+    environment.nodes.track(name)
+    return True
+
+
+def agreed(console: Console, question: str, hint: str) -> bool:
+    """The answer of a terminal; without one it is no, with a line that says how to say yes."""
+    answer = console.ask(question, True)
+    if answer is None:
+        console.warn(f"No terminal to ask on, so nothing was changed: {hint}")
+    return bool(answer)
 
 
 def orphan_data(environment: Environment, row: ProcessRow) -> dict[str, Any]:
@@ -5178,14 +8158,167 @@ def use(console: Console, args: "argparse.Namespace") -> Report:
 
 
 def create(console: Console, args: "argparse.Namespace") -> Report:
-    """Make an environment."""
+    """Make an environment: of a ComfyUI folder that is there, or with a ComfyUI of its own."""
     workspace = select_workspace(args.workspace, True, os.getcwd())
     require_new_name(args.name)
-    environment = workspace.adopt(args.from_dir, args.name, args.python)
+    if args.from_dir is not None:
+        environment = workspace.adopt(args.from_dir, args.name, args.python)
+    else:
+        options = CreateOptions(
+            args.name, args.source, args.comfyui, args.python, args.torch_backend or "auto", args.no_install
+        )
+        environment = workspace.create(options, lambda line: console.say(f"   {line}"))
     if args.use:
         workspace.use(args.name)
-    data = {"name": environment.name, "comfyui": str(environment.comfyui_path), "python": environment.python}
+    has_python = os.path.exists(environment.python)
+    data = {
+        "name": environment.name,
+        "comfyui": str(environment.comfyui_path),
+        "version": environment.manifest.comfyui_version,
+        "python": environment.python if has_python else None,
+    }
     return Report(data, environment.name)
+
+
+def delete(console: Console, args: "argparse.Namespace") -> Report:
+    """Delete an environment, after a question."""
+    workspace = select_workspace(args.workspace, True, os.getcwd())
+    environment = workspace.get_environment(args.name)
+    environment.require_idle()
+    question = f"Delete environment '{args.name}' ({environment.paths.root})?"
+    answer = True if args.yes else console.ask(question, False)
+    if answer is None:
+        raise CDEnvironmentError(
+            f"Environment '{args.name}' was not deleted: no terminal to ask on.",
+            f"comfydock delete {args.name} -y",
+            "unsure",
+        )
+    if answer:
+        workspace.delete(args.name)
+    return Report({"name": args.name, "deleted": bool(answer)}, args.name)
+
+
+def init(console: Console, args: "argparse.Namespace") -> Report:
+    """Set up a workspace elsewhere."""
+    workspace = Workspace(os.path.expanduser(args.path)) if args.__dict__.get("path") else Workspace(args.workspace)
+    made = workspace.initialize()
+    return Report({"workspace": workspace.paths.root, "made": made})
+
+
+def node_add(console: Console, args: "argparse.Namespace") -> Report:
+    """Add custom nodes, each for itself."""
+
+    def add(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
+        result = environment.add_node(identifier, args.dev, args.no_test, args.force)
+        return f"Added node: {result.node_info.name}", result.restart_reason
+
+    return change_nodes_one_by_one(console, args, add)
+
+
+def node_remove(console: Console, args: "argparse.Namespace") -> Report:
+    """Remove custom nodes, each for itself."""
+
+    def remove(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
+        result = environment.remove_node(identifier)
+        return f"Removed node: {result.name} ({result.filesystem_action})", result.restart_reason
+
+    return change_nodes_one_by_one(console, args, remove)
+
+
+def node_update(console: Console, args: "argparse.Namespace") -> Report:
+    """Update custom nodes, each for itself; without names all of them."""
+
+    def is_wanted(name: str, old: str, new: str) -> bool:
+        return args.yes or agreed(console, f"Update {name} from {old[:12]} to {new[:12]}?", "comfydock node update -y")
+
+    def update(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
+        result = environment.update_node(identifier, is_wanted, args.no_test, args.force)
+        return result.message, result.restart_reason if result.restart_recommended else None
+
+    return change_nodes_one_by_one(console, args, update)
+
+
+def change_nodes_one_by_one(
+    console: Console,
+    args: "argparse.Namespace",
+    change: "Callable[[Environment, str], tuple[str, Optional[str]]]",
+) -> Report:
+    """Do `change` to each node that is named; one that fails does not keep the others. One restart offer at the end.
+
+    On Windows a running ComfyUI locks the files of its nodes, so there the offer is to stop, change, and start.
+    """
+    environment = selected(console, args)
+    names = args.ids or list(environment.nodes.list_nodes())
+    stopped_for_it = stop_for_change(console, args, environment)
+    items, reasons = [], []
+    for name in names:
+        try:
+            message, reason = change(environment, name)
+            items.append({"node": name, "ok": True, "message": message})
+            reasons += [reason] if reason else []
+        except CDEnvironmentError as error:
+            console.problem(error)
+            items.append({"node": name, "ok": False, "message": error.message})
+    restarted = (
+        environment.restart() if stopped_for_it else reasons and offer_restart(console, args, environment, reasons[0])
+    )
+    record = environment._read_state() if restarted else None
+    data = {
+        "name": environment.name,
+        "nodes": items,
+        "restarted": bool(restarted),
+        "pid": record.pid if record else None,
+    }
+    return Report(data, environment.name, 0 if all(item["ok"] for item in items) else 1)
+
+
+def stop_for_change(console: Console, args: "argparse.Namespace", environment: Environment) -> bool:
+    """On Windows: stop a running ComfyUI before its files change, if that was asked for or agreed to."""
+    if not files_are_locked_in_use() or args.no_restart or not environment.is_running():
+        return False
+    question = "ComfyUI is running and locks its files. Stop it, make the change, and start it again?"
+    return bool(args.restart or console.ask(question, True)) and environment.stop_for_restart()
+
+
+def offer_restart(console: Console, args: "argparse.Namespace", environment: Environment, reason: str) -> bool:
+    """Restart a running ComfyUI for a change: as the flags say, or as a terminal answers; returns whether it was."""
+    if not environment.is_running():
+        return False
+    if args.restart:
+        console.say("\n🔄 ComfyUI is running. Restarting to apply changes...")
+        return environment.restart()
+    answer = None
+    if not args.no_restart:
+        console.say(f"\n⚠️  ComfyUI is running. Restart to apply changes? ({reason})")
+        answer = console.ask("  ", True)
+    if answer:
+        console.say("🔄 Restarting...")
+        return environment.restart()
+    if answer is False:
+        console.say("⚠️  Skipped restart. Changes won't take effect until you restart.")
+    else:
+        console.say("\n⚠️  ComfyUI is running. Changes won't take effect until restart.")
+    console.say("   Restart with: comfydock restart")
+    return False
+
+
+def node_list(console: Console, args: "argparse.Namespace") -> Report:
+    """The custom nodes of the manifest."""
+    environment = selected(console, args)
+    nodes = environment.nodes
+    present = {name.casefold() for name in nodes.folders()}
+    items = [
+        {
+            "name": info.registry_id or info.name,
+            "folder": info.name,
+            "source": info.source,
+            "version": info.version,
+            "repository": info.repository,
+            "installed": info.name.casefold() in present,
+        }
+        for info in nodes.list_nodes().values()
+    ]
+    return Report({"name": environment.name, "nodes": items}, environment.name)
 
 
 def logs(console: Console, args: "argparse.Namespace") -> Report:
@@ -5367,6 +8500,10 @@ EVERYWHERE = (
     Option("-h --help", "this help"),
     Option("--version", "the version of comfydock"),
 )
+RESTART_OPTIONS = (
+    Option("--restart", "restart a running ComfyUI afterwards, without asking"),
+    Option("--no-restart", "do not restart it, and do not ask"),
+)
 COMMANDS = (
     Command(
         "run",
@@ -5439,70 +8576,151 @@ COMMANDS = (
         examples=("comfydock logs -n 50", "comfydock logs -f"),
     ),
     Command(
-        "repair",
-        "find ComfyUI processes that nobody tracks, clean a stale state file",
-        repair,
-        repair_words,
-        (
-            Option("--orphan", "processes and state only; no file of the environment is touched"),
-            Option("--adopt", "take back every orphan found, without asking"),
-            Option("--end", "end every orphan found, without asking"),
-        ),
-        examples=("comfydock repair --orphan", "comfydock -e dev repair --orphan --adopt"),
-    ),
-    Command(
         "create",
-        "make an environment of an existing ComfyUI folder",
+        "make an environment, with a ComfyUI of its own or of a folder that is there",
         create,
         create_words,
         (
-            Option("--from", "the ComfyUI folder, which stays where it is", "DIR"),
-            Option("--python", "its Python (default: the one found with it)", "PATH"),
+            Option("--from", "adopt this ComfyUI folder, which stays where it is", "DIR"),
+            Option("--comfyui", "the version: a tag, branch or commit (default: the newest release)", "REF"),
+            Option("--source", "where ComfyUI comes from (default: the official repository)", "URL|DIR|ARCHIVE"),
+            Option("--python", "an interpreter, or a version such as 3.12", "PATH"),
+            Option("--torch-backend", "auto, cpu, cu128, rocm6.4, xpu ... (default: auto)", "NAME"),
+            Option("--no-install", "the code only: no Python packages"),
             Option("--use", "make it the active environment"),
         ),
-        (("name", "the name of the new environment"),),
-        examples=("comfydock create main --from ~/ComfyUI --use",),
+        (("NAME", "the name of the new environment"),),
+        examples=("comfydock create main --use", "comfydock create old --from ~/ComfyUI"),
+    ),
+    Command(
+        "node add",
+        "add custom nodes: registry ids, git addresses, or folders with --dev",
+        node_add,
+        node_words,
+        (
+            Option("--dev", "the ID is a folder with your own work"),
+            Option("--force", "replace what is in the way; your own changes are moved aside"),
+            Option("--no-test", "do not try the requirements first"),
+            *RESTART_OPTIONS,
+        ),
+        (("ID...", "registry id[@version], git address[@ref], or folder"),),
+        examples=(
+            "comfydock node add comfyui-kjnodes",
+            "comfydock node add https://github.com/owner/pack@v1.2 --restart",
+        ),
+    ),
+    Command(
+        "node remove",
+        "remove custom nodes (development nodes are disabled, not deleted)",
+        node_remove,
+        node_words,
+        RESTART_OPTIONS,
+        (("ID...", "a node's name or id"),),
+        examples=("comfydock node remove comfyui-kjnodes",),
+    ),
+    Command(
+        "node update",
+        "update custom nodes, or all of them",
+        node_update,
+        node_words,
+        (
+            Option("-y --yes", "do not ask"),
+            Option("--force", "replace your own changes; they are moved aside"),
+            Option("--no-test", "do not try the requirements first"),
+            *RESTART_OPTIONS,
+        ),
+        (("[ID...]", "a node's name or id"),),
+        examples=("comfydock node update", "comfydock node update comfyui-kjnodes -y --restart"),
+    ),
+    Command(
+        "node list", "the custom nodes of an environment", node_list, node_list_words, examples=("comfydock node list",)
+    ),
+    Command(
+        "repair",
+        "bring an environment in line with its manifest; settle lost processes",
+        repair,
+        repair_words,
+        (
+            Option("-y --yes", "do not ask"),
+            Option("--remove-untracked", "move nodes that the manifest does not have aside, into .cec/removed"),
+            Option("--orphan", "processes and state only; no file of the environment is touched"),
+            Option("--adopt", "take back every orphaned process found, without asking"),
+            Option("--end", "end every orphaned process found, without asking"),
+            *RESTART_OPTIONS,
+        ),
+        examples=("comfydock repair", "comfydock -e dev repair --orphan --adopt"),
     ),
     Command(
         "use",
         "choose the active environment",
         use,
         use_words,
-        operands=(("name", "the environment"),),
+        (),
+        (("NAME", "the environment"),),
         examples=("comfydock use dev",),
+    ),
+    Command(
+        "delete",
+        "delete an environment (its logs, and a folder that was adopted, stay)",
+        delete,
+        delete_words,
+        (Option("-y --yes", "do not ask"),),
+        (("NAME", "the environment"),),
+        examples=("comfydock delete dev",),
+    ),
+    Command(
+        "init",
+        "set up a workspace elsewhere",
+        init,
+        init_words,
+        (),
+        (("[PATH]", "its folder"),),
+        examples=("comfydock init /data/comfy",),
     ),
     Command(
         "help",
         "how to use a command",
         show_help,
         text_words,
-        operands=(("topic", "a command"),),
+        (),
+        (("[COMMAND...]", "a command"),),
         examples=("comfydock help run",),
     ),
 )
 
 
 def find_command(words: list[str]) -> "tuple[Optional[Command], list[str]]":
-    """(command, the other words): the command is the first word that is no option of comfydock.
+    """(command, the other words): its name is the first word, or two, that are no options of comfydock.
 
-    Raises CDEnvironmentError for a word that is no command.
+    Raises CDEnvironmentError for words that are no command.
     """
-    index = 0
-    while index < len(words) and words[index].startswith("-"):
-        index += width_of(words, index, EVERYWHERE) or 1
-    if index >= len(words):
+    places = list(plain_places(words))
+    if not places:
         return None, words
-    found = next((command for command in COMMANDS if command.name == words[index]), None)
-    if found is None:
-        raise unknown_command(words[index])
-    return found, words[:index] + words[index + 1 :]
+    by_name = {command.name: command for command in COMMANDS}
+    for taken in (places[:1], places[:2]):
+        name = " ".join(words[place] for place in taken)
+        if name in by_name:
+            return by_name[name], [word for place, word in enumerate(words) if place not in taken]
+    raise unknown_command(name if name.startswith("node ") else words[places[0]])
+
+
+def plain_places(words: list[str]) -> Iterator[int]:
+    """The indices of the words that are neither options valid everywhere nor their values, up to `--`."""
+    index = 0
+    while index < len(words) and words[index] != "--":
+        width = width_of(words, index, EVERYWHERE)
+        if not width and not words[index].startswith("-"):
+            yield index
+        index += max(width, 1)
 
 
 def unknown_command(word: str) -> CDEnvironmentError:
-    """The error of a word that is no command, with the command that it may have been."""
+    """The error of words that are no command, with the command that they may have been."""
     from difflib import get_close_matches
 
-    close = get_close_matches(word, [command.name for command in COMMANDS], 1)
+    names = [command.name for command in COMMANDS]
+    close = get_close_matches(word, names, 1) or [name for name in names if name.startswith(word + " ")]
     hint = f"did you mean: comfydock {close[0]}" if close else "comfydock help"
     return CDEnvironmentError(f"'{word}' is no command of comfydock.", hint, "usage")
 
@@ -5551,26 +8769,35 @@ def parse(words: list[str], call: str) -> "tuple[Command, argparse.Namespace]":
     ours, theirs = split_words(rest, command)
     parser = build_parser(command, call)
     if not command.passes_on:
-        theirs = take_operands(parser, command, theirs)
+        theirs = take_operands(command, theirs)
     args = parser.parse_args(ours)
-    args.__dict__.update(zip([name for name, _ in command.operands], theirs))
+    if not command.passes_on:
+        set_operands(args, command, theirs)
     args.comfyui_args = theirs
     return finish(command, args, call)
 
 
-def take_operands(parser: "argparse.ArgumentParser", command: Command, words: list[str]) -> list[str]:
-    """The words that are no options, one for each operand. Raises CDEnvironmentError when they do not fit."""
+def take_operands(command: Command, words: list[str]) -> list[str]:
+    """The words that are no options. Raises CDEnvironmentError when there are more than the command takes."""
     unknown = next((word for word in words if word.startswith("-")), None)
     if unknown is not None:
         raise CDEnvironmentError(
             f"'{command.name}' has no option {unknown}.", f"comfydock help {command.name}", "usage"
         )
-    if len(words) > len(command.operands):
+    takes_many = any("..." in name for name, _ in command.operands)
+    if len(words) > len(command.operands) and not takes_many:
         extra = words[len(command.operands)]
         raise CDEnvironmentError(
             f"'{command.name}' does not take '{extra}'.", f"comfydock help {command.name}", "usage"
         )
     return words
+
+
+def set_operands(args: "argparse.Namespace", command: Command, words: list[str]) -> None:
+    """Give each operand its word: NAME one, `ID...` a list, `[...]` perhaps none."""
+    for name, _ in command.operands:
+        plain = name.strip("[].").lower()
+        args.__dict__["ids" if plain == "id" else plain] = words if "..." in name else words[0] if words else None
 
 
 def finish(command: Command, args: "argparse.Namespace", call: str) -> "tuple[Command, argparse.Namespace]":
@@ -5579,26 +8806,33 @@ def finish(command: Command, args: "argparse.Namespace", call: str) -> "tuple[Co
     if args.version:
         return Command("version", "", show_version, text_words), args
     if args.help or command.name == "help":
-        topic = args.__dict__.get("topic") or ("" if command.name == "help" else command.name)
+        topic = " ".join(args.command) if command.name == "help" else command.name
         if topic and topic not in by_name:
             raise unknown_command(topic)
         args.help_text = build_parser(by_name[topic], call).format_help().rstrip() if topic else overview(call)
         return by_name["help"], args
     for name, _ in command.operands:
-        if not args.__dict__.get(name):
+        if not name.startswith("[") and not args.comfyui_args:
             raise CDEnvironmentError(
-                f"'{command.name}' needs a {name.upper()}.", f"comfydock help {command.name}", "usage"
+                f"'{command.name}' needs {name.rstrip('.')}.", f"comfydock help {command.name}", "usage"
             )
-    if command.name == "create" and args.from_dir is None:
-        raise CDEnvironmentError("'create' needs --from DIR.", "comfydock create my-env --from ~/ComfyUI", "usage")
+    refuse_together(command, args, "adopt", "end")
+    refuse_together(command, args, "restart", "no_restart")
+    for other in ("comfyui", "source", "torch_backend", "no_install"):
+        refuse_together(command, args, "from_dir", other)
     if args.json and (not command.has_json or args.__dict__.get("foreground")):
         what = "run --foreground" if command.has_json else command.name
         raise CDEnvironmentError(f"'{what}' streams a log, so it has no --json.", f"comfydock {what}", "usage")
-    if command.name == "repair" and args.adopt and args.end:
-        raise CDEnvironmentError("--adopt and --end exclude each other.", "comfydock help repair", "usage")
     if command.name == "run":
         args.set_env = dict(args.set_env)
     return command, args
+
+
+def refuse_together(command: Command, args: "argparse.Namespace", one: str, other: str) -> None:
+    """Raises CDEnvironmentError when both options were given."""
+    if args.__dict__.get(one) and args.__dict__.get(other):
+        flags = " and ".join("--" + name.replace("_dir", "").replace("_", "-") for name in (one, other))
+        raise CDEnvironmentError(f"{flags} exclude each other.", f"comfydock help {command.name}", "usage")
 
 
 def build_parser(command: Command, call: str) -> "argparse.ArgumentParser":
@@ -5609,7 +8843,7 @@ def build_parser(command: Command, call: str) -> "argparse.ArgumentParser":
         def error(self, message: str) -> "Any":
             raise CDEnvironmentError(f"'{command.name}': {message}.", f"comfydock help {command.name}", "usage")
 
-    operands = "".join(f" {name.upper()}" for name, _ in command.operands)
+    operands = "".join(f" {name}" for name, _ in command.operands)
     passed_on = " [--] [ComfyUI's arguments]" if command.passes_on else ""
     parser = Parser(
         prog=f"{call} {command.name}",
@@ -5632,7 +8866,7 @@ def overview(call: str) -> str:
         "",
         f"usage: {call} [-e NAME] COMMAND [options]",
         "",
-        *(f"  {command.name:9} {command.summary}" for command in COMMANDS),
+        *(f"  {command.name:12} {command.summary}" for command in COMMANDS),
         "",
         "examples:",
         f"  {call} run --demo          try everything in a second, without ComfyUI",

@@ -6,9 +6,15 @@ In the order of the module's rooms; then the house itself; then the journeys, wh
 """
 
 import ast
+import builtins
 import contextlib
+import dis
 import gc
+import glob
+import gzip
+import hashlib
 import http.client
+import importlib.util
 import io
 import json
 import ntpath
@@ -19,16 +25,22 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
+import tarfile
 import tempfile
+import textwrap
 import threading
 import time
+import types
 import unittest
 import unittest.mock
 import uuid
 import warnings
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import comfydock as dock
@@ -252,6 +264,278 @@ def listening(port=0, answer=None):
 
 def has(program):
     return shutil.which(program) is not None
+
+
+# ======================================================================================================================
+# Props: a workshop with wheels, repositories and a registry
+# ======================================================================================================================
+
+
+class Workshop:
+    """What all tests share: a folder, wheels, a stand-in for ComfyUI, a registry, and one environment with a venv."""
+
+    root = wheels = comfyui = python = ""
+    registry = None
+    paths = None
+
+
+def write(path, text):
+    """Write a file with its folders."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        file.write(textwrap.dedent(text))
+
+
+def read_bytes(path):
+    """The bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def tree(folder):
+    """All files below a folder with their bytes, but for git's and Python's own."""
+    found = {}
+    for here, names, files in os.walk(folder):
+        names[:] = [name for name in names if name not in (".git", "__pycache__")]
+        found.update(
+            {os.path.relpath(os.path.join(here, name), folder): read_bytes(os.path.join(here, name)) for name in files}
+        )
+    return found
+
+
+def make_wheel(name, version, requires=()):
+    """A tiny wheel, written by hand."""
+    plain = name.replace("-", "_")
+    info = f"{plain}-{version}.dist-info"
+    members = {
+        f"{plain}.py": f"version = {version!r}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        + "".join(f"Requires-Dist: {item}\n" for item in requires),
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{member},,\n" for member in [*members, f"{info}/RECORD"])
+    with zipfile.ZipFile(os.path.join(Workshop.wheels, f"{plain}-{version}-py3-none-any.whl"), "w") as file:
+        for member, text in {**members, f"{info}/RECORD": record}.items():
+            file.writestr(member, text)
+
+
+def git(folder, *words):
+    """Run git as some user."""
+    done = subprocess.run(
+        ["git", "-c", "user.name=t", "-c", "user.email=t@t", *words],
+        cwd=folder,
+        check=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip()
+
+
+def make_repository(name, files, *tags):
+    """A repository with one commit; returns its path."""
+    folder = os.path.join(Workshop.root, "repositories", name)
+    os.makedirs(folder)
+    git(folder, "init", "--quiet", "-b", "main")
+    commit(folder, files, *tags)
+    return folder
+
+
+def commit(folder, files, *tags):
+    """Another commit."""
+    for path, text in files.items():
+        write(os.path.join(folder, path), text)
+    git(folder, "add", "-A")
+    git(folder, "commit", "--quiet", "--allow-empty", "-m", "x")
+    for tag in tags:
+        git(folder, "tag", tag)
+    return git(folder, "rev-parse", "HEAD")
+
+
+def zipped(files):
+    """A zip archive as bytes; names may be ZipInfo."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, text in files.items():
+            file.writestr(name, text)
+    return buffer.getvalue()
+
+
+class Registry(ThreadingHTTPServer):
+    """A stand-in for api.comfy.org: `answers` by path, each (status, headers, body) or a list of such, one a call."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        self.answers, self.calls = {}, []
+        super().__init__(("127.0.0.1", 0), RegistryHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def say(self, path, body, status=200, **headers):
+        """Set an answer."""
+        self.answers[path] = (status, headers, body if isinstance(body, bytes) else json.dumps(body).encode())
+
+    def publish(self, identity, version, files, status="NodeVersionStatusActive", latest=True, **more):
+        """Publish one version of a node."""
+        path = f"/files/{identity}/{version}/node.zip"
+        self.say(path, files if isinstance(files, bytes) else zipped(files))
+        release = {
+            "version": version,
+            "downloadUrl": self.url + path,
+            "dependencies": [],
+            "deprecated": False,
+            "status": status,
+            **more,
+        }
+        self.say(f"/nodes/{identity}/versions/{version}", release)
+        if latest:
+            self.say(
+                f"/nodes/{identity}",
+                {
+                    "id": identity,
+                    "name": f"The {identity}",
+                    "status": "NodeStatusActive",
+                    "repository": f"https://github.com/x/{identity}",
+                    "latest_version": release,
+                },
+            )
+
+
+class RegistryHandler(BaseHTTPRequestHandler):
+    """Gives the answers of the Registry."""
+
+    def do_GET(self):
+        """Answer."""
+        self.server.calls.append((self.path, dict(self.headers)))
+        answer = self.server.answers.get(self.path, (404, {}, b'{"message": "not found"}'))
+        if isinstance(answer, list):
+            answer = answer.pop(0) if len(answer) > 1 else answer[0]
+        status, headers, body = answer
+        cut = headers.get("cut")
+        start = 0
+        if "Range" in self.headers and not headers.get("no_ranges"):
+            start = int(self.headers["Range"][6:-1])
+            status = 206
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        self.wfile.write(body[start:cut] if cut else body[start:])
+
+    def log_message(self, *words):
+        """Say nothing."""
+
+
+def raise_workshop():
+    """Build what node tests share, once: about five seconds."""
+    if Workshop.root:
+        return
+    Workshop.root = os.path.realpath(tempfile.mkdtemp(prefix="nodes-test-"))
+    Workshop.wheels = os.path.join(Workshop.root, "wheels")
+    os.makedirs(Workshop.wheels)
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_", "GIT_"))]:
+        del os.environ[name]
+    os.environ.update(
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS=Workshop.wheels,
+        PIP_CONFIG_FILE=os.devnull,
+        HOME=Workshop.root,
+        GIT_CONFIG_NOSYSTEM="1",
+        PIP_NO_CACHE_DIR="1",
+    )
+    for name, version in (
+        ("torch", "2.0.0+cpu"),
+        ("torchvision", "0.15.0+cpu"),
+        ("torchaudio", "2.0.0+cpu"),
+        ("numpy", "1.26.0"),
+        ("numpy", "2.0.0"),
+        ("tiny", "1.0"),
+        ("tiny", "2.0"),
+        ("brand", "1.0"),
+    ):
+        make_wheel(name, version)
+    make_wheel("wants-new-torch", "1.0", ["torch>=3"])
+    Workshop.registry = Registry()
+    os.environ["COMFYDOCK_REGISTRY_URL"] = Workshop.registry.url
+    code = {
+        "main.py": "print('ComfyUI')\n",
+        "requirements.txt": "torch\ntorchvision\ntorchaudio\nnumpy<2\n",
+        "comfyui_version.py": '__version__ = "0.9.0"\n',
+        "custom_nodes/websocket_image_save.py": "",
+    }
+    Workshop.comfyui = make_repository("ComfyUI", code, "v0.9.0", "v0.10.0-rc1", "v1.0")
+    commit(Workshop.comfyui, {"comfyui_version.py": '__version__ = "0.10.0"\n'}, "v0.10.0")
+    commit(Workshop.comfyui, {"later.py": ""})
+
+
+def tearDownModule():
+    """Take the workshop down."""
+    if not Workshop.root:
+        return
+    Workshop.registry.shutdown()
+    Workshop.registry.server_close()
+    shutil.rmtree(Workshop.root)
+
+
+def shared_environment():
+    """The environment that all share, made by the first who asks: its venv is costly."""
+    if Workshop.paths is None:
+        paths = dock.EnvironmentPaths(os.path.join(Workshop.root, "environments", "main"))
+        dock.create_environment(
+            paths,
+            dock.CreateOptions("main", source=Workshop.comfyui, python=sys.executable, torch_backend="cpu"),
+            lambda line: None,
+        )
+        make_wheel("torch", "3.0.0")
+        Workshop.paths, Workshop.python = paths, dock.venv_python(paths.venv)
+    return Workshop.paths
+
+
+class InWorkshop(unittest.TestCase):
+    """A test that needs wheels, repositories or the registry."""
+
+    @classmethod
+    def setUpClass(cls):
+        raise_workshop()
+
+
+class NodeCase(InWorkshop):
+    """A test with an environment of its own that uses the shared venv."""
+
+    counter = 0
+
+    def setUp(self):
+        """Make the environment: code and manifest, no venv."""
+        shared_environment()
+        NodeCase.counter += 1
+        self.paths = dock.EnvironmentPaths(os.path.join(Workshop.root, "environments", f"e{NodeCase.counter}"))
+        os.makedirs(self.paths.cec)
+        shutil.copyfile(Workshop.paths.manifest, self.paths.manifest)
+        shutil.copytree(Workshop.paths.comfyui, self.paths.comfyui)
+        self.said = []
+        self.manager = dock.NodeManager(self.paths, Workshop.python, self.said.append)
+        self.nodes = os.path.join(self.paths.comfyui, "custom_nodes")
+
+    def failing(self, words, function, *arguments, error=dock.CDEnvironmentError, **named):
+        """The error with these words that a call raises."""
+        with self.assertRaises(error) as caught:
+            function(*arguments, **named)
+        self.assertIn(words, caught.exception.message)
+        self.assertNotIn("\n", caught.exception.message)
+        return caught.exception
+
+    def freeze(self):
+        """What the shared venv holds; by its folders, as pip takes half a second."""
+        site = os.path.dirname(
+            os.path.dirname(next(iter(glob.glob(f"{Workshop.paths.venv}/**/pip/__init__.py", recursive=True))))
+        )
+        return sorted(name[:-10].replace("-", "==") for name in os.listdir(site) if name.endswith(".dist-info"))
+
+    def snapshot(self):
+        """All that a failed change must leave alone."""
+        return read_bytes(self.paths.manifest), tree(self.nodes), os.listdir(self.nodes), self.freeze()
 
 
 # ======================================================================================================================
@@ -1577,6 +1861,112 @@ class PortsAreAskedAsComfyUIBindsThem(unittest.TestCase):
             self.assertGreater(found, port + 1)
 
 
+class DownloadTest(InWorkshop):
+    """Downloads from a server on loopback."""
+
+    def setUp(self):
+        """No pauses."""
+        self.registry = Workshop.registry
+        patch = unittest.mock.patch.object(dock, "RETRY_DELAYS", (0.01, 0.01, 0.01))
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def get(self, path, limit=10_000_000):
+        return b"".join(dock.download(self.registry.url + path, limit))
+
+    def test_only_https_and_loopback_are_opened(self):
+        for url in (
+            "http://example.org/x",
+            "ftp://example.org/x",
+            "file:///etc/passwd",
+            "https://",
+            "http://127.evil.com/",
+            "https://user:secret@example.org/",
+            "https://[bad/",
+            "javascript:x",
+            "https://a b/",
+            "https://a/\n",
+        ):
+            with self.subTest(url), self.assertRaises(dock.CDEnvironmentError) as caught:
+                dock.check_url(url)
+            self.assertEqual(caught.exception.code, "url")
+            self.assertNotIn("secret", caught.exception.message)
+        for url in ("https://example.org/x", "http://127.0.0.1:1/x", "http://localhost/x", "http://[::1]:9/x"):
+            dock.check_url(url)
+
+    def test_a_user_agent_is_sent(self):
+        self.registry.say("/ua", b"x")
+        self.get("/ua")
+        self.assertIn("comfydock", self.registry.calls[-1][1]["User-Agent"])
+
+    def test_busy_answers_are_tried_again(self):
+        self.registry.answers["/busy"] = [(429, {"Retry_After": 0}, b""), (503, {}, b""), (200, {}, b"done")]
+        self.assertEqual(self.get("/busy"), b"done")
+
+    def test_retry_after_is_waited_for(self):
+        self.registry.answers["/later"] = [(429, {"Retry_After": 7}, b""), (200, {}, b"done")]
+        with unittest.mock.patch.object(dock.time, "sleep") as sleep:
+            self.assertEqual(self.get("/later"), b"done")
+        sleep.assert_called_once_with(7.0)
+
+    def test_a_day_of_retry_after_is_not(self):
+        self.registry.answers["/day"] = (429, {"Retry_After": 86400}, b"")
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "86400 seconds"):
+            self.get("/day")
+
+    def test_tries_are_bounded(self):
+        self.registry.answers["/down"] = (500, {}, b"")
+        before = len(self.registry.calls)
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            self.get("/down")
+        self.assertEqual((caught.exception.code, len(self.registry.calls) - before), ("http-500", 4))
+
+    def test_a_missing_page_is_asked_for_once(self):
+        before = len(self.registry.calls)
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            self.get("/nothing-here")
+        self.assertEqual((caught.exception.code, len(self.registry.calls) - before), ("http-404", 1))
+
+    def test_a_broken_transfer_goes_on_where_it_stopped(self):
+        body = random.Random(1).randbytes(900_000) if sys.version_info >= (3, 9) else b""
+        for headers in ({}, {"no_ranges": 1}):
+            self.registry.answers["/broken"] = [(200, {"cut": 300_000}, body), (200, headers, body)]
+            self.assertEqual(hashlib.sha256(self.get("/broken")).digest(), hashlib.sha256(body).digest())
+
+    def test_too_much_is_refused(self):
+        self.registry.say("/big", b"x" * 5000)
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            self.get("/big", limit=4999)
+        self.assertEqual(caught.exception.code, "too-big")
+
+    def test_redirects_stay_on_https(self):
+        self.registry.say("/away", b"", 302, Location="http://example.org/")
+        self.registry.say("/here", b"", 302, Location="/ua")
+        self.registry.say("/ua", b"x")
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "not https"):
+            self.get("/away")
+        self.assertEqual(self.get("/here"), b"x")
+
+    def test_a_network_that_is_down_is_one_clear_line(self):
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            dock.fetch_json("http://127.0.0.1:1/")
+        self.assertIn("cannot reach 127.0.0.1: Connection refused", caught.exception.message)
+        self.assertIn("check the network", caught.exception.hint)
+
+    def test_a_dripping_server_meets_the_deadline(self):
+        self.registry.say("/x", b"x" * 100)
+        with (
+            unittest.mock.patch.object(dock.time, "monotonic", side_effect=[0.0, 0.0, 99.0]),
+            self.assertRaisesRegex(dock.CDEnvironmentError, "too long"),
+        ):
+            list(dock.download(self.registry.url + "/x", 1000, seconds=50.0))
+
+    def test_no_json_is_said(self):
+        self.registry.say("/html", b"<html>")
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "not JSON"):
+            dock.fetch_json(self.registry.url + "/html")
+
+
 # ======================================================================================================================
 # 6. Files
 # ======================================================================================================================
@@ -1750,6 +2140,158 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
         self.assertEqual(follower.read(), b"now\n")
 
 
+class UnpackTest(InWorkshop):
+    """Archives, good and hostile."""
+
+    def setUp(self):
+        """A folder."""
+        self.folder = tempfile.mkdtemp(dir=Workshop.root)
+        self.target = os.path.join(self.folder, "out")
+
+    def archive(self, data):
+        path = os.path.join(self.folder, "archive")
+        with open(path, "wb") as file:
+            file.write(data)
+        return path
+
+    def tar(self, *members):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as file:
+            for member, data in members:
+                file.addfile(member, io.BytesIO(data))
+        return self.archive(buffer.getvalue())
+
+    def member(self, name, data=b"x", **fields):
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        for key, value in fields.items():
+            setattr(info, key, value)
+        return info, data
+
+    def refused(self, archive, limit=1_000_000):
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            dock.unpack(archive, self.target, limit)
+        self.assertEqual(caught.exception.code, "archive")
+        self.assertFalse(os.path.lexists(self.target), "something was written")
+        self.assertEqual(os.listdir(self.folder), ["archive"])
+
+    def test_both_kinds_unpack(self):
+        info = zipfile.ZipInfo("bin/run.sh")
+        info.external_attr = 0o755 << 16
+        self.assertEqual(
+            dock.unpack(self.archive(zipped({"a.py": "1", info: "2", "e/": ""})), self.target, 10),
+            ["a.py", "bin/run.sh"],
+        )
+        self.assertTrue(os.stat(os.path.join(self.target, "bin/run.sh")).st_mode & stat.S_IXUSR)
+        self.assertTrue(os.path.isdir(os.path.join(self.target, "e")))
+        dock.remove_tree(self.target)
+        odd = {"w\\": "", "w\\a.py": "1", "\u5168\u3000\u89d2.json": "2"}
+        self.assertEqual(dock.unpack(self.archive(zipped(odd)), self.target, 10), ["w/a.py", "\u5168\u3000\u89d2.json"])
+        dock.remove_tree(self.target)
+        dock.unpack(self.tar(self.member("./top/a.py"), self.member("./top/b/c.py")), self.target, 10, strip=True)
+        self.assertEqual(sorted(tree(self.target)), ["a.py", "b/c.py"])
+
+    def test_hostile_names_are_refused_in_both_kinds(self):
+        for name in (
+            "../x",
+            "a/../../x",
+            "/etc/x",
+            "C:/x",
+            "C:x",
+            "..\\x",
+            "\\x",
+            "\\\\host\\x",
+            ".. /x",
+            "a/... /x",
+            "a:b",
+            "a\nb",
+            "x/\x1b[31m",
+        ):
+            with self.subTest(name):
+                self.refused(self.archive(zipped({"ok.py": "1", name: "x"})))
+                self.refused(self.tar(self.member("ok.py"), self.member(name)))
+
+    def test_links_and_devices_are_refused(self):
+        link = zipfile.ZipInfo("link")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        self.refused(self.archive(zipped({"ok": "1", link: "/etc/passwd"})))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
+            with self.subTest(kind):
+                self.refused(self.tar(self.member("ok"), self.member("link", b"", type=kind, linkname="/etc/passwd")))
+
+    def test_absurd_sizes_and_counts_are_refused(self):
+        self.refused(self.archive(zipped({"big": "x" * 1001})), limit=1000)
+        self.refused(self.tar(self.member("a", b"x" * 600), self.member("b", b"x" * 600)), limit=1000)
+        with unittest.mock.patch.object(dock, "MOST_MEMBERS", 3):
+            self.refused(self.archive(zipped({str(number): "" for number in range(4)})))
+        bomb = self.member("long", b"x" * 5_000_000, type=tarfile.GNUTYPE_LONGNAME)
+        self.refused(self.tar(bomb, self.member("b")))
+
+    def test_a_file_that_is_also_a_folder_is_refused(self):
+        self.refused(self.archive(zipped({"a": "1", "a/b": "2"})))
+
+    def test_damage_is_said(self):
+        for data in (b"hello", b"PK\x03\x04garbage", b"\x1f\x8bgarbage", gzip.compress(b"no tar" * 200), b""):
+            with self.subTest(data[:4]):
+                self.refused(self.archive(data))
+        whole = zipped({"a.py": "print(1)"})
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "cannot be unpacked"):
+            dock.unpack(self.archive(whole.replace(b"print(1)", b"print(2)")), self.target, 1000)
+
+
+class RemovalTest(InWorkshop):
+    """Deleting and moving aside."""
+
+    def setUp(self):
+        """A precious folder outside."""
+        self.folder = tempfile.mkdtemp(dir=Workshop.root)
+        self.precious = os.path.join(self.folder, "models", "x.safetensors")
+        write(self.precious, "years")
+
+    def test_links_are_cut_not_followed(self):
+        doomed = os.path.join(self.folder, "doomed")
+        os.makedirs(os.path.join(doomed, "in"))
+        os.symlink(os.path.dirname(self.precious), os.path.join(doomed, "in", "models"))
+        top = os.path.join(self.folder, "top")
+        os.symlink(os.path.dirname(self.precious), top)
+        dock.remove_tree(doomed)
+        dock.remove_tree(top)
+        dock.remove_tree(top)
+        self.assertEqual(os.listdir(self.folder), ["models"])
+        self.assertEqual(read_bytes(self.precious), b"years")
+
+    def test_a_junction_is_known_by_its_tag(self):
+        status = unittest.mock.Mock(st_mode=stat.S_IFDIR, st_reparse_tag=0xA0000003)
+        with unittest.mock.patch.object(dock.os, "lstat", return_value=status):
+            self.assertTrue(dock.is_link("x"))
+
+    def test_a_mounted_volume_stops_it_before_anything_is_gone(self):
+        if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+            self.skipTest("needs mount namespaces")
+        doomed = os.path.join(self.folder, "doomed")
+        write(os.path.join(doomed, "a", "file"), "x")
+        os.makedirs(os.path.join(doomed, "volume"))
+        script = (
+            f"mount -t tmpfs tmpfs {doomed}/volume && touch {doomed}/volume/model && "
+            f"{sys.executable} -c 'import comfydock as dock, sys; dock.remove_tree(sys.argv[1])' {doomed}; ls {doomed}/volume {doomed}/a"
+        )
+        done = subprocess.run(
+            ["unshare", "-m", "sh", "-c", script], cwd=HERE, capture_output=True, text=True, check=False
+        )
+        self.assertIn("another file system is mounted", done.stderr)
+        self.assertIn("model", done.stdout)
+        self.assertIn("file", done.stdout)
+
+    def test_moved_aside_twice_keeps_both(self):
+        first = os.path.join(self.folder, "node")
+        shelf = os.path.join(self.folder, "shelf")
+        with unittest.mock.patch.object(dock.time, "strftime", return_value="T"):
+            for _ in range(2):
+                write(os.path.join(first, "a"), "x")
+                dock.move_aside(first, shelf)
+        self.assertEqual(sorted(tree(shelf)), ["T-2/node/a", "T/node/a"])
+
+
 # ======================================================================================================================
 # 7. The state file
 # ======================================================================================================================
@@ -1788,6 +2330,1584 @@ class TheStateFile(unittest.TestCase):
         os.symlink("/etc/hostname", self.path)
         with self.assertRaises(OSError):
             dock.read_state(self.path)
+
+
+# ======================================================================================================================
+# 8. Manifest, git and nodes
+# ======================================================================================================================
+
+
+OLD_MANIFEST = '''\
+# my environment, do not lose this comment
+[project]
+name = "comfydock-env-my-env"
+version = "0.1.0"
+requires-python = ">=3.9"
+dependencies = [
+    "aiohttp>=3.11.8",  # web
+    "numpy",
+]
+
+[dependency-groups]
+comfyui-kjnodes-f4971021 = ["tiny"]
+other = [
+    "brand", # kept
+]
+
+[tool.comfydock]
+comfyui_version = "v0.3.64"     # pinned
+comfyui_version_type = "release"
+comfyui_commit_sha = "a125cd84"
+python_version = "3.12"
+torch_backend = "auto"
+note = """
+[tool.comfydock.nodes.fake]
+"""
+
+[tool.comfydock.nodes.comfyui-kjnodes]
+name = "ComfyUI-KJNodes"
+registry_id = "comfyui-kjnodes"
+repository = "https://github.com/kijai/ComfyUI-KJNodes"
+version = "1.1.5"
+download_url = "https://cdn.comfy.org/x"
+source = "registry"
+pinned = true
+
+# the user's own
+[tool.comfydock.nodes."my dev node"]
+name = "my dev node"
+version = "dev"
+source = "development"
+
+[tool.comfydock.workflows.portrait]
+path = "workflows/portrait.json"
+nodes = ["comfyui-kjnodes"]
+models = [ { filename = "x.safetensors", category = "checkpoints" } ]
+
+[tool.comfydock.models.abc]
+filename = "x.safetensors"
+added = 2025-10-30T12:00:00Z
+
+[[tool.uv.index]]
+name = "pytorch-cu128"
+url = "https://download.pytorch.org/whl/cu128"
+explicit = true
+
+[tool.uv]
+constraint-dependencies = ["torch==2.9.0+cu128"]
+'''
+
+
+class ManifestTest(InWorkshop):
+    """Reading, and writing as text."""
+
+    def setUp(self):
+        """A manifest of 1.0.x."""
+        self.paths = dock.EnvironmentPaths(tempfile.mkdtemp(dir=Workshop.root))
+        self.put(OLD_MANIFEST)
+
+    def put(self, text):
+        write(self.paths.manifest, text)
+
+    def text(self):
+        return read_bytes(self.paths.manifest).decode()
+
+    def added(self, key="new-node", **fields):
+        table = {"name": key, "version": "1.0.0", "source": "registry", **fields}
+        return {key: {"table": table, "requirements": ["tiny>=1"]}}
+
+    def test_it_is_read(self):
+        manifest = dock.read_manifest(self.paths)
+        self.assertEqual(
+            (manifest.comfyui_version, manifest.torch_backend, manifest.comfyui_path, manifest.python_path),
+            ("v0.3.64", "auto", None, None),
+        )
+        self.assertEqual(
+            manifest.nodes["comfyui-kjnodes"],
+            dock.NodeInfo(
+                "ComfyUI-KJNodes",
+                "comfyui-kjnodes",
+                "https://github.com/kijai/ComfyUI-KJNodes",
+                "1.1.5",
+                "https://cdn.comfy.org/x",
+                "registry",
+            ),
+        )
+        self.assertEqual(list(manifest.nodes), ["comfyui-kjnodes", "my dev node"])
+
+    def test_the_cache_is_used_for_the_very_same_bytes_only(self):
+        dock.read_manifest(self.paths)
+        with unittest.mock.patch.object(dock, "parse_toml", side_effect=AssertionError("parsed")):
+            self.assertEqual(len(dock.read_manifest(self.paths).nodes), 2)
+        self.put(OLD_MANIFEST.replace('"v0.3.64"', '"v0.3.65"'))
+        self.assertEqual(dock.read_manifest(self.paths).comfyui_version, "v0.3.65")
+
+    def test_a_damaged_cache_is_read_past(self):
+        for text in ("", "{", "[]", '{"sha256": 1}'):
+            write(self.paths.cache, text)
+            self.assertEqual(len(dock.read_manifest(self.paths).nodes), 2)
+
+    def test_a_python_without_toml_asks_the_environments(self):
+        with unittest.mock.patch.object(dock, "toml_module", return_value=None):
+            for python, words in ((sys.executable, None), (None, "nothing here can read")):
+                self.put(OLD_MANIFEST + f"# {python}\n")
+                if words is None:
+                    self.assertEqual(len(dock.read_manifest(self.paths, python).nodes), 2)
+                else:
+                    self.assertRaisesRegex(dock.CDEnvironmentError, words, dock.read_manifest, self.paths, python)
+            self.put("[a\n")
+            self.assertRaisesRegex(dock.CDEnvironmentError, "line 1:", dock.read_manifest, self.paths, sys.executable)
+
+    def test_a_broken_one_is_one_line_with_its_number_and_stays(self):
+        for text, line in (("[a]\nb = 1\nc = \n", 3), ("a = 1\na = 2\n", 2), ('a = "\n', 1), ("a = [1,\n2\n", 3)):
+            self.put(text)
+            with self.assertRaises(dock.CDEnvironmentError) as caught:
+                dock.change_nodes(self.paths, self.added())
+            self.assertIn(f"line {line}: ", caught.exception.message)
+            self.assertNotIn("\n", caught.exception.message)
+            self.assertEqual(self.text(), text)
+        with open(self.paths.manifest, "wb") as file:
+            file.write(b"a = 1\nb = '\xff'\n")
+        self.assertRaisesRegex(dock.CDEnvironmentError, "line 2: not UTF-8", dock.read_manifest, self.paths)
+
+    def test_adding_and_removing_a_node_gives_the_same_bytes_back(self):
+        variants = {
+            "old": OLD_MANIFEST,
+            "crlf": OLD_MANIFEST.replace("\n", "\r\n"),
+            "mark": "\ufeff" + OLD_MANIFEST,
+            "bare": '[project]\nname = "x"\n',
+            "empty": "",
+            "tool": "[tool.ruff]\nline-length = 1\n",
+            "indented": '[tool]\n  [tool.comfydock]\n  a = 1\n\n  [tool.comfydock.nodes.a]\n  name = "a"\n',
+        }
+        for name, text in variants.items():
+            with self.subTest(name):
+                self.put(text)
+                dock.change_nodes(self.paths, self.added())
+                self.assertIn("new-node", dock.read_manifest(self.paths).nodes)
+                self.assertEqual(
+                    [line for line in text.splitlines(True) if line not in self.text().splitlines(True)], []
+                )
+                dock.change_nodes(self.paths, {"new-node": None})
+                self.assertEqual(self.text(), text)
+
+    def test_a_change_touches_the_nodes_lines_alone(self):
+        manifest = dock.read_manifest(self.paths)
+        info = manifest.nodes["comfyui-kjnodes"]
+        info.version = "1.2.0"
+        table = dock.table_from_info(info, manifest.tables["comfyui-kjnodes"])
+        dock.change_nodes(self.paths, {"comfyui-kjnodes": {"table": table, "requirements": ["tiny", "brand"]}})
+        group = manifest.group_name(info)
+        self.assertEqual(
+            self.text(),
+            OLD_MANIFEST.replace('"1.1.5"', '"1.2.0"').replace(f'{group} = ["tiny"]', f'{group} = ["tiny", "brand"]'),
+        )
+
+    def test_group_names_are_those_of_1_0(self):
+        info = dock.NodeInfo("ComfyUI-KJNodes", "comfyui-kjnodes", "https://github.com/kijai/ComfyUI-KJNodes")
+        digest = hashlib.sha256(b"https://github.com/kijai/ComfyUI-KJNodes").hexdigest()[:8]
+        self.assertEqual(dock.group_name(info), f"comfyui-kjnodes-{digest}")
+
+    def test_inline_tables_and_odd_keys_can_be_changed(self):
+        self.put('[tool.comfydock.nodes]\n"a.b" = { name = "a.b", source = "git" }\nc = { name = "c" }\n')
+        dock.change_nodes(
+            self.paths, {"a.b": {"table": {"name": "a.b", "version": "2", "source": "git"}, "requirements": []}}
+        )
+        self.assertEqual(dock.read_manifest(self.paths).nodes["a.b"].version, "2")
+        self.assertIn('c = { name = "c" }', self.text())
+
+    def test_hostile_values_stay_values(self):
+        value = 'a"]\n[tool.comfydock]\ncomfyui_path = "/evil"\n#\\\x00\x7f\u2028'
+        dock.change_nodes(self.paths, self.added('x"]\n[y', repository=value))
+        manifest = dock.read_manifest(self.paths)
+        self.assertIsNone(manifest.comfyui_path)
+        self.assertEqual(manifest.nodes['x"]\n[y'].repository, value)
+
+    def test_what_cannot_be_changed_as_text_is_not_saved(self):
+        text = 'tool = { comfydock = { nodes = { a = { name = "a" } } } }\n'
+        self.put(text)
+        self.assertRaises(dock.CDEnvironmentError, dock.change_nodes, self.paths, self.added())
+        self.assertEqual(self.text(), text)
+
+    def test_it_is_written_to_its_real_path_with_its_mode(self):
+        real = os.path.join(self.paths.root, "dotfiles.toml")
+        os.rename(self.paths.manifest, real)
+        os.symlink(real, self.paths.manifest)
+        os.chmod(real, 0o640)
+        dock.change_nodes(self.paths, self.added())
+        self.assertTrue(os.path.islink(self.paths.manifest))
+        self.assertIn(b"new-node", read_bytes(real))
+        self.assertEqual(stat.S_IMODE(os.stat(real).st_mode), 0o640)
+
+    def test_settings_are_replaced_in_place(self):
+        dock.change_settings(self.paths, {"comfyui_path": "/x y", "torch_backend": None, "python_version": "3.13"})
+        manifest = dock.read_manifest(self.paths)
+        self.assertEqual((manifest.comfyui_path, manifest.torch_backend), ("/x y", None))
+        self.assertIn("# pinned", self.text())
+
+
+class GitTest(InWorkshop):
+    """GitManager and what git may be given."""
+
+    def setUp(self):
+        """An empty .cec."""
+        self.cec = os.path.join(tempfile.mkdtemp(dir=Workshop.root), ".cec")
+        write(os.path.join(self.cec, "pyproject.toml"), "")
+
+    def test_a_new_repository_ignores_what_runs(self):
+        self.assertTrue(dock.GitManager(self.cec).initialize_environment_repo("first"))
+        ignored = read_bytes(os.path.join(self.cec, ".gitignore")).decode()
+        self.assertTrue(
+            ignored.startswith("# ComfyUI process state (runtime only, not configuration)\n.comfyui.state\n")
+        )
+        for name in dock.GitManager.IGNORED:
+            write(
+                os.path.join(self.cec, name.rstrip("/").replace("*", "x"), "a" if name.endswith("/") else ""), ""
+            ) if name.endswith("/") else write(os.path.join(self.cec, name.replace("*", "x")), "")
+        self.assertEqual(git(self.cec, "status", "--porcelain"), "")
+        self.assertEqual(git(self.cec, "log", "--format=%s"), "first")
+
+    def test_a_repository_that_is_not_ours_stays_clean(self):
+        git(self.cec, "init", "--quiet")
+        write(os.path.join(self.cec, ".gitignore"), ".complete\n")
+        git(self.cec, "add", "-A")
+        git(self.cec, "commit", "-m", "theirs")
+        for _ in range(2):
+            self.assertFalse(dock.GitManager(self.cec).initialize_environment_repo("ours"))
+        write(os.path.join(self.cec, ".comfyui.state"), "{}")
+        self.assertEqual(git(self.cec, "status", "--porcelain"), "")
+        self.assertEqual(git(self.cec, "log", "--format=%s"), "theirs")
+        self.assertEqual(
+            read_bytes(os.path.join(self.cec, ".git", "info", "exclude")).split().count(b".comfyui.state"), 1
+        )
+
+    def test_without_git_there_is_still_the_ignore_file(self):
+        with unittest.mock.patch.object(dock, "git_path", return_value=None):
+            self.assertFalse(dock.GitManager(self.cec).initialize_environment_repo("x"))
+        self.assertTrue(os.path.exists(os.path.join(self.cec, ".gitignore")))
+
+    def test_hostile_addresses_are_refused(self):
+        for url in (
+            "ext::sh -c 'touch /tmp/pwned'",
+            "--upload-pack=touch /tmp/pwned",
+            "-u",
+            "http://example.org/x",
+            "git://example.org/x",
+            "ftp://x/y",
+            "https://me:secret@example.org/x",
+            "ssh://-oProxyCommand=x/y",
+            "fd::3",
+            "https://a/b\n",
+            "ssh://host/-x",
+        ):
+            with self.subTest(url), self.assertRaises(dock.CDEnvironmentError) as caught:
+                dock.check_repository(url)
+            self.assertEqual(caught.exception.code, "url")
+        for url in (
+            "https://github.com/a/b",
+            "ssh://git@host:22/a/b",
+            "git@github.com:a/b.git",
+            "/a/b",
+            "C:\\a\\b",
+            "http://127.0.0.1:1/a",
+        ):
+            dock.check_repository(url)
+        for reference in ("--help", "a..b", "a b", "", "-x", "a:b", "x" * 300):
+            self.assertRaises(dock.CDEnvironmentError, dock.check_reference, reference)
+
+    def test_references_are_told_from_users(self):
+        for identifier, parts in {
+            "https://h/u/r@v1": ("https://h/u/r", "v1"),
+            "git@h:u/r": ("git@h:u/r", None),
+            "git@h:u/r@a/b": ("git@h:u/r", "a/b"),
+            "ssh://git@h/u/r@x": ("ssh://git@h/u/r", "x"),
+            "https://h/u/r": ("https://h/u/r", None),
+            "./x@v2": ("./x", "v2"),
+            "file:///a/b@c": ("file:///a/b", "c"),
+        }.items():
+            self.assertEqual(dock.split_reference(identifier), parts)
+
+    def test_git_never_asks_and_a_submodule_cannot_name_a_local_path(self):
+        self.assertEqual(dock.git_environment("https://x/y")["GIT_ALLOW_PROTOCOL"], "https:ssh")
+        self.assertEqual(dock.git_environment("/x")["GIT_TERMINAL_PROMPT"], "0")
+
+    def test_releases_compare_as_numbers(self):
+        self.assertEqual(dock.highest_release(["v0.9.0", "v0.10.0", "v0.10.0-rc1", "v1.0", "latest"]), "v0.10.0")
+        self.assertGreater(dock.version_key("1.10.0"), dock.version_key("1.9.0"))
+        self.assertGreater(dock.version_key("2.0.0"), dock.version_key("2.0.0-rc1"))
+        self.assertEqual(dock.version_key("v1.0.0"), dock.version_key("1.0.0"))
+
+
+class CreateTest(InWorkshop):
+    """The creating engine."""
+
+    def paths(self):
+        return dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
+
+    def make(self, paths, **options):
+        said = []
+        return dock.create_environment(
+            paths, dock.CreateOptions("env", **{"no_install": True, **options}), said.append
+        ), said
+
+    def test_a_whole_environment_with_its_venv(self):
+        paths = shared_environment()
+        manifest = dock.read_manifest(paths)
+        self.assertEqual((manifest.comfyui_version, manifest.torch_backend), ("v0.10.0", "cpu"))
+        self.assertEqual(manifest.settings["comfyui_version_type"], "release")
+        self.assertEqual(manifest.settings["comfyui_commit_sha"], git(paths.comfyui, "rev-parse", "HEAD"))
+        self.assertTrue(os.path.exists(paths.complete))
+        self.assertFalse(os.path.exists(paths.creation))
+        frozen = dock.find_installer(Workshop.python).freeze()
+        for line in ("torch==2.0.0+cpu", "numpy==1.26.0"):
+            self.assertIn(line, frozen)
+        self.assertTrue([line for line in frozen if line.startswith("pip==")], "ComfyUI-Manager needs pip")
+        self.assertIn(b'url = "https://download.pytorch.org/whl/cpu"', read_bytes(paths.manifest))
+        self.assertEqual(git(paths.cec, "log", "--format=%s"), "Initial environment setup")
+        self.assertEqual(git(paths.cec, "status", "--porcelain"), "")
+
+    def test_sources(self):
+        archive = os.path.join(Workshop.root, "ComfyUI.tar.gz")
+        git(Workshop.comfyui, "archive", "--prefix=ComfyUI-0.9.0/", "-o", archive, "v0.9.0")
+        Workshop.registry.say("/ComfyUI.tar.gz", read_bytes(archive))
+        copied = os.path.join(Workshop.root, "copied")
+        if not os.path.exists(copied):
+            shutil.copytree(Workshop.comfyui, copied, ignore=shutil.ignore_patterns(".git"))
+        for source, reference, version in (
+            (archive, None, "v0.9.0"),
+            (Workshop.registry.url + "/ComfyUI.tar.gz", None, "v0.9.0"),
+            (copied, None, "v0.10.0"),
+            (Workshop.comfyui, "v0.9.0", "v0.9.0"),
+            (Workshop.comfyui, "main", "main"),
+            ("file://" + Workshop.comfyui, None, "v0.10.0"),
+            (Workshop.comfyui, git(Workshop.comfyui, "rev-parse", "v0.9.0"), None),
+        ):
+            with self.subTest(source=source, reference=reference):
+                paths = self.paths()
+                report, _ = self.make(paths, source=source, comfyui=reference)
+                self.assertEqual(report.comfyui_version, version or reference)
+                self.assertTrue(os.path.isfile(os.path.join(paths.comfyui, "main.py")))
+                self.assertTrue(os.path.exists(paths.complete))
+
+    def test_without_git_the_release_archive_is_taken(self):
+        archive = os.path.join(Workshop.root, "release.tar.gz")
+        git(Workshop.comfyui, "archive", "--prefix=ComfyUI-0.10.0/", "-o", archive, "v0.10.0")
+        asked = []
+
+        def fake(url, *arguments, **named):
+            asked.append(url)
+            yield b'{"tag_name": "v0.10.0"}' if "api.github.com" in url else read_bytes(archive)
+
+        paths = self.paths()
+        with (
+            unittest.mock.patch.object(dock, "git_path", return_value=None),
+            unittest.mock.patch.object(dock, "download", fake),
+        ):
+            report, _ = self.make(paths)
+        self.assertEqual(
+            asked,
+            [
+                "https://api.github.com/repos/Comfy-Org/ComfyUI/releases/latest",
+                "https://github.com/Comfy-Org/ComfyUI/archive/v0.10.0.tar.gz",
+            ],
+        )
+        self.assertEqual(report.comfyui_version, "v0.10.0")
+        self.assertEqual(sorted(os.listdir(paths.root)), [".cec", "ComfyUI"])
+
+    def test_a_failed_one_goes_on_where_it_stopped(self):
+        paths = self.paths()
+        with unittest.mock.patch.object(dock, "first_manifest", side_effect=dock.CDEnvironmentError("disk full")):
+            self.assertRaises(dock.CDEnvironmentError, self.make, paths, source=Workshop.comfyui)
+        self.assertFalse(os.path.exists(paths.complete))
+        with unittest.mock.patch.object(dock, "clone", side_effect=AssertionError("cloned again")):
+            report, said = self.make(paths, source=Workshop.comfyui)
+        self.assertTrue(os.path.exists(paths.complete))
+        self.assertEqual(report.comfyui_version, "v0.10.0")
+        self.assertNotIn("ComfyUI ...", said)
+
+    def test_other_options_start_over(self):
+        paths = self.paths()
+        with unittest.mock.patch.object(dock, "first_manifest", side_effect=dock.CDEnvironmentError("disk full")):
+            self.assertRaises(dock.CDEnvironmentError, self.make, paths, source=Workshop.comfyui)
+        report, _ = self.make(paths, source=Workshop.comfyui, comfyui="v0.9.0")
+        self.assertEqual(report.comfyui_version, "v0.9.0")
+        self.assertEqual(report.commit, git(Workshop.comfyui, "rev-parse", "v0.9.0"))
+
+    def test_killed_at_any_step_it_is_never_complete_and_resumes(self):
+        for step in range(1, 40):
+            paths = self.paths()
+            body = f"""dock.create_environment(dock.EnvironmentPaths({paths.root!r}),
+                           dock.CreateOptions("env", source={Workshop.comfyui!r}, no_install=True), lambda line: None)"""
+            killed = run_and_die(body, step)
+            if not killed:
+                self.assertGreater(step, 6)
+                break
+            if not os.path.exists(paths.complete):
+                self.make(paths, source=Workshop.comfyui)
+            self.assertTrue(os.path.exists(paths.complete))
+            self.assertEqual(dock.read_manifest(paths).comfyui_version, "v0.10.0")
+            self.assertEqual(git(paths.comfyui, "status", "--porcelain"), "")
+            self.assertFalse(os.path.exists(paths.partial))
+
+    def test_what_is_there_already_is_not_touched(self):
+        paths = self.paths()
+        write(os.path.join(paths.root, "thesis.txt"), "x")
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "no unfinished environment"):
+            self.make(paths, source=Workshop.comfyui)
+        self.assertEqual(os.listdir(paths.root), ["thesis.txt"])
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "already holds"):
+            self.make(shared_environment(), source=Workshop.comfyui)
+
+    def test_a_full_disk_is_said_first(self):
+        usage = unittest.mock.Mock(free=10 * dock.MEGABYTE)
+        paths = self.paths()
+        with (
+            unittest.mock.patch("shutil.disk_usage", return_value=usage),
+            self.assertRaisesRegex(dock.CDEnvironmentError, "10 MB free"),
+        ):
+            self.make(paths, source=Workshop.comfyui)
+        self.assertEqual(os.listdir(paths.root), [".cec"])
+
+    def test_wrong_sources_and_pythons_are_one_sentence(self):
+        empty = tempfile.mkdtemp(dir=Workshop.root)
+        for options, words in (
+            ({"source": empty}, "no main.py"),
+            ({"source": empty + "/x.zip"}, "is not there"),
+            ({"source": Workshop.comfyui, "comfyui": "v9.9.9"}, "git clone failed"),
+            ({"source": "ext::sh -c x"}, "not a repository address"),
+            ({"source": Workshop.comfyui, "comfyui": "--help"}, "no branch"),
+            (
+                {"source": Workshop.comfyui, "no_install": False, "python": "9.9", "torch_backend": "cpu"},
+                "no Python '9.9'",
+            ),
+        ):
+            with self.subTest(words), self.assertRaises(dock.CDEnvironmentError) as caught:
+                self.make(self.paths(), **options)
+            self.assertIn(words, caught.exception.message)
+
+    def test_torch_indexes(self):
+        self.assertEqual(dock.torch_index("cu128"), "https://download.pytorch.org/whl/cu128")
+        for word in ("../x", "", "a b", "--x", "cpu@evil"):
+            self.assertRaises(dock.CDEnvironmentError, dock.torch_index, word)
+        for driver, backend in (("580.10", "cu130"), ("572.1", "cu128"), ("550.2", "cu126")):
+            answer = unittest.mock.Mock(returncode=0, stdout=driver)
+            with (
+                unittest.mock.patch("shutil.which", return_value="x"),
+                unittest.mock.patch.object(dock, "run_command", return_value=answer),
+            ):
+                self.assertEqual(dock.detect_torch_backend(), backend)
+
+
+class DeleteTest(InWorkshop):
+    """Deleting and adopting."""
+
+    def checkout(self):
+        folder = os.path.join(tempfile.mkdtemp(dir=Workshop.root), "ComfyUI")
+        shutil.copytree(Workshop.comfyui, folder)
+        write(os.path.join(folder, "custom_nodes", "mine", "__init__.py"), "")
+        return folder
+
+    def test_deleting_cuts_links_and_leaves_the_models(self):
+        root = tempfile.mkdtemp(dir=Workshop.root)
+        write(os.path.join(root, "models", "x"), "years")
+        paths = dock.EnvironmentPaths(os.path.join(root, "env"))
+        dock.create_environment(
+            paths, dock.CreateOptions("env", source=Workshop.comfyui, no_install=True), lambda line: None
+        )
+        os.symlink(os.path.join(root, "models"), os.path.join(paths.comfyui, "models"))
+        dock.delete_environment(paths)
+        self.assertEqual(tree(root), {"models/x": b"years"})
+
+    def test_an_adopted_checkout_is_recorded_left_alone_and_survives(self):
+        checkout = self.checkout()
+        before = tree(checkout)
+        paths = dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
+        manifest = dock.adopt_environment(paths, "env", checkout, sys.executable, lambda line: None)
+        self.assertEqual(
+            (manifest.comfyui_path, manifest.python_path, manifest.found_nodes), (checkout, sys.executable, ["mine"])
+        )
+        manager = dock.NodeManager(paths, sys.executable, lambda line: None)
+        report = manager.compare()
+        self.assertTrue(report.is_synced)
+        self.assertEqual((report.found_nodes, report.extra_nodes), (["mine"], []))
+        self.assertEqual(manager.requirement_folders(), [])
+        manager.bring_in_line()
+        self.assertEqual(git(checkout, "status", "--porcelain"), "?? custom_nodes/mine/")
+        self.assertEqual(manager.track("mine").source, "development")
+        self.assertEqual(manager.compare().found_nodes, [])
+        dock.delete_environment(paths)
+        self.assertFalse(os.path.exists(paths.root))
+        self.assertEqual(tree(checkout), before)
+
+    def test_a_checkout_inside_the_environment_is_not_deleted(self):
+        paths = dock.EnvironmentPaths(tempfile.mkdtemp(dir=Workshop.root))
+        shutil.copytree(Workshop.comfyui, os.path.join(paths.root, "code"))
+        write(paths.manifest, f'[tool.comfydock]\ncomfyui_path = "{paths.root}/code"\n')
+        self.assertRaisesRegex(dock.CDEnvironmentError, "was adopted", dock.delete_environment, paths)
+
+    def test_an_environment_that_is_a_link_is_unlinked(self):
+        root = tempfile.mkdtemp(dir=Workshop.root)
+        write(os.path.join(root, "elsewhere", ".cec", "x"), "x")
+        os.symlink(os.path.join(root, "elsewhere"), os.path.join(root, "env"))
+        dock.delete_environment(dock.EnvironmentPaths(os.path.join(root, "env")))
+        self.assertEqual(tree(root), {"elsewhere/.cec/x": b"x"})
+
+
+class AddTest(NodeCase):
+    """Adding nodes, from three sources, with what can go wrong."""
+
+    def test_a_registry_node(self):
+        Workshop.registry.publish(
+            "plain-node", "1.2.0", {"__init__.py": "", "requirements.txt": "tiny<2\n# x\n--no-binary :none:\n"}
+        )
+        result = self.manager.add_node("Plain-Node")
+        self.assertEqual(
+            (result.node_info.name, result.node_info.version, result.restart_recommended), ("plain-node", "1.2.0", True)
+        )
+        self.assertIn("tiny==1.0", self.freeze())
+        manifest = dock.read_manifest(self.paths)
+        self.assertEqual(manifest.requirements(result.node_info), ["tiny<2"])
+        self.assertEqual(manifest.tables["plain-node"]["registry_id"], "plain-node")
+        self.assertTrue(self.manager.compare().is_synced)
+        self.assertEqual(sorted(os.listdir(self.nodes)), ["plain-node", "websocket_image_save.py"])
+        self.failing("already here", self.manager.add_node, "plain-node", error=dock.CDNodeConflictError)
+
+    def test_a_git_node_at_a_tag_with_a_submodule(self):
+        inner = make_repository("inner", {"a.txt": "inner"})
+        outer = make_repository("Outer-Node", {"__init__.py": ""})
+        git(outer, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", inner, "sub")
+        version = commit(outer, {}, "v1")
+        commit(outer, {"later.py": ""})
+        info = self.manager.add_node(f"{outer}@v1").node_info
+        self.assertEqual((info.name, info.version, info.source), ("Outer-Node", version, "git"))
+        self.assertIn("sub/a.txt", tree(os.path.join(self.nodes, "Outer-Node")))
+        self.assertTrue(self.manager.compare().is_synced)
+
+    def test_a_development_node_is_linked_disabled_and_never_deleted(self):
+        work = os.path.join(Workshop.root, f"work{self.counter}", "my node")
+        write(os.path.join(work, "__init__.py"), "")
+        info = self.manager.add_node(work, is_development=True).node_info
+        self.assertEqual((info.name, info.version, info.source), ("my node", "dev", "development"))
+        self.assertTrue(os.path.samefile(os.path.join(self.nodes, "my node"), work))
+        for _ in range(2):
+            self.assertEqual(self.manager.remove_node("MY NODE").filesystem_action, "disabled")
+            self.assertNotIn("my node", os.listdir(self.nodes))
+            self.assertTrue(os.path.exists(os.path.join(work, "__init__.py")))
+            self.manager.add_node(work, is_development=True)
+        self.assertEqual(len([name for name in os.listdir(self.nodes) if name.endswith(".disabled")]), 2)
+        self.assertTrue(self.manager.compare().is_synced)
+
+    def test_what_the_registry_says_against_a_node(self):
+        Workshop.registry.publish("flagged", "1.0.0", {"a": ""}, status="NodeVersionStatusFlagged", latest=False)
+        Workshop.registry.say("/nodes/flagged", {"id": "flagged", "status": "NodeStatusActive"})
+        Workshop.registry.publish("banned-version", "1.0.0", {"a": ""}, status="NodeVersionStatusBanned")
+        Workshop.registry.publish("old", "1.0.0", {"a": ""}, deprecated=True)
+        Workshop.registry.say("/nodes/banned", {"message": "banned"}, 403)
+        Workshop.registry.say("/nodes/gone", {"id": "gone", "status": "NodeStatusDeleted"})
+        Workshop.registry.say("/nodes/liar", {"id": "../../evil", "latest_version": {"version": "1.0.0"}})
+        Workshop.registry.publish("no-url", "1.0.0", {"a": ""}, downloadUrl="")
+        Workshop.registry.publish("plain-http", "1.0.0", {"a": ""}, downloadUrl="http://example.org/node.zip")
+        for identity, words in (
+            ("banned", "is banned"),
+            ("banned-version", "is banned"),
+            ("gone", "is deleted"),
+            ("nobody", "has no nobody"),
+            ("flagged", "offers no version"),
+            ("liar", "answered"),
+            ("no-url", "has no no-url"),
+            ("plain-http", "is not https"),
+            ("old@9.9.9", "has no old@9.9.9"),
+        ):
+            with self.subTest(identity):
+                self.failing(words, self.manager.add_node, identity)
+        self.manager.add_node("flagged@1.0.0")
+        self.manager.add_node("old")
+        self.assertIn("was flagged", " ".join(self.said))
+        self.assertIn("is deprecated", " ".join(self.said))
+        self.assertEqual(sorted(self.manager.list_nodes()), ["flagged", "old"])
+
+    def test_names_cannot_leave_custom_nodes(self):
+        before = self.snapshot()
+        for identifier in (
+            "../evil",
+            "/etc",
+            "-x",
+            "a/b",
+            "x@../1",
+            "ext::sh -c x",
+            "https://x.org/..",
+            "",
+            "nul@1",
+            "x\n",
+            "git@h:..",
+            "http://127.0.0.1:1/a/%2e%2e/.git",
+        ):
+            with self.subTest(identifier), self.assertRaises(dock.CDEnvironmentError):
+                self.manager.add_node(identifier)
+        for name in (
+            "..",
+            ".",
+            "a/b",
+            "a\\b",
+            "C:",
+            "con",
+            "COM1.x",
+            "a.disabled",
+            ".git",
+            "a ",
+            "a.",
+            "\x00",
+            "x" * 200,
+            "-r",
+        ):
+            self.assertRaises(dock.CDEnvironmentError, dock.check_node_name, name)
+        dock.check_node_name("ComfyUI Essentials \U0001f680")
+        self.assertEqual(self.snapshot(), before)
+        with open(self.paths.manifest, "a", encoding="utf-8") as file:
+            file.write('\n[tool.comfydock.nodes.evil]\nname = "../../.."\nsource = "git"\nrepository = "/x"\n')
+        self.failing("cannot be the name", self.manager.remove_node, "evil")
+
+    def test_letter_case_does_not_make_two_of_one(self):
+        Workshop.registry.publish("case-node", "1.0.0", {"__init__.py": ""})
+        write(os.path.join(self.nodes, "Case-Node", "own.py"), "mine")
+        error = self.failing("does not know", self.manager.add_node, "case-node", error=dock.CDNodeConflictError)
+        self.assertIn("repair", error.hint)
+        self.manager.add_node("case-node", force=True)
+        self.assertEqual(self.manager.folders(), ["case-node"])
+        self.assertIn(b"mine", tree(self.paths.removed).values())
+
+    def test_requirements_that_cannot_be_met_leave_everything_as_it_was(self):
+        Workshop.registry.publish(
+            "impossible", "1.0.0", {"__init__.py": "", "requirements.txt": "brand\nno-such-package\n"}
+        )
+        before = self.snapshot()
+        self.failing("no-such-package", self.manager.add_node, "impossible")
+        self.assertEqual(self.snapshot(), before)
+        self.failing("no-such-package", self.manager.add_node, "impossible", no_test=True)
+        self.assertEqual(self.snapshot(), before)
+
+    def test_the_torch_pin_holds(self):
+        before = self.snapshot()
+        for number, requirement in enumerate(("wants-new-torch", "torch==3.0.0", "numpy>=2")):
+            Workshop.registry.publish(f"greedy{number}", "1.0.0", {"__init__.py": "", "requirements.txt": requirement})
+            self.failing("packages cannot be installed", self.manager.add_node, f"greedy{number}")
+        Workshop.registry.publish("modest", "1.0.0", {"__init__.py": "", "requirements.txt": "torch\nnumpy\n"})
+        self.manager.add_node("modest")
+        self.assertEqual(self.freeze(), before[-1])
+
+    def test_an_install_script_runs_where_the_node_is(self):
+        script = "import os, sys; open('ran', 'w').write(os.getcwd() + ' ' + sys.prefix)"
+        Workshop.registry.publish("scripted", "1.0.0", {"__init__.py": "", "install.py": script})
+        self.manager.add_node("scripted")
+        self.assertEqual(
+            read_bytes(os.path.join(self.nodes, "scripted", "ran")).decode(),
+            f"{self.nodes}/scripted {Workshop.paths.venv}",
+        )
+
+    def test_a_failing_install_script_leaves_everything_as_it_was(self):
+        script = "import sys; sys.exit('ValueError: no GPU')"
+        Workshop.registry.publish(
+            "failing", "1.0.0", {"__init__.py": "", "install.py": script, "requirements.txt": "brand"}
+        )
+        before = self.snapshot()
+        self.failing("no GPU", self.manager.add_node, "failing")
+        self.assertEqual(self.snapshot(), before)
+        self.assertIn("brand removed", " ".join(self.said))
+
+    def test_an_install_script_that_replaces_torch_is_taken_back(self):
+        script = (
+            "import os, subprocess, sys; os.environ.pop('PIP_CONSTRAINT');"
+            "subprocess.check_call([sys.executable, '-m', 'pip', 'install', '-q', 'torch==3.0.0'])"
+        )
+        Workshop.registry.publish("torch-eater", "1.0.0", {"__init__.py": "", "install.py": script})
+        before = self.snapshot()
+        self.failing("replaced torch==2.0.0+cpu", self.manager.add_node, "torch-eater")
+        self.assertEqual(self.snapshot(), before)
+
+    def test_an_old_pip_tries_in_a_scratch_folder(self):
+        Workshop.registry.publish(
+            "for-old-pip", "1.0.0", {"__init__.py": "", "requirements.txt": "brand\nno-such-package"}
+        )
+        before = self.snapshot()
+        real, commands = dock.run_installer, []
+
+        def old_pip(command, *arguments):
+            commands.append(command)
+            if "--dry-run" in command:
+                raise dock.CDEnvironmentError("packages cannot be installed: no such option: --dry-run")
+            return real(command, *arguments)
+
+        with unittest.mock.patch.object(dock, "run_installer", old_pip):
+            self.failing("no-such-package", self.manager.add_node, "for-old-pip")
+        self.assertIn("--target", commands[-1])
+        self.assertEqual(self.snapshot(), before)
+
+    def test_a_hostile_archive_leaves_everything_as_it_was(self):
+        before = self.snapshot()
+        for number, data in enumerate((zipped({"../../evil.py": "x"}), b"<html>not found</html>")):
+            Workshop.registry.publish(f"hostile{number}", "1.0.0", data)
+            self.failing("", self.manager.add_node, f"hostile{number}")
+        self.assertEqual(self.snapshot(), before)
+
+    def test_odd_encodings_of_requirements_are_read(self):
+        for number, encoding in enumerate(("utf-16", "cp1252", "utf-8-sig")):
+            text = "tiny\n# für\n".encode(encoding)
+            Workshop.registry.publish(f"odd{number}", "1.0.0", {"__init__.py": "", "requirements.txt": text})
+            info = self.manager.add_node(f"odd{number}", no_test=True).node_info
+            self.assertEqual(dock.read_manifest(self.paths).requirements(info), ["tiny"])
+
+    def test_pyproject_dependencies_count_where_there_is_no_requirements_file(self):
+        project = '[project]\nname = "projected"\nversion = "1.0.0"\ndependencies = ["tiny"]\n'
+        Workshop.registry.publish("projected", "1.0.0", {"__init__.py": "", "pyproject.toml": project})
+        info = self.manager.add_node("projected").node_info
+        self.assertEqual(dock.read_manifest(self.paths).requirements(info), ["tiny"])
+
+    def test_without_a_python_the_node_comes_and_its_packages_are_named(self):
+        Workshop.registry.publish("bare", "1.0.0", {"__init__.py": "", "requirements.txt": "tiny"})
+        dock.NodeManager(self.paths, None, self.said.append).add_node("bare")
+        self.assertIn("no Python yet", " ".join(self.said))
+
+
+class ChangeTest(NodeCase):
+    """Updating, removing, repairing."""
+
+    def test_a_registry_node_is_updated_by_number_and_keeps_the_users_files(self):
+        Workshop.registry.publish("upd", "1.9.0", {"__init__.py": "1", "gone.py": "", "requirements.txt": "tiny==1.0"})
+        self.manager.add_node("upd")
+        write(os.path.join(self.nodes, "upd", "config", "mine.json"), "{}")
+        self.assertFalse(self.manager.update_node("upd").changed)
+        Workshop.registry.publish("upd", "1.10.0", {"__init__.py": "2", "requirements.txt": "tiny==2.0\nbrand"})
+        asked = []
+        self.assertFalse(self.manager.update_node("upd", lambda *words: bool(asked.append(words))).changed)
+        self.assertEqual(asked, [("upd", "1.9.0", "1.10.0")])
+        result = self.manager.update_node("upd")
+        self.assertEqual(
+            (result.old_version, result.new_version, result.requirements_added, result.requirements_removed),
+            ("1.9.0", "1.10.0", ["tiny==2.0", "brand"], ["tiny==1.0"]),
+        )
+        self.assertIn("updated to 1.10.0", result.restart_reason)
+        self.assertEqual(
+            sorted(tree(os.path.join(self.nodes, "upd"))),
+            [".comfydock.json", ".tracking", "__init__.py", "config/mine.json", "requirements.txt"],
+        )
+        self.assertFalse(os.path.exists(self.paths.removed))
+
+    def test_local_changes_are_not_overwritten_without_force(self):
+        Workshop.registry.publish("edited", "1.0.0", {"__init__.py": "1"})
+        repository = make_repository("Edited-Git", {"__init__.py": "1"})
+        self.manager.add_node("edited")
+        self.manager.add_node(repository)
+        Workshop.registry.publish("edited", "2.0.0", {"__init__.py": "2"})
+        commit(repository, {"__init__.py": "2"})
+        for name in ("edited", "Edited-Git"):
+            write(os.path.join(self.nodes, name, "__init__.py"), "mine")
+            error = self.failing(
+                "local changes (__init__.py)", self.manager.update_node, name, error=dock.CDNodeConflictError
+            )
+            self.assertIn("--force", error.hint)
+            self.assertEqual(read_bytes(os.path.join(self.nodes, name, "__init__.py")), b"mine")
+            self.assertTrue(self.manager.update_node(name, force=True).changed)
+            self.assertEqual(read_bytes(os.path.join(self.nodes, name, "__init__.py")), b"2")
+        self.assertEqual(list(tree(self.paths.removed).values()).count(b"mine"), 2)
+
+    def test_local_commits_count_as_changes(self):
+        repository = make_repository("Committed", {"__init__.py": "1"})
+        self.manager.add_node(repository)
+        commit(repository, {"__init__.py": "2"})
+        commit(os.path.join(self.nodes, "Committed"), {"mine.py": ""})
+        self.failing("local changes (commit", self.manager.update_node, "Committed", error=dock.CDNodeConflictError)
+        self.assertEqual(self.manager.remove_node("Committed").filesystem_action, "moved")
+        self.assertTrue([name for name in tree(self.paths.removed) if name.endswith("mine.py")])
+
+    def test_a_git_node_follows_its_default_branch(self):
+        repository = make_repository("Followed", {"__init__.py": "1", ".gitignore": "cache/\n"})
+        self.manager.add_node(repository)
+        write(os.path.join(self.nodes, "Followed", "cache", "model.bin"), "big")
+        self.assertFalse(self.manager.update_node("followed").changed)
+        newest = commit(repository, {"__init__.py": "2"})
+        self.assertEqual(self.manager.update_node(repository).new_version, newest)
+        self.assertEqual(read_bytes(os.path.join(self.nodes, "Followed", "cache", "model.bin")), b"big")
+        self.assertEqual(git(os.path.join(self.nodes, "Followed"), "status", "--porcelain"), "")
+
+    def test_a_development_node_has_its_requirements_read_again(self):
+        write(os.path.join(self.nodes, "dev", "__init__.py"), "")
+        self.manager.add_node("dev", is_development=True)
+        self.assertFalse(self.manager.update_node("dev").changed)
+        write(os.path.join(self.nodes, "dev", "requirements.txt"), "brand\n")
+        self.assertEqual(self.manager.update_node("dev").requirements_added, ["brand"])
+        self.assertIn("brand==1.0", self.freeze())
+
+    def test_a_failed_update_puts_the_old_one_back(self):
+        Workshop.registry.publish("failing-update", "1.0.0", {"__init__.py": "1", "requirements.txt": "tiny==1.0"})
+        self.manager.add_node("failing-update")
+        Workshop.registry.publish(
+            "failing-update", "2.0.0", {"install.py": "raise SystemExit(3)", "requirements.txt": "tiny==2.0"}
+        )
+        before = self.snapshot()
+        self.failing("install.py failed", self.manager.update_node, "failing-update")
+        self.assertEqual(self.snapshot(), before)
+
+    def test_a_version_that_is_asked_for_replaces_the_other(self):
+        for version in ("1.0.0", "2.0.0"):
+            Workshop.registry.publish("versions", version, {"__init__.py": version})
+        self.manager.add_node("versions")
+        self.manager.add_node("versions@1.0.0")
+        self.assertEqual(read_bytes(os.path.join(self.nodes, "versions", "__init__.py")), b"1.0.0")
+        self.assertEqual(self.manager.list_nodes()["versions"].version, "1.0.0")
+
+    def test_removing_takes_folder_and_entry_and_gives_the_manifest_back(self):
+        before = read_bytes(self.paths.manifest)
+        Workshop.registry.publish("leaving", "1.0.0", {"__init__.py": "", "requirements.txt": "tiny"})
+        self.manager.add_node("leaving")
+        result = self.manager.remove_node("LEAVING")
+        self.assertEqual(
+            (result.name, result.filesystem_action, result.restart_recommended), ("leaving", "deleted", True)
+        )
+        self.assertEqual(read_bytes(self.paths.manifest), before)
+        self.assertEqual(os.listdir(self.nodes), ["websocket_image_save.py"])
+        self.failing("no node 'leaving'", self.manager.remove_node, "leaving")
+
+    def test_comparing_and_bringing_in_line(self):
+        Workshop.registry.publish("lost", "1.0.0", {"__init__.py": "", "requirements.txt": "tiny<2"})
+        Workshop.registry.publish(
+            "drifted", "1.0.0", {"pyproject.toml": '[project]\nname = "drifted"\nversion = "1.0.0"\n'}
+        )
+        repository = make_repository("Moved-On", {"__init__.py": "1"})
+        for identifier in ("lost", "drifted", repository):
+            self.manager.add_node(identifier)
+        pinned = commit(repository, {"__init__.py": "2"})
+        shutil.rmtree(os.path.join(self.nodes, "lost"))
+        write(os.path.join(self.nodes, "drifted", "pyproject.toml"), '[project]\nname = "drifted"\nversion = "2.0.0"\n')
+        git(os.path.join(self.nodes, "Moved-On"), "pull", "--quiet")
+        write(os.path.join(self.nodes, "stray", "__init__.py"), "")
+        os.makedirs(os.path.join(self.nodes, "x.disabled"))
+        os.makedirs(os.path.join(self.nodes, ".hidden"))
+        report = self.manager.compare()
+        self.assertEqual((report.missing_nodes, report.extra_nodes), (["lost"], ["stray"]))
+        self.assertEqual(
+            {item["name"]: item["actual"] for item in report.version_mismatches},
+            {"drifted": "2.0.0", "Moved-On": pinned},
+        )
+        done = self.manager.bring_in_line()
+        self.assertEqual((done.checked, done.installed, done.corrected, done.problems), (True, ["lost"], [], []))
+        done = self.manager.bring_in_line(correct_versions=True)
+        self.assertEqual((done.corrected, [line.split(":")[0] for line in done.problems]), (["Moved-On"], ["drifted"]))
+        self.assertEqual(self.manager.track("stray").source, "development")
+        write(os.path.join(self.nodes, "junk", "precious.py"), "x")
+        moved = self.manager.move_untracked_aside(["junk", "lost", "../.."])
+        self.assertEqual([os.path.basename(path) for path in moved], ["junk"])
+        self.assertTrue(os.path.isfile(os.path.join(moved[0], "precious.py")))
+        self.assertEqual(self.manager.compare().extra_nodes, [])
+
+    def test_nothing_changed_costs_nothing(self):
+        self.assertTrue(self.manager.bring_in_line().checked)
+        with unittest.mock.patch.object(dock, "run_command", side_effect=AssertionError("a program was run")):
+            start = time.perf_counter()
+            self.assertFalse(self.manager.bring_in_line().checked)
+            self.assertLess(time.perf_counter() - start, 0.05)
+        for path in (os.path.join(self.paths.comfyui, "requirements.txt"), self.paths.manifest):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("# changed\n")
+            self.assertFalse(self.manager.is_in_line())
+            self.manager.bring_in_line()
+        os.makedirs(os.path.join(self.nodes, "new"))
+        self.assertFalse(self.manager.is_in_line())
+
+    def test_tracking_knows_what_a_folder_is(self):
+        repository = make_repository("Tracked", {"__init__.py": ""})
+        git(self.nodes, "clone", "--quiet", repository)
+        git(os.path.join(self.nodes, "Tracked"), "remote", "set-url", "origin", "https://me:secret@example.org/x")
+        write(os.path.join(self.nodes, "regi", ".tracking"), "a")
+        write(os.path.join(self.nodes, "regi", "pyproject.toml"), '[project]\nname = "regi-node"\nversion = "3.1.0"\n')
+        git_info, registry_info = self.manager.track("Tracked"), self.manager.track("regi")
+        self.assertEqual((git_info.source, git_info.repository), ("git", "https://example.org/x"))
+        self.assertEqual(
+            (registry_info.source, registry_info.registry_id, registry_info.version), ("registry", "regi-node", "3.1.0")
+        )
+        self.assertTrue(self.manager.compare().is_synced)
+        self.failing("there is no folder", self.manager.track, "../x")
+
+    def test_a_workspace_of_1_0_gains_a_node_and_differs_in_that_alone(self):
+        write(self.paths.manifest, OLD_MANIFEST)
+        write(os.path.join(self.nodes, "ComfyUI-KJNodes", "__init__.py"), "")
+        git(self.paths.cec, "init", "--quiet")
+        write(self.paths.gitignore, "staging/\nmetadata/\nlogs/\n__pycache__/\n*.pyc\n*.tmp\n*.bak\n.complete\n")
+        git(self.paths.cec, "add", "-A")
+        git(self.paths.cec, "commit", "--quiet", "-m", "Initial environment setup")
+        dock.GitManager(self.paths.cec).hide_runtime_files()
+        Workshop.registry.publish("gained", "1.0.0", {"__init__.py": "", "requirements.txt": "tiny"})
+        self.assertEqual(self.manager.compare().missing_nodes, ["my dev node"])
+        self.manager.add_node("gained")
+        self.assertEqual(git(self.paths.cec, "status", "--porcelain"), "M pyproject.toml")
+        lines = [line[1:] for line in git(self.paths.cec, "diff", "-U0").splitlines() if line[:1] in "+-"][2:]
+        digest = hashlib.sha256(b"https://github.com/x/gained").hexdigest()[:8]
+        url = f"{Workshop.registry.url}/files/gained/1.0.0/node.zip"
+        self.assertEqual(
+            sorted(lines),
+            sorted(
+                [
+                    f'gained-{digest} = ["tiny"]',
+                    "",
+                    "[tool.comfydock.nodes.gained]",
+                    'name = "gained"',
+                    'registry_id = "gained"',
+                    'repository = "https://github.com/x/gained"',
+                    'version = "1.0.0"',
+                    f'download_url = "{url}"',
+                    'source = "registry"',
+                ]
+            ),
+        )
+        self.assertNotIn("-", {line[:1] for line in git(self.paths.cec, "diff", "-U0").splitlines()[4:]})
+        Workshop.registry.publish("comfyui-kjnodes", "1.2.0", {"__init__.py": "2"})
+        self.manager.update_node("comfyui-kjnodes")
+        self.assertEqual(read_bytes(os.path.join(self.nodes, "ComfyUI-KJNodes", "__init__.py")), b"2")
+        self.assertTrue(tree(self.paths.removed), "nobody knew whether the old folder was changed")
+        self.assertTrue(self.manager.manifest.tables["comfyui-kjnodes"]["pinned"])
+
+
+class KilledTest(NodeCase):
+    """SIGKILL at every step, and at random moments with pip at work."""
+
+    def check(self):
+        manifest = dock.read_manifest(self.paths)
+        self.manager.bring_in_line(force=True)
+        report = self.manager.compare()
+        self.assertEqual((report.missing_nodes, report.extra_nodes, report.interrupted), ([], [], 0))
+        self.assertEqual([name for name in os.listdir(self.nodes) if name.startswith(".")], [])
+        return manifest
+
+    def each_step(self, call, reset):
+        body = f"manager = dock.NodeManager(dock.EnvironmentPaths({self.paths.root!r}), None, print); {call}"
+        self.manager.python = None
+        outcomes = set()
+        for step in range(1, 80):
+            killed = run_and_die(body, step)
+            self.check()
+            outcomes.add(tuple(sorted((key, info.version) for key, info in self.manager.list_nodes().items())))
+            if not killed:
+                self.assertGreater(step, 4)
+                return outcomes
+            reset()
+        return self.fail("it never ended by itself")
+
+    def remove(self, key):
+        if key in self.manager.list_nodes():
+            self.manager.remove_node(key)
+
+    def test_add(self):
+        Workshop.registry.publish("kill-add", "1.0.0", {"__init__.py": "1", "a/b.py": ""})
+        outcomes = self.each_step("manager.add_node('kill-add')", lambda: self.remove("kill-add"))
+        self.assertEqual(outcomes, {(), (("kill-add", "1.0.0"),)})
+
+    def test_update(self):
+        for version in ("2.0.0", "1.0.0"):
+            Workshop.registry.publish("kill-up", version, {"__init__.py": version}, latest=version == "2.0.0")
+
+        def reset():
+            self.remove("kill-up")
+            self.manager.add_node("kill-up@1.0.0")
+
+        reset()
+        outcomes = self.each_step("manager.update_node('kill-up')", reset)
+        self.assertEqual(outcomes, {(("kill-up", "1.0.0"),), (("kill-up", "2.0.0"),)})
+
+    def test_remove_and_disable(self):
+        Workshop.registry.publish("kill-rm", "1.0.0", {"__init__.py": ""})
+        work = os.path.join(Workshop.root, "kill-work", "kill-dev")
+        write(os.path.join(work, "__init__.py"), "")
+        for key, development in (("kill-rm", False), ("kill-dev", True)):
+
+            def reset(key=key, development=development):
+                self.remove(key)
+                self.manager.add_node(work if development else key, is_development=development)
+
+            reset()
+            self.assertEqual(len(self.each_step(f"manager.remove_node({key!r})", reset)), 2)
+        self.assertTrue(os.path.exists(os.path.join(work, "__init__.py")))
+
+    def test_add_with_packages_at_random_moments(self):
+        script = "import time; time.sleep(0.2)"
+        Workshop.registry.publish(
+            "kill-pip", "1.0.0", {"__init__.py": "", "requirements.txt": "brand", "install.py": script}
+        )
+        dock.find_installer(Workshop.python).uninstall(["brand"])
+        body = f"dock.NodeManager(dock.EnvironmentPaths({self.paths.root!r}), {Workshop.python!r}, print).add_node('kill-pip')"
+        dice = random.Random(7)
+        for _ in range(2):
+            process = subprocess.Popen(
+                [sys.executable, "-c", f"import comfydock as dock; {body}"],
+                cwd=HERE,
+                start_new_session=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(dice.uniform(0.3, 3.0))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # pip, too: it is in the session that this test made
+            process.wait()
+            manifest = self.check()
+            if "kill-pip" not in self.manager.list_nodes():
+                self.assertNotIn("brand==1.0", self.freeze())
+            self.assertEqual(set(manifest.nodes) - {"kill-pip"}, set())
+            self.remove("kill-pip")
+            dock.find_installer(Workshop.python).uninstall(["brand"])
+
+
+class UvTest(InWorkshop):
+    """The same with uv, where TEST_UV names a folder that holds it: a venv by uv, then one without pip as 1.0.x has it."""
+
+    def test_create_add_fail_and_remove(self):
+        folder = os.environ.get("TEST_UV", "")
+        if not shutil.which("uv", path=folder):
+            self.skipTest("TEST_UV names no folder with uv")
+        if not os.path.exists(os.path.join(Workshop.wheels, "torch-3.0.0-py3-none-any.whl")):
+            make_wheel("torch", "3.0.0")
+        for wheel in glob.glob(os.path.join(os.path.dirname(os.__file__), "ensurepip", "_bundled", "*.whl")):
+            shutil.copy(wheel, Workshop.wheels)
+        paths, said = dock.EnvironmentPaths(os.path.join(Workshop.root, "uv-env")), []
+        make_wheel("uv-only", "1.0")
+        variables = {
+            "PATH": folder + os.pathsep + os.environ["PATH"],
+            "UV_FIND_LINKS": Workshop.wheels,
+            "UV_NO_INDEX": "1",
+            "UV_OFFLINE": "1",
+            "UV_CACHE_DIR": os.path.join(Workshop.root, "uv-cache"),
+            "UV_NO_CONFIG": "1",
+        }
+        for number, script in enumerate(("", "raise SystemExit('no GPU')")):
+            Workshop.registry.publish(
+                f"uv-node{number}",
+                "1.0.0",
+                {"__init__.py": "", "requirements.txt": "uv-only\n", **({"install.py": script} if script else {})},
+            )
+        Workshop.registry.publish("uv-greedy", "1.0.0", {"requirements.txt": "wants-new-torch"})
+        with unittest.mock.patch.dict(os.environ, variables):
+            wheel = os.path.join(Workshop.wheels, "torch-3.0.0-py3-none-any.whl")
+            os.rename(wheel, wheel + ".later")
+            dock.create_environment(
+                paths,
+                dock.CreateOptions("uv", source=Workshop.comfyui, python=sys.executable, torch_backend="cpu"),
+                said.append,
+            )
+            os.rename(wheel + ".later", wheel)
+            python = dock.venv_python(paths.venv)
+            installer = dock.find_installer(python)
+            self.assertIsInstance(installer, dock.UvInstaller)
+            self.assertIn("pip", [dock.package_name(line) for line in installer.freeze()])
+            installer.uninstall(["pip"])
+            before = installer.freeze()
+            self.assertIn("torch==2.0.0+cpu", before)
+            manager = dock.NodeManager(paths, python, said.append)
+            for name, words in (("uv-greedy", "packages cannot be installed"), ("uv-node1", "no GPU")):
+                with self.assertRaises(dock.CDEnvironmentError) as caught:
+                    manager.add_node(name)
+                self.assertIn(words, caught.exception.message)
+                self.assertEqual(installer.freeze(), before)
+            manager.add_node("uv-node0")
+            self.assertIn("uv-only==1.0", installer.freeze())
+            manager.bring_in_line()
+            self.assertTrue(manager.is_in_line())
+
+
+def run_and_die(body, step):
+    """Run code in another process, which kills itself before its `step`th effect on files; False when it ended first."""
+    script = f"""
+import os, signal, sys
+import comfydock as dock
+left = [{step}]
+def deadly(real):
+    def call(*arguments, **named):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
+    return call
+for name in ("write_atomic", "move", "remove_file", "remove_tree", "make_folder", "save", "unpack", "link_folder", "clone"):
+    setattr(dock, name, deadly(getattr(dock, name)))
+{body}
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, -signal.SIGKILL):
+        raise AssertionError(done.stderr)
+    return done.returncode != 0
+
+
+# ======================================================================================================================
+# 10. The demo
+# ======================================================================================================================
+
+
+def load():
+    """The module loaded as vendoring code does: without an entry in sys.modules."""
+    spec = importlib.util.spec_from_file_location("vendored", MODULE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Demo:
+    """One demo process and its log; **faults are its COMFYDOCK_DEMO_ variables."""
+
+    def __init__(self, folder, *args, port=None, env=None, **faults):
+        if port is None:
+            with socket.create_server(("127.0.0.1", 0)) as probe:
+                port = probe.getsockname()[1]
+        self.port, self.log_path = port, os.path.join(folder, f"{port}-{time.monotonic_ns()}.log")
+        self.out_path = self.log_path + ".out"
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("COMFYDOCK_", "__COMFY_CLI"))}
+        clean.update({f"COMFYDOCK_DEMO_{name}": str(value) for name, value in faults.items()}, **(env or {}))
+        command = [sys.executable, "main.py", *args] + ([] if "--port" in args else ["--port", str(port)])
+        keys = {"cwd": folder, "env": clean, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        with open(self.log_path, "ab") as log, open(self.out_path, "ab") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=log, **keys)
+
+    def log(self, path=None):
+        with open(path or self.log_path, encoding="utf-8", errors="surrogateescape") as log:
+            return log.read()
+
+    def logged(self, text):
+        """Wait for a text in the log; return the log."""
+        eventually(lambda: text in self.log() or self.process.poll() is not None)
+        if text not in self.log():
+            raise AssertionError(f"{text!r} never came: {self.log()}")
+        return self.log()
+
+    def ready(self):
+        self.logged("To see the GUI go to: ")
+        return self
+
+    def ask(self, method, path, body=None, headers=None, host="127.0.0.1", timeout=5.0):
+        """Return status, headers and body of one exchange."""
+        connection = http.client.HTTPConnection(host, self.port, timeout=timeout)
+        try:
+            text = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
+            connection.request(method, path, text, headers or {})
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+        finally:
+            connection.close()
+
+    def answers(self):
+        try:
+            return self.ask("GET", "/queue")[0] == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def json(self, path, body=None):
+        status, _, data = self.ask("GET" if body is None else "POST", path, body)
+        if status != 200:
+            raise AssertionError(f"{path}: {status} {data!r}")
+        return json.loads(data) if data else None
+
+    def stop(self):
+        """Stop it as comfydock does; return its exit code."""
+        self.process.send_signal(signal.SIGINT if not WINDOWS else signal.SIGTERM)
+        return self.wait()
+
+    def wait(self):
+        return self.process.wait(5)
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+
+
+SLEEP = {"1": {"class_type": "DemoSleep", "inputs": {"seconds": 60}}}
+IMAGE = {"1": {"class_type": "EmptyImage", "inputs": {}}, "2": {"class_type": "SaveImage", "inputs": {}}}
+LOG_ORDER = """Checkpoint files will always be loaded safely.|Total VRAM |pytorch version: |Set vram state to: |\
+Device: |Using |Python version: |ComfyUI version: 0.3.64|ComfyUI frontend version: |[Prompt Server] web root: |\
+Context impl SQLiteImpl.|Will assume non-transactional DDL.|No target revision found.|Starting server||\
+To see the GUI go to: http://127.0.0.1:"""
+
+
+class DemoCase(unittest.TestCase):
+    """A folder with main.py in it; whatever a test starts is ended."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.mkdtemp(prefix="demo-test-")
+        cls.addClassCleanup(shutil.rmtree, cls.folder, True)
+        with open(os.path.join(cls.folder, "main.py"), "w", encoding="utf-8") as main:
+            main.write(load().demo_source())
+
+    def demo(self, *args, **more):
+        demo = Demo(self.folder, *args, **more)
+        self.addCleanup(demo.end)
+        return demo
+
+
+class DemoSource(unittest.TestCase):
+    def test_is_a_program_that_names_nothing_outside_itself(self):
+        def loaded(code):
+            """Every global name that the code can ask for, nested functions included."""
+            steps = [step for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+            inner = [part for part in code.co_consts if hasattr(part, "co_code")]
+            return {step.argval for step in steps}.union(*map(loaded, inner))
+
+        names = loaded(compile(load().demo_source(), "main.py", "exec")) - set(dir(builtins))
+        self.assertEqual(names - {"answer", "__qualname__"}, {"demo_server"})  # those two are of class bodies
+
+    def test_that_cannot_be_read_is_one_clear_error(self):
+        module = load()
+        module.demo_server = types.FunctionType(compile("0", "nowhere.py", "eval"), {"__name__": "nowhere"})
+        with self.assertRaises(module.CDEnvironmentError) as caught:
+            module.demo_source()
+        self.assertTrue(caught.exception.hint)
+
+
+class DemoCommandLine(DemoCase):
+    def run_out(self, text):
+        """Run a demo that ends by itself."""
+        keys = {"cwd": self.folder, "stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 10, "check": False}
+        return subprocess.run([sys.executable, "main.py", *text.split()], **keys)
+
+    def test_wrong_arguments_end_with_2_and_one_line_on_stderr(self):
+        cases = """--p 9|--l x|--port|--port abc|--port 1e3|--listen a b|word|--version|--|--cpu=1|--cpu --lowvram
+            |--verbose debug|--enable-manager|--user-directory /no/such/folder"""
+        for case in cases.split("|"):
+            with self.subTest(case):
+                done = self.run_out(case)
+                self.assertEqual((done.returncode, done.stdout), (2, b""))
+                self.assertTrue(done.stderr.startswith(b"usage: main.py "))
+                self.assertIn(b"main.py: error: ", done.stderr.splitlines()[-1])
+
+    def test_spellings_that_argparse_accepts_are_accepted(self):
+        flags = "--quick-test-for-ci --cpu --windows --disable-auto --enable-cors --fast --cache-lru 3 "
+        cases = "--po 8_188|--por=9|--lis|--listen 1.2.3.4 --port -1|--preview-size=9 --user-directory ."
+        for case in cases.split("|"):
+            with self.subTest(case):
+                done = self.run_out(flags + case)
+                self.assertEqual((done.returncode, done.stdout), (0, b""))
+                self.assertNotIn(b"Starting server", done.stderr)
+
+
+class DemoStart(DemoCase):
+    def test_writes_the_log_lines_in_order_on_stderr(self):
+        demo = self.demo().ready()
+        lines = iter(demo.log().split("\n"))
+        for expected in LOG_ORDER.split("|"):
+            self.assertTrue(any(line.startswith(expected) if expected else line == "" for line in lines), expected)
+        self.assertEqual(os.path.getsize(demo.out_path), 0)
+
+    def test_log_stdout_moves_the_log_and_warning_hides_it(self):
+        demo = self.demo("--log-stdout")
+        eventually(lambda: "To see the GUI" in demo.log(demo.out_path))
+        self.assertEqual(demo.log(), "")
+        for flags, hidden in ((["--verbose", "WARNING"], ""), (["--dont-print-server"], "To see")):
+            quiet = self.demo(*flags)
+            eventually(quiet.answers)
+            self.assertNotIn(hidden or "\n", quiet.log())
+
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "no IPv6 here")
+    def test_a_bare_listen_answers_on_both_families(self):
+        demo = self.demo("--listen")
+        log = demo.logged("To see the GUI go to: http://[::]:")
+        self.assertIn(f"To see the GUI go to: http://0.0.0.0:{demo.port}\n", log)
+        for host in ("127.0.0.1", "::1"):
+            self.assertEqual(demo.ask("GET", "/queue", host=host)[0], 200)
+
+    def test_an_address_that_cannot_be_bound_ends_it_after_the_good_ones(self):
+        self.assertTrue(self.demo("--listen=").ready().answers())
+        cases = [("127.0.0.1,192.0.2.1", [], r"OSError: \[.+ \d+\] error while attempting to bind on address \('192")]
+        cases += [("127.0.0.1", ["--port", "99999"], r"OverflowError: bind\(\): port must be 0-65535\.")]
+        for listen, more, last_line in cases:
+            demo = self.demo("--listen", listen, *more)
+            self.assertEqual(demo.wait(), 1)
+            self.assertEqual("To see the GUI go to: http://127.0.0.1:" in demo.log(), not more)
+            self.assertRegex(demo.log().splitlines()[-1], "^" + last_line)
+
+    def test_a_busy_port_ends_with_the_traceback_of_asyncio(self):
+        with socket.create_server(("127.0.0.1", 0)) as busy:
+            demo = self.demo(port=busy.getsockname()[1], START_SECONDS=0.2)
+            self.assertEqual(demo.wait(), 1)
+        self.assertIn("Starting server\n\nTraceback", demo.log())
+        where = f"error while attempting to bind on address ('127.0.0.1', {demo.port}): "
+        self.assertIn(where, demo.log().splitlines()[-1])
+        if sys.platform == "linux":
+            self.assertEqual(demo.log().splitlines()[-1], f"OSError: [Errno 98] {where}address already in use")
+
+    @unittest.skipUnless(shutil.which("openssl"), "no openssl to make a certificate")
+    def test_tls_needs_both_files_and_closes_on_plain_http(self):
+        key, cert = (os.path.join(self.folder, name) for name in ("key.pem", "cert.pem"))
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", "2"]
+        subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
+        demo = self.demo("--tls-keyfile", key, "--tls-certfile", cert).ready()
+        self.assertIn("To see the GUI go to: https://127.0.0.1:", demo.log())
+        context = ssl.create_default_context(cafile=cert)
+        context.check_hostname = False
+        with socket.create_connection(("127.0.0.1", demo.port), timeout=5) as plain:
+            with context.wrap_socket(plain) as talk:
+                talk.sendall(b"GET /queue HTTP/1.1\r\n\r\n")
+                self.assertTrue(talk.recv(99).startswith(b"HTTP/1.1 200 OK"))
+        self.assertFalse(demo.answers())
+        self.assertTrue(self.demo("--tls-keyfile", key).ready().answers())
+
+
+class DemoEndpoints(DemoCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.one = Demo(cls.folder, "--cpu")
+        cls.addClassCleanup(cls.one.end)
+        cls.one.ready()
+
+    def test_system_stats_show_its_own_arguments_and_that_it_is_a_demo(self):
+        stats = self.one.json("/system_stats")
+        self.assertEqual(stats["system"]["argv"], ["main.py", "--cpu", "--port", str(self.one.port)])
+        self.assertEqual(stats["system"]["comfyui_version"], "0.3.64")
+        self.assertEqual(stats["system"]["python_version"], sys.version)
+        self.assertIn("demo", stats["devices"][0]["name"])
+        self.assertEqual(self.one.json("/api/system_stats"), stats)
+
+    def test_statuses_are_those_of_comfyui(self):
+        cases = """GET / 200|GET /api/ 200|GET /queue?x=1 200|GET /queue/ 404|GET /no 404|GET /api/no 404|GET /api 404
+            |GET /interrupt 404|GET /manager/reboot 404|GET /object_info/EmptyImage 200|GET /history/x 200
+            |POST /history/x 405|POST /system_stats 405|DELETE /queue 405|PUT /no 405|HEAD /no 404|HEAD /queue 200"""
+        for method, path, status in map(str.split, cases.split("|")):
+            with self.subTest(method=method, path=path):
+                self.assertEqual(self.one.ask(method, path)[0], int(status))
+        self.assertEqual(self.one.ask("GET", "/no")[2], b"")
+        self.assertEqual(list(self.one.json("/object_info/DemoSleep")), ["DemoSleep"])
+
+    def test_a_connection_can_be_used_again_and_head_has_the_length(self):
+        connection = http.client.HTTPConnection("127.0.0.1", self.one.port, timeout=5)
+        self.addCleanup(connection.close)
+        connection.connect()
+        before = connection.sock
+        for method, path in (("GET", "/queue"), ("GET", "/no"), ("POST", "/interrupt")):
+            connection.request(method, path)
+            connection.getresponse().read()
+            self.assertIs(connection.sock, before)
+        _, headers, body = self.one.ask("HEAD", "/")
+        self.assertEqual((int(headers["Content-Length"]), body), (len(self.one.ask("GET", "/")[2]), b""))
+
+    def test_the_origin_rule(self):
+        here, far = f"127.0.0.1:{self.one.port}", "http://evil.com"
+        cases = ((None, None, 200), (None, far, 403), (None, f"http://{here}", 200), (None, "http://127.0.0.1", 200))
+        cases += ((f"localhost:{self.one.port}", f"http://{here}", 403), (None, "null", 200), (None, "", 200))
+        cases += (("192.0.2.1", far, 200), ("[::1]", far, 403), (None, f"http://127.0.0.1:{self.one.port + 1}", 403))
+        for host, origin, status in cases:
+            with self.subTest(host=host, origin=origin):
+                headers = {"Host": host, "Origin": origin}
+                given = {name: value for name, value in headers.items() if value is not None}
+                self.assertEqual(self.one.ask("GET", "/queue", headers=given)[0], status)
+        self.assertIn("non matching host and origin 127.0.0.1 != evil.com, returning 403", self.one.log())
+        cors = self.demo("--enable-cors-header").ready()
+        self.assertEqual(cors.ask("GET", "/queue", headers={"Origin": far})[0], 200)
+
+    def test_prompts_that_are_wrong_are_refused_in_its_words(self):
+        cases = [({}, "no_prompt"), ({"prompt": {}}, "prompt_no_outputs"), ({"prompt": {"1": {}}}, "invalid_prompt")]
+        cases += [({"prompt": {"1": {"class_type": "Nope"}}}, "invalid_prompt")]
+        cases += [({"prompt": {"1": IMAGE["1"]}}, "prompt_no_outputs")]
+        for body, kind in cases:
+            with self.subTest(body=body):
+                status, _, answer = self.one.ask("POST", "/prompt", body)
+                self.assertEqual((status, json.loads(answer)["error"]["type"]), (400, kind))
+
+    def test_odd_json_is_a_500_and_the_worker_lives(self):
+        demo = self.demo().ready()
+        inputs = ({}, {"seconds": "x"}, {"seconds": None}, {"seconds": [1]}, {"seconds": 10**400}, None, 7, "x")
+        nodes = [{"class_type": "DemoSleep", "inputs": odd} for odd in inputs] + [{"class_type": {}}, [], 1, None]
+        bodies = [{"prompt": {"1": node}} for node in nodes] + [{"prompt": odd} for odd in (1, "x", None, [1])]
+        cases = [("/prompt", body) for body in [*bodies, 7, ["prompt"], "[" * 50000, b"\xff\x00"]]
+        cases += [(path, body) for path in ("/queue", "/history", "/interrupt") for body in ("junk", [], 7)]
+        for path, body in cases:
+            with self.subTest(path=path, body=str(body)[:80]):
+                status, _, answer = demo.ask("POST", path, body)
+                self.assertEqual((status, answer), (500, b"500 Internal Server Error\n\nServer got itself in trouble"))
+        self.assertIn("Error handling request from 127.0.0.1\nTraceback", demo.log())
+        for seconds in ("NaN", "-1", '"0.01"', "true", "-Infinity"):
+            demo.ask("POST", "/prompt", json.dumps({"prompt": SLEEP}).replace("60", seconds))
+        eventually(lambda: len(demo.json("/history")) == 5)
+        self.assertNotIn("Exception in thread", demo.log())
+
+
+class DemoQueue(DemoCase):
+    def test_a_small_prompt_is_executed_and_recorded(self):
+        demo = self.demo().ready()
+        demo.json("/interrupt", {})  # does not reach the next prompt
+        demo.logged("Global interrupt (no prompt_id specified)")
+        answer = demo.json("/prompt", {"prompt": IMAGE, "prompt_id": "small"})
+        self.assertEqual(answer, {"prompt_id": "small", "number": 0, "node_errors": {}})
+        record = eventually(lambda: demo.json("/history/small"))["small"]
+        self.assertEqual(record["prompt"], [0, "small", IMAGE, {}, ["2"]])
+        self.assertEqual((record["status"]["status_str"], record["status"]["completed"]), ("success", True))
+        self.assertRegex(demo.logged("Prompt executed"), r"got prompt\nPrompt executed in 0\.\d\d seconds\n")
+        demo.json("/history", {"delete": ["small"]})
+        self.assertEqual(demo.json("/history"), {})
+
+    def test_one_prompt_runs_the_others_wait_and_can_be_dropped(self):
+        demo = self.demo().ready()
+        for name in ("a", "b", "c", "d"):
+            demo.json("/prompt", {"prompt": SLEEP, "prompt_id": name})
+        eventually(lambda: demo.json("/queue")["queue_running"])
+        left = lambda: demo.json("/prompt")["exec_info"]["queue_remaining"]  # noqa: E731
+        self.assertEqual(left(), 4)
+        demo.json("/queue", {"delete": ["b"]})
+        queue = demo.json("/queue")
+        names = [[item[1] for item in queue[part]] for part in ("queue_running", "queue_pending")]
+        self.assertEqual(names, [["a"], ["c", "d"]])
+        demo.json("/queue", {"clear": True})
+        self.assertEqual(left(), 1)
+        demo.json("/interrupt", {"prompt_id": "other"})
+        self.assertEqual(left(), 1)
+        demo.json("/interrupt", {"prompt_id": "a"})
+        status = eventually(lambda: demo.json("/history/a"))["a"]["status"]
+        self.assertEqual((status["status_str"], status["completed"]), ("error", False))
+        self.assertEqual(status["messages"][-1][0], "execution_interrupted")
+        demo.json("/history", {"clear": True})
+        self.assertEqual((left(), demo.json("/history")), (0, {}))
+
+    def test_a_dead_worker_leaves_the_server_alive_and_the_queue_full(self):
+        demo = self.demo(STUCK=1).ready()
+        for _ in range(2):
+            demo.json("/prompt", {"prompt": IMAGE})
+        eventually(lambda: demo.json("/queue")["queue_running"])
+        self.assertEqual(demo.json("/prompt"), {"exec_info": {"queue_remaining": 2}})
+        self.assertNotIn("Traceback", demo.log())
+
+
+@unittest.skipUnless(not WINDOWS, "signals of not WINDOWS")
+class DemoSignals(DemoCase):
+    def test_sigint_is_a_clean_stop_even_while_busy(self):
+        demo = self.demo().ready()
+        demo.json("/prompt", {"prompt": SLEEP})
+        self.assertEqual(demo.stop(), 0)
+        self.assertTrue(demo.log().endswith("\nStopped server\n"))
+
+    def test_while_stopping_it_accepts_and_does_not_answer_and_a_second_sigint_ends_it(self):
+        demo = self.demo(STOP_SECONDS=60).ready()
+        demo.process.send_signal(signal.SIGINT)
+        demo.logged("\nStopped server\n")
+        for _ in range(3):
+            with self.assertRaises(socket.timeout):
+                demo.ask("GET", "/queue", timeout=0.2)
+        self.assertEqual(demo.stop(), -signal.SIGINT)
+
+    def test_during_startup_nobody_listens_and_sigint_is_a_traceback_and_minus_2(self):
+        demo = self.demo(START_SECONDS=60)
+        demo.logged("web root")
+        self.assertFalse(demo.answers())
+        self.assertEqual(demo.stop(), -signal.SIGINT)
+        self.assertEqual(demo.log().splitlines()[-1], "KeyboardInterrupt")
+
+    def test_other_signals_have_their_default(self):
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            demo = self.demo().ready()
+            demo.process.send_signal(number)
+            self.assertEqual(demo.wait(), -number)
+            self.assertNotIn("Stopped", demo.log())
+
+    def test_signals_can_be_ignored_on_demand(self):
+        demo = self.demo(IGNORE="INT,TERM").ready()
+        demo.process.send_signal(signal.SIGTERM)
+        demo.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        self.assertTrue(demo.answers())
+
+
+class DemoFaults(DemoCase):
+    def test_exits_come_when_and_as_asked(self):
+        crash = -signal.SIGSEGV if not WINDOWS else 0xC0000005
+        cases = {"import:1": 1, "bind:1": 1, "bind:42": 42, "later:3:0.1": 3, "later:0:0": 0, "segv": crash}
+        cases["bind:segv"] = crash
+        for wanted, code in cases.items():
+            with self.subTest(wanted=wanted):
+                demo = self.demo(EXIT=wanted)
+                self.assertEqual(demo.wait(), code)
+                self.assertEqual("To see the GUI" in demo.log(), not wanted.startswith("import"))
+                if wanted.startswith("import"):
+                    self.assertEqual(demo.log().splitlines()[-1], "ModuleNotFoundError: No module named 'PIL'")
+        self.assertTrue(self.demo(EXIT="later:3:1").ready().answers())
+
+    def test_once_is_for_one_process_only(self):
+        marker = os.path.join(self.folder, "once")
+        self.assertEqual(self.demo(EXIT="bind:3", ONCE=marker).wait(), 3)
+        self.assertTrue(self.demo(EXIT="bind:3", ONCE=marker).ready().answers())
+
+    def talk(self, seconds, limit, **fault):
+        """Return what comes in so much time."""
+        with socket.create_connection(("127.0.0.1", self.demo(**fault).ready().port), timeout=5) as talk:
+            talk.sendall(b"GET /system_stats HTTP/1.1\r\nHost: x\r\n\r\n")
+            data, until = b"", time.monotonic() + seconds
+            while time.monotonic() < until and len(data) < limit:
+                talk.settimeout(max(0.01, until - time.monotonic()))
+                try:
+                    data += talk.recv(65536)
+                except socket.timeout:
+                    break
+            return data
+
+    def test_answers_can_be_wrong_in_four_ways(self):
+        self.assertEqual(self.talk(0.3, 9, HANG=1), b"")
+        dripped = self.talk(0.5, 1000, DRIP=1)
+        self.assertTrue(0 < len(dripped) < 6 and b"HTTP/".startswith(dripped), dripped)
+        self.assertGreaterEqual(len(self.talk(5, 5_000_000, ENDLESS=1)), 5_000_000)
+        with self.assertRaises((http.client.HTTPException, OSError)):
+            self.demo(GARBAGE=1).ready().ask("GET", "/queue")
+
+    def test_any_status_and_any_length_can_be_had_and_a_client_that_leaves_early_is_no_news(self):
+        self.assertEqual(self.demo(STATUS=401).ready().ask("GET", "/system_stats")[::2], (401, b""))
+        demo = self.demo(LONG_ANSWER=3000000).ready()
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", demo.port)) as talk:
+                talk.sendall(b"GET /system_stats HTTP/1.1\r\n\r\n")
+        self.assertGreater(len(demo.ask("GET", "/system_stats")[2]), 3000000)
+        self.assertNotIn("Traceback", demo.log())
+
+    def test_noise_and_spam_are_all_there(self):
+        demo = self.demo(SPAM="2000:100", NOISE=1).ready()
+        for part in (
+            "bad \udcff\udcfe bytes\n",
+            "\n 20%|",
+            "x" * 200000,
+        ):  # read as text, a carriage return ends a line
+            self.assertIn(part, demo.log())
+        lines = [line for line in demo.logged("spam 500 ").split("\n")[:-1] if line.startswith("spam ")]
+        self.assertEqual([int(line.split()[1]) for line in lines], list(range(1, len(lines) + 1)))
+        self.assertEqual({len(line) for line in lines}, {100})
+        self.assertEqual(demo.stop(), 0 if not WINDOWS else 1)
+
+    @unittest.skipUnless(sys.platform == "linux", "looks into /proc")
+    def test_the_child_outlives_it_in_its_session_or_its_own(self):
+        for how in ("yes", "session"):
+            demo = self.demo(CHILD=how, env={"COMFYDOCK_RUN_ID": "r-1"}).ready()
+            child = int(demo.logged("child: ").split("child: ")[1].split()[0])
+            try:
+                self.assertEqual(os.getsid(child), child if how == "session" else demo.process.pid)
+                demo.end()
+                with open(f"/proc/{child}/environ", "rb") as environ:
+                    self.assertIn(b"COMFYDOCK_RUN_ID=r-1", environ.read())  # empty for a process that has ended
+            finally:
+                os.kill(child, signal.SIGKILL)
+
+
+class DemoRestarts(DemoCase):
+    def reboot(self, demo):
+        with self.assertRaises((http.client.HTTPException, OSError)):  # the connection ends without an answer
+            demo.ask("POST", "/manager/reboot")
+
+    @unittest.skipUnless(not WINDOWS, "exec keeps the PID on not WINDOWS only")
+    def test_without_a_session_it_executes_itself_again_and_during_startup_once_if_asked(self):
+        demo = self.demo("--windows-standalone-build", REEXEC=1).ready()
+        self.assertEqual(demo.log().count("Restarting to reapply dependency installation."), 1)
+        self.assertEqual(demo.log().count("Checkpoint files"), 2)
+        demo.json("/prompt", {"prompt": IMAGE})
+        self.reboot(demo)
+        eventually(lambda: demo.log().count("To see the GUI go to: ") == 2)
+        self.assertEqual(demo.json("/system_stats")["system"]["argv"], ["main.py", "--port", str(demo.port)])
+        self.assertEqual(demo.json("/history"), {})
+        self.assertEqual(demo.stop(), 0)
+
+    def test_with_a_session_it_leaves_a_marker_and_ends_with_0(self):
+        prefix = os.path.join(self.folder, "session")
+        demo = self.demo(env={"__COMFY_CLI_SESSION__": prefix}).ready()
+        self.reboot(demo)
+        self.assertEqual(demo.wait(), 0)
+        self.assertEqual(os.path.getsize(prefix + ".reboot"), 0)
+        self.assertIn("Restarting...", demo.log())
 
 
 # ======================================================================================================================
@@ -1912,7 +4032,7 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
         cases = [
             ["frobnicate"], ["stauts"], ["stop", "--timeout", "x"], ["stop", "--timeout", "-1"], ["stop", "--timeout"],
             ["logs", "-n", "-5"], ["logs", "-n5"], ["logs", "--json"], ["run", "--foreground", "--json"], ["status", "x"],
-            ["status", "--fol"], ["use"], ["use", "a", "b"], ["create", "x"], ["run", "--set-env", "A"], ["help", "nothing"],
+            ["status", "--fol"], ["use"], ["use", "a", "b"], ["create", "x", "--from", "d", "--no-install"], ["node"], ["node", "frob"], ["node", "add"], ["repair", "--adopt", "--end"], ["node", "add", "x", "--restart", "--no-restart"], ["run", "--set-env", "A"], ["help", "nothing"],
             ["stop", "--kil"], ["-e"], ["run", "-e"], ["logs", "-fn", "5"],
         ]  # fmt: skip
         for words in cases:
