@@ -4914,6 +4914,200 @@ class WhichEnvironment(Journey):
         self.assertEqual(self.person.processes(), [])
 
 
+@unittest.skipUnless(has("git"), "needs git")
+class FromNothingToANode(Journey):
+    """Offline: a local repository stands for ComfyUI, wheels and a registry are the workshop's."""
+
+    @classmethod
+    def setUpClass(cls):
+        raise_workshop()
+        cls.source = os.path.join(Workshop.root, "repositories", "Runnable")
+        if not os.path.isdir(cls.source):
+            code = {"main.py": dock.demo_source(), "requirements.txt": "tiny\n", "custom_nodes/.gitkeep": ""}
+            make_repository("Runnable", code, "v1.0.0")
+
+    def setUp(self):
+        self.person = Person(self, COMFYDOCK_REGISTRY_URL=Workshop.registry.url)
+
+    def types(self, *words, code=0, **more):
+        """Run a command that must end with `code`; returns all it says."""
+        done = self.person.types(*words, **more)
+        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+        return done.stdout + done.stderr
+
+    def make(self, name="main"):
+        """An environment with its code and a venv that is shared, so that it costs no time."""
+        shared_environment()
+        self.types("create", name, "--source", self.source, "--no-install", "--use")
+        root = os.path.join(self.person.workspace, "environments", name)
+        os.symlink(Workshop.paths.venv, os.path.join(root, ".venv"))
+        return os.path.join(root, "ComfyUI", "custom_nodes")
+
+    def test_create_makes_a_whole_environment_and_delete_takes_it_away(self):
+        said = self.types("create", "main", "--source", self.source, "--torch-backend", "cpu", "--python", sys.executable, "--use",
+                          seconds=300)  # fmt: skip
+        for stage in ("ComfyUI: done in", "Python: done in", "PyTorch: done in", "requirements: done in"):
+            self.assertIn(stage, said)
+        cec = os.path.join(self.person.workspace, "environments", "main", ".cec")
+        self.assertIn("Initial environment setup", git(cec, "log", "--format=%s"))
+        self.assertEqual(git(cec, "status", "--porcelain"), "")
+        self.assertIn("✓ main", self.types("list"))
+        self.types("run", "--wait", "30", "--port", str(free_port()))
+        self.assertEqual(git(cec, "status", "--porcelain"), "")
+        self.assertIn("ComfyUI runs in environment 'main'", self.types("delete", "main", "-y", code=1))
+        self.types("stop")
+        self.assertIn("no terminal to ask on", self.types("delete", "main", code=1))
+        self.types("delete", "main", "-y")
+        self.assertFalse(os.path.exists(os.path.dirname(cec)))
+        self.assertIn("No environments found", self.types("list"))
+
+    def test_an_interrupted_create_is_shown_as_incomplete_and_goes_on(self):
+        self.types("create", "main", "--source", os.path.join(Workshop.root, "nowhere"), "--no-install", code=1)
+        self.assertIn("(incomplete)", self.types("list"))
+        self.types("create", "main", "--source", self.source, "--no-install")
+        self.assertIn("(stopped)", self.types("list"))
+
+    @unittest.skipIf(WINDOWS, "the venv is shared by a link")
+    def test_nodes_come_change_and_go_and_comfyui_is_restarted_or_the_user_told(self):
+        nodes = self.make()
+        registry = Workshop.registry
+        registry.publish("journey-pack", "1.0.0", {"__init__.py": "", "requirements.txt": "tiny\n"})
+        pack = make_repository(f"Pack{os.getpid()}", {"__init__.py": ""})
+        own = os.path.join(self.person.home, "own-node")
+        write(os.path.join(own, "__init__.py"), "")
+        self.types("run", "--wait", "30", "--port", str(free_port()))
+        before = self.person.state("main")["pid"]
+
+        said = self.types("node", "add", "journey-pack")
+        self.assertIn("✓ Added node: journey-pack", said)
+        self.assertIn("Changes won't take effect until restart.", said)
+        self.assertIn("restart", said.splitlines()[-2] + said.splitlines()[-1])
+        self.assertEqual(self.person.state("main")["pid"], before)
+
+        said = self.types("node", "add", pack, "no-such-node", "--restart", code=1)
+        self.assertIn("✗ ", said)
+        self.assertIn("Restarting to apply changes", said)
+        after = self.person.state("main")["pid"]
+        self.assertNotEqual(after, before)
+        self.assertIn("no-such-node", said)
+        said = self.types("node", "add", own, "--dev", "--no-restart")
+        self.assertEqual(self.person.state("main")["pid"], after)
+
+        said = self.types("node", "list")
+        for line in ("journey-pack (registry) v1.0.0", "(git) @ ", "own-node (development) (dev)"):
+            self.assertIn(line, said)
+
+        registry.publish("journey-pack", "1.1.0", {"__init__.py": "", "requirements.txt": "tiny\n"})
+        self.assertIn("updated", self.types("node", "update", "journey-pack", "-y", "--no-restart"))
+        self.assertIn("v1.1.0", self.types("node", "list"))
+        self.assertIn("newest version", self.types("node", "update", "journey-pack", "-y"))
+
+        self.types("stop")
+        shutil.rmtree(os.path.join(nodes, "journey-pack"))
+        write(os.path.join(nodes, "stranger", "__init__.py"), "")
+        said = self.types("status", code=3)
+        for line in ("Environment needs repair", "1 nodes in pyproject.toml not installed: journey-pack", "stranger"):
+            self.assertIn(line, said)
+        self.types("run", "--port", str(free_port()))
+        self.assertTrue(os.path.isdir(os.path.join(nodes, "journey-pack")))
+        self.types("stop")
+        self.assertIn("No terminal to ask on", self.types("repair", code=1))
+        self.assertIn("✓ Tracked stranger", self.types("repair", "-y"))
+        self.assertIn("No changes to apply", self.types("repair"))
+
+        self.assertIn("(deleted)", self.types("node", "remove", "journey-pack"))
+        self.assertIn("(disabled)", self.types("node", "remove", "own-node"))
+        self.assertTrue(os.path.isdir(own))
+        self.assertFalse(os.path.exists(os.path.join(nodes, "journey-pack")))
+
+    @unittest.skipIf(WINDOWS, "no pseudo-terminals on Windows")
+    def test_a_terminal_is_asked_once_for_several_nodes(self):
+        import pty
+
+        self.make()
+        for name in ("ask-one", "ask-two"):
+            Workshop.registry.publish(name, "1.0.0", {"__init__.py": ""})
+        self.types("run", "--wait", "30", "--port", str(free_port()))
+        before = self.person.state("main")["pid"]
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(self.person.home)
+            command = self.person.command("node", "add", "ask-one", "ask-two")
+            os.execve(command[0], command, self.person.variables)
+        said = b""
+        with contextlib.suppress(OSError):
+            while True:
+                piece = os.read(terminal, 4096)
+                said += piece
+                if not piece:
+                    break
+                if b"(Y/n): " in piece:
+                    os.write(terminal, b"\n")
+        os.close(terminal)
+        _, code = os.waitpid(pid, 0)
+        self.assertEqual((code, said.count(b"(Y/n)")), (0, 1), said)
+        self.assertIn(b"Restarted (new PID:", said)
+        self.assertNotEqual(self.person.state("main")["pid"], before)
+
+    def test_a_failed_sync_starts_nothing_and_names_the_way_round(self):
+        nodes = self.make() if not WINDOWS else self.skipTest("the venv is shared by a link")
+        Workshop.registry.publish("gone-pack", "1.0.0", {"__init__.py": ""})
+        self.types("node", "add", "gone-pack")
+        shutil.rmtree(os.path.join(nodes, "gone-pack"))
+        del Workshop.registry.answers["/files/gone-pack/1.0.0/node.zip"]
+        said = self.types("run", "--port", str(free_port()), code=1)
+        self.assertIn("gone-pack", said)
+        self.assertIn("run --no-sync", said)
+        self.assertIsNone(self.person.state("main"))
+        self.types("run", "--no-sync", "--port", str(free_port()))
+
+    @unittest.skipIf(WINDOWS, "the venv is made by links")
+    def test_a_workspace_of_1_0_opens_runs_and_gains_a_node(self):
+        person = self.person
+        root = os.path.join(person.home, "comfydock")
+        person.workspace = root
+        cec = os.path.join(root, "environments", "old", ".cec")
+        write(os.path.join(cec, "pyproject.toml"), OLD_MANIFEST)
+        write(os.path.join(cec, ".gitignore"), ".complete\n*.tmp\n")
+        write(os.path.join(cec, ".complete"), "")
+        settings = {"version": 1, "active_environment": "old", "created_at": "2025-10-30T12:00:00.000000",
+                    "global_model_directory": None, "api_credentials": None, "prefer_registry_cache": True}  # fmt: skip
+        write(os.path.join(root, ".metadata", "workspace.json"), json.dumps(settings))
+        write(os.path.join(root, "environments", "old", "ComfyUI", "main.py"), dock.demo_source())
+        os.makedirs(os.path.join(root, "environments", "old", "ComfyUI", "custom_nodes"))
+        shared_environment()
+        os.symlink(Workshop.paths.venv, os.path.join(root, "environments", "old", ".venv"))
+        git(cec, "init", "--quiet")
+        git(cec, "add", "-A")
+        git(cec, "commit", "--quiet", "-m", "Initial environment setup")
+        self.assertRegex(self.types("list"), r"✓ old +\(active\) \(stopped\)")
+        self.types("run", "--no-sync", "--wait", "30", "--port", str(free_port()))
+        self.assertEqual(git(cec, "status", "--porcelain"), "")
+        before = Path(cec, "pyproject.toml").read_text(encoding="utf-8")
+        Workshop.registry.publish("gained", "1.0.0", {"__init__.py": ""})
+        self.types("node", "add", "gained", "--no-restart")
+        after = Path(cec, "pyproject.toml").read_text(encoding="utf-8")
+        added = [line for line in after.splitlines() if line not in before.splitlines()]
+        self.assertIn("[tool.comfydock.nodes.gained]", added)
+        self.assertEqual([line for line in before.splitlines() if line not in after.splitlines()], [])
+        kept = json.loads(Path(root, ".metadata", "workspace.json").read_text(encoding="utf-8"))
+        self.assertEqual(kept, settings)
+        self.types("stop")
+
+    def test_a_broken_manifest_is_one_line_with_its_number_and_stop_still_works(self):
+        person = self.person
+        person.environment("a")
+        self.types("-e", "a", "run", "--port", str(free_port()))
+        manifest = Path(person.workspace, "environments", "a", ".cec", "pyproject.toml")
+        broken = manifest.read_text(encoding="utf-8") + "\nthis is no toml\n"
+        manifest.write_text(broken, encoding="utf-8")
+        self.assertRegex(self.types("-e", "a", "node", "list", code=1), r"pyproject\.toml line \d+")
+        self.assertIn("pyproject.toml line", self.types("-e", "a", "status"))
+        self.types("-e", "a", "stop")
+        self.assertEqual(manifest.read_text(encoding="utf-8"), broken)
+
+
 class AsALibrary(Journey):
     CODE = """
 import comfydock, threading, sys, json
@@ -4969,6 +5163,13 @@ class Result(unittest.TextTestResult):
         self.passed += 1
 
 
+SHARES = {  # two halves that take about as long, each in a process of its own
+    "--journeys": lambda case: isinstance(case, Journey) and not isinstance(case, FromNothingToANode),
+    "--rest": lambda case: not isinstance(case, Journey) or isinstance(case, FromNothingToANode),
+    "--units": lambda case: not isinstance(case, Journey),
+}
+
+
 def flattened(suite):
     """Every test of a suite of suites."""
     for case in suite:
@@ -4978,16 +5179,47 @@ def flattened(suite):
             yield case
 
 
+def run_here(names, share):
+    """Run the named tests, or a share of all; returns (passed, failed, skipped)."""
+    suite = unittest.defaultTestLoader.loadTestsFromNames([f"__main__.{name}" for name in names] or ["__main__"])
+    chosen = unittest.TestSuite(case for case in flattened(suite) if share is None or SHARES[share](case))
+    result = unittest.TextTestRunner(resultclass=Result, verbosity=2 if "--verbose" in sys.argv else 1).run(chosen)
+    failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
+    return result.passed, failed, len(result.skipped)
+
+
+def run_in_halves():
+    """Run all tests in two processes at once; returns (passed, failed, skipped), a lost count being a failure."""
+    words = [word for word in sys.argv[1:] if word.startswith("--")]
+    totals = [0, 0, 0]
+    with contextlib.ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
+        halves = [
+            subprocess.Popen(
+                [sys.executable, __file__, share, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file
+            )
+            for share, file in zip(("--journeys", "--rest"), said)
+        ]
+        for half, file in zip(halves, said):
+            half.wait()
+            file.seek(0)
+            text = file.read()
+            print(text)
+            counts = re.search(r"(\d+) passed, (\d+) failed, (\d+) skipped\s*$", text)
+            totals = (
+                [a + int(b) for a, b in zip(totals, counts.groups())]
+                if counts
+                else [totals[0], totals[1] + 1, totals[2]]
+            )
+    return totals
+
+
 def main():
     """Run the tests that the words of the call ask for; the last line counts them."""
-    words = [word for word in sys.argv[1:] if not word.startswith("--")]
-    suite = unittest.defaultTestLoader.loadTestsFromNames([f"__main__.{word}" for word in words] or ["__main__"])
-    if "--units" in sys.argv:
-        suite = unittest.TestSuite(case for case in flattened(suite) if not isinstance(case, Journey))
-    runner = unittest.TextTestRunner(resultclass=Result, verbosity=2 if "--verbose" in sys.argv else 1)
-    result = runner.run(suite)
-    failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
-    print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped")
+    names = [word for word in sys.argv[1:] if not word.startswith("--")]
+    share = next((word for word in sys.argv[1:] if word in SHARES), None)
+    passed, failed, skipped = run_here(names, share) if names or share else run_in_halves()
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 1 if failed else 0
 
 
