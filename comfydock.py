@@ -7369,6 +7369,11 @@ class Console:
         if not self.json_mode:
             self._write(self.out, line + "\n")
 
+    def work(self, line: str) -> None:
+        """One line of long work: a Tell. What pip says of things that are there already is left out."""
+        if not line.lstrip().startswith(("Requirement already satisfied", "Looking in ", "[notice]")):
+            self.say(f"   {line}")
+
     def warn(self, line: str) -> None:
         """One line on the error stream, in JSON mode too."""
         self._write(self.err, f"⚠ {line}\n")
@@ -7394,9 +7399,13 @@ class Console:
             sink.write(data)
             sink.flush()
 
+    def can_ask(self) -> bool:
+        """Whether a terminal is there to answer."""
+        return not self.json_mode and is_terminal(self.source) and is_terminal(self.out)
+
     def ask(self, question: str, default: bool) -> Optional[bool]:
         """The answer to a yes-or-no question; None where no terminal can answer."""
-        if self.json_mode or not (is_terminal(self.source) and is_terminal(self.out)):
+        if not self.can_ask():
             return None
         self._write(self.out, f"{question} ({'Y/n' if default else 'y/N'}): ")
         self.out.flush()
@@ -7718,10 +7727,7 @@ def init_words(data: dict[str, Any]) -> Iterator[str]:
 
 
 def node_words(data: dict[str, Any]) -> Iterator[str]:
-    """What became of the nodes of a command; failures were told when they happened."""
-    for item in data["nodes"]:
-        if item["ok"]:
-            yield f"✓ {item['message']}"
+    """How a command for nodes ended; what became of each was told when it happened."""
     if data["restarted"]:
         yield f"✓ Restarted (new PID: {data['pid']})"
 
@@ -7759,7 +7765,7 @@ def selected(console: Console, args: "argparse.Namespace") -> Environment:
     folder = os.getcwd()
     workspace = select_workspace(args.workspace, args.env is not None, folder)
     environment = workspace.select(args.env, folder)
-    environment.tell = lambda line: console.say(f"   {line}")
+    environment.tell = console.work
     remember_choice(console, args, environment)
     return environment
 
@@ -7806,7 +7812,7 @@ def environment_to_run(console: Console, args: "argparse.Namespace") -> Environm
         environment = workspace.demo()
     else:
         environment = adopted_here(console, args, workspace, folder) or workspace.select(args.env, folder)
-    environment.tell = lambda line: console.say(f"   {line}")
+    environment.tell = console.work
     remember_choice(console, args, environment)
     return environment
 
@@ -8167,7 +8173,7 @@ def create(console: Console, args: "argparse.Namespace") -> Report:
         options = CreateOptions(
             args.name, args.source, args.comfyui, args.python, args.torch_backend or "auto", args.no_install
         )
-        environment = workspace.create(options, lambda line: console.say(f"   {line}"))
+        environment = workspace.create(options, console.work)
     if args.use:
         workspace.use(args.name)
     has_python = os.path.exists(environment.python)
@@ -8254,6 +8260,7 @@ def change_nodes_one_by_one(
     for name in names:
         try:
             message, reason = change(environment, name)
+            console.say(f"✓ {message}")
             items.append({"node": name, "ok": True, "message": message})
             reasons += [reason] if reason else []
         except CDEnvironmentError as error:
@@ -8287,18 +8294,15 @@ def offer_restart(console: Console, args: "argparse.Namespace", environment: Env
     if args.restart:
         console.say("\n🔄 ComfyUI is running. Restarting to apply changes...")
         return environment.restart()
-    answer = None
-    if not args.no_restart:
-        console.say(f"\n⚠️  ComfyUI is running. Restart to apply changes? ({reason})")
-        answer = console.ask("  ", True)
-    if answer:
+    if args.no_restart or not console.can_ask():
+        console.say("\n⚠️  ComfyUI is running. Changes won't take effect until restart.")
+        console.say("   Restart with: comfydock restart")
+        return False
+    console.say(f"\n⚠️  ComfyUI is running. Restart to apply changes? ({reason})")
+    if console.ask("  ", True):
         console.say("🔄 Restarting...")
         return environment.restart()
-    if answer is False:
-        console.say("⚠️  Skipped restart. Changes won't take effect until you restart.")
-    else:
-        console.say("\n⚠️  ComfyUI is running. Changes won't take effect until restart.")
-    console.say("   Restart with: comfydock restart")
+    console.say("⚠️  Skipped restart. Changes won't take effect until you restart.")
     return False
 
 
@@ -8720,7 +8724,8 @@ def unknown_command(word: str) -> CDEnvironmentError:
     from difflib import get_close_matches
 
     names = [command.name for command in COMMANDS]
-    close = get_close_matches(word, names, 1) or [name for name in names if name.startswith(word + " ")]
+    close = get_close_matches(word, [*names, "node"], 1)
+    close = [name for name in names if name.startswith((close or [word])[0] + " ")] or close
     hint = f"did you mean: comfydock {close[0]}" if close else "comfydock help"
     return CDEnvironmentError(f"'{word}' is no command of comfydock.", hint, "usage")
 
