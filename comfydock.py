@@ -67,6 +67,7 @@ else:
 
 __version__ = "2.0.0"
 __all__ = [
+    "CDEndedError",
     "CDEnvironmentError",
     "CDNodeConflictError",
     "ComfyUIConfig",
@@ -120,6 +121,14 @@ class CDEnvironmentError(Exception):
         self.message = message
         self.hint = hint
         self.code = code
+
+
+class CDEndedError(CDEnvironmentError):
+    """ComfyUI ended within the first moments. `exit_code` (int) is its own, negative for a signal."""
+
+    def __init__(self, message: str, hint: str, exit_code: int) -> None:
+        super().__init__(message, hint, "ended")
+        self.exit_code = exit_code
 
 
 class CDNodeConflictError(CDEnvironmentError):
@@ -430,8 +439,12 @@ def _is_loopback_name(name: str) -> bool:
 
 def utc_now() -> str:
     """The time as the state file writes it: ISO 8601, UTC, milliseconds."""
-    now = time.time()
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}+00:00"
+    return utc_words(time.time())
+
+
+def utc_words(moment: float) -> str:
+    """Seconds since 1970 in ISO 8601, UTC, milliseconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment * 1000) % 1000:03d}+00:00"
 
 
 def epoch_of(stamp: Optional[str]) -> float:
@@ -463,7 +476,9 @@ def size_words(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-NAME_RULE = "letters, digits, dot, dash and underscore, at most 63, beginning with a letter or digit"
+NAME_RULE = (
+    "letters, digits, dot, dash and underscore, at most 63, beginning with a letter or digit, and no reserved word"
+)
 RESERVED_NAMES = {"workspace", "logs", "models", ".comfydock", "con", "prn", "aux", "nul"} | {
     device + digit for device in ("com", "lpt") for digit in "123456789"
 }
@@ -497,11 +512,15 @@ def made_valid(name: str) -> str:
 
 
 def last_error_line(text: str) -> Optional[str]:
-    """The line of a log that most likely says why ComfyUI ended: its last error line, else its last line."""
+    """The last line of a log that looks like an error, or None."""
     lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
-    lines = [line for line in lines if not line.startswith(SESSION_MARK)]
     errors = [line for line in lines if _looks_like_an_error(line)]
-    return next(reversed(errors or lines), None)
+    return printable(errors[-1]) if errors else None
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, which could drive a terminal; at most 500 characters."""
+    return "".join(sign if sign.isprintable() else " " for sign in text[:500]).strip()
 
 
 def _looks_like_an_error(line: str) -> bool:
@@ -558,6 +577,7 @@ class EnvironmentPaths:
         self.cache = os.path.join(self.cec, ".manifest.json")
         self.complete = os.path.join(self.cec, ".complete")
         self.state = os.path.join(self.cec, ".comfyui.state")
+        self.last_run = os.path.join(self.cec, ".comfyui.last")
         self.lock = os.path.join(self.cec, ".comfyui.lock")
         self.content_lock = os.path.join(self.cec, ".content.lock")
         self.gitignore = os.path.join(self.cec, ".gitignore")
@@ -575,9 +595,27 @@ def rotated(log_path: str) -> str:
     return log_path + ".old"
 
 
+def older_log(log_path: str, number: int) -> str:
+    """The rotated log before the last `number` rotations: .old, .old.2, .old.3."""
+    return rotated(log_path) + (f".{number}" if number > 1 else "")
+
+
+def rotation_draft(log_path: str) -> str:
+    """Where a rotation of a log in use gathers its copy."""
+    return log_path + ".rotating.tmp"
+
+
 def main_script(comfyui_path: str) -> str:
     """The file that starts ComfyUI in a checkout."""
     return os.path.join(comfyui_path, "main.py")
+
+
+def current_folder() -> str:
+    """The folder one stands in; the root when that folder was deleted."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return os.path.abspath(os.sep)
 
 
 def is_checkout(folder: str) -> bool:
@@ -589,19 +627,20 @@ def is_checkout(folder: str) -> bool:
 
 def checkout_above(folder: str) -> Optional[str]:
     """The ComfyUI checkout that holds `folder`, or None."""
-    return next((here for here in _upward(folder) if is_checkout(here)), None)
+    return next((here for here in upward(folder) if is_checkout(here)), None)
 
 
 def environment_above(folder: str) -> "Optional[tuple[str, str]]":
     """(workspace root, environment name) when `folder` lies in `<workspace>/environments/<name>`, or None."""
-    for here in _upward(folder):
+    for here in upward(folder):
         parent, name = os.path.split(here)
         if os.path.basename(parent) == "environments" and os.path.isdir(EnvironmentPaths(here).cec):
             return os.path.dirname(parent), name
     return None
 
 
-def _upward(folder: str) -> Iterator[str]:
+def upward(folder: str) -> Iterator[str]:
+    """A folder and all that it lies in."""
     while True:
         yield folder
         parent = os.path.dirname(folder)
@@ -1282,6 +1321,25 @@ def create_background_process(
 def release(process: "subprocess.Popen[Any]") -> None:
     """Let go of a process that may outlive us: Popen's finalizer otherwise warns that it still runs."""
     vars(process)["_child_created"] = False  # the finalizer's own first question, on 3.9 to 3.14
+
+
+def exit_words(code: int) -> str:
+    """An exit code for people: code 3, signal 11 (SIGSEGV)."""
+    import signal
+
+    if code >= 0:
+        return f"code {code}"
+    try:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def become(command: list[str], variables: dict[str, str]) -> None:
+    """Go on as another program under the same PID, children kept. Does nothing on Windows, which has no such thing."""
+    if IS_WINDOWS:
+        return
+    os.execve(command[0], command, variables)
 
 
 def exit_code_within(process: "subprocess.Popen[Any]", seconds: float) -> Optional[int]:
@@ -2230,19 +2288,23 @@ def port_holders(port: int) -> list[ProcessRow]:
 # 5. The network
 # The only room that opens a socket or a URL; every call has a wall-clock deadline and a byte limit.
 
-HEALTHY, REFUSED, SILENT, STRANGER = "healthy", "refused", "silent", "stranger"
+HEALTHY, REFUSED, SILENT, STRANGER, GARBLED = "healthy", "refused", "silent", "stranger", "garbled"
 ANSWER_LIMIT = 1 << 20
+QUEUE_LIMIT = 16 << 20
 
 
 @dataclass
 class Answer:
     """What a probe met: healthy, refused (nobody listens), silent (no answer in time), or a stranger.
 
-    `argv` is the command line that ComfyUI says it has, or None.
+    A stranger that turns out to be our own process is called garbled.
+
+    `argv` is the command line that ComfyUI says it has, `queue` how many prompts run and wait, or None.
     """
 
     kind: str
     argv: Optional[list[str]] = None
+    queue: Optional[tuple[int, int]] = None
 
 
 def http_get(config: ComfyUIConfig, path: str, timeout: float, limit: int = ANSWER_LIMIT) -> tuple[int, bytes]:
@@ -2349,14 +2411,42 @@ def _read_stats(body: bytes) -> Answer:
     return Answer(HEALTHY, argv if is_text_list(argv) else None)
 
 
+def queue_counts(config: ComfyUIConfig, timeout: float) -> Optional[tuple[int, int]]:
+    """(running, pending) prompts of ComfyUI, within `timeout` seconds; None when it cannot be asked. Never raises.
+
+    `/queue` holds the whole workflows; where they are too long to read, `/prompt` at least tells their number.
+    """
+    deadline = time.monotonic() + timeout
+    try:
+        waiting = json.loads(http_get(config, "/queue", timeout, QUEUE_LIMIT)[1])
+        return len(waiting["queue_running"]), len(waiting["queue_pending"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    try:
+        left = max(0.0, deadline - time.monotonic())
+        remaining = int(json.loads(http_get(config, "/prompt", left)[1])["exec_info"]["queue_remaining"])
+        return min(1, remaining), max(0, remaining - 1)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def look_at(config: ComfyUIConfig, timeout: float) -> Answer:
+    """`probe`, and of a healthy ComfyUI the queue, all within `timeout` seconds. Never raises."""
+    deadline = time.monotonic() + timeout
+    answer = probe(config, timeout)
+    if answer.kind == HEALTHY and answer.argv is not None:
+        answer.queue = queue_counts(config, max(0.0, deadline - time.monotonic()))
+    return answer
+
+
 def probe_all(configs: list[ComfyUIConfig], timeout: float) -> list[Answer]:
-    """`probe` of each, all at once: as slow as the slowest, not as their sum."""
+    """`look_at` each, all at once: as slow as the slowest, not as their sum."""
     if len(configs) < 2:
-        return [probe(config, timeout) for config in configs]
+        return [look_at(config, timeout) for config in configs]
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(len(configs)) as pool:
-        return list(pool.map(lambda config: probe(config, timeout), configs))
+        return list(pool.map(lambda config: look_at(config, timeout), configs))
 
 
 def check_http_health(host: str, port: int, timeout: float = 2.0) -> bool:
@@ -2373,7 +2463,9 @@ def is_port_bound(port: int, expected_pid: Optional[int] = None, host: str = DEF
     """
     if expected_pid is not None:
         return expected_pid in process_table().listeners(port)
-    return any(not _can_bind(name.strip(), port) for name in host.split(",")) or _accepts(connect_host(host), port)
+    names = [name.strip() for name in host.split(",")]
+    nearby = connect_host(host)
+    return any(not _can_bind(name, port) for name in names) or (is_loopback(nearby) and _accepts(nearby, port))
 
 
 def _can_bind(name: str, port: int) -> bool:
@@ -2653,6 +2745,9 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
     try:
         _write_new(temporary, data, mode)
         replace_file(temporary, path)
+    except OSError as error:
+        _unlink_if_there(temporary)
+        raise OSError(error.errno, error.strerror, path) from error
     except BaseException:
         _unlink_if_there(temporary)
         raise
@@ -2729,8 +2824,11 @@ def read_small(path: str, limit: int = 1 << 20) -> Optional[bytes]:
         handle = os.open(path, os.O_RDONLY | NO_FOLLOW | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         return None
-    with os.fdopen(handle, "rb") as file:
-        data = file.read(limit + 1)
+    try:
+        with os.fdopen(handle, "rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:  # a folder, for one: the error must name it
+        raise OSError(error.errno, error.strerror, path) from error
     if len(data) > limit:
         raise ValueError("too long")
     return data
@@ -2799,6 +2897,49 @@ def rotate_at_start(path: str, limit: int = LOG_LIMIT) -> None:
             _move_log(path)
     except OSError:
         pass
+
+
+def shift_old_logs(path: str, keep: int) -> None:
+    """Make room for a new `.old`: each older log moves one place on, and the last of `keep` goes."""
+    for number in range(keep, 1, -1):
+        newer = older_log(path, number - 1)
+        if os.path.exists(newer):
+            replace_file(newer, older_log(path, number))
+
+
+def old_logs(path: str) -> list[str]:
+    """The rotated logs that are there, oldest first."""
+    numbers = range(1, 1000)
+    present = [name for name in (older_log(path, number) for number in numbers) if os.path.exists(name)]
+    return present[::-1]
+
+
+def copy_log(path: str, target: str, start: int, spare: int) -> int:
+    """Append the log from `start` on to `target` until less than `spare` bytes are left; returns how far it came."""
+    with open(path, "rb") as source, open(target, "ab") as sink:
+        source.seek(start)
+        while os.fstat(source.fileno()).st_size - source.tell() > spare:
+            sink.write(source.read(1 << 20))
+        sink.flush()
+        os.fsync(sink.fileno())
+        return source.tell()
+
+
+def same_beginning(one: str, other: str) -> bool:
+    """Whether two logs begin with the same header."""
+    try:
+        with open(one, "rb") as first, open(other, "rb") as second:
+            return first.read(160) == second.read(160)
+    except FileNotFoundError:
+        return False
+
+
+def start_log_anew(path: str, header: str) -> int:
+    """Empty a log and write `header`; returns its inode. Nobody may be writing to it."""
+    os.truncate(path, 0)
+    log, _, inode = begin_session(path, header)
+    log.close()
+    return inode
 
 
 def _move_log(path: str) -> None:
@@ -2888,54 +3029,58 @@ def find_session(file: "BinaryIO", end: int) -> int:
 
 
 class LogFollower:
-    """Hands on what is appended to a log, through rotation by rename and through truncation.
+    """Hands on what is appended to a log, each byte once, through every kind of rotation.
 
-    `position` is the offset of the next byte, `path` where the current log is expected; the open
-    file may meanwhile have been moved to `.old`, and is read to its end before the new one.
+    `position` is the offset of the next byte. `head` is how the log begins: each begins with a header of its own, so
+    another beginning means that the log was rotated, and what was not yet read of the former one is in `.old`.
     """
+
+    HEAD = 160
 
     def __init__(self, path: str, position: int) -> None:
         self.path = path
         self.position = position
-        self._file: "Optional[BinaryIO]" = None
+        self.head = b""
 
     def read(self) -> bytes:
         """What is new, at most 1 MiB; empty when there is nothing. Raises OSError."""
-        piece = self._read_on()
-        if piece or not self._has_moved():
-            return piece
-        piece = self._read_on()  # written between the read and the move
-        if not piece:
-            self.close()
-            self.position = 0
-        return piece or self._read_on()
+        try:
+            with open(self.path, "rb", buffering=0) as log:
+                return self._read_from(log)
+        except FileNotFoundError:
+            return b""
 
-    def _read_on(self) -> bytes:
-        if self._file is None:
-            try:
-                self._file = open(self.path, "rb", buffering=0)
-            except FileNotFoundError:
-                return b""
-        self._file.seek(self.position)
-        piece = self._file.read(1 << 20) or b""
+    def _read_from(self, log: "IO[bytes]") -> bytes:
+        head = self._head_of(log)
+        if not head.startswith(self.head):
+            return self._rest_of_former(head)
+        log.seek(self.position)
+        piece = log.read(1 << 20) or b""
+        if not self._head_of(log).startswith(self.head):  # rotated between the two
+            return b""
+        self.head = head
         self.position += len(piece)
         return piece
 
-    def _has_moved(self) -> bool:
-        """Whether the open file is no longer the log, or has become shorter than what was read of it."""
-        if self._file is None:
-            return False
+    def _rest_of_former(self, head: bytes) -> bytes:
+        """What the former log had after `position`; then, when a new one has begun, that is followed."""
+        piece = b""
         try:
-            here, there = os.fstat(self._file.fileno()), os.stat(self.path)
+            with open(rotated(self.path), "rb", buffering=0) as former:
+                if self._head_of(former).startswith(self.head):
+                    former.seek(self.position)
+                    piece = former.read(1 << 20) or b""
         except FileNotFoundError:
-            return False
-        return not os.path.samestat(here, there) or here.st_size < self.position
+            pass
+        if piece:
+            self.position += len(piece)
+        elif head:
+            self.head, self.position = head, 0
+        return piece
 
-    def close(self) -> None:
-        """Close the log."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def _head_of(self, log: "IO[bytes]") -> bytes:
+        log.seek(0)
+        return log.read(self.HEAD) or b""
 
 
 MOST_MEMBERS = 200_000  # of an archive; ComfyUI has about 1,000
@@ -3348,8 +3493,13 @@ def clear_state(path: str) -> None:
 
 
 def is_damaged(path: str) -> bool:
-    """Whether a file stands there that is no record. Raises OSError when it cannot be read."""
-    return os.path.lexists(path) and read_state(path) is None
+    """Whether something stands there that is no record: nonsense, a link, a folder. Raises PermissionError."""
+    try:
+        return os.path.lexists(path) and read_state(path) is None
+    except PermissionError:
+        raise
+    except OSError:
+        return True
 
 
 # ====================================================================================================================
@@ -5774,6 +5924,7 @@ def refuse_adopted_inside(paths: EnvironmentPaths) -> None:
 LOCK_SECONDS = 10.0
 EARLY_WATCH = 0.25  # bad arguments end ComfyUI in 0.05 s (observed)
 START_GRACE = 180.0  # first starts with many custom nodes take minutes: until then silence is no fault
+MONITOR_VARIABLE, EVENT_VARIABLE = "COMFYDOCK_MONITOR_TASK", "COMFYDOCK_MONITOR_EVENT"
 DROPPED_VARIABLES = ("__COMFY_CLI_SESSION__", "PYTHONHOME", "PYTHONPATH")
 
 
@@ -5790,6 +5941,129 @@ class Sighting:
     record: Optional[ProcessState] = None
     row: Optional[ProcessRow] = None
     note: str = ""
+
+
+def end_politely(
+    row: ProcessRow,
+    timeout: float,
+    meanwhile: "Optional[Callable[[], bool]]" = None,
+    ignores_interrupt: bool = False,
+) -> None:
+    """End one process: interrupt, terminate 3 s before the deadline, kill at `timeout` seconds.
+
+    `meanwhile` is called while waiting, and True from it kills at once. Raises CDEnvironmentError when the process is
+    another user's or does not end.
+    """
+    polite = max(timeout - 3, timeout / 2)
+    steps = [("interrupt", polite), ("terminate", timeout - polite), ("kill", 5.0)]
+    if ignores_interrupt:
+        steps = [("terminate", timeout), ("kill", 5.0)]
+    hurry = timeout <= 0
+    for how, patience in steps:
+        if hurry and how != "kill" or not signal_row(row, how):
+            continue
+        if wait_for_exit(row, patience, meanwhile if how != "kill" else None):
+            return
+        hurry = hurry or (how != "kill" and meanwhile is not None and meanwhile())
+    raise CDEnvironmentError(
+        f"PID {row.pid} did not end, not even when killed: the system holds it.", "comfydock status", "stuck"
+    )
+
+
+def end_all(rows: "list[ProcessRow]") -> None:
+    """What a process left behind: terminate all, and after a second kill what remains."""
+    for how, seconds in (("terminate", 1.0), ("kill", 2.0)):
+        rows = [row for row in rows if still_runs(row)]
+        for row in rows:
+            signal_row(row, how)
+        deadline = time.monotonic() + seconds
+        for row in rows:
+            wait_for_exit(row, max(0.0, deadline - time.monotonic()))
+            reap(row.pid)
+
+
+def signal_row(row: ProcessRow, how: str) -> bool:
+    """Signal a process that is still the one of `row`, and wake it should it be stopped; that it is gone is no error.
+
+    Returns whether it is worth waiting for the effect: a Windows process without a console cannot be interrupted.
+    """
+    try:
+        if still_runs(row):
+            signal_process(row.pid, how)
+            signal_process(row.pid, "continue")
+    except ProcessLookupError:
+        pass
+    except PermissionError as refused:
+        if how == "interrupt":
+            return False
+        raise CDEnvironmentError(
+            f"PID {row.pid} ({row.name}) belongs to another user and was not stopped.",
+            "ask its owner, or try again as that user",
+            "permission",
+        ) from refused
+    return True
+
+
+@contextmanager
+def paused(rows: "list[ProcessRow]") -> Iterator[None]:
+    """Let processes stand still for a moment; they go on whatever happens."""
+    standing: list[ProcessRow] = []
+    try:
+        for row in rows:
+            if still_runs(row):
+                signal_process(row.pid, "pause")
+                standing.append(row)
+        yield
+    finally:
+        for row in standing:
+            wake(row)
+
+
+def wake(row: ProcessRow) -> None:
+    """Let a process go on that stands still."""
+    try:
+        if still_runs(row):
+            signal_process(row.pid, "continue")
+    except OSError:
+        pass
+
+
+def comfyui_on_port(port: int) -> ProcessRow:
+    """The process that listens on `port`, proved to be a ComfyUI by what it is and by what it says of itself.
+
+    Raises CDEnvironmentError when nobody listens there or the proof fails.
+    """
+    holders = port_holders(port)
+    if not holders:
+        raise CDEnvironmentError(
+            f"Nobody listens on port {port}, as far as this user may see.", "comfydock list", "stopped"
+        )
+    argv = probe(ComfyUIConfig(DEFAULT_HOST, port), 2.0).argv or []
+    for row in holders:
+        says_the_same = bool(argv) and row.text.endswith(" ".join(argv))
+        if says_the_same and is_python(row.name) and os.path.basename(argv[0]) == "main.py":
+            return row
+    named = ", ".join(f"{row.name}, PID {row.pid}" for row in holders)
+    raise CDEnvironmentError(
+        f"Port {port} is held by {named}, which is not proved to be a ComfyUI; nothing was ended.",
+        "comfydock list",
+        "stranger",
+    )
+
+
+def stop_on_port(port: int, timeout: float) -> int:
+    """End the ComfyUI on `port`, whoever started it, with its family; returns its PID. Raises as `comfyui_on_port`."""
+    row = comfyui_on_port(port)
+    family = family_of(row, process_table().markers().get(row.pid))
+    end_politely(row, timeout)
+    end_all(family)
+    return row.pid
+
+
+def monitor_row(record: Optional[ProcessState]) -> Optional[ProcessRow]:
+    """The living monitor that a record names, or None."""
+    noted = (record.monitor if record is not None else None) or {}
+    return find_process(noted.get("pid"), noted.get("identity"))
 
 
 class Environment:
@@ -5902,7 +6176,7 @@ class Environment:
         `scanned` are the rows of one `scan_for_comfyui`, when many environments are looked at.
         Whoever holds the process lock says so: then no starter can be at work.
         """
-        record = self._read_state()
+        record = None if is_damaged(self.paths.state) else self._read_state()
         if record is None:
             note = "damaged" if is_damaged(self.paths.state) else ""
             return self._unrecorded(None, STOPPED, note, scanned)
@@ -5948,8 +6222,13 @@ class Environment:
     def report(self, timeout: float = 1.0) -> dict[str, Any]:
         """All that `status` tells, with a health check of at most `timeout` seconds. See `describe`."""
         sight = self.observe()
-        answer = probe(self.config_of(sight), timeout) if sight.row else Answer(REFUSED)
+        answer = look_at(self.config_of(sight), timeout) if sight.row else Answer(REFUSED)
         return self.describe(sight, answer)
+
+    def queue(self, timeout: float = 2.0) -> Optional[tuple[int, int]]:
+        """(running, pending) prompts; None when nothing runs or it does not answer within `timeout` seconds."""
+        sight = self.observe()
+        return queue_counts(self.config_of(sight), timeout) if sight.row is not None else None
 
     def config_of(self, sight: Sighting) -> ComfyUIConfig:
         """Where the ComfyUI of a sighting listens, by its arguments."""
@@ -5972,6 +6251,8 @@ class Environment:
         """A sighting and a probe as one JSON-ready object: UTC ISO times, seconds, bytes."""
         record, row = sight.record, sight.row
         config = self.config_of(sight)
+        if row and answer.kind == STRANGER and is_port_bound(config.port, row.pid):
+            answer = Answer(GARBLED)
         state = _state_word(sight, answer, self._script) if row else sight.state
         return {
             "name": self.name,
@@ -5979,36 +6260,48 @@ class Environment:
             "note": sight.note or None,
             "demo": self.manifest.demo,
             "complete": self.is_complete,
-            "pid": row.pid if row else record.pid if record and state == FOREIGN else None,
+            "pid": row.pid if row else None,
             "host": config.host if row else None,
             "port": config.port if row else None,
             "url": local_url(config) if row else None,
             "health": _health_word(state) if row else None,
             "answer": answer.kind if row else None,
+            "queue": {"running": answer.queue[0], "pending": answer.queue[1]} if answer.queue else None,
+            "monitor": self._monitor_data(record),
             "uptime": round(row.age(), 3) if row else None,
             "started_at": record.started_at if record else None,
             "args": record.args if record else [],
             "log": record.log_path if record else self.log_path,
             "machine": record.identity.get("machine") if record and state == FOREIGN else None,
-            **(self._last_words(record) if record and state == CRASHED else {}),
+            **self._last_words(record if state == CRASHED else None),
         }
 
-    def _last_words(self, record: ProcessState) -> dict[str, Any]:
+    @staticmethod
+    def _monitor_data(record: Optional[ProcessState]) -> Optional[dict[str, Any]]:
+        """What there is to tell of the monitor; None where there is none."""
+        if record is None or record.monitor is None:
+            return None
+        noted = record.monitor
+        restarts = noted.get("restarts")
+        count = len(restarts) if isinstance(restarts, list) else 0
+        return {"alive": monitor_row(record) is not None, "restarts": count, "gave_up": noted.get("gave_up")}
+
+    def _last_words(self, record: Optional[ProcessState]) -> dict[str, Any]:
         """What is left of a run that ended by itself: last sign of life, last error line, exit code."""
         return {
-            "last_alive": self._last_alive(record),
-            "last_error": self.last_error(),
-            "exit_code": (record.last_exit or {}).get("code"),
+            "last_alive": self._last_alive(record) if record else None,
+            "last_error": self.last_error() if record else None,
+            "exit_code": (record.last_exit or {}).get("code") if record else None,
         }
 
-    def _last_alive(self, record: ProcessState) -> Optional[float]:
-        """Seconds since 1970 of the last sign of life: a health check or a line in the log."""
+    def _last_alive(self, record: ProcessState) -> Optional[str]:
+        """The last sign of life, a health check or a line in the log, as an ISO time in UTC."""
         signs = [os.stat(record.log_path).st_mtime] if os.path.exists(record.log_path) else []
         try:
             signs.append(epoch_of(record.last_health_check))
         except ValueError:
             pass
-        return max(signs, default=None)
+        return utc_words(max(signs)) if signs else None
 
     # The log -------------------------------------------------------------------------
 
@@ -6061,6 +6354,63 @@ class Environment:
             return None
         return record.port, f"environment '{self.name}' (PID {pid})"
 
+    def rotate_log(self, keep: int = 1) -> bool:
+        """Move the log to `.old` while ComfyUI goes on writing, losing no line; `keep` old ones stay.
+
+        Most is copied while ComfyUI writes; for the rest its processes stand still for some milliseconds. Returns False
+        when there is nothing to rotate. Raises CDEnvironmentError, OSError.
+        """
+        with self._process_lock("logs --rotate"):
+            self._finish_rotation()
+            sight = self.observe(lock_held=True)
+            path = self.log_path
+            if not os.path.exists(path) or os.path.getsize(path) == 0:
+                return False
+            if sight.row is None or sight.record is None or sight.note == "untracked":
+                shift_old_logs(path, keep)
+                replace_file(path, rotated(path))
+                return True
+            self._rotate_in_use(sight.row, sight.record, keep)
+            return True
+
+    def _rotate_in_use(self, row: ProcessRow, record: ProcessState, keep: int) -> None:
+        path, draft = self.log_path, rotation_draft(self.log_path)
+        remove_file(draft)
+        copied = copy_log(path, draft, 0, spare=1 << 20)
+        record.phase = "rotating"
+        self._write_state(record)
+        with paused(family_of(row, record.run_id)):
+            copy_log(path, draft, copied, spare=0)
+            shift_old_logs(path, keep)
+            replace_file(draft, rotated(path))
+            record.log_inode = start_log_anew(path, session_header(record.run_id or "", self.name))
+        record.phase, record.log_offset = "running", 0
+        self._write_state(record)
+
+    def heal(self) -> None:
+        """Finish a rotation that was killed: wake the processes that it left standing still."""
+        record = self._read_state()
+        if record is not None and record.phase == "rotating":
+            with self._process_lock("repair"):
+                self._finish_rotation()
+
+    def _finish_rotation(self) -> None:
+        """The caller holds the lock, so a record that says "rotating" is of a rotation that was killed."""
+        record = self._read_state()
+        if record is None or record.phase != "rotating":
+            return
+        row = find_process(record.pid, record.identity, self._script)
+        path = self.log_path
+        was_moved = not os.path.exists(rotation_draft(path)) and same_beginning(path, rotated(path))
+        if was_moved and os.path.getsize(path) == os.path.getsize(rotated(path)):
+            record.log_inode = start_log_anew(path, session_header(record.run_id or "", self.name))
+            record.log_offset = 0
+        remove_file(rotation_draft(path))
+        for member in family_of(row, record.run_id) if row is not None else []:
+            wake(member)
+        record.phase = "running"
+        self._write_state(record)
+
     # Starting ------------------------------------------------------------------------
 
     def run(
@@ -6070,21 +6420,34 @@ class Environment:
         auto_port: bool = False,
         set_env: Optional[dict[str, str]] = None,
         take_over: bool = False,
+        monitored: bool = False,
     ) -> "subprocess.CompletedProcess[str]":
         """Start ComfyUI as a detached daemon; returns once it has outlived the first 0.25 s.
 
         `auto_port` takes the next free port when the asked one is in use; `set_env` are variables
         for ComfyUI, kept in the state file and repeated by `restart`; `take_over` drops the record
-        of another machine or PID namespace. The result's stdout is "Started on host:port".
+        of another machine or PID namespace; `monitored` records this very process as the monitor. The result's stdout
+        is "Started on host:port".
         Raises CDEnvironmentError when it runs already, the port is taken, Python or main.py is
         missing, or ComfyUI ended at once; OSError when a file cannot be written.
         """
+        if isinstance(args, str) or not is_text_list(list(args or [])):
+            raise TypeError("args is a list of str, one word each")
         words = list(args or [])
         parse_comfyui_args(words)
         self._require_startable()
         with self._process_lock("run"):
             self._require_not_running(self.observe(lock_held=True), take_over)
-            return self._start_on_some_port(words, set_env or {}) if auto_port else self._start(words, set_env or {})
+            monitor = self.own_monitor_note() if monitored else None
+            if auto_port:
+                return self._start_on_some_port(words, set_env or {}, monitor)
+            return self._start(words, set_env or {}, monitor=monitor)
+
+    @staticmethod
+    def own_monitor_note() -> dict[str, Any]:
+        """What the record says of this very process as a monitor."""
+        identity = identity_of(process_table().row(os.getpid()))
+        return {"pid": os.getpid(), "identity": identity, "restarts": [], "gave_up": None}
 
     def _require_startable(self) -> None:
         if not os.path.isfile(self._script):
@@ -6102,8 +6465,10 @@ class Environment:
 
     def _require_not_running(self, sight: Sighting, take_over: bool) -> None:
         record, row = sight.record, sight.row
-        if sight.state == FOREIGN and not take_over:
-            raise self._foreign(sight)
+        if sight.state == FOREIGN:
+            if not take_over:
+                raise self._foreign(sight)
+            return self._require_not_running(self._unrecorded(None, STOPPED, "", None), False)
         if sight.note == "damaged" and row is None:
             set_aside(self.paths.state)
         if row is None:
@@ -6125,15 +6490,17 @@ class Environment:
             "foreign",
         )
 
-    def _start_on_some_port(self, args: list[str], variables: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    def _start_on_some_port(
+        self, args: list[str], variables: dict[str, str], monitor: Optional[dict[str, Any]] = None
+    ) -> "subprocess.CompletedProcess[str]":
         """Start on the first free port; when a stranger snatches it meanwhile, on the next."""
         for _ in range(4):
             try:
-                return self._start(args, variables, auto_port=True)
+                return self._start(args, variables, auto_port=True, monitor=monitor)
             except CDEnvironmentError as error:
                 if "while attempting to bind on address" not in error.message:
                     raise
-        return self._start(args, variables, auto_port=True)
+        return self._start(args, variables, auto_port=True, monitor=monitor)
 
     def _start(
         self,
@@ -6141,10 +6508,11 @@ class Environment:
         variables: dict[str, str],
         auto_port: bool = False,
         previous: Optional[ProcessState] = None,
+        monitor: Optional[dict[str, Any]] = None,
     ) -> "subprocess.CompletedProcess[str]":
         """Intent, log, process, record, watch. Whatever fails before the record leaves all as it was."""
         previous = previous or self._read_state()
-        record = self._write_intent(args, variables, auto_port)
+        record = self._write_intent(args, variables, auto_port, monitor)
         process = None
         try:
             rotate_at_start(self.log_path)
@@ -6160,11 +6528,13 @@ class Environment:
                 self._end_failed_start(process.pid)
             self._put_back(previous)
             raise
-        self._watch(process, previous)
+        self._watch(process, record, previous)
         config = parse_comfyui_args(record.args)
         return _completed(record.command, f"Started on {config.host}:{config.port}")
 
-    def _write_intent(self, args: list[str], variables: dict[str, str], auto_port: bool) -> ProcessState:
+    def _write_intent(
+        self, args: list[str], variables: dict[str, str], auto_port: bool, monitor: Optional[dict[str, Any]]
+    ) -> ProcessState:
         """Choose the port and write down what is about to start, so that no other environment takes the port."""
         import uuid
 
@@ -6175,7 +6545,7 @@ class Environment:
             record = ProcessState(None, config.host, config.port, args, utc_now(), self.log_path, phase=STARTING)
             record.run_id = str(uuid.uuid4())
             record.command, record.cwd = self._command(args)
-            record.env = variables
+            record.env, record.monitor = variables, monitor
             record.starter = {"pid": os.getpid(), "identity": identity_of(process_table().row(os.getpid()))}
             record.starter["interrupt_ignored"] = not passes_interrupt_on()
             self._write_state(record)
@@ -6217,7 +6587,8 @@ class Environment:
 
     def _variables(self, record: ProcessState) -> dict[str, str]:
         """The environment variables ComfyUI starts with."""
-        variables = {key: value for key, value in os.environ.items() if key not in DROPPED_VARIABLES}
+        unwanted = (*DROPPED_VARIABLES, MONITOR_VARIABLE, EVENT_VARIABLE)
+        variables = {key: value for key, value in os.environ.items() if key not in unwanted}
         folder = os.path.dirname(self.python)
         variables["PATH"] = os.pathsep.join([folder, variables.get("PATH", os.defpath)])
         variables["PYTHONIOENCODING"] = "utf-8"
@@ -6242,21 +6613,27 @@ class Environment:
     def _end_failed_start(self, pid: int) -> None:
         row = process_table().row(pid)
         if row is not None:
-            self._end_all([row, *family_of(row, None)])
+            end_all([row, *family_of(row, None)])
             reap(pid)
 
-    def _watch(self, process: "subprocess.Popen[bytes]", previous: Optional[ProcessState]) -> None:
-        """Raises CDEnvironmentError when ComfyUI ends within the first moments."""
+    def _watch(
+        self, process: "subprocess.Popen[bytes]", record: ProcessState, previous: Optional[ProcessState]
+    ) -> None:
+        """Raises CDEndedError when ComfyUI ends within the first moments.
+
+        The run is then recorded as a crash; but when it refused its arguments (code 2), nothing has changed.
+        """
         code = exit_code_within(process, EARLY_WATCH)
         if code is None:
             release(process)
             return
-        last = self.last_error()
-        self._put_back(previous)
-        raise CDEnvironmentError(
-            f"ComfyUI ended at once with code {code}" + (f": {last}" if last else "."),
+        reason = self.last_error()
+        _set_exit(record, code)
+        self._put_back(previous if code == 2 else record)
+        raise CDEndedError(
+            f"ComfyUI ended at once ({exit_words(code)})" + (f": {reason}" if reason else "."),
             f"comfydock -e {self.name} logs",
-            "ended",
+            code,
         )
 
     def _adopt(self, row: ProcessRow, record: Optional[ProcessState]) -> ProcessState:
@@ -6279,6 +6656,8 @@ class Environment:
         record.pid, record.host, record.port = row.pid, config.host, config.port
         record.phase, record.wanted, record.command = "running", "running", row.command
         record.identity = identity_of(row)
+        if is_damaged(self.paths.state):
+            set_aside(self.paths.state)
         self._write_state(record)
         return record
 
@@ -6342,8 +6721,8 @@ class Environment:
         """End an orphan and what it started. Raises CDEnvironmentError when it is another user's or does not end."""
         with self._process_lock("repair", timeout):
             family = family_of(row, process_table().markers().get(row.pid))
-            self._end(row, timeout, lambda: False)
-            self._end_all(family)
+            end_politely(row, timeout)
+            end_all(family)
 
     def clean_stale(self) -> bool:
         """Clear a record of what no longer runs here; whether there was one. Damaged ones are kept beside it."""
@@ -6390,8 +6769,14 @@ class Environment:
                 self._tidy(sight)
                 return False
             self._stop_seen(sight, 0 if kill else timeout, meanwhile)
-            self._clear_state()
+            self._retire_state()
             return True
+
+    def _retire_state(self) -> None:
+        """The record is no longer of anything that runs: it becomes the last run, which `restart` starts again."""
+        if self._read_state() is not None:
+            replace_file(self.paths.state, self.paths.last_run)
+        self._clear_state()
 
     def require_idle(self) -> None:
         """Raises CDEnvironmentError while a ComfyUI of this environment runs or may run elsewhere."""
@@ -6411,13 +6796,14 @@ class Environment:
             raise self.damaged_state()
         if sight.record is not None and sight.record.pid is not None:
             reap(sight.record.pid)
-        self._clear_state()
+            return self._retire_state()
+        return self._clear_state()
 
     def damaged_state(self) -> CDEnvironmentError:
         """The error of a state file that is no record."""
         return CDEnvironmentError(
             f"The state file of environment '{self.name}' is damaged, its ComfyUI is not running: {self.paths.state}",
-            f"comfydock -e {self.name} run  (keeps the damaged file beside it)",
+            f"comfydock -e {self.name} run",
             "damaged",
         )
 
@@ -6430,9 +6816,17 @@ class Environment:
             record = self._adopt(row, record)
         self._want_stopped(record)
         family = family_of(row, record.run_id)
-        self._end(row, timeout, meanwhile or (lambda: False), record)
+        end_politely(row, timeout, meanwhile, bool(record.starter.get("interrupt_ignored")))
         reap(row.pid)
-        self._end_all([*family, *family_of(row, record.run_id)])
+        end_all([*family, *family_of(row, record.run_id)])
+        self._await_monitor(record)
+
+    @staticmethod
+    def _await_monitor(record: ProcessState) -> None:
+        """The monitor goes by itself when ComfyUI was stopped; one that does not is ended."""
+        row = monitor_row(record)
+        if row is not None and row.pid != os.getpid() and not wait_for_exit(row, 3):
+            end_all([row])
 
     def _want_stopped(self, record: ProcessState) -> None:
         record.wanted = STOPPED
@@ -6441,59 +6835,10 @@ class Environment:
         except OSError:  # a full disk must not keep anyone from stopping ComfyUI
             pass
 
-    def _end(
-        self, row: ProcessRow, timeout: float, meanwhile: Callable[[], bool], record: Optional[ProcessState] = None
-    ) -> None:
-        """Interrupt, terminate 3 s before the deadline, kill at the deadline."""
-        polite = max(timeout - 3, timeout / 2)
-        steps = [("interrupt", polite), ("terminate", timeout - polite), ("kill", 5.0)]
-        if record is not None and record.starter.get("interrupt_ignored"):
-            steps = [("terminate", timeout), ("kill", 5.0)]
-        hurry = timeout <= 0
-        for how, patience in steps:
-            if hurry and how != "kill" or not self._signal(row, how):
-                continue
-            if wait_for_exit(row, patience, meanwhile if how != "kill" else None):
-                return
-            hurry = hurry or (how != "kill" and meanwhile())
-        raise CDEnvironmentError(
-            f"ComfyUI (PID {row.pid}) did not end, not even when killed: the system holds it.",
-            f"comfydock -e {self.name} status",
-            "stuck",
-        )
-
-    @staticmethod
-    def _signal(row: ProcessRow, how: str) -> bool:
-        """Signal a process that is still the one of `row`; that it is gone is no error.
-
-        Returns whether it is worth waiting for the effect: a Windows process without a console cannot be interrupted.
-        """
-        try:
-            if still_runs(row):
-                signal_process(row.pid, how)
-                signal_process(row.pid, "continue")
-        except ProcessLookupError:
-            pass
-        except PermissionError as refused:
-            if how == "interrupt":
-                return False
-            raise CDEnvironmentError(
-                f"PID {row.pid} ({row.name}) belongs to another user and was not stopped.",
-                "ask its owner, or try again as that user",
-                "permission",
-            ) from refused
-        return True
-
-    def _end_all(self, rows: "list[ProcessRow]") -> None:
-        """What a process left behind: terminate all, and after a second kill what remains."""
-        for how, seconds in (("terminate", 1.0), ("kill", 2.0)):
-            rows = [row for row in rows if still_runs(row)]
-            for row in rows:
-                self._signal(row, how)
-            deadline = time.monotonic() + seconds
-            for row in rows:
-                wait_for_exit(row, max(0.0, deadline - time.monotonic()))
-                reap(row.pid)
+    def recorded_args(self) -> Optional[list[str]]:
+        """The arguments that a restart would start with; None when nothing ever ran."""
+        record = self._read_state() or read_state(self.paths.last_run)
+        return record.args if record is not None else None
 
     def stop_for_restart(self) -> bool:
         """Stop ComfyUI but keep its record, so that `restart` starts it again; whether it ran."""
@@ -6514,22 +6859,84 @@ class Environment:
             self._require_restartable(sight)
             if sight.row is not None:
                 self._require_port_for_restart(sight)
+                if sight.record is not None:  # a full disk shows now, not when ComfyUI is down already
+                    self._write_state(sight.record)
                 self._stop_seen(sight, timeout)
-            record = self._read_state()
+            record = self._read_state() or read_state(self.paths.last_run)
             if record is None:
                 raise CDEnvironmentError("Cannot restart: ComfyUI not running", "comfydock run", "stopped")
             self._await_port(record)
-            self._start(record.args, record.env, previous=record)
+            if record.monitor is None:
+                self._start(record.args, record.env, previous=record)
+                return True
+        self.start_monitored(record.args, set_env=record.env)
+        return True
+
+    def take_on_as_monitor(self, note: Optional[dict[str, Any]] = None) -> bool:
+        """Record this process as the monitor of the ComfyUI that runs; False when none of ours does.
+
+        Raises CDEnvironmentError when it has a living monitor already.
+        """
+        with self._process_lock("monitor"):
+            sight = self.observe(lock_held=True)
+            record, row = sight.record, sight.row
+            if row is None:
+                return False
+            present = monitor_row(record)
+            if present is not None and present.pid != os.getpid():
+                raise CDEnvironmentError(
+                    f"ComfyUI is already running (PID {row.pid}), and a monitor watches it (PID {present.pid}).",
+                    f"comfydock -e {self.name} restart",
+                    "running",
+                )
+            if record is None or sight.note == "untracked":
+                record = self._adopt(row, record)
+            record.monitor = note or self.own_monitor_note()
+            self._write_state(record)
             return True
+
+    def start_monitored(self, args: list[str], **options: Any) -> None:
+        """Start a detached monitor, which starts ComfyUI itself or takes on the one that runs.
+
+        `options` are those of `run`. They go through the monitor's environment, where only this user can read them.
+        Raises CDEnvironmentError as `run` does.
+        """
+        task = {"workspace": self.workspace_paths.root, "environment": self.name, "args": args, "options": options}
+        reader, writer = os.pipe()
+        with os.fdopen(reader, "rb") as answers, os.fdopen(writer, "wb") as answering:
+            command = [sys.executable, os.path.abspath(__file__), "--monitor"]
+            variables = {**os.environ, MONITOR_VARIABLE: json.dumps(task)}
+            process = create_background_process(command, self.workspace_paths.root, answering, variables)
+            answering.close()
+            release(process)
+            said = answers.read()
+        reply = parse_reply(said)
+        if reply.get("error"):
+            raise CDEnvironmentError(**reply["error"])
+
+    def restart_after_crash(self, run_id: Optional[str], note: dict[str, Any]) -> bool:
+        """Start again what crashed, for its monitor; False when that is no longer wanted or another run has begun."""
+        with self._process_lock("restart"):
+            sight = self.observe(lock_held=True)
+            record = sight.record
+            if record is None or sight.row is not None or record.run_id != run_id or record.wanted != "running":
+                return False
+            self._await_port(record)
+            self._start(record.args, record.env, previous=record, monitor=note)
+            return True
+
+    def note_monitor(self, run_id: Optional[str], note: dict[str, Any]) -> None:
+        """Record what the monitor of the run `run_id` has to tell."""
+        self._note(lambda record: _set_monitor(record, note) if record.run_id == run_id else None)
 
     def _require_restartable(self, sight: Sighting) -> None:
         if sight.state == FOREIGN:
             raise self._foreign(sight)
         if sight.note == "damaged":
             raise self.damaged_state()
-        if sight.record is None and sight.row is None:
+        if sight.record is None and sight.row is None and read_state(self.paths.last_run) is None:
             raise CDEnvironmentError(
-                f"Cannot restart: ComfyUI not running in environment '{self.name}', and no arguments are recorded.",
+                f"Cannot restart: ComfyUI not running in environment '{self.name}', and it never was.",
                 f"comfydock -e {self.name} run",
                 "stopped",
             )
@@ -6560,7 +6967,7 @@ def _state_word(sight: Sighting, answer: Answer, script: str) -> str:
         return RUNNING
     was_healthy = record is not None and record.health_status == HEALTHY
     is_young = row is not None and row.age() < START_GRACE and row.state != "stopped"
-    return STARTING if is_young and answer.kind != SILENT and not was_healthy else UNRESPONSIVE
+    return STARTING if is_young and answer.kind not in (SILENT, GARBLED) and not was_healthy else UNRESPONSIVE
 
 
 def is_own_argv(argv: Optional[list[str]], script: str) -> bool:
@@ -6570,8 +6977,37 @@ def is_own_argv(argv: Optional[list[str]], script: str) -> bool:
     return os.path.realpath(argv[0]) == os.path.realpath(script)
 
 
+def exit_code_of(pid: int) -> Optional[int]:
+    """The exit code of a child that has ended, within the moment that the system may need to hand it out."""
+    for _ in range(10):
+        code = reap(pid)
+        if code is not None:
+            return code
+        time.sleep(0.01)
+    return None
+
+
 def _set_health(record: ProcessState, status: str) -> None:
     record.last_health_check, record.health_status = utc_now(), status
+
+
+def _set_monitor(record: ProcessState, note: dict[str, Any]) -> None:
+    record.monitor = note
+
+
+def parse_reply(said: bytes) -> dict[str, Any]:
+    """What a monitor answered to the one who started it; what is no answer becomes an error."""
+    try:
+        return dict(json.loads(said.splitlines()[-1]))
+    except (ValueError, IndexError, TypeError):
+        words = said.decode("utf-8", "replace").strip()[-500:]
+        return {
+            "error": {
+                "message": f"The monitor could not start: {words or 'it said nothing'}",
+                "hint": "",
+                "code": "failed",
+            }
+        }
 
 
 def _set_exit(record: ProcessState, code: Optional[int]) -> None:
@@ -7087,7 +7523,9 @@ class Workspace:
             raise CDEnvironmentError(
                 f"There is no environment in {self.paths.root} yet.", "comfydock run --demo", "unknown"
             )
-        names = ", ".join(environment.name for environment in environments[:8])
+        names = ", ".join(environment.name for environment in environments[:8]) + (
+            ", ..." if len(environments) > 8 else ""
+        )
         hint = f"comfydock -e {environments[0].name} COMMAND, or choose once: comfydock use {environments[0].name}"
         raise CDEnvironmentError(f"Which environment? There are {len(environments)}: {names}.", hint, "unknown")
 
@@ -7097,8 +7535,8 @@ class Workspace:
         inside = environment_above(real)
         if inside is not None and os.path.realpath(self.paths.root) == inside[0]:
             return self._environment(inside[1])
-        checkout = checkout_above(real)
-        return self._adopter_of(checkout) if checkout else None
+        with_script = next((here for here in upward(real) if os.path.isfile(main_script(here))), None)
+        return self._adopter_of(with_script) if with_script else None
 
     def _adopter_of(self, checkout: str) -> Optional[Environment]:
         for environment in self.list_environments():
@@ -7126,7 +7564,7 @@ class Workspace:
         if os.path.isdir(environment.paths.cec) and (present is None or present.name != name):
             raise CDEnvironmentError(f"Environment '{name}' exists already.", f"comfydock -e {name} status", "exists")
         interpreter = os.path.abspath(os.path.expanduser(python)) if python else find_checkout_python(checkout)
-        if not os.access(interpreter, os.X_OK) or os.path.isdir(interpreter):
+        if not runs_python(interpreter):
             raise CDEnvironmentError(
                 f"There is no Python at {interpreter}.", "give the path of an interpreter", "missing"
             )
@@ -7192,7 +7630,7 @@ class Workspace:
         """What `list` tells: each environment described, with one look at the processes and all probes at once."""
         environments = self.list_environments()
         scanned = scan_for_comfyui()
-        sights = [environment.observe(scanned) for environment in environments]
+        sights = [observe_or_say(environment, scanned) for environment in environments]
         alive = [index for index, sight in enumerate(sights) if sight.row is not None]
         configs = [environments[index].config_of(sights[index]) for index in alive]
         answers = dict(zip(alive, probe_all(configs, timeout)))
@@ -7213,6 +7651,14 @@ class Workspace:
         claims = [other.claimed_port() for other in self.list_environments() if other.name != name]
         return dict(claim for claim in claims if claim is not None)
 
+    def tracker_of(self, pid: int) -> Optional[Environment]:
+        """The environment whose record names the living process `pid`, or None."""
+        for environment in self.list_environments():
+            sight = environment.observe(scanned=[])
+            if sight.row is not None and sight.row.pid == pid:
+                return environment
+        return None
+
     def _free_name(self, name: str) -> str:
         taken = {environment.name.lower() for environment in self.list_environments()}
         numbered = (f"{name}-{number}" for number in range(2, 1000))
@@ -7232,7 +7678,7 @@ class Workspace:
         try:
             text = read_small(self.paths.settings)
             settings = {} if text is None else json.loads(text.decode("utf-8"))
-        except (ValueError, RecursionError):
+        except (ValueError, OSError, RecursionError):
             settings = None
         if not isinstance(settings, dict):
             raise CDEnvironmentError(
@@ -7254,6 +7700,14 @@ class Workspace:
         write_atomic(self.paths.settings, (json.dumps(complete, indent=2) + "\n").encode())
 
 
+def observe_or_say(environment: Environment, scanned: "list[ProcessRow]") -> Sighting:
+    """What is there of one of many environments; one whose files are closed to us does not hide the others."""
+    try:
+        return environment.observe(scanned)
+    except OSError:
+        return Sighting(STOPPED, note="unreadable")
+
+
 def _file_differs(path: str, data: bytes) -> bool:
     try:
         return read_small(path) != data
@@ -7264,6 +7718,14 @@ def _file_differs(path: str, data: bytes) -> bool:
 def _folder_title(checkout: str) -> str:
     parent, name = os.path.split(os.path.realpath(checkout))
     return os.path.basename(parent) or name if name.lower() == "comfyui" else name
+
+
+def runs_python(path: str) -> bool:
+    """Whether the program at `path` is a Python that works."""
+    try:
+        return run_command([path, "-c", "print(6 * 7)"], timeout=60).stdout.strip() == "42"
+    except CDEnvironmentError:
+        return False
 
 
 def find_checkout_python(checkout: str) -> str:
@@ -7290,6 +7752,8 @@ def find_checkout_python(checkout: str) -> str:
 def select_workspace(chosen: Optional[str], named: bool, folder: str) -> Workspace:
     """The workspace that is meant: `--workspace`, the one whose environment one stands in, or the default."""
     if chosen is not None:
+        if not chosen:
+            raise CDEnvironmentError("--workspace needs a folder.", "comfydock --workspace DIR list", "usage")
         return Workspace(os.path.expanduser(chosen))
     inside = None if named else environment_above(os.path.realpath(folder))
     return Workspace(inside[0]) if inside else Workspace()
@@ -7300,13 +7764,249 @@ def select_workspace(chosen: Optional[str], named: bool, folder: str) -> Workspa
 # What the file runs when it starts itself: never typed by anyone.
 
 
+HEALTH_PAUSE, LOOK_PAUSE = 10.0, 300.0
+CRASH_LIMIT, CRASH_WINDOW = 5, 300.0
+LONGEST_BACKOFF = 30.0
+REBORN_PATIENCE = 15.0  # ComfyUI-Manager's restart on Windows: another process, found again within this time
+
+
 def console_interrupt_entry(words: list[str]) -> int:
     """The short-lived Windows helper: attach to the console of the PID in `words` and press Ctrl-C there."""
     attach_and_interrupt(int(words[0]))
     return 0
 
 
-HIDDEN_ENTRIES = {"--console-interrupt": console_interrupt_entry}
+def monitor_entry(words: list[str]) -> int:
+    """The optional watcher: start ComfyUI or take on the one that runs, answer the one who started us, and watch.
+
+    The same process becomes a small sleeper (`wait_beside`) and comes back here with an event: the end of ComfyUI
+    ("ended:CODE"), or that it is time to look after it ("look").
+    """
+    task = json.loads(os.environ[MONITOR_VARIABLE])
+    event, _, code = os.environ.get(EVENT_VARIABLE, "start").partition(":")
+    environment = Workspace(task["workspace"]).get_environment(task["environment"])
+    if event == "start" and not start_and_answer(environment, task):
+        return 1
+    monitor = Monitor(environment)
+    if event == "look":
+        monitor.look_after()
+    if event == "ended" and not monitor.goes_on(int(code) if code else None):
+        return 0
+    return Monitor(environment).watch()
+
+
+def start_and_answer(environment: Environment, task: dict[str, Any]) -> bool:
+    """Start ComfyUI or take on the one that runs, and tell the one who waits at our pipe; whether it succeeded."""
+    reply: dict[str, Any] = {}
+    try:
+        if not environment.take_on_as_monitor():
+            environment.run(task["args"], monitored=True, **task["options"])
+    except CDEnvironmentError as error:
+        reply = {"error": {"message": error.message, "hint": error.hint, "code": error.code}}
+    except OSError as error:
+        reply = {"error": {"message": f"{error.filename}: {error.strerror}", "hint": "", "code": "system"}}
+    answer_and_let_go(json.dumps(reply))
+    return not reply
+
+
+def answer_and_let_go(line: str) -> None:
+    """Write one line to the one who started us and close that pipe, on which it waits."""
+    os.write(1, line.encode() + b"\n")
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    os.close(sink)
+
+
+class Monitor:
+    """Watches one ComfyUI: health, exit codes, restarts after crashes, rotation. It talks through the state file alone.
+
+    `note` is what the record says of us: PID, times of restarts, and why we gave up.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.record = environment._read_state()
+        self.note: dict[str, Any] = dict((self.record.monitor if self.record else None) or {})
+
+    def watch(self) -> int:
+        """Returns when ComfyUI was stopped, ended well, or crashed too often.
+
+        Where a process can become another program, this one becomes a sleeper of a few MiB meanwhile.
+        """
+        while self.record is not None and self.record.pid is not None:
+            self._become_sleeper(self.record.pid)
+            if not wait_handle_or_sleep(self.record.pid, HEALTH_PAUSE):
+                self.look_after()
+                continue
+            if not self.goes_on(exit_code_of(self.record.pid)):
+                return 0
+            self.record = self.environment._read_state()
+        return 0
+
+    def _become_sleeper(self, pid: int) -> None:
+        """Never returns where exec keeps the PID and the source of the sleeper can be read."""
+        import inspect
+
+        try:
+            program = inspect.getsource(wait_beside) + "\nwait_beside()\n"
+        except (OSError, TypeError):
+            return
+        config = self.environment.config_of(Sighting(RUNNING, self.record))
+        place = ["", "0"] if config.tls else [connect_host(config.host), str(config.port)]
+        known = (self.record.health_status if self.record else None) or ""
+        facts = [str(pid), *place, self.environment.log_path, str(LOG_LIMIT), known, str(HEALTH_PAUSE), str(LOOK_PAUSE)]
+        again = [sys.executable, os.path.abspath(__file__), "--monitor"]
+        become([sys.executable, "-I", "-S", "-c", program, EVENT_VARIABLE, *facts, *again], dict(os.environ))
+
+    def look_after(self) -> None:
+        """Health into the state, and rotation by size."""
+        environment = self.environment
+        try:
+            state = environment.report(timeout=5.0)["state"]
+            environment.note_health({RUNNING: HEALTHY, STARTING: STARTING}.get(state, "unhealthy"))
+            if os.path.getsize(environment.log_path) > LOG_LIMIT:
+                environment.rotate_log()
+        except (CDEnvironmentError, OSError):  # another command is at work, or the disk is full: next time
+            pass
+
+    def goes_on(self, code: Optional[int]) -> bool:
+        """What to do after an end: whether ComfyUI runs again, by itself or by us."""
+        environment, run_id = self.environment, self.record.run_id if self.record else None
+        if not self._is_wanted():
+            return False
+        if self._is_reborn():
+            return True
+        environment.note_exit(run_id, code)
+        if code == 0:
+            return False
+        return self._restart(run_id, code)
+
+    def _is_wanted(self) -> bool:
+        """Whether nobody stopped it, and no other run has begun."""
+        now = self.environment._read_state()
+        same = now is not None and self.record is not None and now.run_id == self.record.run_id
+        return now is not None and same and now.wanted == "running"
+
+    def _is_reborn(self) -> bool:
+        """On Windows ComfyUI-Manager restarts it under another PID: found by its marker, and recorded."""
+        deadline = time.monotonic() + (REBORN_PATIENCE if files_are_locked_in_use() else 0)
+        while time.monotonic() < deadline:
+            if self.environment.take_on_as_monitor(self.note):
+                return True
+            time.sleep(0.5)
+        return False
+
+    def _restart(self, run_id: Optional[str], code: Optional[int]) -> bool:
+        """Start again after a pause that doubles, unless there were too many crashes."""
+        now = time.time()
+        recent = [moment for moment in self.note.get("restarts", []) if now - moment < CRASH_WINDOW]
+        if len(recent) >= CRASH_LIMIT:
+            self.note["gave_up"] = (
+                f"{len(recent) + 1} crashes within {duration_words(CRASH_WINDOW)}, the last with code {code}"
+            )
+            self.environment.note_monitor(run_id, self.note)
+            return False
+        self._wait_wanted(min(2.0 ** len(recent), LONGEST_BACKOFF))
+        self.note["restarts"] = [*recent, time.time()]
+        try:
+            return self.environment.restart_after_crash(run_id, self.note)
+        except (CDEnvironmentError, OSError) as error:
+            self.note["gave_up"] = f"it could not be started again: {error}"
+            self.environment.note_monitor(run_id, self.note)
+            return False
+
+    def _wait_wanted(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self._is_wanted():
+            time.sleep(0.2)
+
+
+def wait_beside() -> None:  # noqa: C901 (a whole program)
+    """The sleeper: another program, written out as a whole, that uses nothing from outside its own body.
+
+    It waits for the end of the PID in its arguments, asks ComfyUI for a sign of life now and then, and becomes the
+    monitor again when there is something to do. It imports so little that it costs a few MiB and no measurable time.
+    """
+    import os
+    import select
+    import socket
+    import sys
+    import time
+
+    variable, number, host, port, log, limit, known, pause, longest = sys.argv[1:10]
+    pid = int(number)
+
+    def wake(event: str) -> None:
+        """Go on as the monitor."""
+        os.environ[variable] = event
+        os.execve(sys.argv[10], sys.argv[10:], dict(os.environ))
+
+    def ended(seconds: float) -> bool:
+        """Whether the process ends within so many seconds."""
+        if handle is not None:
+            return bool(select.select([handle], [], [], seconds)[0])
+        time.sleep(min(seconds, 0.5))
+        try:
+            done, status = os.waitpid(pid, getattr(os, "WNOHANG", 1))
+            codes.extend([str(os.waitstatus_to_exitcode(status))] if done else [])
+            return bool(done)
+        except ChildProcessError:  # not our child: we were started after it
+            try:
+                os.kill(pid, 0)
+                return False
+            except OSError:
+                return True
+
+    def code_of_child() -> str:
+        """The exit code, negative for a signal; empty when it is not told to us."""
+        try:
+            return codes[0] if codes else str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        except ChildProcessError:
+            return ""
+
+    def answers() -> bool:
+        """Whether ComfyUI says that it is well."""
+        try:
+            with socket.create_connection((host, int(port)), 5) as connection:
+                connection.settimeout(5)
+                connection.sendall(b"GET /system_stats HTTP/1.0\r\n\r\n")
+                return connection.recv(12).endswith(b" 200")
+        except OSError:
+            return False
+
+    codes: list[str] = []
+    try:
+        handle = getattr(os, "pidfd_open", lambda number: None)(pid)
+    except OSError:
+        handle = None
+    began = asked = time.monotonic()
+    while not ended(float(pause)):
+        now = time.monotonic()
+        if now - asked < float(pause):
+            continue
+        asked = now
+        is_news = bool(host) and answers() != (known == "healthy")
+        if is_news or now - began > float(longest) or os.path.exists(log) and os.path.getsize(log) > int(limit):
+            wake("look")
+    wake("ended:" + code_of_child())
+
+
+def wait_handle_or_sleep(pid: int, seconds: float) -> bool:
+    """Whether a process ended within `seconds`; where the system cannot tell, look every half second."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended = wait_handle(pid, deadline - time.monotonic())
+        if ended is not None:
+            return ended
+        row = process_table().row(pid)
+        if row is None or row.state == "zombie":
+            return True
+        time.sleep(0.5)
+    return False
+
+
+HIDDEN_ENTRIES = {"--console-interrupt": console_interrupt_entry, "--monitor": monitor_entry}
 
 
 # ====================================================================================================================
@@ -7363,6 +8063,7 @@ class Console:
         self.json_mode = json_mode
         self.call = call
         self.chosen = ""
+        self.environment: Optional[str] = None
 
     def say(self, line: str = "") -> None:
         """One line for people; nothing in JSON mode."""
@@ -7432,7 +8133,7 @@ class Console:
         """An error: a sentence and a hint on the error stream, or the one JSON object."""
         if self.json_mode:
             problem = {"message": error.message, "hint": self._typed(error.hint) or None, "code": error.code}
-            self._object(command, False, None, None, problem)
+            self._object(command, False, self.environment, None, problem)
             return
         self._write(self.err, f"comfydock: {as_sentence(error.message)}\n")
         if error.hint:
@@ -7513,14 +8214,17 @@ def wants_colour(stream: "Any") -> bool:
 
 def how_called(argv: list[str]) -> str:
     """The words with which comfydock was called: `comfydock`, `python3 comfydock.py`, `python3 -m comfydock`."""
+    import shlex
+
     script = argv[0]
-    if os.path.basename(script) not in ("comfydock.py", "__main__.py"):
-        return "comfydock"
+    name = os.path.basename(script)
+    if not name.endswith((".py", ".pyz")):
+        return "comfydock" if on_path(name) and name.startswith("comfydock") else shlex.quote(script)
     original = getattr(sys, "orig_argv", None) or [os.path.basename(sys.executable or "python3")]
     python = "python3" if len(original[0]) > 20 else original[0]
     if "-m" in original[1:3]:
         return f"{python} -m comfydock"
-    return f"{python} {script}"
+    return f"{python} {shlex.quote(script)}"
 
 
 def environment_title(data: dict[str, Any]) -> str:
@@ -7549,6 +8253,8 @@ def stop_words(data: dict[str, Any]) -> Iterator[str]:
     """What `stop` says when it is done."""
     if data["stopped"]:
         yield "✓ ComfyUI stopped"
+    elif data.get("dry_run"):
+        yield f"PID {data['pid']} is the ComfyUI on port {data['port']}; it would be ended: {data['command']}"
     else:
         yield f"ComfyUI is not running in environment '{data['name']}'"
 
@@ -7563,6 +8269,8 @@ def status_words(data: dict[str, Any]) -> Iterator[str]:
         yield from _live_lines(data)
     if data["state"] == CRASHED:
         yield from _crash_lines(data)
+    if data["monitor"]:
+        yield f"   Monitor: {_monitor_line(data['monitor'])}"
     yield f"   Log: {data['log']}"
     if data["difference"] is not None and not data["difference"]["synced"]:
         yield ""
@@ -7581,13 +8289,14 @@ def _status_line(data: dict[str, Any]) -> str:
         return "Stopped" + _NOTES.get(data["note"], "")
     if data["state"] == STARTING:
         return "Starting (alive, not answering yet)" if data["pid"] else "Starting"
-    return "Running ✓" + _NOTES.get(data["note"], "")
+    return ("Running ✓" if data["state"] == RUNNING else "Running") + _NOTES.get(data["note"], "")
 
 
 _NOTES = {
     "interrupted": " (a start was interrupted before ComfyUI came up)",
     "rebooted": " (the machine was restarted since)",
     "damaged": " (the state file is damaged)",
+    "unreadable": " (its files may not be read)",
     "untracked": " (not tracked: comfydock repair --orphan)",
 }
 _HEALTH_WORDS = {
@@ -7597,22 +8306,40 @@ _HEALTH_WORDS = {
 }
 
 
+def queue_words(running: int, pending: int) -> str:
+    """A queue for people."""
+    return f"{running} running, {pending} pending"
+
+
+def _monitor_line(monitor: dict[str, Any]) -> str:
+    count = monitor["restarts"]
+    times = f", restarted ComfyUI {count} time{'s' if count != 1 else ''}" if count else ""
+    if monitor["gave_up"]:
+        return f"⚠ gave up: {monitor['gave_up']}"
+    return f"watching{times}" if monitor["alive"] else f"⚠ gone{times} (start a new one: comfydock run --monitor)"
+
+
 def _live_lines(data: dict[str, Any]) -> Iterator[str]:
     health = _HEALTH_WORDS[data["health"]]
     if data["answer"] == STRANGER and data["health"] != "healthy":
         health = f"⚠ Another program answers on port {data['port']}"
+    if data["answer"] == GARBLED:
+        health = "⚠ It answers, but not as a healthy ComfyUI does"
     yield f"   PID: {data['pid']}"
     yield f"   URL: {data['url']}"
     yield f"   Health: {health}"
+    if data["queue"]:
+        yield f"   Queue: {queue_words(data['queue']['running'], data['queue']['pending'])}"
     yield f"   Uptime: {duration_words(data['uptime'])}"
 
 
 def _crash_lines(data: dict[str, Any]) -> Iterator[str]:
     if data["exit_code"] is not None:
-        yield f"   Exit code: {data['exit_code']}"
+        yield f"   Ended with: {exit_words(data['exit_code'])}"
     if data["last_alive"]:
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(data["last_alive"]))
-        yield f"   Last known alive: {moment} ({duration_words(time.time() - data['last_alive'])} ago)"
+        alive = epoch_of(data["last_alive"])
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(alive))
+        yield f"   Last known alive: {moment} ({duration_words(time.time() - alive)} ago)"
     if data["last_error"]:
         yield f"   Last error: {data['last_error']}"
     yield "   Start it again: comfydock restart"
@@ -7634,13 +8361,18 @@ def list_words(data: dict[str, Any]) -> Iterator[str]:
 def _list_status(item: dict[str, Any]) -> str:
     state = item["state"]
     if state in LIVE_STATES and item["pid"]:
+        queue = item["queue"]
+        busy = f", {queue_words(queue['running'], queue['pending'])}" if queue and any(queue.values()) else ""
+        watched = ", monitored" if item["monitor"] and item["monitor"]["alive"] else ""
         sign = "✓" if state == RUNNING else "⚠"
         words = {RUNNING: "running", STARTING: "starting", UNRESPONSIVE: "not responding"}[state]
-        return f"({sign} {words} on {item['url']}, PID {item['pid']})" + (
+        return f"({sign} {words} on {item['url']}, PID {item['pid']}{busy}{watched})" + (
             " untracked" if item["note"] == "untracked" else ""
         )
     if state == STOPPED and not item["complete"]:
         return "(incomplete)"
+    if item["note"] in ("damaged", "unreadable"):
+        return f"({state}, ⚠ {item['note']} state file)"
     return f"({state})"
 
 
@@ -7762,16 +8494,18 @@ SHOWN_ON_FAILURE = 20
 
 def selected(console: Console, args: "argparse.Namespace") -> Environment:
     """The environment a command is about; the console learns whether its commands need `-e`."""
-    folder = os.getcwd()
+    folder = current_folder()
     workspace = select_workspace(args.workspace, args.env is not None, folder)
     environment = workspace.select(args.env, folder)
     environment.tell = console.work
+    environment.heal()
     remember_choice(console, args, environment)
     return environment
 
 
 def remember_choice(console: Console, args: "argparse.Namespace", environment: Environment) -> None:
     """Let the commands that the console shows reach the same environment."""
+    console.environment = environment.name
     where = f" --workspace {args.workspace}" if args.workspace else ""
     console.chosen = where + (f" -e {environment.name}" if args.env or args.__dict__.get("demo") else "")
 
@@ -7786,25 +8520,43 @@ def run(console: Console, args: "argparse.Namespace") -> Report:
     warn_before_start(console, environment, args)
     if not args.no_sync and not environment.manifest.demo:
         environment.bring_in_line()
-    environment.run(
-        args.comfyui_args,
-        auto_port=args.auto_port or is_demo_on_any_port(args),
-        set_env=args.set_env,
-        take_over=args.take_over,
-    )
-    report = started_report(environment)
+    options = {
+        "auto_port": args.auto_port or is_demo_on_any_port(args),
+        "set_env": args.set_env,
+        "take_over": args.take_over,
+    }
     if args.foreground or os.getpid() == 1:
-        console.show("run", report, run_words)
-        return stay_in_foreground(console, environment)
+        return run_in_foreground(console, environment, args.comfyui_args, options)
+    try:
+        starting = environment.start_monitored if args.monitor else environment.run
+        starting(args.comfyui_args, **options)
+    except CDEndedError:
+        if args.wait is not None:
+            show_last_lines(console, environment)
+        raise
+    report = started_report(environment)
     if args.wait is not None:
         report.data["waited"] = wait_until_ready(console, environment, args.wait)
         report.data["ready"] = True
     return report
 
 
+def run_in_foreground(console: Console, environment: Environment, words: list[str], options: dict[str, Any]) -> Report:
+    """Start and stay; from the very start a signal stops ComfyUI instead of leaving it behind."""
+    with noted_signals() as received:
+        try:
+            environment.run(words, **options)
+        except CDEndedError as error:
+            show_last_lines(console, environment)
+            console.problem(error)
+            return Report({}, environment.name, shell_code(error.exit_code), is_told=True)
+        console.show("run", started_report(environment), run_words)
+        return stay_in_foreground(console, environment, received)
+
+
 def environment_to_run(console: Console, args: "argparse.Namespace") -> Environment:
     """As `selected`; the demo is made, and a checkout that nobody has adopted is adopted."""
-    folder = os.getcwd()
+    folder = current_folder()
     workspace = select_workspace(args.workspace, args.env is not None or args.demo, folder)
     if args.demo:
         if args.env not in (None, DEMO_NAME):
@@ -7894,12 +8646,17 @@ def wait_until_ready(console: Console, environment: Environment, seconds: float)
 
 def ended_while_waiting(console: Console, environment: Environment, data: dict[str, Any]) -> CDEnvironmentError:
     """The last lines of the log go to the error stream; the sentence names the one that matters."""
-    for line in last_lines(environment, SHOWN_ON_FAILURE).decode("utf-8", "replace").splitlines():
-        console.warn_plain(line)
+    show_last_lines(console, environment)
     reason = environment.last_error()
     return CDEnvironmentError(
         "ComfyUI ended before it answered" + (f": {reason}" if reason else "."), "comfydock logs", "ended"
     )
+
+
+def show_last_lines(console: Console, environment: Environment) -> None:
+    """The last lines of this run, on the error stream."""
+    for line in last_lines(environment, SHOWN_ON_FAILURE).decode("utf-8", "replace").split("\n"):
+        console.warn_plain(line)
 
 
 def last_lines(environment: Environment, count: int) -> bytes:
@@ -7914,14 +8671,12 @@ def last_lines(environment: Environment, count: int) -> bytes:
         return b""
 
 
-def stay_in_foreground(console: Console, environment: Environment) -> Report:
+def stay_in_foreground(console: Console, environment: Environment, received: list[str]) -> Report:
     """Stream the log; Ctrl-C, SIGTERM and SIGHUP stop ComfyUI, its own end ends us with its exit code."""
     console.say("=" * 60)
     console.say("Streaming logs (Ctrl+C to stop ComfyUI)...")
     console.say("=" * 60)
-    with noted_signals() as received:
-        code = Foreground(console, environment, received).watch()
-    return Report({}, environment.name, code, is_told=True)
+    return Report({}, environment.name, Foreground(console, environment, received).watch(), is_told=True)
 
 
 def show_new(console: Console, follower: LogFollower) -> bool:
@@ -7932,14 +8687,9 @@ def show_new(console: Console, follower: LogFollower) -> bool:
     return bool(piece)
 
 
-def exit_code_of(pid: int) -> Optional[int]:
-    """The exit code of a child that has ended, within the moment that the system may need to hand it out."""
-    for _ in range(10):
-        code = reap(pid)
-        if code is not None:
-            return code
-        time.sleep(0.01)
-    return None
+def shell_code(code: Optional[int]) -> int:
+    """The exit code as a shell shows it: 128+N for signal N, 1 when it is not known."""
+    return 1 if code is None else 128 - code if code < 0 else code
 
 
 class Foreground:
@@ -7971,16 +8721,31 @@ class Foreground:
         return self._ended(exit_code_of(pid))
 
     def _pump(self) -> None:
-        while show_new(self.console, self.follower):
-            pass
+        """Show what is new in the log; when nobody can see it any more, that is as good as a hangup."""
+        try:
+            while show_new(self.console, self.follower):
+                pass
+        except OSError:
+            self._go_deaf()
+
+    def _say(self, line: str) -> None:
+        try:
+            self.console.say(line)
+        except OSError:
+            self._go_deaf()
+
+    def _go_deaf(self) -> None:
+        """The terminal or the pipe is gone: go on without words, for ComfyUI must still be stopped."""
+        self.console.out = self.console.err = None
+        self.received.append("hangup")
 
     def _stop(self) -> int:
         """Stop ComfyUI for the first signal; a second Ctrl-C meanwhile kills it."""
         first = self.received[0]
-        self.console.say("\n⏸  Stopping ComfyUI...")
+        self._say("\n⏸  Stopping ComfyUI...")
         self.environment.stop(meanwhile=self._is_impatient)
         self._pump()
-        self.console.say("✓ ComfyUI stopped")
+        self._say("✓ ComfyUI stopped")
         if self._is_impatient():
             return 130
         return {"interrupt": 0, "terminate": 143, "hangup": 129}[first]
@@ -7995,9 +8760,8 @@ class Foreground:
         if not is_ours or record is None or record.wanted == STOPPED:
             return self._gone_elsewhere()
         self.environment.note_exit(self.record.run_id if self.record else None, code)
-        shown = "" if code is None else f" with code {code}"
-        self.console.say(f"\n⚠️  ComfyUI process exited{shown}")
-        return 1 if code is None else 128 - code if code < 0 else code
+        self._say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({exit_words(code)})'}")
+        return shell_code(code)
 
     def _gone_elsewhere(self) -> int:
         """Stopped by another command: go on with what a restart starts, else say so."""
@@ -8005,7 +8769,7 @@ class Foreground:
         if successor is not None:
             self.record = successor
             return self.watch()
-        self.console.say("\nComfyUI was stopped from elsewhere.")
+        self._say("\nComfyUI was stopped from elsewhere.")
         return 0
 
 
@@ -8021,27 +8785,88 @@ def await_successor(environment: Environment, run_id: Optional[str]) -> Optional
 
 
 def stop(console: Console, args: "argparse.Namespace") -> Report:
-    """End ComfyUI."""
+    """End ComfyUI: the environment's, or the one on a port."""
+    if args.port is not None:
+        return stop_port(console, args)
     environment = selected(console, args)
+    cut_off = settle_queue(console, args, environment, "Stop")
     sight = environment.observe()
-    if sight.row is not None:
+    if sight.row is not None and sight.note != "untracked":
         console.say(f"⏸  Stopping ComfyUI (PID {sight.row.pid})...")
     stopped = environment.stop(args.timeout, kill=args.kill)
-    return Report(
-        {"name": environment.name, "stopped": stopped, "pid": sight.row.pid if sight.row else None}, environment.name
-    )
+    pid = sight.row.pid if sight.row else None
+    return Report({"name": environment.name, "stopped": stopped, "pid": pid, "cut_off": cut_off}, environment.name)
+
+
+def stop_port(console: Console, args: "argparse.Namespace") -> Report:
+    """End the ComfyUI on a port, once it is proved to be one; an environment that tracks it is told."""
+    row = comfyui_on_port(args.port)
+    workspace = select_workspace(args.workspace, args.env is not None, current_folder())
+    data: dict[str, Any] = {"name": None, "stopped": False, "pid": row.pid, "port": args.port, "command": row.text}
+    owner = workspace.tracker_of(row.pid)
+    data["name"] = owner.name if owner else None
+    if args.dry_run:
+        return Report({**data, "dry_run": True}, data["name"])
+    console.say(f"⏸  Stopping ComfyUI (PID {row.pid}) on port {args.port}...")
+    if owner is not None:
+        owner.stop(args.timeout, kill=args.kill)
+    else:
+        stop_on_port(args.port, 0 if args.kill else args.timeout)
+    return Report({**data, "stopped": True}, data["name"])
+
+
+def settle_queue(
+    console: Console, args: "argparse.Namespace", environment: Environment, verb: str
+) -> Optional[dict[str, int]]:
+    """What work an interruption cuts off: a terminal is asked, --when-idle waits, scripts are told.
+
+    A ComfyUI that does not answer, and a queue that never drains, hold nobody up for ever. Raises
+    CDEnvironmentError when a terminal says no.
+    """
+    counts = None if args.__dict__.get("kill") else environment.queue()
+    if counts is not None and any(counts) and args.when_idle is not None:
+        counts = wait_until_idle(console, environment, args.when_idle)
+    if counts is None or not any(counts):
+        return None
+    if not args.force and args.when_idle is None:
+        answer = console.ask(f"ComfyUI is at work ({queue_words(*counts)}). {verb} it all the same?", False)
+        if answer is False:
+            raise CDEnvironmentError(
+                f"Nothing was done: ComfyUI is at work ({queue_words(*counts)}).",
+                f"comfydock {verb.lower()} --when-idle",
+                "busy",
+            )
+    console.warn(f"This cuts off work: {queue_words(*counts)}.")
+    return {"running": counts[0], "pending": counts[1]}
+
+
+def wait_until_idle(console: Console, environment: Environment, seconds: float) -> "Optional[tuple[int, int]]":
+    """Wait for an empty queue, up to `seconds`; returns the last counts, None when nobody answers any more."""
+    deadline = time.monotonic() + seconds
+    while True:
+        counts = environment.queue()
+        left = deadline - time.monotonic()
+        if counts is None or not any(counts) or left <= 0:
+            console.progress("")
+            return counts
+        console.progress(f"   Waiting for ComfyUI's queue: {queue_words(*counts)}, at most {duration_words(left)} more")
+        time.sleep(min(0.25, left))
 
 
 def restart(console: Console, args: "argparse.Namespace") -> Report:
     """Stop and start again with the same arguments."""
     environment = selected(console, args)
+    cut_off = settle_queue(console, args, environment, "Restart")
     sight = environment.observe()
-    if sight.record is not None:
+    words = environment.recorded_args()
+    if words is not None:
         console.say("🔄 Restarting ComfyUI...")
         previous = f"PID {sight.row.pid}" if sight.row else "not running"
-        console.say(f"   Previous: {previous}, args: {' '.join(sight.record.args) or '(none)'}")
+        console.say(f"   Previous: {previous}, args: {' '.join(words) or '(none)'}")
     environment.restart(args.timeout)
-    return started_report(environment)
+    report = started_report(environment)
+    report.data["cut_off"] = cut_off
+    return report
 
 
 def status(console: Console, args: "argparse.Namespace") -> Report:
@@ -8056,7 +8881,7 @@ def status(console: Console, args: "argparse.Namespace") -> Report:
 
 def list_all(console: Console, args: "argparse.Namespace") -> Report:
     """The truth about all environments."""
-    workspace = select_workspace(args.workspace, args.env is not None, os.getcwd())
+    workspace = select_workspace(args.workspace, args.env is not None, current_folder())
     return Report({"workspace": workspace.paths.root, "environments": workspace.reports()})
 
 
@@ -8159,13 +8984,13 @@ def settle_orphan(console: Console, args: "argparse.Namespace", environment: Env
 
 def use(console: Console, args: "argparse.Namespace") -> Report:
     """Choose the active environment."""
-    environment = select_workspace(args.workspace, True, os.getcwd()).use(args.name)
+    environment = select_workspace(args.workspace, True, current_folder()).use(args.name)
     return Report({"name": environment.name}, environment.name)
 
 
 def create(console: Console, args: "argparse.Namespace") -> Report:
     """Make an environment: of a ComfyUI folder that is there, or with a ComfyUI of its own."""
-    workspace = select_workspace(args.workspace, True, os.getcwd())
+    workspace = select_workspace(args.workspace, True, current_folder())
     require_new_name(args.name)
     if args.from_dir is not None:
         environment = workspace.adopt(args.from_dir, args.name, args.python)
@@ -8188,7 +9013,7 @@ def create(console: Console, args: "argparse.Namespace") -> Report:
 
 def delete(console: Console, args: "argparse.Namespace") -> Report:
     """Delete an environment, after a question."""
-    workspace = select_workspace(args.workspace, True, os.getcwd())
+    workspace = select_workspace(args.workspace, True, current_folder())
     environment = workspace.get_environment(args.name)
     environment.require_idle()
     question = f"Delete environment '{args.name}' ({environment.paths.root})?"
@@ -8291,15 +9116,19 @@ def offer_restart(console: Console, args: "argparse.Namespace", environment: Env
     """Restart a running ComfyUI for a change: as the flags say, or as a terminal answers; returns whether it was."""
     if not environment.is_running():
         return False
-    if args.restart:
+    counts = environment.queue()
+    busy = counts is not None and any(counts)
+    if busy and counts is not None:
+        console.say(f"\n⚠️  ComfyUI is at work: {queue_words(*counts)}.")
+    if args.restart and not busy:
         console.say("\n🔄 ComfyUI is running. Restarting to apply changes...")
         return environment.restart()
     if args.no_restart or not console.can_ask():
         console.say("\n⚠️  ComfyUI is running. Changes won't take effect until restart.")
-        console.say("   Restart with: comfydock restart")
+        console.say("   Restart with: comfydock restart" + (" --when-idle" if busy else ""))
         return False
     console.say(f"\n⚠️  ComfyUI is running. Restart to apply changes? ({reason})")
-    if console.ask("  ", True):
+    if console.ask("  ", not busy):
         console.say("🔄 Restarting...")
         return environment.restart()
     console.say("⚠️  Skipped restart. Changes won't take effect until you restart.")
@@ -8331,6 +9160,9 @@ def logs(console: Console, args: "argparse.Namespace") -> Report:
     path = environment.log_path
     if args.path:
         return Report({"text": path}, environment.name)
+    if args.rotate:
+        done = environment.rotate_log(max(1, args.keep))
+        return Report({"text": f"✓ Rotated to {rotated(path)}" if done else "The log is empty."}, environment.name)
     if not os.path.exists(path):
         raise CDEnvironmentError("No log file found.", "Start ComfyUI with: comfydock run", "no-log")
     if args.follow:
@@ -8346,8 +9178,8 @@ def log_spans(environment: Environment, everything: bool, tail: Optional[int]) -
     path = environment.log_path
     start = 0 if everything else environment.session_offset()
     spans = [(path, start, os.path.getsize(path))]
-    if everything and os.path.exists(rotated(path)):
-        spans.insert(0, (rotated(path), 0, os.path.getsize(rotated(path))))
+    if everything:
+        spans = [(old, 0, os.path.getsize(old)) for old in old_logs(path)] + spans
     return spans if tail is None else last_of_spans(spans, tail)
 
 
@@ -8504,6 +9336,13 @@ EVERYWHERE = (
     Option("-h --help", "this help"),
     Option("--version", "the version of comfydock"),
 )
+QUEUE_OPTIONS = (
+    Option("--timeout", "seconds until it is killed (default: 10)", "SECONDS", seconds, 10.0),
+    Option(
+        "--when-idle", "wait until nothing is queued (at most an hour, or SECONDS)", "SECONDS", seconds, bare=3600.0
+    ),
+    Option("--force", "do not ask about queued work"),
+)
 RESTART_OPTIONS = (
     Option("--restart", "restart a running ComfyUI afterwards, without asking"),
     Option("--no-restart", "do not restart it, and do not ask"),
@@ -8527,6 +9366,7 @@ COMMANDS = (
                 assignment,
                 repeated=True,
             ),
+            Option("--monitor", "start it under a small watcher that restarts it after a crash"),
             Option("--demo", "run the built-in stand-in for ComfyUI"),
             Option("--take-over", "drop the record of another machine or container"),
             Option("--no-sync", "do not bring the environment in line first"),
@@ -8544,8 +9384,10 @@ COMMANDS = (
         stop,
         stop_words,
         (
-            Option("--timeout", "seconds until it is killed (default: 10)", "SECONDS", seconds, 10.0),
+            *QUEUE_OPTIONS,
             Option("--kill", "kill it at once"),
+            Option("--port", "end the ComfyUI on this port, whoever started it", "N", count),
+            Option("--dry-run", "with --port: only say what would be ended"),
         ),
         examples=("comfydock stop", "comfydock -e dev stop --timeout 60"),
     ),
@@ -8554,7 +9396,7 @@ COMMANDS = (
         "stop and start again with the same arguments",
         restart,
         restart_words,
-        (Option("--timeout", "seconds until it is killed (default: 10)", "SECONDS", seconds, 10.0),),
+        QUEUE_OPTIONS,
         examples=("comfydock restart",),
     ),
     Command(
@@ -8574,6 +9416,8 @@ COMMANDS = (
             Option("-f --follow", "the last 20 lines and what comes"),
             Option("-n --tail", "the last N lines", "N", count),
             Option("--all", "earlier runs too"),
+            Option("--rotate", "move the log aside now, while ComfyUI goes on writing"),
+            Option("--keep", "with --rotate: how many old logs stay (default: 1)", "N", count, 1),
             Option("--path", "where the log is"),
         ),
         has_json=False,
@@ -8823,6 +9667,7 @@ def finish(command: Command, args: "argparse.Namespace", call: str) -> "tuple[Co
             )
     refuse_together(command, args, "adopt", "end")
     refuse_together(command, args, "restart", "no_restart")
+    refuse_together(command, args, "foreground", "monitor")
     for other in ("comfyui", "source", "torch_backend", "no_install"):
         refuse_together(command, args, "from_dir", other)
     if args.json and (not command.has_json or args.__dict__.get("foreground")):
