@@ -716,7 +716,7 @@ class WordsForPeople(unittest.TestCase):
             ),
             ("usage: x\nmain.py: error: unrecognized arguments: --x\n", "main.py: error: unrecognized arguments: --x"),
             ("torch.cuda.OutOfMemoryError: CUDA\nlast\n", "torch.cuda.OutOfMemoryError: CUDA"),
-            ("0%\r50%\rdone\n", "done"),
+            ("0%\r50%\rdone\n", None),
             ("", None),
             (dock.session_header("id", "e"), None),
         ]
@@ -2129,32 +2129,38 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
             dock.rotate_at_start(self.path, limit=1)
         self.assertEqual(os.path.getsize(self.path), 100)
 
+    def drained(self, follower):
+        """All that a follower has to show now; a change of logs costs it a look or two."""
+        return b"".join(follower.read() for _ in range(4))
+
     def test_following_survives_growth_rename_and_truncation(self):
         Path(self.path).write_bytes(b"one\n")
         follower = dock.LogFollower(self.path, 0)
-        self.addCleanup(follower.close)
-        self.assertEqual(follower.read(), b"one\n")
-        self.assertEqual(follower.read(), b"")
+        self.assertEqual(self.drained(follower), b"one\n")
         with open(self.path, "ab") as file:
             file.write(b"two\n")
-        if not WINDOWS:  # an open file cannot be renamed there
-            os.rename(self.path, self.path + ".old")
-            Path(self.path).write_bytes(b"three\n")
-            self.assertEqual(follower.read() + follower.read(), b"two\nthree\n")
-        else:
-            self.assertEqual(follower.read(), b"two\n")
+        os.rename(self.path, self.path + ".old")
+        Path(self.path).write_bytes(b"three\n")
+        self.assertEqual(self.drained(follower), b"two\nthree\n")
         os.truncate(self.path, 0)
-        self.assertEqual(follower.read(), b"")
+        self.assertEqual(self.drained(follower), b"")
         with open(self.path, "ab") as file:
             file.write(b"4\n")
-        self.assertEqual(follower.read(), b"4\n")
+        self.assertEqual(self.drained(follower), b"4\n")
+
+    def test_a_copy_that_was_truncated_and_outgrew_the_former_is_not_mistaken_for_it(self):
+        Path(self.path).write_bytes(b"=== first\na\n")
+        follower = dock.LogFollower(self.path, 0)
+        self.assertEqual(self.drained(follower), b"=== first\na\n")
+        Path(self.path + ".old").write_bytes(b"=== first\na\nb\n")
+        Path(self.path).write_bytes(b"=== second\n" + b"c\n" * 100)
+        self.assertEqual(self.drained(follower), b"b\n=== second\n" + b"c\n" * 100)
 
     def test_a_log_that_is_not_there_yet_is_waited_for(self):
         follower = dock.LogFollower(self.path, 0)
-        self.addCleanup(follower.close)
         self.assertEqual(follower.read(), b"")
         Path(self.path).write_bytes(b"now\n")
-        self.assertEqual(follower.read(), b"now\n")
+        self.assertEqual(self.drained(follower), b"now\n")
 
 
 class UnpackTest(InWorkshop):
@@ -3997,7 +4003,9 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
     def test_how_it_was_called(self):
         with unittest.mock.patch.object(sys, "orig_argv", ["python3", "comfydock.py", "run"], create=True):
             self.assertEqual(dock.how_called(["comfydock.py"]), "python3 comfydock.py")
-        self.assertEqual(dock.how_called(["/usr/bin/comfydock"]), "comfydock")
+        with unittest.mock.patch.object(dock, "on_path", return_value=True):
+            self.assertEqual(dock.how_called(["/usr/bin/comfydock"]), "comfydock")
+        self.assertEqual(dock.how_called(["/tmp/a link/dock"]), "'/tmp/a link/dock'")
         with unittest.mock.patch.object(sys, "orig_argv", ["python", "-m", "comfydock"], create=True):
             self.assertEqual(dock.how_called(["/x/comfydock.py"]), "python -m comfydock")
 
@@ -4139,7 +4147,11 @@ class TheHouse(unittest.TestCase):
             "print": {13}, "input": {13}, "psutil_module": {4}, "argparse": {15}, "signal": {3}, "fcntl": {3}, "msvcrt": {3},
             "ctypes": {3}, "socket": {5}, "ssl": {5},
         }  # fmt: skip
+        sleeper = next(node for node in self.tree.body if getattr(node, "name", "") == "wait_beside")
+        exempt = {id(node) for node in ast.walk(sleeper)}  # another program, as the demo is
         for node in ast.walk(self.tree):
+            if id(node) in exempt:
+                continue
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
                 words = [module.split(".")[0] for module in modules]
