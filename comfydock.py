@@ -8214,17 +8214,24 @@ def wants_colour(stream: "Any") -> bool:
 
 def how_called(argv: list[str]) -> str:
     """The words with which comfydock was called: `comfydock`, `python3 comfydock.py`, `python3 -m comfydock`."""
-    import shlex
-
     script = argv[0]
     name = os.path.basename(script)
     if not name.endswith((".py", ".pyz")):
-        return "comfydock" if on_path(name) and name.startswith("comfydock") else shlex.quote(script)
+        return "comfydock" if on_path(name) and name.startswith("comfydock") else as_word(script)
     original = getattr(sys, "orig_argv", None) or [os.path.basename(sys.executable or "python3")]
     python = "python3" if len(original[0]) > 20 else original[0]
     if "-m" in original[1:3]:
         return f"{python} -m comfydock"
-    return f"{python} {shlex.quote(script)}"
+    return f"{python} {as_word(script)}"
+
+
+def as_word(path: str) -> str:
+    """A path as it must be typed: quoted where it has to be, by the rules of the shells of this system."""
+    import shlex
+
+    if os.name == "nt":
+        return f'"{path}"' if " " in path else path
+    return shlex.quote(path)
 
 
 def environment_title(data: dict[str, Any]) -> str:
