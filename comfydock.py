@@ -3492,14 +3492,15 @@ def clear_state(path: str) -> None:
     remove_file(path)
 
 
-def is_damaged(path: str) -> bool:
-    """Whether something stands there that is no record: nonsense, a link, a folder. Raises PermissionError."""
+def look_up_state(path: str) -> "tuple[Optional[ProcessState], bool]":
+    """(record, whether something stands there that is none: nonsense, a link, a folder). Raises PermissionError."""
     try:
-        return os.path.lexists(path) and read_state(path) is None
+        record = read_state(path)
     except PermissionError:
         raise
     except OSError:
-        return True
+        return None, True
+    return record, record is None and os.path.lexists(path)
 
 
 # ====================================================================================================================
@@ -6176,10 +6177,9 @@ class Environment:
         `scanned` are the rows of one `scan_for_comfyui`, when many environments are looked at.
         Whoever holds the process lock says so: then no starter can be at work.
         """
-        record = None if is_damaged(self.paths.state) else self._read_state()
+        record, is_damaged_record = look_up_state(self.paths.state)
         if record is None:
-            note = "damaged" if is_damaged(self.paths.state) else ""
-            return self._unrecorded(None, STOPPED, note, scanned)
+            return self._unrecorded(None, STOPPED, "damaged" if is_damaged_record else "", scanned)
         place = place_of(record.identity if record.pid else record.starter.get("identity", {}))
         if place == "foreign":
             return Sighting(FOREIGN, record)
@@ -6376,23 +6376,31 @@ class Environment:
     def _rotate_in_use(self, row: ProcessRow, record: ProcessState, keep: int) -> None:
         path, draft = self.log_path, rotation_draft(self.log_path)
         remove_file(draft)
-        copied = copy_log(path, draft, 0, spare=1 << 20)
-        record.phase = "rotating"
-        self._write_state(record)
-        with paused(family_of(row, record.run_id)):
-            copy_log(path, draft, copied, spare=0)
-            shift_old_logs(path, keep)
-            replace_file(draft, rotated(path))
-            record.log_inode = start_log_anew(path, session_header(record.run_id or "", self.name))
-        record.phase, record.log_offset = "running", 0
-        self._write_state(record)
+        try:
+            copied = copy_log(path, draft, 0, spare=1 << 20)
+            record.phase = "rotating"
+            self._write_state(record)
+            with paused(family_of(row, record.run_id)):
+                copy_log(path, draft, copied, spare=0)
+                shift_old_logs(path, keep)
+                replace_file(draft, rotated(path))
+                record.log_inode = start_log_anew(path, session_header(record.run_id or "", self.name))
+                record.log_offset = 0
+        finally:
+            remove_file(draft)
+            record.phase = "running"
+            self._write_state(record)
 
     def heal(self) -> None:
         """Finish a rotation that was killed: wake the processes that it left standing still."""
-        record = self._read_state()
-        if record is not None and record.phase == "rotating":
-            with self._process_lock("repair"):
+        record, _ = look_up_state(self.paths.state)
+        if record is None or record.phase != "rotating":
+            return
+        try:
+            with self._process_lock("repair", 0.0):
                 self._finish_rotation()
+        except CDEnvironmentError:  # the rotation is at work just now
+            pass
 
     def _finish_rotation(self) -> None:
         """The caller holds the lock, so a record that says "rotating" is of a rotation that was killed."""
@@ -6656,7 +6664,7 @@ class Environment:
         record.pid, record.host, record.port = row.pid, config.host, config.port
         record.phase, record.wanted, record.command = "running", "running", row.command
         record.identity = identity_of(row)
-        if is_damaged(self.paths.state):
+        if look_up_state(self.paths.state)[1]:
             set_aside(self.paths.state)
         self._write_state(record)
         return record
@@ -6732,7 +6740,7 @@ class Environment:
                 return False
             if sight.note == "damaged":
                 set_aside(self.paths.state)
-            self._clear_state()
+            self._retire_state()
             return True
 
     def _is_ours(self, run_id: Optional[str], record: Optional[ProcessState]) -> bool:
@@ -7911,6 +7919,9 @@ class Monitor:
         self.note["restarts"] = [*recent, time.time()]
         try:
             return self.environment.restart_after_crash(run_id, self.note)
+        except CDEndedError as error:  # a crash like any other
+            self.record = self.environment._read_state()
+            return self._restart(self.record.run_id if self.record else None, error.exit_code)
         except (CDEnvironmentError, OSError) as error:
             self.note["gave_up"] = f"it could not be started again: {error}"
             self.environment.note_monitor(run_id, self.note)

@@ -2331,11 +2331,11 @@ class TheStateFile(unittest.TestCase):
 
     def test_nothing_there_and_nonsense_read_as_none(self):
         self.assertIsNone(dock.read_state(self.path))
-        self.assertFalse(dock.is_damaged(self.path))
+        self.assertEqual(dock.look_up_state(self.path), (None, False))
         for content in (b"", b"\xff\xfe\x00", b"[]", b"{}", b"null", b"1e999", b"[" * 100000, b"x" * 2000000):
             Path(self.path).write_bytes(content)
             self.assertIsNone(dock.read_state(self.path), content[:20])
-            self.assertTrue(dock.is_damaged(self.path))
+            self.assertEqual(dock.look_up_state(self.path), (None, True))
 
     def test_ten_thousand_mutated_records_raise_nothing(self):
         chance = random.Random(7)
