@@ -3035,8 +3035,11 @@ def copy_folder(source: str, target: str) -> None:
 def carry_over(old: str, new: str, known: set[str]) -> None:
     """Give a folder's successor the files that are not `known`, unless it has its own of that name.
 
-    The names are relative, with /; links are taken as files, and the folder's .git and any __pycache__ stay behind.
+    By hard link, as they may be gigabytes. Names are relative, with /; links count as files, and are not followed; the
+    folder's .git and any __pycache__ stay behind.
     """
+    import shutil
+
     for here, folders, files in os.walk(old):
         links = [name for name in folders if is_link(os.path.join(here, name))]
         hidden = {".git", "__pycache__"} if here == old else {"__pycache__"}
@@ -3044,19 +3047,13 @@ def carry_over(old: str, new: str, known: set[str]) -> None:
         for source in [os.path.join(here, name) for name in files + links]:
             name = os.path.relpath(source, old)
             target = os.path.join(new, name)
-            if name.replace(os.sep, "/") not in known and not os.path.lexists(target):
-                make_folder(os.path.dirname(target))
-                link_or_copy(source, target)
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """A second name for a file, which may be gigabytes, or a copy where the file system has no hard links."""
-    import shutil
-
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except (OSError, NotImplementedError):
-        shutil.copy2(source, target, follow_symlinks=False)
+            if name.replace(os.sep, "/") in known or os.path.lexists(target):
+                continue
+            make_folder(os.path.dirname(target))
+            try:
+                os.link(source, target, follow_symlinks=False)
+            except (OSError, NotImplementedError):  # a file system without hard links
+                shutil.copy2(source, target, follow_symlinks=False)
 
 
 def file_digest(path: str) -> str:
@@ -3300,12 +3297,16 @@ Name = tuple[str, ...]  # of a table or a pair, part by part
 
 @dataclass
 class Statement:
-    """A table header or a `key = value` of a TOML text: the header's own name or the pair's full one, and its lines."""
+    """A table header or a `key = value` of a TOML text: the header's own name or the pair's full one, and its lines.
+
+    `start`, `end` and `last` are offsets: of its lines, and where the last line of a header's table ends.
+    """
 
     name: Name
     is_table: bool
     start: int
     end: int
+    last: int
 
 
 def toml_statements(text: str) -> list[Statement]:
@@ -3327,15 +3328,16 @@ def toml_statements(text: str) -> list[Statement]:
 
 def named_statements(text: str, spans: list[list[int]]) -> list[Statement]:
     """Statements for spans of lines: each pair gets the name of the table above it in front of its own."""
-    statements = []
-    table: Name = ()
+    statements, table = [], Statement((), True, 0, 0, 0)
     for start, end in spans:
         head = re.match(TOML_HEAD, text[start:end])
         keys = re.findall(TOML_KEY, head.group(2)) if head else []
         name = tuple(json.loads(key) if key.startswith('"') else key.strip("'") for key in keys)
         is_table = bool(head and head.group(1))
-        table = name if is_table else table
-        statements.append(Statement(name if is_table else table + name, is_table, start, end))
+        own = Statement(name if is_table else table.name + name, is_table, start, end, end)
+        table = own if is_table else table
+        table.last = end
+        statements.append(own)
     return statements
 
 
@@ -3364,18 +3366,19 @@ def toml_text(tables: dict[str, dict[str, Any]]) -> str:
 
 
 def with_table(text: str, name: Name, table: Optional[dict[str, Any]]) -> str:
-    """The text with one table replaced, added beside its relatives, or (None) removed with its sub-tables."""
-    statements = toml_statements(text)
-    own = [item for item in statements if item.name[: len(name)] == name]
+    """The text with one table replaced, added after its nearest relatives, or (None) removed with its sub-tables."""
+    own = [item for item in toml_statements(text) if item.name[: len(name)] == name]
     if table is None:
         return without_lines(text, own)
     lines = ["[" + ".".join(toml_key(part) for part in name) + "]", *toml_lines(table)]
     heads = [item for item in own if item.is_table]
     if len(heads) == 1 and heads[0].name == name:
-        return spliced(text, heads[0].start, table_end(statements, heads[0]), lines)
-    if own:  # written inline, or with sub-tables
-        text = without_lines(text, own)
-    place = place_beside(toml_statements(text), name)
+        return spliced(text, heads[0].start, heads[0].last, lines)
+    text = without_lines(text, own)  # it was written inline, or with sub-tables
+    others = toml_statements(text)
+    others = [item for item in others if item.is_table] or others
+    kinship = [len(os.path.commonprefix([item.name, name])) for item in others]
+    place = max(zip(kinship, [item.last for item in others]), default=(0, 0))[1]
     return spliced(text, place, place, ["", *lines] if place else lines)
 
 
@@ -3387,14 +3390,11 @@ def with_pair(text: str, name: Name, value: Any) -> str:
         text = without_lines(text, pairs)
         left = [item for item in toml_statements(text) if item.name[: len(table)] == table]
         return without_lines(text, left) if pairs and len(left) == 1 and left[0].is_table else text
-    lines = toml_lines({name[-1]: value})
-    if pairs:
-        return spliced(text, pairs[0].start, pairs[0].end, lines)
-    for head in statements:
-        if head.is_table and head.name == table:
-            end = table_end(statements, head)
-            return spliced(text, end, end, lines)
-    return with_table(text, table, {name[-1]: value})
+    ends = [item.last for item in statements if item.name == table and item.is_table]
+    places = [(item.start, item.end) for item in pairs] or [(end, end) for end in ends]
+    if not places:
+        return with_table(text, table, {name[-1]: value})
+    return spliced(text, *places[0], toml_lines({name[-1]: value}))
 
 
 def spliced(text: str, start: int, end: int, lines: list[str]) -> str:
@@ -3414,28 +3414,6 @@ def without_lines(text: str, statements: list[Statement]) -> str:
     return text
 
 
-def table_end(statements: list[Statement], head: Statement) -> int:
-    """Where the last line of a table ends, given its header."""
-    end = head.end
-    for item in statements[statements.index(head) + 1 :]:
-        if item.is_table:
-            break
-        end = item.end
-    return end
-
-
-def place_beside(statements: list[Statement], name: Name) -> int:
-    """Where a new table goes: after its nearest relatives; one of no kin goes before the [tool] tables."""
-    heads = [item for item in statements if item.is_table]
-    for length in range(len(name) - 1, 0, -1):
-        kin = [item for item in heads if item.name[:length] == name[:length]]
-        if kin:
-            return table_end(statements, kin[-1])
-    tools = [statements.index(item) for item in heads if item.name[0] == "tool"]
-    before = statements[: tools[0]] if tools and name[0] != "tool" else statements
-    return before[-1].end if before else 0
-
-
 # Reading: tomllib, or the tomli inside pip, ours or that of the environment's Python.
 
 TOML_READER = """
@@ -3444,11 +3422,8 @@ try:
     import tomllib
 except ImportError:
     import pip._vendor.tomli as tomllib
-try:
-    with open(sys.argv[1], "rb") as file:
-        print(json.dumps({"data": tomllib.loads(file.read().decode("utf-8"))}, default=str))
-except ValueError as error:
-    print(json.dumps({"error": str(error)}))
+with open(sys.argv[1], "rb") as file:
+    print(json.dumps(tomllib.loads(file.read().decode("utf-8")), default=str))
 """
 
 
@@ -3458,17 +3433,14 @@ def parse_toml(text: str, path: str, python: Optional[str] = None) -> dict[str, 
     `python` is asked when this interpreter has no TOML reader (before 3.11, without pip). Raises CDEnvironmentError:
     code "manifest" with the line number when the text is broken; "no-toml" when nothing reads TOML.
     """
-    text = text.removeprefix("\ufeff")
-    reader = toml_module()
+    text, reader = text.removeprefix("\ufeff"), toml_module()
     try:
-        answer = {"data": reader.loads(text)} if reader else parse_toml_elsewhere(text, path, python)
+        data: dict[str, Any] = reader.loads(text) if reader else parse_toml_elsewhere(text, path, python)
+        return data
     except ValueError as error:
-        answer = {"error": str(error)}
-    if "error" in answer:
-        place = re.search(r"\(at line (\d+), column \d+\)", answer["error"])
-        reason = re.sub(r"\s*\(at [^)]*\)", "", answer["error"])
-        raise broken_manifest(path, int(place.group(1)) if place else text.count("\n") + 1, reason)
-    return dict(answer["data"])
+        place = re.search(r"\(at line (\d+), column \d+\)", str(error))
+        reason = re.sub(r"\s*\(at [^)]*\)", "", str(error))
+    raise broken_manifest(path, int(place.group(1)) if place else text.count("\n") + 1, reason)
 
 
 def toml_module() -> Any:
@@ -3484,7 +3456,7 @@ def toml_module() -> Any:
 
 
 def parse_toml_elsewhere(text: str, path: str, python: Optional[str]) -> Any:
-    """What the environment's Python makes of a TOML text: {"data"} or {"error"}."""
+    """What the environment's Python makes of a TOML text. Raises ValueError when it is broken."""
     draft = f"{path}.{os.getpid()}.tmp"
     if python:
         write_atomic(draft, text.encode())
@@ -3494,11 +3466,11 @@ def parse_toml_elsewhere(text: str, path: str, python: Optional[str]) -> Any:
             remove_file(draft)
         if done.returncode == 0:
             return json.loads(done.stdout)
-    raise CDEnvironmentError(
-        f"nothing here can read {path}: this Python is older than 3.11 and has no new pip",
-        f"use Python 3.11 or later, or: {sys.executable} -m pip install --upgrade pip",
-        "no-toml",
-    )
+        if "TOMLDecodeError: " in done.stderr:
+            raise ValueError(done.stderr.rpartition("TOMLDecodeError: ")[2].strip())
+    message = f"nothing here can read {path}: this Python is older than 3.11 and has no new pip"
+    hint = f"use Python 3.11 or later, or: {sys.executable} -m pip install --upgrade pip"
+    raise CDEnvironmentError(message, hint, "no-toml")
 
 
 def broken_manifest(path: str, line: int, reason: str) -> CDEnvironmentError:
@@ -3639,8 +3611,7 @@ def manifest_text(paths: EnvironmentPaths) -> str:
 def read_json(path: str) -> dict[str, Any]:
     """A JSON object from a file; empty when there is none that can be read."""
     try:
-        with open(path, "rb") as file:
-            data = json.loads(file.read())
+        data = json.loads(read_small(path, 64 * MEGABYTE) or b"{}")
     except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
@@ -3654,18 +3625,9 @@ class Draft:
         self.text = manifest_text(paths)
         self.data = parse_toml(self.text, self.path, python)
 
-    def set_pair(self, name: Name, value: Any) -> None:
-        """Give one `key = value` a new value; None takes it out."""
-        self.text = with_pair(self.text, name, value)
-        self.note(name, value)
-
-    def set_table(self, name: Name, table: Optional[dict[str, Any]]) -> None:
-        """Give one table a new content; None takes it out."""
-        self.text = with_table(self.text, name, table)
-        self.note(name, table)
-
-    def note(self, name: Name, value: Any) -> None:
-        """Make the same change in the data."""
+    def change(self, edit: Callable[[str, Name, Any], str], name: Name, value: Any) -> None:
+        """Make one edit, with_pair or with_table, in the text and in the data; None takes it out."""
+        self.text = edit(self.text, name, value)
         inner = self.data
         for part in name[:-1]:
             inner = inner.setdefault(part, {})
@@ -3714,9 +3676,9 @@ def change_nodes(
             groups[manifest.group_name(info_from_table(key, entry["table"]))] = entry["requirements"] or None
         for group, lines in groups.items():
             if lines is None or lines != manifest.group(group):
-                draft.set_pair(("dependency-groups", group), lines)
+                draft.change(with_pair, ("dependency-groups", group), lines)
         if not old or not entry or old["table"] != entry["table"]:
-            draft.set_table(("tool", "comfydock", "nodes", key), entry and entry["table"])
+            draft.change(with_table, ("tool", "comfydock", "nodes", key), entry and entry["table"])
     draft.save()
 
 
@@ -3724,7 +3686,7 @@ def change_settings(paths: EnvironmentPaths, settings: dict[str, Any], python: O
     """Write settings of [tool.comfydock], None removes one; every other byte stays. Raises as change_nodes does."""
     draft = Draft(paths, python)
     for name, value in settings.items():
-        draft.set_pair(("tool", "comfydock", name), value)
+        draft.change(with_pair, ("tool", "comfydock", name), value)
     draft.save()
 
 
@@ -3909,9 +3871,8 @@ class GitManager:
         if not os.path.isdir(self.git_folder):
             return
         exclude = os.path.join(self.git_folder, "info", "exclude")
-        known, excluded = (
-            read_any_text(path).splitlines() if os.path.isfile(path) else [] for path in (self.ignore, exclude)
-        )
+        known = read_any_text(self.ignore).splitlines() if os.path.isfile(self.ignore) else []
+        excluded = read_any_text(exclude).splitlines() if os.path.isfile(exclude) else []
         lacking = [line for line in self.IGNORED if line not in known + excluded]
         if lacking:
             make_folder(os.path.dirname(exclude))
@@ -4531,12 +4492,11 @@ class NodeManager:
         Raises CDEnvironmentError (code "not-found") when it means none.
         """
         nodes, wanted = self.list_nodes(), identifier.casefold()
-        for key, info in nodes.items():
-            if wanted in (key.casefold(), info.name.casefold(), (info.registry_id or key).casefold()):
-                return key, info
-        for key, info in nodes.items():
-            if same_repository(identifier, info.repository):
-                return key, info
+        names = {key: (key, info.name, info.registry_id or key) for key, info in nodes.items()}
+        meant = [key for key in nodes if wanted in [name.casefold() for name in names[key]]]
+        meant += [key for key, info in nodes.items() if same_repository(identifier, info.repository)]
+        if meant:
+            return meant[0], nodes[meant[0]]
         raise CDEnvironmentError(f"no node {identifier!r} in the manifest", "comfydock node list", "not-found")
 
     def folders(self) -> list[str]:
@@ -4630,16 +4590,17 @@ class NodeManager:
         source = self.source_of(info)
         if source is None:
             raise CDEnvironmentError(f"nobody recorded where {info.name} comes from", "comfydock repair", "not-found")
-        newest, words = source.newest(info, self.tell), ""
-        if info.source != "development" and newest.version == info.version:
-            words = f"{info.name} is at its newest version"
-        elif newest.version != info.version and confirmation_strategy:
-            agreed = confirmation_strategy(info.name, str(info.version), str(newest.version))
-            words = "" if agreed else f"{info.name} was left as it is"
-        if words:
-            return UpdateResult(info.name, info.source, False, words, [], [], info.version, info.version)
-        newest = replace(newest, name=info.name, registry_id=info.registry_id)
-        return self.replace_node(key, info, newest, source, no_test, force)
+        newest = replace(source.newest(info, self.tell), name=info.name, registry_id=info.registry_id)
+        versions = (info.name, str(info.version), str(newest.version))
+        is_newest = newest.version == info.version
+        if is_newest and info.source != "development":
+            message = f"{info.name} is at its newest version"
+        elif not is_newest and confirmation_strategy and not confirmation_strategy(*versions):
+            message = f"{info.name} was left as it is"
+        else:
+            return self.replace_node(key, info, newest, source, no_test, force)
+        old = info.version
+        return UpdateResult(info.name, info.source, message=message, old_version=old, new_version=old)
 
     def replace_node(
         self, key: str, info: NodeInfo, newest: NodeInfo, source: Any, no_test: bool, force: bool
