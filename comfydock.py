@@ -2527,22 +2527,17 @@ class Transfer:
         if self.total not in (None, total):
             raise CDEnvironmentError(f"{self.url} changed while it was downloaded", "run the command again", "network")
         self.total = total
-        self.check_size(total)
 
     def counted(self, piece: bytes) -> bytes:
-        """The piece itself, once it is counted and told of."""
+        """The piece itself, once it is counted and told of. Raises CDEnvironmentError (code "too-big")."""
         self.received += len(piece)
-        self.check_size(self.received)
+        if max(self.received, self.total or 0) > self.limit:
+            raise CDEnvironmentError(f"{self.url} is larger than {self.limit // MEGABYTE or 1} MB", code="too-big")
         if time.monotonic() - self.told >= 1.0:
             self.told = time.monotonic()
             whole = f" of {self.total / MEGABYTE:.1f}" if self.total else ""
             self.tell(f"downloaded {self.received / MEGABYTE:.1f}{whole} MB")
         return piece
-
-    def check_size(self, size: int) -> None:
-        """Raise CDEnvironmentError (code "too-big") for more bytes than the limit."""
-        if size > self.limit:
-            raise CDEnvironmentError(f"{self.url} is larger than {self.limit // MEGABYTE or 1} MB", code="too-big")
 
     def pause_after(self, error: Exception, delay: Optional[float]) -> float:
         """Seconds to wait before the next try. Raises CDEnvironmentError when there is none."""
@@ -3437,7 +3432,7 @@ def parse_toml(text: str, path: str, python: Optional[str] = None) -> dict[str, 
     try:
         data: dict[str, Any] = reader.loads(text) if reader else parse_toml_elsewhere(text, path, python)
         return data
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         place = re.search(r"\(at line (\d+), column \d+\)", str(error))
         reason = re.sub(r"\s*\(at [^)]*\)", "", str(error))
     raise broken_manifest(path, int(place.group(1)) if place else text.count("\n") + 1, reason)
@@ -4099,17 +4094,16 @@ class Packages:
         """Find out whether a node's requirements can be installed beside what is there."""
         self.installer.try_install(self.words(folder), folder, os.path.join(self.scratch, "target"))
 
-    def install(self, folder: str, tell: Tell) -> None:
-        """Install a node's requirements."""
-        self.installer.install(self.words(folder), folder, tell)
-
-    def install_all(self, folders: list[str], tell: Tell) -> None:
-        """Install the requirements of many folders: at once, which is fast; else one by one, which names one."""
+    def install(self, folders: list[str], tell: Tell) -> None:
+        """Install the requirements of nodes: at once, which is fast, else one by one, which names one."""
+        only = folders[0] if len(folders) == 1 else None
         try:
-            self.installer.install(self.words(*folders), tell=tell)
+            self.installer.install(self.words(*folders), only, tell)
         except CDEnvironmentError:
+            if only:
+                raise
             for folder in folders:
-                self.install(folder, tell)
+                self.install([folder], tell)
 
     def run_install_script(self, folder: str, comfyui: str, tell: Tell) -> None:
         """Run a node's install.py, whose own calls of pip are held to the same versions."""
@@ -4248,7 +4242,7 @@ class RegistrySource:
     def version_in(self, folder: str) -> Optional[str]:
         """The version that a folder holds, as its pyproject.toml says; read without a TOML reader, for `status`."""
         path = os.path.join(folder, "pyproject.toml")
-        pattern = r"""^\s*\[project\]((?!^\s*\[).)*?^\s*version\s*=\s*["']([^"']+)["']"""
+        pattern = r"""^[ \t]*\[project\]((?!^[ \t]*\[).)*?^[ \t]*version[ \t]*=[ \t]*["']([^"']+)["']"""
         found = re.search(pattern, read_any_text(path), re.M | re.S) if os.path.isfile(path) else None
         return found.group(2) if found else None
 
@@ -4354,7 +4348,7 @@ class DevelopmentSource:
         inside = os.path.join(self.custom_nodes, identifier)
         folder = inside if os.path.basename(identifier) == identifier and os.path.isdir(inside) else identifier
         self.place = os.path.abspath(os.path.expanduser(folder))
-        if not os.path.isdir(self.place):
+        if not identifier or not os.path.isdir(self.place):
             raise CDEnvironmentError(f"{self.place} is not a folder", "name a folder with --dev", "not-found")
         name = os.path.basename(self.place)
         check_node_name(name)
@@ -4829,7 +4823,7 @@ class NodeManager:
         change.do_moves()
         if packages:
             self.tell(f"installing the requirements of {info.name}")
-            packages.install(folder, self.tell)
+            packages.install([folder], self.tell)
             if os.path.isfile(os.path.join(folder, "install.py")):
                 self.tell(f"running install.py of {info.name}")
                 packages.run_install_script(folder, self.comfyui, self.tell)
@@ -4866,7 +4860,7 @@ class NodeManager:
         if not self.python or not folders:
             return
         with self.change() as change:
-            Packages(self.python, change.folder).install_all(folders, self.tell)
+            Packages(self.python, change.folder).install(folders, self.tell)
 
     def is_in_line(self) -> bool:
         """Whether nothing changed since the last bring_in_line that found no problem."""
@@ -5032,7 +5026,7 @@ class Creation:
         """What ComfyUI itself needs, PyTorch held as it is."""
         if node_requirements(self.paths.comfyui).strip():
             packages = Packages(self.python, self.paths.cec)
-            packages.install(self.paths.comfyui, self.tell)
+            packages.install([self.paths.comfyui], self.tell)
             remove_file(packages.constraints)
 
     def write_manifest(self) -> None:
