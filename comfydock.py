@@ -3355,26 +3355,34 @@ def toml_lines(table: dict[str, Any]) -> list[str]:
     return [f"{toml_key(key)} = {toml_value(value)}" for key, value in table.items() if value is not None]
 
 
+def table_lines(name: Name, table: dict[str, Any]) -> list[str]:
+    """The lines of a table with its header."""
+    return ["[" + ".".join(toml_key(part) for part in name) + "]", *toml_lines(table)]
+
+
 def toml_text(tables: dict[str, dict[str, Any]]) -> str:
     """A TOML text of whole tables, by their headers."""
     return "\n".join("\n".join([header, *toml_lines(table), ""]) for header, table in tables.items())
 
 
 def with_table(text: str, name: Name, table: Optional[dict[str, Any]]) -> str:
-    """The text with one table replaced, added after its nearest relatives, or (None) removed with its sub-tables."""
+    """The text with one table replaced, added, or (None) removed with its sub-tables."""
     own = [item for item in toml_statements(text) if item.name[: len(name)] == name]
     if table is None:
         return without_lines(text, own)
-    lines = ["[" + ".".join(toml_key(part) for part in name) + "]", *toml_lines(table)]
     heads = [item for item in own if item.is_table]
     if len(heads) == 1 and heads[0].name == name:
-        return spliced(text, heads[0].start, heads[0].last, lines)
-    text = without_lines(text, own)  # it was written inline, or with sub-tables
+        return spliced(text, heads[0].start, heads[0].last, table_lines(name, table))
+    return with_new_table(without_lines(text, own), name, table)  # what is taken out was inline, or had sub-tables
+
+
+def with_new_table(text: str, name: Name, table: dict[str, Any]) -> str:
+    """The text with a table added after its nearest relatives."""
     others = toml_statements(text)
     others = [item for item in others if item.is_table] or others
     kinship = [len(os.path.commonprefix([item.name, name])) for item in others]
     place = max(zip(kinship, [item.last for item in others]), default=(0, 0))[1]
-    return spliced(text, place, place, ["", *lines] if place else lines)
+    return spliced(text, place, place, [""] * bool(place) + table_lines(name, table))
 
 
 def with_pair(text: str, name: Name, value: Any) -> str:
@@ -3388,7 +3396,7 @@ def with_pair(text: str, name: Name, value: Any) -> str:
     ends = [item.last for item in statements if item.name == table and item.is_table]
     places = [(item.start, item.end) for item in pairs] or [(end, end) for end in ends]
     if not places:
-        return with_table(text, table, {name[-1]: value})
+        return with_new_table(text, table, {name[-1]: value})
     return spliced(text, *places[0], toml_lines({name[-1]: value}))
 
 
