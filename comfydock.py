@@ -40,11 +40,12 @@ The file is read downward: a definition uses only what stands above it.
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 # Importing typing would cost every command 3 ms, so only type checkers do: they take this name as true.
@@ -3408,8 +3409,6 @@ def look_up_state(path: str) -> "tuple[Optional[ProcessState], bool]":
 # 8. Manifest, git and nodes
 # Knows nothing of processes; returns what changed.
 
-import re  # noqa: E402 (dataclasses has loaded it: it costs nothing)
-from dataclasses import replace  # noqa: E402
 
 COMFYUI_REPOSITORY = "https://github.com/Comfy-Org/ComfyUI.git"
 REGISTRY_URL = "https://api.comfy.org"
@@ -3986,8 +3985,8 @@ class GitManager:
     """The git repository of an environment's .cec folder: the history of its manifest."""
 
     IGNORED = (
-        ".comfyui.state .comfyui.state.damaged .comfyui.lock .content.lock .complete .create.json .manifest.json "
-        ".sync.json removed/ *.tmp"
+        ".comfyui.state .comfyui.state.damaged .comfyui.last .comfyui.lock .content.lock .complete "
+        ".create.json .manifest.json .sync.json removed/ *.tmp"
     ).split()
     GITIGNORE = "\n".join(["# ComfyUI process state (runtime only, not configuration)", *IGNORED, ""])
 
@@ -7634,7 +7633,6 @@ class Console:
         """`text` with its commands as they must be typed here."""
         if "comfydock " not in text:
             return text
-        import re
 
         def call(match: "re.Match[str]") -> str:
             following = text[match.end() :].split(None, 1)[0].strip("'\"`.,")
