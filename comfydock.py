@@ -209,7 +209,7 @@ class ProcessState:
             _require(isinstance(getattr(self, name), (dict, type(None))), name)
         for name in ("log_offset", "log_inode"):
             _require(type(getattr(self, name)) is int and getattr(self, name) >= 0, name)
-        _require(all(isinstance(value, str) for value in self.env.values()), "env")
+        _require(all(is_variable(name, value) for name, value in self.env.items()), "env")
         _require(isinstance(self.starter.get("identity", {}), dict), "starter")
 
     def get_uptime(self) -> "timedelta":
@@ -255,8 +255,13 @@ def is_port(value: object) -> bool:
 
 
 def is_text_list(value: object) -> bool:
-    """Whether `value` is a list of str."""
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    """Whether `value` is a list of str that can be words of a command (no system takes a NUL in one)."""
+    return isinstance(value, list) and all(isinstance(item, str) and "\0" not in item for item in value)
+
+
+def is_variable(name: str, value: object) -> bool:
+    """Whether an environment variable may be called `name` and hold `value`."""
+    return bool(name) and isinstance(value, str) and "=" not in name and "\0" not in name + value
 
 
 @dataclass
@@ -534,7 +539,7 @@ class WorkspacePaths:
         self.environments = os.path.join(self.root, "environments")
         self.metadata = os.path.join(self.root, ".metadata")
         self.settings = os.path.join(self.metadata, "workspace.json")
-        self.port_lock = os.path.join(self.metadata, ".ports.lock")
+        self.lock = os.path.join(self.metadata, ".workspace.lock")
 
     @property
     def logs(self) -> "Path":
@@ -619,7 +624,7 @@ def default_workspace() -> str:
     if chosen:
         return os.path.abspath(os.path.expanduser(chosen))
     home = os.path.expanduser("~")
-    if not os.path.isabs(home):
+    if not os.path.isabs(home) or os.environ.get("HOME") == "":  # of an empty HOME expanduser makes the root folder
         raise CDEnvironmentError("No home folder is known, so there is no place for a workspace.", "set COMFYDOCK_HOME")
     ours, older = os.path.join(home, ".comfydock"), os.path.join(home, "comfydock")
     has_older = os.path.isdir(WorkspacePaths(older).metadata)
@@ -1024,6 +1029,10 @@ if sys.platform == "win32":
         """Return the path of the interpreter in a venv folder; whether it is there is not checked."""
         return os.path.join(folder, "Scripts", "python.exe")
 
+    def is_writable_by_others(path: str) -> bool:
+        """Return False: who may write here is a matter of ACLs, which the mode of a file does not show."""
+        return False
+
     def session_of(pid: int) -> Optional[int]:
         """Return None: there are no POSIX sessions on Windows."""
         return None
@@ -1246,6 +1255,13 @@ else:
     def venv_python(folder: str) -> str:
         """Return the path of the interpreter in a venv folder; whether it is there is not checked."""
         return os.path.join(folder, "bin", "python")
+
+    def is_writable_by_others(path: str) -> bool:
+        """Tell whether everybody may write there. A group may be the user's own, so it does not count."""
+        try:
+            return bool(os.stat(path).st_mode & 0o002)
+        except OSError:
+            return False
 
     def session_of(pid: int) -> Optional[int]:
         """Return the session of a process, None where the system does not tell."""
@@ -2636,6 +2652,7 @@ def fetch_json(url: str, limit: int = 16 * MEGABYTE, timeout: float = 30.0) -> A
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 LOG_LIMIT = 10 * 1024 * 1024
 BLOCK = 1 << 16
+LEFTOVER_AGE = 60.0
 
 
 def make_folder(path: str) -> None:
@@ -2653,8 +2670,10 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
     try:
         _write_new(temporary, data, mode)
         replace_file(temporary, path)
-    except BaseException:
+    except BaseException as error:
         _unlink_if_there(temporary)
+        if isinstance(error, OSError):  # it names the temporary file, or on a full disk none
+            error.filename, error.filename2 = path, None
         raise
     _sync_folder(os.path.dirname(path))
 
@@ -2707,6 +2726,26 @@ def sweep_leftovers(path: str) -> None:
             _unlink_if_there(os.path.join(folder, entry))
 
 
+def sweep_folder(folder: str) -> None:
+    """Remove temporary files that killed writers left in a folder which several may write into at once.
+
+    A writer needs milliseconds: what is older than LEFTOVER_AGE has none any more.
+    """
+    for entry in os.listdir(folder):
+        path = os.path.join(folder, entry)
+        try:
+            if _is_temporary(entry) and os.lstat(path).st_mtime < time.time() - LEFTOVER_AGE:
+                os.unlink(path)
+        except OSError:
+            pass
+
+
+def _is_temporary(name: str) -> bool:
+    """Whether a file's name is one that write_atomic makes."""
+    writer, _, random = name.removesuffix(".tmp").rpartition(".")[2].partition("-")
+    return name.endswith(".tmp") and writer.isdigit() and len(random) == 8
+
+
 def remove_file(path: str) -> None:
     """Remove a file; that it is not there is no error. Raises OSError otherwise."""
     try:
@@ -2753,13 +2792,25 @@ def locked(path: str, seconds: float, purpose: str) -> Iterator[None]:
 
 def _lock_by(path: str, deadline: float) -> int:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+        handle = _open_lock(path)
         if lock_handle(handle) and _is_still_at(handle, path):
             return handle
         os.close(handle)
         if time.monotonic() > deadline:
             raise _locked_out(path)
         time.sleep(0.01)
+
+
+def _open_lock(path: str) -> int:
+    """The lock file opened, made if need be. Reading is enough: ComfyUI on a read-only disk must be stoppable, too."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+    except OSError:
+        try:
+            return os.open(path, os.O_RDONLY | NO_FOLLOW)
+        except OSError:
+            pass
+        raise
 
 
 def _is_still_at(handle: int, path: str) -> bool:
@@ -2804,7 +2855,9 @@ def rotate_at_start(path: str, limit: int = LOG_LIMIT) -> None:
 def _move_log(path: str) -> None:
     try:
         os.replace(path, rotated(path))
-    except PermissionError:  # Windows, while somebody reads the log
+    except PermissionError:
+        if not files_are_locked_in_use():
+            raise
         with open(path, "rb") as source, open(rotated(path), "wb") as target:
             copy_bytes(source, target.write, os.fstat(source.fileno()).st_size)
         os.truncate(path, 0)
@@ -2820,8 +2873,10 @@ def begin_session(path: str, header: str) -> "tuple[BinaryIO, int, int]":
         log.write(gap + header.encode())
         log.flush()
         return log, size + len(gap), os.fstat(log.fileno()).st_ino
-    except BaseException:
+    except BaseException as error:
         log.close()
+        if isinstance(error, OSError):  # a full disk names no file
+            error.filename = path
         raise
 
 
@@ -5792,6 +5847,15 @@ class Sighting:
     note: str = ""
 
 
+@contextmanager
+def workspace_lock(paths: WorkspacePaths, purpose: str) -> Iterator[None]:
+    """Hold the lock on what environments share, their ports and the settings: for milliseconds only."""
+    make_folder(paths.metadata)
+    with locked(paths.lock, LOCK_SECONDS, purpose):
+        sweep_leftovers(paths.settings)
+        yield
+
+
 class Environment:
     """One ComfyUI environment of a workspace: its checkout, its Python, its one ComfyUI process.
 
@@ -5889,10 +5953,17 @@ class Environment:
             GitManager(self.paths.cec).hide_runtime_files()
         with locked(self.paths.lock, seconds, purpose):
             sweep_leftovers(self.paths.state)
+            sweep_folder(self.paths.cec)
             yield
 
     def _parse_comfyui_args(self, args: list[str]) -> ComfyUIConfig:
         return parse_comfyui_args(args)
+
+    def folder_open_to_others(self) -> Optional[str]:
+        """The first folder of ours in which every user of this machine may plant files, None when there is none."""
+        shared, logs = self.workspace_paths, os.path.dirname(self.log_path)
+        folders = (shared.root, shared.metadata, shared.environments, self.paths.root, self.paths.cec)
+        return next(filter(is_writable_by_others, (*folders, os.path.dirname(logs), logs)), None)
 
     # Looking -------------------------------------------------------------------------
 
@@ -5900,9 +5971,20 @@ class Environment:
         """What is there now; changes nothing. Raises CDEnvironmentError for a broken manifest, OSError.
 
         `scanned` are the rows of one `scan_for_comfyui`, when many environments are looked at.
-        Whoever holds the process lock says so: then no starter can be at work.
+        Whoever holds the process lock says so: then no starter can be at work. For others the
+        record may change between the look at it and the look at the processes: then they look again.
         """
-        record = self._read_state()
+        for _ in range(10):
+            record = self._read_state()
+            sight = self._observe(record, scanned, lock_held)
+            if lock_held or self._read_state() == record:
+                break
+            scanned = None
+        return sight
+
+    def _observe(
+        self, record: Optional[ProcessState], scanned: "Optional[list[ProcessRow]]", lock_held: bool
+    ) -> Sighting:
         if record is None:
             note = "damaged" if is_damaged(self.paths.state) else ""
             return self._unrecorded(None, STOPPED, note, scanned)
@@ -6168,8 +6250,7 @@ class Environment:
         """Choose the port and write down what is about to start, so that no other environment takes the port."""
         import uuid
 
-        make_folder(self.workspace_paths.metadata)
-        with locked(self.workspace_paths.port_lock, LOCK_SECONDS, "run"):
+        with workspace_lock(self.workspace_paths, "run"):
             args = self._with_usable_port(args, auto_port)
             config = parse_comfyui_args(args)
             record = ProcessState(None, config.host, config.port, args, utc_now(), self.log_path, phase=STARTING)
@@ -6390,8 +6471,18 @@ class Environment:
                 self._tidy(sight)
                 return False
             self._stop_seen(sight, 0 if kill else timeout, meanwhile)
-            self._clear_state()
+            self._clear_stopped()
             return True
+
+    def _clear_stopped(self) -> None:
+        try:
+            self._clear_state()
+        except OSError as error:
+            raise CDEnvironmentError(
+                f"ComfyUI was stopped, but its record {self.paths.state} cannot be removed: {error.strerror}.",
+                f"comfydock -e {self.name} status",
+                "system",
+            ) from error
 
     def require_idle(self) -> None:
         """Raises CDEnvironmentError while a ComfyUI of this environment runs or may run elsewhere."""
@@ -6505,7 +6596,7 @@ class Environment:
     def restart(self, timeout: float = 10) -> bool:
         """Stop ComfyUI if it runs, and start it with the arguments and variables it was started with.
 
-        Python, main.py, log and port are checked before anything is stopped. Returns True. Raises
+        Python, main.py, log, record and port are checked before anything is stopped. Returns True. Raises
         CDEnvironmentError when nothing was ever started or something stands in the way.
         """
         self._require_startable()
@@ -6514,6 +6605,8 @@ class Environment:
             self._require_restartable(sight)
             if sight.row is not None:
                 self._require_port_for_restart(sight)
+                if sight.record is not None:  # a disk too full for the new record shows now
+                    self._write_state(sight.record)
                 self._stop_seen(sight, timeout)
             record = self._read_state()
             if record is None:
@@ -7058,7 +7151,7 @@ class Workspace:
     def use(self, name: str) -> Environment:
         """Make `name` the active environment. Raises CDEnvironmentError when there is none, OSError."""
         environment = self.get_environment(name)
-        self._write_settings({**self._settings(), "active_environment": name})
+        self._change_settings(active_environment=name)
         return environment
 
     def select(self, name: Optional[str], folder: str) -> Environment:
@@ -7130,7 +7223,7 @@ class Workspace:
             raise CDEnvironmentError(
                 f"There is no Python at {interpreter}.", "give the path of an interpreter", "missing"
             )
-        self._write_settings(self._settings())
+        self._change_settings()
         adopt_environment(environment.paths, name, checkout, interpreter, environment.tell)
         return environment
 
@@ -7144,13 +7237,14 @@ class Workspace:
                 "comfydock --workspace DIR run --demo",
                 "exists",
             )
+        self._change_settings()
         source = demo_source().encode()
         script = main_script(environment.paths.comfyui)
+        make_folder(os.path.join(environment.paths.comfyui, "custom_nodes"))
+        sweep_folder(environment.paths.comfyui)
         if _file_differs(script, source):
-            make_folder(os.path.join(environment.paths.comfyui, "custom_nodes"))
             write_atomic(script, source, 0o644)
         if not is_there or not environment.is_complete or environment.manifest.python_path != sys.executable:
-            self._write_settings(self._settings())
             write_demo_manifest(environment.paths, environment.name, sys.executable)
         return environment
 
@@ -7158,7 +7252,7 @@ class Workspace:
         """Make an environment with a ComfyUI of its own. Raises as `create_environment`."""
         require_new_name(options.name)
         environment = self._environment(options.name)
-        self._write_settings(self._settings())
+        self._change_settings()
         make_folder(self.paths.environments)
         create_environment(environment.paths, options, tell)
         return environment
@@ -7171,9 +7265,8 @@ class Workspace:
         environment = self.get_environment(name)
         environment.require_idle()
         delete_environment(environment.paths)
-        settings = self._settings()
-        if settings.get("active_environment") == name:
-            self._write_settings({**settings, "active_environment": ""})
+        if self._settings().get("active_environment") == name:
+            self._change_settings(active_environment="")
 
     def initialize(self) -> bool:
         """Make the workspace's folder; False when it is one already. Raises CDEnvironmentError for another folder."""
@@ -7185,7 +7278,7 @@ class Workspace:
                 f"{self.paths.root} is not empty and no workspace.", "name another folder", "exists"
             )
         make_folder(self.paths.environments)
-        self._write_settings(self._settings())
+        self._change_settings()
         return True
 
     def reports(self, timeout: float = 0.5) -> list[dict[str, Any]]:
@@ -7240,18 +7333,19 @@ class Workspace:
             )
         return settings
 
-    def _write_settings(self, settings: dict[str, Any]) -> None:
+    def _change_settings(self, **changes: Any) -> None:
+        """Set keys of workspace.json, and those that comfydock 1.0.x needs; others may do the same meanwhile."""
         needed = {
             "version": 1,
             "active_environment": "",
             "created_at": utc_now(),
             "global_model_directory": None,
         }
-        complete = {**needed, **settings}
-        if complete == settings and os.path.exists(self.paths.settings) and settings == self._settings():
+        if not changes and needed.keys() <= self._settings().keys():
             return
-        make_folder(self.paths.metadata)
-        write_atomic(self.paths.settings, (json.dumps(complete, indent=2) + "\n").encode())
+        with workspace_lock(self.paths, "use"):
+            settings = {**needed, **self._settings(), **changes}
+            write_atomic(self.paths.settings, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def _file_differs(path: str, data: bytes) -> bool:
@@ -7353,7 +7447,8 @@ class Console:
 
     In JSON mode nothing is said but the one object at the end. `call` is how comfydock was called,
     and replaces the name "comfydock" wherever a line shows a command; `chosen` is the `-e NAME`
-    that such a line needs.
+    that such a line needs. A line that cannot be written (a full disk, a reader who left) must not
+    keep ComfyUI from being stopped: `unheard` holds the error until `flush` raises it.
     """
 
     def __init__(self, out: "Any", err: "Any", source: "Any", json_mode: bool = False, call: str = "comfydock") -> None:
@@ -7363,6 +7458,7 @@ class Console:
         self.json_mode = json_mode
         self.call = call
         self.chosen = ""
+        self.unheard: Optional[OSError] = None
 
     def say(self, line: str = "") -> None:
         """One line for people; nothing in JSON mode."""
@@ -7388,16 +7484,20 @@ class Console:
             self._write(self.err, f"\r\x1b[K{line}")
 
     def raw(self, data: bytes) -> None:
-        """Bytes of a log, as they are."""
+        """Bytes of a log, as they are. Raises OSError: who only shows a log has nothing else to do."""
         if self.out is None:
             return
-        self.out.flush()
-        sink = getattr(self.out, "buffer", None)
-        if sink is None:
-            self.out.write(data.decode("utf-8", "replace"))
-        else:
-            sink.write(data)
-            sink.flush()
+        try:
+            self.out.flush()
+            sink = getattr(self.out, "buffer", None)
+            if sink is None:
+                self.out.write(data.decode("utf-8", "replace"))
+            else:
+                sink.write(data)
+                sink.flush()
+        except OSError as error:
+            error.filename = "the output"
+            raise
 
     def can_ask(self) -> bool:
         """Whether a terminal is there to answer."""
@@ -7440,7 +7540,10 @@ class Console:
             self._write(self.err, f"{indent}{error.hint}\n")
 
     def flush(self) -> None:
-        """Send what is still buffered; raises OSError (a closed pipe, a full disk)."""
+        """Send what is still buffered; raises OSError (a closed pipe, a full disk), and for what went unheard."""
+        if self.unheard is not None:
+            error, self.unheard = self.unheard, None
+            raise error
         for stream in (self.out, self.err):
             if stream is not None and not stream.closed:
                 stream.flush()
@@ -7465,8 +7568,12 @@ class Console:
             text.encode(encoding)
         except UnicodeEncodeError:
             text = text.translate(PLAIN).encode(encoding, "backslashreplace").decode(encoding)
-        stream.write(text)
-        stream.flush()
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError as error:
+            error.filename = "the output"
+            self.unheard = self.unheard or error
 
     def _coloured(self, stream: "Any", text: str) -> str:
         if not wants_colour(stream):
@@ -7760,9 +7867,17 @@ FOLLOW_PATIENCE = 2.0
 SHOWN_ON_FAILURE = 20
 
 
+def standing_in() -> str:
+    """The folder that the user stands in; the topmost when it is deleted under a shell that still stands in it."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return os.path.abspath(os.sep)
+
+
 def selected(console: Console, args: "argparse.Namespace") -> Environment:
     """The environment a command is about; the console learns whether its commands need `-e`."""
-    folder = os.getcwd()
+    folder = standing_in()
     workspace = select_workspace(args.workspace, args.env is not None, folder)
     environment = workspace.select(args.env, folder)
     environment.tell = console.work
@@ -7804,7 +7919,7 @@ def run(console: Console, args: "argparse.Namespace") -> Report:
 
 def environment_to_run(console: Console, args: "argparse.Namespace") -> Environment:
     """As `selected`; the demo is made, and a checkout that nobody has adopted is adopted."""
-    folder = os.getcwd()
+    folder = standing_in()
     workspace = select_workspace(args.workspace, args.env is not None or args.demo, folder)
     if args.demo:
         if args.env not in (None, DEMO_NAME):
@@ -7839,6 +7954,9 @@ def warn_before_start(console: Console, environment: Environment, args: "argpars
     """What a user should know before ComfyUI is up."""
     for name in environment.dropped_variables():
         console.warn(f"{name} is set here; ComfyUI starts without it.")
+    folder = environment.folder_open_to_others()
+    if folder is not None:
+        console.warn(f"Other users may write into {folder}, and so change what runs here: chmod o-w '{folder}'")
     host = parse_comfyui_args(args.comfyui_args).host
     if not is_loopback(host):
         console.warn(f"ComfyUI has no password: whoever can reach this machine on {host or 'any address'} can use it.")
@@ -7961,17 +8079,40 @@ class Foreground:
         pid = self.record.pid if self.record and self.record.pid else 0
         row = process_table().row(pid)
         while row is not None and still_runs(row):
-            self._pump()
+            has_more = self._pump()
             if self.received:
                 return self._stop()
             if os.getpid() == 1:
                 reap_strangers(pid)
-            time.sleep(FOLLOW_PAUSE)
-        self._pump()
+            if not has_more:
+                time.sleep(FOLLOW_PAUSE)
+        self._drain()
         return self._ended(exit_code_of(pid))
 
-    def _pump(self) -> None:
-        while show_new(self.console, self.follower):
+    def _pump(self) -> bool:
+        """Show a piece of what is new in the log, and return to where signals are heard; whether there may be more.
+
+        A terminal that is closed says EIO, perhaps before its SIGHUP comes: that is a hangup, with nobody to tell.
+        """
+        import errno
+
+        piece = self.follower.read()
+        try:
+            self.console.raw(piece)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self.received.append("hangup")
+            self.console = Console(None, None, None)
+        return bool(piece)
+
+    def _drain(self) -> None:
+        """Show what is left, up to where the log ends now: a child of ComfyUI may go on writing for ever."""
+        try:
+            end = os.path.getsize(self.environment.log_path)
+        except OSError:
+            end = 0
+        while self._pump() and self.follower.position < end:
             pass
 
     def _stop(self) -> int:
@@ -7979,7 +8120,7 @@ class Foreground:
         first = self.received[0]
         self.console.say("\n⏸  Stopping ComfyUI...")
         self.environment.stop(meanwhile=self._is_impatient)
-        self._pump()
+        self._drain()
         self.console.say("✓ ComfyUI stopped")
         if self._is_impatient():
             return 130
@@ -8056,7 +8197,7 @@ def status(console: Console, args: "argparse.Namespace") -> Report:
 
 def list_all(console: Console, args: "argparse.Namespace") -> Report:
     """The truth about all environments."""
-    workspace = select_workspace(args.workspace, args.env is not None, os.getcwd())
+    workspace = select_workspace(args.workspace, args.env is not None, standing_in())
     return Report({"workspace": workspace.paths.root, "environments": workspace.reports()})
 
 
@@ -8159,13 +8300,13 @@ def settle_orphan(console: Console, args: "argparse.Namespace", environment: Env
 
 def use(console: Console, args: "argparse.Namespace") -> Report:
     """Choose the active environment."""
-    environment = select_workspace(args.workspace, True, os.getcwd()).use(args.name)
+    environment = select_workspace(args.workspace, True, standing_in()).use(args.name)
     return Report({"name": environment.name}, environment.name)
 
 
 def create(console: Console, args: "argparse.Namespace") -> Report:
     """Make an environment: of a ComfyUI folder that is there, or with a ComfyUI of its own."""
-    workspace = select_workspace(args.workspace, True, os.getcwd())
+    workspace = select_workspace(args.workspace, True, standing_in())
     require_new_name(args.name)
     if args.from_dir is not None:
         environment = workspace.adopt(args.from_dir, args.name, args.python)
@@ -8188,7 +8329,7 @@ def create(console: Console, args: "argparse.Namespace") -> Report:
 
 def delete(console: Console, args: "argparse.Namespace") -> Report:
     """Delete an environment, after a question."""
-    workspace = select_workspace(args.workspace, True, os.getcwd())
+    workspace = select_workspace(args.workspace, True, standing_in())
     environment = workspace.get_environment(args.name)
     environment.require_idle()
     question = f"Delete environment '{args.name}' ({environment.paths.root})?"
@@ -8921,7 +9062,10 @@ def answer(console: Console, words: list[str]) -> int:
     command, args = parse(words, console.call)
     report = command.act(console, args)
     console.show(command.name, report, command.words)
-    console.flush()
+    try:
+        console.flush()
+    except BrokenPipeError:  # the reader has seen enough, and what was asked for is done
+        forget_output()
     return report.code
 
 
@@ -8937,8 +9081,10 @@ def complain(console: Console, words: list[str], error: CDEnvironmentError, code
 
 def os_error_sentence(error: OSError) -> str:
     """An OSError as one sentence that names the file."""
+    import errno
+
     reason = error.strerror or str(error) or type(error).__name__
-    if getattr(error, "errno", None) == 40:
+    if error.errno == errno.ELOOP:
         reason = "is a link, which is not followed here"
     return f"{error.filename}: {reason}." if error.filename else f"{reason}."
 
