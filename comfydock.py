@@ -1310,6 +1310,16 @@ def exit_code_within(process: "subprocess.Popen[Any]", seconds: float) -> Option
         return None
 
 
+def ignore_interrupts() -> None:
+    """Hear no Ctrl-C from now on; off the main thread nothing changes, for it hears none anyway."""
+    import signal
+
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:
+        pass
+
+
 @contextmanager
 def noted_signals() -> Iterator[list[str]]:
     """Yield a list to which SIGINT, SIGTERM and SIGHUP add "interrupt", "terminate", "hangup" instead of acting.
@@ -9045,7 +9055,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         forget_output()
         return 0
     except KeyboardInterrupt:
-        return complain(console, words, CDEnvironmentError("Interrupted.", "comfydock status", "interrupted"), 130)
+        return interrupted(console, words, is_program=argv is None)
     except CDEnvironmentError as error:
         return complain(console, words, error, 2 if error.code == "usage" else 1)
     except OSError as error:
@@ -9067,6 +9077,18 @@ def answer(console: Console, words: list[str]) -> int:
     except BrokenPipeError:  # the reader has seen enough, and what was asked for is done
         forget_output()
     return report.code
+
+
+def interrupted(console: Console, words: list[str], is_program: bool) -> int:
+    """Say so; a program that is about to end hears no second Ctrl-C, which would only break off its last words."""
+    while True:
+        try:
+            if is_program:
+                ignore_interrupts()
+            error = CDEnvironmentError("Interrupted.", "comfydock status", "interrupted")
+            return complain(console, words, error, 130)
+        except KeyboardInterrupt:
+            continue
 
 
 def complain(console: Console, words: list[str], error: CDEnvironmentError, code: int) -> int:
