@@ -2663,6 +2663,7 @@ NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 LOG_LIMIT = 10 * 1024 * 1024
 BLOCK = 1 << 16
 LEFTOVER_AGE = 60.0
+KNOWN_BYTES = 256
 
 
 def make_folder(path: str) -> None:
@@ -2956,13 +2957,16 @@ class LogFollower:
     """Hands on what is appended to a log, through rotation by rename and through truncation.
 
     `position` is the offset of the next byte, `path` where the current log is expected; the open
-    file may meanwhile have been moved to `.old`, and is read to its end before the new one.
+    file may meanwhile have been moved to `.old`, and is read to its end before the new one. A log
+    that was truncated may have grown again beyond `position` before we look: that the bytes before
+    it, `_known`, are still there tells.
     """
 
     def __init__(self, path: str, position: int) -> None:
         self.path = path
         self.position = position
         self._file: "Optional[BinaryIO]" = None
+        self._known = b""
 
     def read(self) -> bytes:
         """What is new, at most 1 MiB; empty when there is nothing. Raises OSError."""
@@ -2972,7 +2976,7 @@ class LogFollower:
         piece = self._read_on()  # written between the read and the move
         if not piece:
             self.close()
-            self.position = 0
+            self._begin_again()
         return piece or self._read_on()
 
     def _read_on(self) -> bytes:
@@ -2981,20 +2985,29 @@ class LogFollower:
                 self._file = open(self.path, "rb", buffering=0)
             except FileNotFoundError:
                 return b""
-        self._file.seek(self.position)
+        self._file.seek(self.position - len(self._known))
         piece = self._file.read(1 << 20) or b""
-        self.position += len(piece)
-        return piece
+        if not piece.startswith(self._known):
+            self._begin_again()
+            self._file.seek(0)
+            piece = self._file.read(1 << 20) or b""
+        new = piece[len(self._known) :]
+        self.position += len(new)
+        self._known = piece[-KNOWN_BYTES:]
+        return new
+
+    def _begin_again(self) -> None:
+        self.position, self._known = 0, b""
 
     def _has_moved(self) -> bool:
-        """Whether the open file is no longer the log, or has become shorter than what was read of it."""
+        """Whether the open file is no longer the log."""
         if self._file is None:
             return False
         try:
             here, there = os.fstat(self._file.fileno()), os.stat(self.path)
         except FileNotFoundError:
             return False
-        return not os.path.samestat(here, there) or here.st_size < self.position
+        return not os.path.samestat(here, there)
 
     def close(self) -> None:
         """Close the log."""
@@ -7613,6 +7626,17 @@ def as_sentence(text: str) -> str:
     return opened if opened.endswith((".", "!", "?", ":")) or "\n" in opened else f"{opened}."
 
 
+def forget_output() -> None:
+    """Send the rest to nowhere, so that the interpreter's last flush does not fail."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        try:
+            os.dup2(sink, number)
+        except OSError:
+            pass
+    os.close(sink)
+
+
 def is_terminal(stream: "Any") -> bool:
     """Whether a stream is a terminal; a closed or missing one is not."""
     try:
@@ -8113,7 +8137,7 @@ class Foreground:
             if error.errno != errno.EIO:
                 raise
             self.received.append("hangup")
-            self.console = Console(None, None, None)
+            forget_output()
         return bool(piece)
 
     def _drain(self) -> None:
@@ -8132,6 +8156,9 @@ class Foreground:
         self.environment.stop(meanwhile=self._is_impatient)
         self._drain()
         self.console.say("✓ ComfyUI stopped")
+        if first == "hangup" and self.console.unheard is not None:  # its terminal is closed: no fault of this command
+            self.console.unheard = None
+            forget_output()
         if self._is_impatient():
             return 130
         return {"interrupt": 0, "terminate": 143, "hangup": 129}[first]
@@ -9109,17 +9136,6 @@ def os_error_sentence(error: OSError) -> str:
     if error.errno == errno.ELOOP:
         reason = "is a link, which is not followed here"
     return f"{error.filename}: {reason}." if error.filename else f"{reason}."
-
-
-def forget_output() -> None:
-    """Send the rest to nowhere, so that the interpreter's last flush does not fail."""
-    sink = os.open(os.devnull, os.O_WRONLY)
-    for number in (1, 2):
-        try:
-            os.dup2(sink, number)
-        except OSError:
-            pass
-    os.close(sink)
 
 
 if __name__ == "__main__":
