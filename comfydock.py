@@ -2985,6 +2985,8 @@ class LogFollower:
                 self._file = open(self.path, "rb", buffering=0)
             except FileNotFoundError:
                 return b""
+            if os.fstat(self._file.fileno()).st_size < self.position:
+                self._begin_again()
         self._file.seek(self.position - len(self._known))
         piece = self._file.read(1 << 20) or b""
         if not piece.startswith(self._known):
@@ -8552,9 +8554,7 @@ def copy_span(console: Console, span: "tuple[str, int, int]") -> None:
 
 def follow_log(console: Console, environment: Environment, tail: int) -> None:
     """Show the last `tail` lines and what comes, until ComfyUI has been gone for 2 s."""
-    span = log_spans(environment, False, tail)[-1]
-    copy_span(console, span)
-    follower = LogFollower(environment.log_path, span[2])
+    follower = LogFollower(environment.log_path, log_spans(environment, False, tail)[-1][1])
     last_alive = next_look = time.monotonic()
     while True:
         if show_new(console, follower):
