@@ -8294,6 +8294,9 @@ def repair_content(console: Console, args: "argparse.Namespace", environment: En
         console.say(line)
     if not (args.yes or agreed(console, "Put this right?", "comfydock repair -y")):
         return {**done, "problems": ["Nothing was changed."]}
+    if difference.interrupted:  # what an addition that was broken off left is no node that somebody put there
+        with environment.nodes.changing("repair"):
+            difference = environment.nodes.compare()
     if args.remove_untracked:
         done["moved"] = environment.nodes.move_untracked_aside(difference.extra_nodes + difference.found_nodes)
     else:
