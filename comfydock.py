@@ -219,7 +219,7 @@ class ProcessState:
             _require(isinstance(getattr(self, name), (dict, type(None))), name)
         for name in ("log_offset", "log_inode"):
             _require(type(getattr(self, name)) is int and getattr(self, name) >= 0, name)
-        _require(all(isinstance(value, str) for value in self.env.values()), "env")
+        _require(all(is_variable(name, value) for name, value in self.env.items()), "env")
         _require(isinstance(self.starter.get("identity", {}), dict), "starter")
 
     def get_uptime(self) -> "timedelta":
@@ -265,8 +265,13 @@ def is_port(value: object) -> bool:
 
 
 def is_text_list(value: object) -> bool:
-    """Whether `value` is a list of str."""
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    """Whether `value` is a list of str that can be words of a command (no system takes a NUL in one)."""
+    return isinstance(value, list) and all(isinstance(item, str) and "\0" not in item for item in value)
+
+
+def is_variable(name: str, value: object) -> bool:
+    """Whether an environment variable may be called `name` and hold `value`."""
+    return bool(name) and isinstance(value, str) and "=" not in name and "\0" not in name + value
 
 
 @dataclass
@@ -554,7 +559,7 @@ class WorkspacePaths:
         self.environments = os.path.join(self.root, "environments")
         self.metadata = os.path.join(self.root, ".metadata")
         self.settings = os.path.join(self.metadata, "workspace.json")
-        self.port_lock = os.path.join(self.metadata, ".ports.lock")
+        self.lock = os.path.join(self.metadata, ".workspace.lock")
 
     @property
     def logs(self) -> "Path":
@@ -659,7 +664,7 @@ def default_workspace() -> str:
     if chosen:
         return os.path.abspath(os.path.expanduser(chosen))
     home = os.path.expanduser("~")
-    if not os.path.isabs(home):
+    if not os.path.isabs(home) or os.environ.get("HOME") == "":  # of an empty HOME expanduser makes the root folder
         raise CDEnvironmentError("No home folder is known, so there is no place for a workspace.", "set COMFYDOCK_HOME")
     ours, older = os.path.join(home, ".comfydock"), os.path.join(home, "comfydock")
     has_older = os.path.isdir(WorkspacePaths(older).metadata)
@@ -1064,6 +1069,10 @@ if sys.platform == "win32":
         """Return the path of the interpreter in a venv folder; whether it is there is not checked."""
         return os.path.join(folder, "Scripts", "python.exe")
 
+    def is_writable_by_others(path: str) -> bool:
+        """Return False: who may write here is a matter of ACLs, which the mode of a file does not show."""
+        return False
+
     def session_of(pid: int) -> Optional[int]:
         """Return None: there are no POSIX sessions on Windows."""
         return None
@@ -1287,6 +1296,13 @@ else:
         """Return the path of the interpreter in a venv folder; whether it is there is not checked."""
         return os.path.join(folder, "bin", "python")
 
+    def is_writable_by_others(path: str) -> bool:
+        """Tell whether everybody may write there. A group may be the user's own, so it does not count."""
+        try:
+            return bool(os.stat(path).st_mode & 0o002)
+        except OSError:
+            return False
+
     def session_of(pid: int) -> Optional[int]:
         """Return the session of a process, None where the system does not tell."""
         try:
@@ -1351,6 +1367,16 @@ def exit_code_within(process: "subprocess.Popen[Any]", seconds: float) -> Option
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
         return None
+
+
+def ignore_interrupts() -> None:
+    """Hear no Ctrl-C from now on; off the main thread nothing changes, for it hears none anyway."""
+    import signal
+
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:
+        pass
 
 
 @contextmanager
@@ -2688,6 +2714,8 @@ def fetch_json(url: str, limit: int = 16 * MEGABYTE) -> Any:
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 LOG_LIMIT = 10 * 1024 * 1024
 BLOCK = 1 << 16
+LEFTOVER_AGE = 60.0
+KNOWN_BYTES = 256
 
 
 def make_folder(path: str) -> None:
@@ -2705,11 +2733,10 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
     try:
         _write_new(temporary, data, mode)
         replace_file(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         _unlink_if_there(temporary)
-        raise OSError(error.errno, error.strerror, path) from error
-    except BaseException:
-        _unlink_if_there(temporary)
+        if isinstance(error, OSError):  # it names the temporary file, or on a full disk none
+            error.filename, error.filename2 = path, None
         raise
     _sync_folder(os.path.dirname(path))
 
@@ -2762,6 +2789,26 @@ def sweep_leftovers(path: str) -> None:
             _unlink_if_there(os.path.join(folder, entry))
 
 
+def sweep_folder(folder: str) -> None:
+    """Remove temporary files that killed writers left in a folder which several may write into at once.
+
+    A writer needs milliseconds: what is older than LEFTOVER_AGE has none any more.
+    """
+    for entry in os.listdir(folder):
+        path = os.path.join(folder, entry)
+        try:
+            if _is_temporary(entry) and os.lstat(path).st_mtime < time.time() - LEFTOVER_AGE:
+                os.unlink(path)
+        except OSError:
+            pass
+
+
+def _is_temporary(name: str) -> bool:
+    """Whether a file's name is one that write_atomic makes."""
+    writer, _, random = name.removesuffix(".tmp").rpartition(".")[2].partition("-")
+    return name.endswith(".tmp") and writer.isdigit() and len(random) == 8
+
+
 def remove_file(path: str) -> None:
     """Remove a file; that it is not there is no error. Raises OSError otherwise."""
     try:
@@ -2811,13 +2858,25 @@ def locked(path: str, seconds: float, purpose: str) -> Iterator[None]:
 
 def _lock_by(path: str, deadline: float) -> int:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+        handle = _open_lock(path)
         if lock_handle(handle) and _is_still_at(handle, path):
             return handle
         os.close(handle)
         if time.monotonic() > deadline:
             raise _locked_out(path)
         time.sleep(0.01)
+
+
+def _open_lock(path: str) -> int:
+    """The lock file opened, made if need be. Reading is enough: ComfyUI on a read-only disk must be stoppable, too."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+    except OSError:
+        try:
+            return os.open(path, os.O_RDONLY | NO_FOLLOW)
+        except OSError:
+            pass
+        raise
 
 
 def _is_still_at(handle: int, path: str) -> bool:
@@ -2905,7 +2964,9 @@ def start_log_anew(path: str, header: str) -> int:
 def _move_log(path: str) -> None:
     try:
         os.replace(path, rotated(path))
-    except PermissionError:  # Windows, while somebody reads the log
+    except PermissionError:
+        if not files_are_locked_in_use():
+            raise
         with open(path, "rb") as source, open(rotated(path), "wb") as target:
             copy_bytes(source, target.write, os.fstat(source.fileno()).st_size)
         os.truncate(path, 0)
@@ -2921,8 +2982,10 @@ def begin_session(path: str, header: str) -> "tuple[BinaryIO, int, int]":
         log.write(gap + header.encode())
         log.flush()
         return log, size + len(gap), os.fstat(log.fileno()).st_ino
-    except BaseException:
+    except BaseException as error:
         log.close()
+        if isinstance(error, OSError):  # a full disk names no file
+            error.filename = path
         raise
 
 
@@ -5508,6 +5571,15 @@ def monitor_row(record: Optional[ProcessState]) -> Optional[ProcessRow]:
     return find_process(noted.get("pid"), noted.get("identity"))
 
 
+@contextmanager
+def workspace_lock(paths: WorkspacePaths, purpose: str) -> Iterator[None]:
+    """Hold the lock on what environments share, their ports and the settings: for milliseconds only."""
+    make_folder(paths.metadata)
+    with locked(paths.lock, LOCK_SECONDS, purpose):
+        sweep_leftovers(paths.settings)
+        yield
+
+
 class Environment:
     """One ComfyUI environment of a workspace: its checkout, its Python, its one ComfyUI process.
 
@@ -5605,10 +5677,17 @@ class Environment:
             GitManager(self.paths.cec).hide_runtime_files()
         with locked(self.paths.lock, seconds, purpose):
             sweep_leftovers(self.paths.state)
+            sweep_folder(self.paths.cec)
             yield
 
     def _parse_comfyui_args(self, args: list[str]) -> ComfyUIConfig:
         return parse_comfyui_args(args)
+
+    def folder_open_to_others(self) -> Optional[str]:
+        """The first folder of ours in which every user of this machine may plant files, None when there is none."""
+        shared, logs = self.workspace_paths, os.path.dirname(self.log_path)
+        folders = (shared.root, shared.metadata, shared.environments, self.paths.root, self.paths.cec)
+        return next(filter(is_writable_by_others, (*folders, os.path.dirname(logs), logs)), None)
 
     # Looking -------------------------------------------------------------------------
 
@@ -5616,11 +5695,26 @@ class Environment:
         """What is there now; changes nothing. Raises CDEnvironmentError for a broken manifest, OSError.
 
         `scanned` are the rows of one `scan_for_comfyui`, when many environments are looked at.
-        Whoever holds the process lock says so: then no starter can be at work.
+        Whoever holds the process lock says so: then no starter can be at work. For others the
+        record may change between the look at it and the look at the processes: then they look again.
         """
-        record, is_damaged_record = look_up_state(self.paths.state)
+        for _ in range(10):
+            found = look_up_state(self.paths.state)
+            sight = self._observe(*found, scanned, lock_held)
+            if lock_held or look_up_state(self.paths.state) == found:
+                break
+            scanned = None
+        return sight
+
+    def _observe(
+        self,
+        record: Optional[ProcessState],
+        is_damaged: bool,
+        scanned: "Optional[list[ProcessRow]]",
+        lock_held: bool,
+    ) -> Sighting:
         if record is None:
-            return self._unrecorded(None, STOPPED, "damaged" if is_damaged_record else "", scanned)
+            return self._unrecorded(None, STOPPED, "damaged" if is_damaged else "", scanned)
         place = place_of(record.identity if record.pid else record.starter.get("identity", {}))
         if place == "foreign":
             return Sighting(FOREIGN, record)
@@ -5987,8 +6081,7 @@ class Environment:
         """Choose the port and write down what is about to start, so that no other environment takes the port."""
         import uuid
 
-        make_folder(self.workspace_paths.metadata)
-        with locked(self.workspace_paths.port_lock, LOCK_SECONDS, "run"):
+        with workspace_lock(self.workspace_paths, "run"):
             args = self._with_usable_port(args, auto_port)
             config = parse_comfyui_args(args)
             record = ProcessState(None, config.host, config.port, args, utc_now(), self.log_path, phase=STARTING)
@@ -6223,9 +6316,16 @@ class Environment:
 
     def _retire_state(self) -> None:
         """The record is no longer of anything that runs: it becomes the last run, which `restart` starts again."""
-        if self._read_state() is not None:
-            replace_file(self.paths.state, self.paths.last_run)
-        self._clear_state()
+        try:
+            if self._read_state() is not None:
+                replace_file(self.paths.state, self.paths.last_run)
+            self._clear_state()
+        except OSError as error:
+            raise CDEnvironmentError(
+                f"ComfyUI was stopped, but its record {self.paths.state} cannot be removed: {error.strerror}.",
+                f"comfydock -e {self.name} status",
+                "system",
+            ) from error
 
     def require_idle(self) -> None:
         """Raises CDEnvironmentError while a ComfyUI of this environment runs or may run elsewhere."""
@@ -6299,7 +6399,7 @@ class Environment:
     def restart(self, timeout: float = 10) -> bool:
         """Stop ComfyUI if it runs, and start it with the arguments and variables it was started with.
 
-        Python, main.py, log and port are checked before anything is stopped. Returns True. Raises
+        Python, main.py, log, record and port are checked before anything is stopped. Returns True. Raises
         CDEnvironmentError when nothing was ever started or something stands in the way.
         """
         self._require_startable()
@@ -6943,7 +7043,7 @@ class Workspace:
     def use(self, name: str) -> Environment:
         """Make `name` the active environment. Raises CDEnvironmentError when there is none, OSError."""
         environment = self.get_environment(name)
-        self._write_settings({**self._settings(), "active_environment": name})
+        self._change_settings(active_environment=name)
         return environment
 
     def select(self, name: Optional[str], folder: str) -> Environment:
@@ -7017,7 +7117,7 @@ class Workspace:
             raise CDEnvironmentError(
                 f"There is no Python at {interpreter}.", "give the path of an interpreter", "missing"
             )
-        self._write_settings(self._settings())
+        self._change_settings()
         adopt_environment(environment.paths, name, checkout, interpreter, environment.tell)
         return environment
 
@@ -7031,13 +7131,14 @@ class Workspace:
                 "comfydock --workspace DIR run --demo",
                 "exists",
             )
+        self._change_settings()
         source = demo_source().encode()
         script = main_script(environment.paths.comfyui)
+        make_folder(os.path.join(environment.paths.comfyui, "custom_nodes"))
+        sweep_folder(environment.paths.comfyui)
         if _file_differs(script, source):
-            make_folder(os.path.join(environment.paths.comfyui, "custom_nodes"))
             write_atomic(script, source, 0o644)
         if not is_there or not environment.is_complete or environment.manifest.python_path != sys.executable:
-            self._write_settings(self._settings())
             write_demo_manifest(environment.paths, environment.name, sys.executable)
         return environment
 
@@ -7045,7 +7146,7 @@ class Workspace:
         """Make an environment with a ComfyUI of its own. Raises as `create_environment`."""
         require_new_name(options.name)
         environment = self._environment(options.name)
-        self._write_settings(self._settings())
+        self._change_settings()
         make_folder(self.paths.environments)
         create_environment(environment.paths, options, tell)
         return environment
@@ -7058,9 +7159,8 @@ class Workspace:
         environment = self.get_environment(name)
         environment.require_idle()
         delete_environment(environment.paths)
-        settings = self._settings()
-        if settings.get("active_environment") == name:
-            self._write_settings({**settings, "active_environment": ""})
+        if self._settings().get("active_environment") == name:
+            self._change_settings(active_environment="")
 
     def initialize(self) -> bool:
         """Make the workspace's folder; False when it is one already. Raises CDEnvironmentError for another folder."""
@@ -7072,7 +7172,7 @@ class Workspace:
                 f"{self.paths.root} is not empty and no workspace.", "name another folder", "exists"
             )
         make_folder(self.paths.environments)
-        self._write_settings(self._settings())
+        self._change_settings()
         return True
 
     def reports(self, timeout: float = 0.5) -> list[dict[str, Any]]:
@@ -7135,18 +7235,19 @@ class Workspace:
             )
         return settings
 
-    def _write_settings(self, settings: dict[str, Any]) -> None:
+    def _change_settings(self, **changes: Any) -> None:
+        """Set keys of workspace.json, and those that comfydock 1.0.x needs; others may do the same meanwhile."""
         needed = {
             "version": 1,
             "active_environment": "",
             "created_at": utc_now(),
             "global_model_directory": None,
         }
-        complete = {**needed, **settings}
-        if complete == settings and os.path.exists(self.paths.settings) and settings == self._settings():
+        if not changes and needed.keys() <= self._settings().keys():
             return
-        make_folder(self.paths.metadata)
-        write_atomic(self.paths.settings, (json.dumps(complete, indent=2) + "\n").encode())
+        with workspace_lock(self.paths, "use"):
+            settings = {**needed, **self._settings(), **changes}
+            write_atomic(self.paths.settings, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def observe_or_say(environment: Environment, scanned: "list[ProcessRow]") -> Sighting:
@@ -7505,7 +7606,8 @@ class Console:
 
     In JSON mode nothing is said but the one object at the end. `call` is how comfydock was called,
     and replaces the name "comfydock" wherever a line shows a command; `chosen` is the `-e NAME`
-    that such a line needs.
+    that such a line needs. A line that cannot be written (a full disk, a reader who left) must not
+    keep ComfyUI from being stopped: `unheard` holds the error until `flush` raises it.
     """
 
     def __init__(self, out: "Any", err: "Any", source: "Any", json_mode: bool = False, call: str = "comfydock") -> None:
@@ -7516,6 +7618,7 @@ class Console:
         self.call = call
         self.chosen = ""
         self.environment: Optional[str] = None
+        self.unheard: Optional[OSError] = None
 
     def say(self, line: str = "") -> None:
         """One line for people; nothing in JSON mode."""
@@ -7541,16 +7644,20 @@ class Console:
             self._write(self.err, f"\r\x1b[K{line}")
 
     def raw(self, data: bytes) -> None:
-        """Bytes of a log, as they are."""
+        """Bytes of a log, as they are. Raises OSError: who only shows a log has nothing else to do."""
         if self.out is None:
             return
-        self.out.flush()
-        sink = getattr(self.out, "buffer", None)
-        if sink is None:
-            self.out.write(data.decode("utf-8", "replace"))
-        else:
-            sink.write(data)
-            sink.flush()
+        try:
+            self.out.flush()
+            sink = getattr(self.out, "buffer", None)
+            if sink is None:
+                self.out.write(data.decode("utf-8", "replace"))
+            else:
+                sink.write(data)
+                sink.flush()
+        except OSError as error:
+            error.filename = "the output"
+            raise
 
     def can_ask(self) -> bool:
         """Whether a terminal is there to answer."""
@@ -7593,7 +7700,10 @@ class Console:
             self._write(self.err, f"{indent}{error.hint}\n")
 
     def flush(self) -> None:
-        """Send what is still buffered; raises OSError (a closed pipe, a full disk)."""
+        """Send what is still buffered; raises OSError (a closed pipe, a full disk), and for what went unheard."""
+        if self.unheard is not None:
+            error, self.unheard = self.unheard, None
+            raise error
         for stream in (self.out, self.err):
             if stream is not None and not stream.closed:
                 stream.flush()
@@ -7618,8 +7728,12 @@ class Console:
             text.encode(encoding)
         except UnicodeEncodeError:
             text = text.translate(PLAIN).encode(encoding, "backslashreplace").decode(encoding)
-        stream.write(text)
-        stream.flush()
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError as error:
+            error.filename = "the output"
+            self.unheard = self.unheard or error
 
     def _coloured(self, stream: "Any", text: str) -> str:
         if not wants_colour(stream):
@@ -7646,6 +7760,17 @@ def as_sentence(text: str) -> str:
     first = text.split(" ", 1)[0]
     opened = text[:1].upper() + text[1:] if first.isalpha() and first.islower() else text
     return opened if opened.endswith((".", "!", "?", ":")) or "\n" in opened else f"{opened}."
+
+
+def forget_output() -> None:
+    """Send the rest to nowhere, so that the interpreter's last flush does not fail."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        try:
+            os.dup2(sink, number)
+        except OSError:
+            pass
+    os.close(sink)
 
 
 def is_terminal(stream: "Any") -> bool:
@@ -8049,6 +8174,9 @@ def warn_before_start(console: Console, environment: Environment, args: "argpars
     """What a user should know before ComfyUI is up."""
     for name in environment.dropped_variables():
         console.warn(f"{name} is set here; ComfyUI starts without it.")
+    folder = environment.folder_open_to_others()
+    if folder is not None:
+        console.warn(f"Other users may write into {folder}, and so change what runs here: chmod o-w '{folder}'")
     host = parse_comfyui_args(args.comfyui_args).host
     if not is_loopback(host):
         console.warn(f"ComfyUI has no password: whoever can reach this machine on {host or 'any address'} can use it.")
@@ -8169,41 +8297,52 @@ class Foreground:
         pid = self.record.pid if self.record and self.record.pid else 0
         row = process_table().row(pid)
         while row is not None and still_runs(row):
-            self._pump()
+            has_more = self._pump()
             if self.received:
                 return self._stop()
             if os.getpid() == 1:
                 reap_strangers(pid)
-            time.sleep(FOLLOW_PAUSE)
-        self._pump()
+            if not has_more:
+                time.sleep(FOLLOW_PAUSE)
+        self._drain()
         return self._ended(exit_code_of(pid))
 
-    def _pump(self) -> None:
-        """Show what is new in the log; when nobody can see it any more, that is as good as a hangup."""
-        try:
-            while show_new(self.console, self.follower):
-                pass
-        except OSError:
-            self._go_deaf()
+    def _pump(self) -> bool:
+        """Show a piece of what is new in the log, and return to where signals are heard; whether there may be more.
 
-    def _say(self, line: str) -> None:
-        try:
-            self.console.say(line)
-        except OSError:
-            self._go_deaf()
+        A terminal that is closed says EIO, perhaps before its SIGHUP comes: that is a hangup, with nobody to tell.
+        """
+        import errno
 
-    def _go_deaf(self) -> None:
-        """The terminal or the pipe is gone: go on without words, for ComfyUI must still be stopped."""
-        self.console.out = self.console.err = None
-        self.received.append("hangup")
+        piece = self.follower.read()
+        try:
+            self.console.raw(piece)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self.received.append("hangup")
+            forget_output()
+        return bool(piece)
+
+    def _drain(self) -> None:
+        """Show what is left, up to where the log ends now: a child of ComfyUI may go on writing for ever."""
+        try:
+            end = os.path.getsize(self.environment.log_path)
+        except OSError:
+            end = 0
+        while self._pump() and self.follower.position < end:
+            pass
 
     def _stop(self) -> int:
         """Stop ComfyUI for the first signal; a second Ctrl-C meanwhile kills it."""
         first = self.received[0]
-        self._say("\n⏸  Stopping ComfyUI...")
+        self.console.say("\n⏸  Stopping ComfyUI...")
         self.environment.stop(meanwhile=self._is_impatient)
-        self._pump()
-        self._say("✓ ComfyUI stopped")
+        self._drain()
+        self.console.say("✓ ComfyUI stopped")
+        if first == "hangup" and self.console.unheard is not None:  # its terminal is closed: no fault of this command
+            self.console.unheard = None
+            forget_output()
         if self._is_impatient():
             return 130
         return {"interrupt": 0, "terminate": 143, "hangup": 129}[first]
@@ -8218,7 +8357,7 @@ class Foreground:
         if not is_ours or record is None or record.wanted == STOPPED:
             return self._gone_elsewhere()
         self.environment.note_exit(self.record.run_id if self.record else None, code)
-        self._say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({exit_words(code)})'}")
+        self.console.say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({exit_words(code)})'}")
         return shell_code(code)
 
     def _gone_elsewhere(self) -> int:
@@ -8227,7 +8366,7 @@ class Foreground:
         if successor is not None:
             self.record = successor
             return self.watch()
-        self._say("\nComfyUI was stopped from elsewhere.")
+        self.console.say("\nComfyUI was stopped from elsewhere.")
         return 0
 
 
@@ -8397,6 +8536,9 @@ def repair_content(console: Console, args: "argparse.Namespace", environment: En
         console.say(line)
     if not (args.yes or agreed(console, "Put this right?", "comfydock repair -y")):
         return {**done, "problems": ["Nothing was changed."]}
+    if difference.interrupted:  # what an addition that was broken off left is no node that somebody put there
+        with environment.nodes.changing("repair"):
+            difference = environment.nodes.compare()
     if args.remove_untracked:
         done["moved"] = environment.nodes.move_untracked_aside(difference.extra_nodes + difference.found_nodes)
     else:
@@ -8664,9 +8806,7 @@ def copy_span(console: Console, span: "tuple[str, int, int]") -> None:
 
 def follow_log(console: Console, environment: Environment, tail: int) -> None:
     """Show the last `tail` lines and what comes, until ComfyUI has been gone for 2 s."""
-    span = log_spans(environment, False, tail)[-1]
-    copy_span(console, span)
-    follower = LogFollower(environment.log_path, span[2])
+    follower = LogFollower(environment.log_path, log_spans(environment, False, tail)[-1][1])
     last_alive = next_look = time.monotonic()
     while True:
         if show_new(console, follower):
@@ -9207,7 +9347,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         forget_output()
         return 0
     except KeyboardInterrupt:
-        return complain(console, words, CDEnvironmentError("Interrupted.", "comfydock status", "interrupted"), 130)
+        return interrupted(console, words, is_program=argv is None)
     except CDEnvironmentError as error:
         return complain(console, words, error, 2 if error.code == "usage" else 1)
     except OSError as error:
@@ -9224,8 +9364,23 @@ def answer(console: Console, words: list[str]) -> int:
     command, args = parse(words, console.call)
     report = command.act(console, args)
     console.show(command.name, report, command.words)
-    console.flush()
+    try:
+        console.flush()
+    except BrokenPipeError:  # the reader has seen enough, and what was asked for is done
+        forget_output()
     return report.code
+
+
+def interrupted(console: Console, words: list[str], is_program: bool) -> int:
+    """Say so; a program that is about to end hears no second Ctrl-C, which would only break off its last words."""
+    while True:
+        try:
+            if is_program:
+                ignore_interrupts()
+            error = CDEnvironmentError("Interrupted.", "comfydock status", "interrupted")
+            return complain(console, words, error, 130)
+        except KeyboardInterrupt:
+            continue
 
 
 def complain(console: Console, words: list[str], error: CDEnvironmentError, code: int) -> int:
@@ -9240,21 +9395,12 @@ def complain(console: Console, words: list[str], error: CDEnvironmentError, code
 
 def os_error_sentence(error: OSError) -> str:
     """An OSError as one sentence that names the file."""
+    import errno
+
     reason = error.strerror or str(error) or type(error).__name__
-    if getattr(error, "errno", None) == 40:
+    if error.errno == errno.ELOOP:
         reason = "is a link, which is not followed here"
     return f"{error.filename}: {reason}." if error.filename else f"{reason}."
-
-
-def forget_output() -> None:
-    """Send the rest to nowhere, so that the interpreter's last flush does not fail."""
-    sink = os.open(os.devnull, os.O_WRONLY)
-    for number in (1, 2):
-        try:
-            os.dup2(sink, number)
-        except OSError:
-            pass
-    os.close(sink)
 
 
 if __name__ == "__main__":

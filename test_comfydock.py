@@ -9,6 +9,8 @@ import ast
 import builtins
 import contextlib
 import dis
+import errno
+import functools
 import gc
 import glob
 import gzip
@@ -34,6 +36,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import types
 import unittest
 import unittest.mock
@@ -124,10 +127,11 @@ class Person:
         self.variables = {**kept, **forced, "HOME": self.home, "USERPROFILE": self.home, "PYTHONUTF8": "1", **variables}
         self.variables.pop("CONDA_PREFIX", None)
         self.children = []
+        self.prefix = []  # what runs the command: strace, nsenter, a shell
         test.addCleanup(self.clean_up)
 
     def command(self, *words):
-        return [sys.executable, MODULE, *words]
+        return [*self.prefix, sys.executable, MODULE, *words]
 
     def types(self, *words, cwd=None, seconds=60, stdin=subprocess.DEVNULL, **variables):
         """Run one command to its end; returns the CompletedProcess with text."""
@@ -5489,6 +5493,938 @@ sys.__stderr__.write(json.dumps(facts))
         self.assertTrue(caught.exception.hint)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Journeys: faults, races, damage
+# ----------------------------------------------------------------------------------------------------------------------
+
+LONG = "--long" in sys.argv
+AS_ROOT = LINUX and not WINDOWS and not os.geteuid()
+
+
+@functools.cache
+def strace_works():
+    """Whether strace is here and may trace."""
+    command = ["strace", "-qq", "-o", os.devnull, "-e", "trace=getpid", "true"]
+    return has("strace") and not subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+
+
+@functools.cache
+def namespaces_work():
+    """Whether we may have mounts and PIDs of our own."""
+    command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "true"]
+    return (
+        AS_ROOT
+        and has("nsenter")
+        and has("unshare")
+        and not subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+    )
+
+
+class Trouble(Journey):
+    """A journey in which something goes wrong, with what most of them ask afterwards."""
+
+    def servers(self):
+        """The live ComfyUI processes of this person, the demo's own child processes left out."""
+        return [row for row in self.person.processes() if "main.py" in row.text]
+
+    def assertQuiet(self, done, *codes):
+        """No traceback and no fault of ours, whatever happened; the exit code is one of `codes`."""
+        said = done.stdout + done.stderr
+        self.assertNotIn("Traceback", said)
+        self.assertNotIn("fault of comfydock", said)
+        self.assertIn(done.returncode, codes, said)
+        return said
+
+    def environment_of_person(self, name="demo"):
+        return dock.Workspace(self.person.workspace).get_environment(name)
+
+    def own_mounts(self, script, *options):
+        """Have all commands of the person run where the shell `script` was run first; returns a PID inside."""
+        command = [
+            "unshare",
+            "--mount",
+            *options,
+            "sh",
+            "-ec",
+            f"{script}\necho ready\nexec cat",
+            "sh",
+            self.person.home,
+        ]
+        keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(self.end_keeper, keeper)
+        self.assertEqual(keeper.stdout.readline(), b"ready\n")
+        inside = keeper.pid
+        if options:  # unshare has forked
+            inside = eventually(lambda: [row for row in dock.process_table().rows() if row.ppid == keeper.pid])[0].pid
+        spaces = [f"--mount=/proc/{inside}/ns/mnt", *([f"--pid=/proc/{inside}/ns/pid"] if options else [])]
+        self.person.prefix = ["nsenter", *spaces]
+        return inside
+
+    def end_keeper(self, keeper):
+        self.person.prefix = []
+        keeper.stdin.close()
+        keeper.stdout.close()
+        keeper.wait()
+
+
+@unittest.skipIf(WINDOWS, "needs signals")
+class KilledAnywhere(Trouble):
+    """SIGKILL for comfydock itself; what the next command makes of it."""
+
+    DEEDS = {
+        "write", "fsync", "rename", "unlink", "mkdir", "ftruncate", "flock", "vfork", "clone", "clone3", "kill", "wait4", "poll",
+        "socket", "bind", "symlink", "rmdir", "link", "exit_group",
+    }  # fmt: skip
+
+    def points(self, count, *words):
+        """Where to kill a command, which is run once for that: at system calls where strace is, else at moments."""
+        chance = random.Random(7)
+        trace = os.path.join(self.person.home, "trace")
+        if strace_works():
+            self.person.prefix = ["strace", "-qq", "-o", trace]
+        began = time.monotonic()
+        self.assertQuiet(self.person.types(*words), 0)
+        took = time.monotonic() - began
+        self.person.prefix = []
+        if not strace_works():
+            return [chance.uniform(0, took) for _ in range(70 if LONG else count)]
+        calls = self.calls_in(trace)
+        deeds = [call for call in calls if call[2]]
+        others = [call for call in calls if not call[2]]
+        if LONG:
+            return deeds + chance.sample(others, min(len(others), 30)) + [chance.uniform(0, took) for _ in range(20)]
+        return [*chance.sample(deeds, count - 1), chance.choice(others)]
+
+    def calls_in(self, trace):
+        """The system calls of a trace from the first look at the workspace on: (name, how manieth, changes something)."""
+        counts, calls, begun = {}, [], False
+        for line in Path(trace).read_text(encoding="utf-8", errors="replace").splitlines():
+            name = re.match(r"\w*", line)[0]
+            counts[name] = counts.get(name, 0) + 1
+            begun = begun or self.person.workspace in line
+            if name and begun:
+                calls.append((name, counts[name], name in self.DEEDS or "O_CREAT" in line))
+        return calls
+
+    def killed(self, point, *words):
+        """Run a command that is killed at a point, a system call or a number of seconds; whether it was."""
+        if isinstance(point, float):
+            child = self.person.starts(*words)
+            dock.exit_code_within(child, point)
+            child.kill()
+            return child.wait() == -signal.SIGKILL
+        name, number, _ = point
+        inject = f"inject={name}:signal=SIGKILL:when={number}"
+        self.person.prefix = ["strace", "-qq", "-o", os.devnull, "-e", f"trace={name}", "-e", inject]
+        done = self.person.types(*words)
+        self.person.prefix = []
+        return done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
+
+    def age_leftovers(self):
+        """Make what a killed writer left look as old as it will be some day; returns the paths."""
+        found = glob.glob(os.path.join(glob.escape(self.person.workspace), "**", "*.tmp"), recursive=True)
+        found += glob.glob(os.path.join(glob.escape(self.person.workspace), "**", ".*.tmp"), recursive=True)
+        for path in found:
+            os.utime(path, (1, 1))
+        return found
+
+    def log_bytes(self):
+        with contextlib.suppress(FileNotFoundError):
+            return Path(self.person.workspace, "logs", "demo", "comfyui.log").read_bytes()
+        return b""
+
+    def check(self, port, before):
+        """After a kill: state whole or absent, one ComfyUI at most, and the next commands put all in order."""
+        path = self.person.state_file()
+        self.assertTrue(dock.read_state(path) is not None or not os.path.exists(path))
+        self.assertLessEqual(len(self.servers()), 1)
+        self.assertTrue(self.log_bytes().startswith(before))
+        self.age_leftovers()
+        done = self.person.types("run", "--demo", "--port", port)
+        said = self.assertQuiet(done, 0, 1)
+        self.assertIn(f"http://127.0.0.1:{port}" if done.returncode == 0 else "already running", said)
+        [row] = self.servers()
+        self.assertEqual(self.person.state()["pid"], row.pid)
+        self.assertEqual(self.age_leftovers(), [])
+        log = self.log_bytes()
+        self.assertTrue(log.startswith(before))
+        self.assertIn(self.person.state()["run_id"].encode(), log)
+
+    def sweep(self, command, count):
+        """Kill `command` at many points, each time from the same beginning; it must have been killed at most of them."""
+        port = str(free_port())
+        words = ["run", "--demo", "--port", port] if command == "run" else ["-e", "demo", command]
+        self.assertQuiet(self.person.types("run", "--demo", "--port", port), 0)
+        if command == "run":
+            self.assertQuiet(self.person.types("stop", "--kill"), 0)
+        points, kills = self.points(count, *words), 0
+        if command == "stop":
+            self.assertQuiet(self.person.types("run", "--demo", "--port", port), 0)
+        for point in points:
+            with self.subTest(command=command, point=point):
+                if command == "run":
+                    self.assertQuiet(self.person.types("stop", "--kill"), 0)
+                before = self.log_bytes()
+                kills += self.killed(point, *words)
+                self.check(port, before)
+        self.assertQuiet(self.person.types("stop", "--kill"), 0)
+        self.assertEqual((self.servers(), self.person.state()), ([], None))
+        self.assertGreater(kills, len(points) // 2)
+
+    def test_run_killed_anywhere(self):
+        self.sweep("run", 4)
+
+    def test_stop_killed_anywhere(self):
+        self.sweep("stop", 2)
+
+    def test_restart_killed_anywhere(self):
+        self.sweep("restart", 3)
+
+    def test_node_add_killed_anywhere(self):
+        person = self.person
+        person.environment("a")
+        node = os.path.join(person.home, "work", "my-node")
+        os.makedirs(node)
+        Path(node, "__init__.py").write_text("", encoding="utf-8")
+        words = ["-e", "a", "node", "add", node, "--dev"]
+        points, kills = self.points(2, *words), 0
+        self.assertQuiet(person.types("-e", "a", "node", "remove", "my-node"), 0)
+        for point in points:
+            with self.subTest(point=point):
+                kills += self.killed(point, *words)
+                self.assertQuiet(person.types("-e", "a", "node", "list"), 0)
+                self.assertQuiet(person.types("-e", "a", "repair", "-y"), 0)
+                data = person.status("-e", "a")
+                self.assertTrue(data["difference"]["synced"], data)
+                listed = json.loads(person.types("-e", "a", "node", "list", "--json").stdout)["data"]["nodes"]
+                if listed:
+                    self.assertQuiet(person.types("-e", "a", "node", "remove", "my-node"), 0)
+                custom_nodes = os.path.join(person.home, "a", "ComfyUI", "custom_nodes")
+                self.assertEqual([name for name in os.listdir(custom_nodes) if name.startswith(".")], [])
+                self.assertTrue(os.path.exists(os.path.join(node, "__init__.py")))
+        self.assertGreater(kills, len(points) // 2)
+
+
+class ManyAtOnce(Trouble):
+    def test_sixteen_people_who_run_stop_restart_and_look(self):
+        port, chance = str(free_port()), random.Random()
+        words = [["run", "--demo", "--port", port], ["-e", "demo", "stop"], ["-e", "demo", "restart"], ["-e", "demo", "status", "--json"],
+                 ["list"], ["-e", "demo", "logs", "-n", "3"]]  # fmt: skip
+        self.assertQuiet(self.person.types(*words[0]), 0)
+        deadline = time.monotonic() + (20 if LONG else 5)
+        done, seen = [], []
+
+        def somebody():
+            while time.monotonic() < deadline:
+                done.append(self.person.types(*chance.choice(words), seconds=120))
+
+        def watcher():
+            while time.monotonic() < deadline:
+                seen.append([row.pid for row in self.servers()])
+                time.sleep(0.01)
+
+        threads = [threading.Thread(target=work) for work in (*[somebody] * 16, watcher)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertGreater(len(done), 16)
+        for one in done:
+            self.assertQuiet(one, 0, 1, 3)
+        self.assertLessEqual(max(map(len, seen)), 1, seen)
+        rows, data = self.servers(), self.person.status("-e", "demo")
+        self.assertEqual([data["pid"]] if data["pid"] else [], [row.pid for row in rows])
+        self.assertEqual(data["note"], None)
+        self.assertQuiet(self.person.types("-e", "demo", "stop"), 0)
+        self.assertEqual((self.servers(), self.person.state()), ([], None))
+
+    def test_a_reader_sees_no_half_of_a_change(self):
+        self.start_demo()
+        environment = self.environment_of_person()
+        real = dock.comfyui_processes
+        old = environment._read_state()
+
+        def restarted_meanwhile(*words):
+            if environment._read_state() == old:
+                self.assertQuiet(self.person.types("restart"), 0)
+            return real(*words)
+
+        os.kill(old.pid, signal.SIGKILL)
+        eventually(lambda: not alive(old.pid))
+        with unittest.mock.patch.object(dock, "comfyui_processes", restarted_meanwhile):
+            sight = environment.observe()
+        self.assertEqual((sight.state, sight.note, sight.row.pid), ("running", "", self.person.state()["pid"]))
+
+
+class DisksAndFolders(Trouble):
+    def filled(self):
+        """A workspace on a disk of 1 MB that the demo has run on once, now full; returns (port, its path from outside)."""
+        inside = self.own_mounts('mkdir "$1/.comfydock"; mount -t tmpfs -o size=1m tmpfs "$1/.comfydock"')
+        port = str(free_port())
+        self.assertQuiet(self.person.types("run", "--demo", "--port", port), 0)
+        return port, f"/proc/{inside}/root{self.person.workspace}"
+
+    def fill(self, workspace):
+        with contextlib.suppress(OSError), open(os.path.join(workspace, "fill"), "ab", buffering=0) as file:
+            while True:
+                file.write(bytes(512))
+
+    def test_a_full_disk_stops_no_stop_and_orphans_nobody(self):
+        if not namespaces_work():
+            self.skipTest("needs root, unshare and nsenter for a small disk")
+        port, workspace = self.filled()
+        state = os.path.join(workspace, "environments", "demo", ".cec", ".comfyui.state")
+        pid = json.loads(Path(state).read_text(encoding="utf-8"))["pid"]
+        self.fill(workspace)
+        before = Path(state).read_bytes()
+        self.assertIn(f"PID: {pid}", self.assertQuiet(self.person.types("-e", "demo", "status"), 0))
+        self.assertClear(self.person.types("-e", "demo", "restart"), 1, "No space left on device", ".comfyui.state")
+        self.assertTrue(alive(pid), "it was stopped though it cannot be started again")
+        self.assertEqual(Path(state).read_bytes(), before)
+        self.assertQuiet(self.person.types("-e", "demo", "stop"), 0)
+        self.assertEqual((alive(pid), os.path.exists(state)), (False, False))
+        self.fill(workspace)
+        self.assertClear(self.person.types("run", "--demo", "--port", port), 1, "No space left on device")
+        self.assertEqual((self.servers(), os.path.exists(state)), ([], False))
+        self.assertIn("To see the GUI", self.person.types("-e", "demo", "logs").stdout)
+        self.assertEqual(glob.glob(os.path.join(glob.escape(workspace), "**", "*.tmp"), recursive=True), [])
+
+    def test_each_write_that_fails_while_starting_leaves_all_as_it_was(self):
+        if not strace_works():
+            self.skipTest("needs strace, and leave to trace")
+        port = str(free_port())
+        self.assertQuiet(self.person.types("run", "--demo", "--port", port), 0)
+        self.assertQuiet(self.person.types("stop"), 0)
+        for call, error, number in (("fsync", "ENOSPC", 1), ("fsync", "EIO", 3), ("rename", "EACCES", 2),
+                                    ("vfork,clone,clone3", "EAGAIN", 1)):  # fmt: skip
+            with self.subTest(call=call, number=number):
+                self.person.prefix = ["strace", "-qq", "-o", os.devnull, "-e", f"trace={call}", "-e",
+                                      f"inject={call}:error={error}:when={number}"]  # fmt: skip
+                done = self.person.types("run", "--demo", "--port", port)
+                self.person.prefix = []
+                self.assertClear(done, 1)
+                self.assertEqual(len(done.stderr.strip().splitlines()), 1, done.stderr)
+                self.assertEqual((self.servers(), self.person.state()), ([], None))
+                self.assertEqual(glob.glob(self.person.state_file().replace(".comfyui.state", "*.tmp")), [])
+
+    def test_a_read_only_disk_stops_no_stop(self):
+        if not namespaces_work():
+            self.skipTest("needs root, unshare and nsenter for a read-only disk")
+        port, workspace = self.filled()
+        [row] = self.servers()
+        again = [self.person.workspace, self.person.workspace]
+        subprocess.run([*self.person.prefix, "mount", "--bind", "-o", "ro", *again], check=True)
+        self.assertIn(f"PID: {row.pid}", self.assertQuiet(self.person.types("-e", "demo", "status"), 0))
+        self.assertClear(self.person.types("-e", "demo", "restart"), 1, "Read-only file system")
+        self.assertEqual([one.pid for one in self.servers()], [row.pid])
+        done = self.person.types("-e", "demo", "stop")
+        self.assertClear(done, 1, "ComfyUI was stopped, but its record", "Read-only file system")
+        self.assertEqual(self.servers(), [])
+        self.assertClear(self.person.types("run", "--demo", "--port", port), 1, "Read-only file system")
+        self.assertEqual(self.servers(), [])
+        self.assertTrue(os.path.exists(os.path.join(workspace, "logs", "demo", "comfyui.log")))
+
+    def test_folders_without_permission_are_named(self):
+        plain = shutil.which("python3", path="/usr/bin:/bin")
+        if not (AS_ROOT and has("setpriv") and plain):
+            self.skipTest("needs root, setpriv and a python3 that others may run")
+        person, port = self.person, str(free_port())
+        copy = os.path.join(person.home, "comfydock.py")
+        shutil.copy(MODULE, copy)
+        os.chown(person.home, 65534, 65534)
+        person.command = lambda *words: [
+            "setpriv",
+            "--reuid=65534",
+            "--regid=65534",
+            "--clear-groups",
+            plain,
+            copy,
+            *words,
+        ]
+        self.assertQuiet(person.types("run", "--demo", "--port", port), 0)
+        [row] = self.servers()
+        cec, logs = os.path.dirname(person.state_file()), os.path.join(person.workspace, "logs", "demo")
+        os.chmod(cec, 0o500)
+        self.addCleanup(os.chmod, cec, 0o700)
+        self.assertClear(person.types("-e", "demo", "restart"), 1, ".comfyui.state: Permission denied")
+        self.assertTrue(alive(row.pid))
+        os.chmod(cec, 0o700)
+        self.assertQuiet(person.types("-e", "demo", "stop"), 0)
+        os.chmod(logs, 0o500)
+        os.remove(os.path.join(logs, "comfyui.log"))
+        self.assertClear(person.types("run", "--demo", "--port", port), 1, "comfyui.log: Permission denied")
+        self.assertEqual((self.servers(), person.state()), ([], None))
+
+    @unittest.skipIf(WINDOWS, "Windows keeps files that are in use")
+    def test_a_log_folder_removed_while_it_runs(self):
+        data = self.run_demo()
+        follower = self.person.starts("logs", "-f")
+        read_until(follower, "To see the GUI")
+        shutil.rmtree(os.path.join(self.person.workspace, "logs"))
+        self.assertIn(f"PID: {data['pid']}", self.assertQuiet(self.person.types("status"), 0))
+        self.assertClear(self.person.types("logs"), 1, "No log file found.")
+        self.assertQuiet(self.person.types("restart"), 0)
+        self.assertFalse(alive(data["pid"]))
+        eventually(lambda: Path(follower.said).read_text(encoding="utf-8").count("=== comfydock session") == 2)
+        shutil.rmtree(os.path.join(self.person.workspace, "logs"))
+        self.assertQuiet(self.person.types("stop"), 0)
+        self.assertEqual((self.servers(), self.person.state()), ([], None))
+        self.assertNotIn("Traceback", Path(follower.said).read_text(encoding="utf-8"))
+
+    @unittest.skipIf(WINDOWS, "Windows knows the home folder without variables")
+    def test_no_home_and_no_folder_to_stand_in(self):
+        self.assertClear(self.person.types("run", "--demo", HOME=""), 1, "No home folder is known", "COMFYDOCK_HOME")
+        self.assertClear(self.person.types("status", HOME="not/absolute"), 1, "No home folder is known")
+        data = self.start_demo()
+        gone = os.path.join(self.person.home, "gone")
+        self.person.prefix = ["sh", "-c", 'mkdir "$0"; cd "$0"; rmdir "$0"; exec "$@"', gone]
+        self.assertIn(f"PID: {data['pid']}", self.assertQuiet(self.person.types("status"), 0))
+        self.assertQuiet(self.person.types("restart"), 0)
+        self.assertQuiet(self.person.types("stop", HOME="", COMFYDOCK_HOME=self.person.workspace), 0)
+        self.assertEqual(self.servers(), [])
+
+    def test_no_home_that_anybody_knows(self):
+        plain = shutil.which("python3", path="/usr/bin:/bin")
+        if not (AS_ROOT and has("setpriv") and plain):
+            self.skipTest("needs root, setpriv and a python3 that others may run")
+        code = "import sys; sys.path.insert(0, sys.argv.pop()); import comfydock; sys.exit(comfydock.main())"
+        shutil.copy(MODULE, os.path.join(self.person.home, "comfydock.py"))
+        os.chmod(self.person.home, 0o755)
+        command = [
+            "setpriv",
+            "--reuid=54321",
+            "--regid=54321",
+            "--clear-groups",
+            plain,
+            "-B",
+            "-c",
+            code,
+            "list",
+            self.person.home,
+        ]
+        done = subprocess.run(
+            command, env={"PATH": os.environ["PATH"]}, cwd="/", capture_output=True, text=True, timeout=60
+        )
+        self.assertClear(done, 1, "No home folder is known", "COMFYDOCK_HOME")
+
+
+class TimeAndIdentity(Trouble):
+    @unittest.skipUnless(os.path.exists("/proc/self/stat"), "needs start ticks; elsewhere only the wall clock tells")
+    def test_a_clock_moved_by_hours_changes_neither_life_nor_uptime(self):
+        data = self.run_demo()
+        code = "import sys, time; real, shift = time.time, float(sys.argv.pop(1)); time.time = lambda: real() + shift\n" \
+            "import comfydock; sys.exit(comfydock.main())"  # fmt: skip
+        for hours in (-30, 5):
+            words = [sys.executable, "-c", code, str(hours * 3600), "-e", "demo", "status", "--json"]
+            done = subprocess.run(
+                words, cwd=HERE, env=self.person.variables, capture_output=True, text=True, timeout=60
+            )
+            seen = json.loads(done.stdout)["data"]
+            self.assertEqual((seen["state"], seen["pid"], seen["note"]), ("running", data["pid"], None))
+            self.assertTrue(0 <= seen["uptime"] < 120, seen["uptime"])
+            self.assertClear(
+                subprocess.run(
+                    [*words[:4], "run", "--demo"], cwd=HERE, env=self.person.variables, capture_output=True, text=True
+                ),
+                1,
+                f"already running (PID {data['pid']}",
+            )
+
+    def test_a_boot_since_then_is_known(self):
+        if not namespaces_work():
+            self.skipTest("needs root, unshare and nsenter for another boot id")
+        data = self.run_demo()
+        self.own_mounts('echo another-boot > "$1/boot"; mount --bind "$1/boot" /proc/sys/kernel/random/boot_id')
+        os.kill(data["pid"], signal.SIGKILL)
+        eventually(lambda: not alive(data["pid"]))
+        self.assertIn("Stopped (the machine was restarted since)", self.assertQuiet(self.person.types("status"), 3))
+        self.assertIn("To see the GUI", self.person.types("logs").stdout)
+        self.assertQuiet(self.person.types("stop"), 0)
+        self.assertIsNone(self.person.state())
+        self.assertIn("To see the GUI", self.person.types("logs").stdout)
+
+    def test_a_zombie_that_nobody_reaps_is_dead(self):
+        if not namespaces_work():
+            self.skipTest("needs root, unshare and nsenter for a PID 1 that does not reap")
+        self.own_mounts("", "--pid", "--fork", "--mount-proc", "--kill-child")
+        port = free_port()
+        self.assertQuiet(self.person.types("run", "--demo", "--wait", "30", "--port", str(port)), 0)
+        pid = self.person.state()["pid"]
+        subprocess.run([*self.person.prefix, "kill", "-9", str(pid)], check=True)
+        stat_of = ["cat", f"/proc/{pid}/stat"]
+        eventually(
+            lambda: ") Z " in subprocess.run([*self.person.prefix, *stat_of], capture_output=True, text=True).stdout
+        )
+        self.assertIn("ended by itself", self.assertQuiet(self.person.types("status"), 3))
+        self.assertQuiet(self.person.types("restart"), 0)
+        self.assertNotEqual(self.person.state()["pid"], pid)
+        self.assertIn("✓ ComfyUI stopped", self.assertQuiet(self.person.types("stop"), 0))
+        self.assertIsNone(self.person.state())
+
+    def test_one_that_goes_on_under_another_pid_is_found_again(self):
+        data = self.run_demo()
+        state = self.person.state()
+        os.kill(data["pid"], signal.SIGKILL if not WINDOWS else signal.SIGTERM)
+        eventually(lambda: not alive(data["pid"]))
+        again = subprocess.Popen(
+            state["command"], cwd=state["cwd"], env={**self.person.variables, "COMFYDOCK_RUN_ID": state["run_id"]},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self.person.children.append(again)
+        eventually(lambda: http_status(data["port"]) == 200)
+        seen = self.person.status()
+        self.assertEqual((seen["pid"], seen["state"], seen["port"]), (again.pid, "running", data["port"]))
+        self.assertClear(self.person.types("run", "--demo"), 1, f"already running (PID {again.pid}")
+        self.assertEqual(self.person.state()["pid"], again.pid)
+        self.assertIsNone(self.person.status()["note"])
+        self.assertQuiet(self.person.types("stop"), 0)
+        self.assertIsNotNone(again.wait(20))
+
+    @unittest.skipIf(WINDOWS, "needs signals")
+    def test_another_environments_comfyui_in_the_record_is_never_signalled(self):
+        data = self.run_demo()
+        self.person.environment("a")
+        for identity in ({}, {**self.person.state()["identity"], "start_ticks": 1}):
+            state = {**self.person.state(), "identity": identity}
+            Path(self.person.state_file("a")).write_text(json.dumps(state), encoding="utf-8")
+            self.assertQuiet(self.person.types("-e", "a", "status"), 3)
+            self.assertIn("not running", self.assertQuiet(self.person.types("-e", "a", "stop"), 0))
+            self.assertEqual((alive(data["pid"]), http_status(data["port"])), (True, 200))
+
+
+class LogsOfAllKinds(Trouble):
+    LITTLE_MEMORY = ["sh", "-c", 'ulimit -v 200000; exec "$@"', "sh"]
+
+    @unittest.skipUnless(LINUX, "needs files with holes and limits of memory")
+    def test_two_gigabytes_take_little_memory_and_time(self):
+        self.start_demo()
+        self.assertQuiet(self.person.types("stop"), 0)
+        log = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
+        os.truncate(log, 2 << 30)  # NULs without a line's end
+        with open(log, "ab") as file:
+            file.write(b"\nlast but one\nlast\n")
+        self.person.prefix = self.LITTLE_MEMORY
+        self.assertEqual(self.person.types("logs", "-n", "2").stdout, "last but one\nlast\n")
+        self.assertQuiet(self.person.types("status"), 3)
+        if not LONG:
+            os.truncate(log, 250 << 20)  # more than the memory that it may have
+        self.person.prefix = ["sh", "-c", 'ulimit -v 200000; "$@" | wc -c', "sh"]
+        done = self.person.types("logs", "--all")
+        self.assertEqual((int(done.stdout), done.stderr), (os.path.getsize(log), ""))
+
+    def numbers(self, child):
+        text = Path(child.said).read_text(encoding="utf-8", errors="replace")
+        return [int(number) for number in re.findall(r"^spam (\d+)", text, re.M)]
+
+    def rest(self, pid, child, log):
+        """Stand ComfyUI still until its log is shown to the end."""
+        os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: dock.process_table().row(pid).state == "stopped")
+        last = Path(log).read_bytes()[-12:]
+        eventually(lambda: Path(child.said).read_bytes().endswith(last), pause=0.1)
+
+    @unittest.skipIf(WINDOWS, "needs signals")
+    def test_followed_through_truncation_and_rotation_no_line_is_lost_or_doubled(self):
+        data = self.run_demo("--set-env", "COMFYDOCK_DEMO_SPAM=200")
+        log = data["log"]
+        child = self.person.starts("logs", "-f", "-n", "100000")
+        for _ in range(3):
+            eventually(lambda: b"spam" in Path(log).read_bytes())
+            self.rest(data["pid"], child, log)
+            os.truncate(log, 0)
+            os.kill(data["pid"], signal.SIGCONT)
+        eventually(lambda: b"spam" in Path(log).read_bytes())
+        self.rest(data["pid"], child, log)
+        first = self.numbers(child)
+        self.assertEqual(first, list(range(1, len(first) + 1)))
+        with open(log, "ab") as file:
+            file.write(b"filler\n" * (dock.LOG_LIMIT // 7 + 1))
+        self.assertQuiet(self.person.types("restart"), 0)
+        self.assertTrue(os.path.exists(log + ".old"))
+        pid = self.person.state()["pid"]
+        eventually(lambda: b"spam" in Path(log).read_bytes())
+        self.rest(pid, child, log)
+        more = self.numbers(child)[len(first) :]
+        again = more.index(1)
+        self.assertEqual(more[:again], list(range(len(first) + 1, len(first) + 1 + again)))
+        self.assertEqual(more[again:], list(range(1, len(more) - again + 1)))
+        self.assertEqual(Path(child.said).read_bytes().count(b"filler\n"), dock.LOG_LIMIT // 7 + 1)
+        os.kill(pid, signal.SIGCONT)
+        self.assertQuiet(self.person.types("stop"), 0)
+        self.assertEqual(child.wait(30), 0)
+
+    @unittest.skipIf(WINDOWS, "needs signals")
+    def test_a_log_that_grows_without_pause_keeps_nobody_from_stopping(self):
+        child = self.person.starts(
+            "run", "--demo", "--foreground", "--port", str(free_port()), COMFYDOCK_DEMO_SPAM="100000:20000"
+        )
+        read_until(child, "spam 9")
+        child.send_signal(signal.SIGTERM)
+        self.assertEqual(child.wait(60), 143)
+        self.assertEqual((self.servers(), self.person.state()), ([], None))
+
+
+class ServersOfAllKinds(Trouble):
+    def test_whatever_answers_on_the_port_status_comes_in_time_and_takes_little_memory(self):
+        data = self.start_demo(COMFYDOCK_DEMO_START_SECONDS="300")
+        environment = self.environment_of_person()
+        redirect = saying(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/system_stats\r\n\r\n")
+        head = b"HTTP/1.1 200 OK\r\n"
+        cases = {
+            "hung": lambda connection: connection.recv(4096) and connection.recv(4096), "dripping": dripping, "endless": endless,
+            "garbage": saying(os.urandom(5000)), "redirect": redirect, "huge length": saying(head + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n{}"),
+            "no end of head": saying(head + b"X: y\r\n" * 100000), "not JSON": saying(head + b"\r\n" + b"\xff" * 100),
+        }  # fmt: skip
+        for name, answer in cases.items():
+            with self.subTest(server=name), listening(data["port"], answer):
+                tracemalloc.start()
+                began = time.monotonic()
+                report = environment.report(timeout=0.4)
+                took = time.monotonic() - began
+                _, peak = tracemalloc.get_traced_memory()
+                tracemalloc.stop()
+                self.assertEqual((report["pid"], report["health"] == "healthy"), (data["pid"], False))
+                self.assertLess(peak, 16 << 20)
+                self.assertLess(took, 3)
+        with listening(data["port"], endless):
+            self.person.prefix = LogsOfAllKinds.LITTLE_MEMORY if LINUX else []
+            self.assertIn(f"PID: {data['pid']}", self.assertQuiet(self.person.types("status"), 0))
+        self.assertQuiet(self.person.types("stop"), 0)
+
+    def test_no_proxy_is_asked(self):
+        asked = []
+        with listening(answer=asked.append) as proxy:
+            variables = {
+                name: f"http://127.0.0.1:{proxy}"
+                for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY")
+            }
+            self.run_demo(**variables)
+            done = self.person.types("status", "--json", **variables)
+        self.assertEqual((json.loads(done.stdout)["data"]["health"], asked), ("healthy", []))
+
+
+@unittest.skipIf(WINDOWS, "links need rights on Windows")
+class PlantedByOthers(Trouble):
+    def test_links_at_the_log_the_record_and_the_lock_are_not_followed(self):
+        person, port = self.person, str(free_port())
+        self.assertQuiet(person.types("run", "--demo", "--port", port), 0)
+        self.assertQuiet(person.types("stop"), 0)
+        precious = os.path.join(person.home, "precious")
+        log = os.path.join(person.workspace, "logs", "demo", "comfyui.log")
+        places = [log, person.state_file(), os.path.join(os.path.dirname(person.state_file()), ".comfyui.lock"),
+                  os.path.join(person.workspace, ".metadata", "workspace.json"), os.path.join(person.workspace, ".metadata", ".workspace.lock")]  # fmt: skip
+        for place in places:
+            for target in [precious, os.path.join(person.home, "not there")][: None if LONG else 1]:
+                with self.subTest(place=place, target=target):
+                    Path(precious).write_bytes(b"precious")
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(place, place + ".kept")
+                    os.symlink(target, place)
+                    done = person.types("run", "--demo", "--port", port)
+                    self.assertClear(done, 1, place, "is a link")
+                    self.assertQuiet(person.types("-e", "demo", "stop"), 0, 1)
+                    self.assertEqual((Path(precious).read_bytes(), self.servers()), (b"precious", []))
+                    self.assertFalse(os.path.lexists(os.path.join(person.home, "not there")))
+                    if os.path.lexists(place):
+                        os.remove(place)
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(place + ".kept", place)
+
+    def test_a_link_where_the_old_log_goes_is_replaced(self):
+        log = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
+        os.makedirs(os.path.dirname(log))
+        Path(log).write_bytes(b"earlier\n" * (2 * 1024 * 1024))
+        precious = os.path.join(self.person.home, "precious")
+        Path(precious).write_bytes(b"precious")
+        os.symlink(precious, log + ".old")
+        self.start_demo()
+        self.assertEqual((Path(precious).read_bytes(), os.path.islink(log + ".old")), (b"precious", False))
+
+    def test_a_workspace_that_everybody_may_write_into_is_warned_of_once(self):
+        person, port = self.person, str(free_port())
+        self.assertEqual(person.types("run", "--demo", "--port", port).stderr, "")
+        self.assertQuiet(person.types("stop"), 0)
+        for folder in (
+            person.workspace,
+            os.path.dirname(person.state_file()),
+            os.path.join(person.workspace, "logs", "demo"),
+        ):
+            with self.subTest(folder=folder):
+                os.chmod(folder, 0o777)
+                done = person.types("run", "--demo", "--port", port)
+                self.assertQuiet(done, 0)
+                self.assertRegex(done.stderr, r"\A⚠ Other users may write into [^\n]+\n\Z")
+                self.assertIn(f"{folder}, and", done.stderr)
+                self.assertEqual(person.types("stop").stderr, "")
+                os.chmod(folder, 0o755)
+
+
+@unittest.skipIf(WINDOWS, "needs signals and a shell")
+class TerminalsAndPipes(Trouble):
+    HEARING = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+
+    def on_a_terminal(self, *words):
+        """Run a command as the leader of a terminal of its own; returns (PID, our end of the terminal)."""
+        import pty
+
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(self.person.home)
+            command = self.person.command(*words)
+            os.execve(command[0], command, self.person.variables)
+        return pid, terminal
+
+    def read_terminal(self, terminal, text):
+        said = b""
+        while text not in said:
+            said += os.read(terminal, 4096)
+
+    def test_a_closed_terminal_stops_what_runs_in_its_foreground_and_nothing_else(self):
+        port = str(free_port())
+        pid, terminal = self.on_a_terminal("run", "--demo", "--foreground", "--port", port)
+        self.read_terminal(terminal, b"To see the GUI")
+        os.close(terminal)
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 129)
+        self.assertEqual((self.servers(), self.person.state()), ([], None))
+        self.assertIn("Stopped server", self.person.log())
+        data = self.run_demo()
+        for words in (["logs", "-f"], ["run", "--demo", "--port", port]):
+            pid, terminal = self.on_a_terminal(*words)
+            os.read(terminal, 1)
+            os.close(terminal)
+            os.waitpid(pid, 0)
+            self.assertTrue(alive(data["pid"]))
+        self.assertEqual(self.person.status()["state"], "running")
+
+    def test_a_terminal_closed_while_it_starts_leaves_one_comfyui_at_most(self):
+        pid, terminal = self.on_a_terminal("run", "--demo", "--foreground", "--port", str(free_port()))
+        os.read(terminal, 1)
+        os.close(terminal)
+        self.assertIn(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), (129, -signal.SIGHUP))
+        self.assertQuiet(self.person.types("-e", "demo", "status"), 0, 3)
+        self.assertLessEqual(len(self.servers()), 1)
+        self.assertQuiet(self.person.types("-e", "demo", "stop", "--kill"), 0)
+        self.assertEqual(self.servers(), [])
+
+    def test_a_terminal_that_is_gone_before_its_signal_comes_is_a_hangup(self):
+        self.start_demo()
+        gone = OSError(errno.EIO, "Input/output error")
+        calls = {"buffer.write.side_effect": gone, "write.side_effect": gone, "isatty.return_value": False}
+        out = unittest.mock.Mock(encoding="utf-8", **calls)
+        watcher = dock.Foreground(dock.Console(out, out, None), self.environment_of_person(), [])
+        with unittest.mock.patch.object(dock, "forget_output"):
+            self.assertEqual(watcher.watch(), 129)
+        self.assertEqual((self.servers(), self.person.state()), ([], None))
+
+    def test_ctrl_c_twice_is_130_without_a_traceback_and_comfyui_lives(self):
+        self.person.prefix = [sys.executable, "-c", self.HEARING]
+        port = str(free_port())
+        waiting = self.person.starts(
+            "run",
+            "--demo",
+            "--port",
+            port,
+            "--wait",
+            COMFYDOCK_DEMO_START_SECONDS="300",
+            COMFYDOCK_DEMO_IGNORE="INT,TERM",
+        )
+        pid = eventually(lambda: (self.person.state() or {}).get("pid"))
+        follower = self.person.starts("-e", "demo", "logs", "-f")
+        read_until(follower, "=== comfydock session")
+        stopper = self.person.starts("-e", "demo", "stop", "--timeout", "60")
+        read_until(stopper, "Stopping ComfyUI")
+        for child in (waiting, follower, stopper):
+            for pause in (0.002, 0):
+                child.send_signal(signal.SIGINT)
+                time.sleep(pause)
+            said = Path(child.said).read_text(encoding="utf-8")
+            self.assertEqual(child.wait(30), 130, said)
+            self.assertNotIn("Traceback", Path(child.said).read_text(encoding="utf-8"))
+        self.assertTrue(alive(pid))
+        self.person.prefix = []
+        self.assertQuiet(self.person.types("-e", "demo", "stop", "--kill"), 0)
+
+    def in_shell(self, redirection, *words):
+        self.person.prefix = ["sh", "-c", f'exec "$@" {redirection}', "sh"]
+        done = self.person.types(*words)
+        self.person.prefix = []
+        self.assertNotIn("Traceback", done.stdout + done.stderr)
+        self.assertNotIn("Exception ignored", done.stdout + done.stderr)
+        return done
+
+    def test_closed_and_full_outputs_keep_no_command_from_its_work(self):
+        port = str(free_port())
+        cases = ((">&- 2>&- <&-", 0), ("<&- 2>&-", 0), (">/dev/full", 1), (">&-", 0), (">/dev/full 2>&1", 1))
+        for redirection, code in cases if LONG else cases[:3]:
+            with self.subTest(redirection=redirection):
+                self.assertEqual(self.in_shell(redirection, "run", "--demo", "--port", port).returncode, code)
+                pid = self.person.state()["pid"]
+                self.assertTrue(alive(pid))
+                done = self.in_shell(redirection, "-e", "demo", "status")
+                self.assertEqual(done.returncode, code)
+                if redirection == ">/dev/full":
+                    self.assertClear(done, 1, "The output: No space left on device.")
+                    self.assertClear(self.in_shell(redirection, "logs"), 1, "The output: No space left on device.")
+                self.assertEqual(self.in_shell(redirection, "-e", "demo", "stop").returncode, code)
+                self.assertEqual((self.servers(), self.person.state()), ([], None))
+
+    def test_a_reader_that_is_gone_keeps_no_command_from_its_work(self):
+        port = str(free_port())
+        read, write = os.pipe()
+        os.close(read)
+        self.addCleanup(os.close, write)
+
+        def types(*words):
+            return subprocess.run(self.person.command(*words), cwd=self.person.home, env=self.person.variables, stdin=subprocess.DEVNULL,
+                                  stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)  # fmt: skip
+
+        for words, code in (
+            (["run", "--demo", "--port", port], 0),
+            (["status"], 0),
+            (["logs"], 0),
+            (["stop"], 0),
+            (["status"], 3),
+        ):
+            with self.subTest(words=words):
+                done = types(*words)
+                self.assertEqual((done.returncode, done.stderr), (code, ""))
+                self.assertEqual(len(self.servers()), words[0] in ("run", "logs") or words[0] == "status" and code == 0)
+        done = types("run", "--demo", "--foreground", "--port", port)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(len(self.servers()), 1, "who only watched has left, and ComfyUI goes on")
+
+    def test_signs_and_names_survive_any_locale(self):
+        person = self.person
+        person.variables = {
+            key: value for key, value in person.variables.items() if not key.startswith(("LC_", "LANG", "PYTHON"))
+        }
+        checkout = person.checkout(parent="Bücher ☃")
+        self.assertQuiet(person.types("create", "a", "--from", checkout, "--python", sys.executable, LANG="C"), 0)
+        for variables in ({"LANG": "C"}, {"LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"}):
+            with self.subTest(**variables):
+                said = self.assertQuiet(person.types("run", "--wait", "--port", str(free_port()), **variables), 0)
+                self.assertIn("[ok] ComfyUI started" if "PYTHONIOENCODING" in variables else "✓ ComfyUI started", said)
+                self.assertQuiet(person.types("status", **variables), 0)
+                self.assertIn("Starting server", self.assertQuiet(person.types("logs", **variables), 0))
+                self.assertQuiet(person.types("stop", **variables), 0)
+
+
+class DamagedFiles(Trouble):
+    """In process: whatever the files hold, no command falls, signals anybody, or destroys what it cannot read."""
+
+    ROUNDS = 10000 if LONG else 250
+
+    def say(self, *words):
+        """One command in this process; returns (exit code, all that it says)."""
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            unittest.mock.patch.dict(os.environ, {"HOME": self.person.home}),
+        ):
+            code = dock.main(["--workspace", self.person.workspace, *words])
+        return code, out.getvalue() + err.getvalue()
+
+    def mutations(self, texts):
+        """Texts that were damaged in many ways, and some that never were any."""
+        chance = random.Random(11)
+        signs = b'{}[]",:0123456789-+.eEntf\\u\xff\x00\n =#'
+        words = [b"null", b"true", b"-1", b"1e999", b"NaN", b'"\\ud800"', b'"\\u0000"', b"[]", b"{}", b'""', b"99999999999999999999", b"0",
+                 b'"0001-01-01T00:00:00"', b'"9999-12-31T23:59:59.999-23:59"', str(os.getpid()).encode(), b"1"]  # fmt: skip
+        for _ in range(self.ROUNDS):
+            text = bytearray(chance.choice(texts))
+            for _ in range(chance.randrange(1, 5)):
+                at = chance.randrange(len(text) + 1)
+                how = chance.randrange(5)
+                if how == 0:
+                    text[at : at + chance.randrange(40)] = b""
+                elif how == 1:
+                    text[at:at] = bytes(chance.choice(signs) for _ in range(chance.randrange(1, 6)))
+                elif how == 2:
+                    text = text[:at] or bytearray(b"x")
+                else:  # another value in place of one that is there
+                    values = list(re.finditer(rb'(?<=[:=\[,] )("[^"\n]*"|[\w.-]+)', text))
+                    if values:
+                        value = chance.choice(values)
+                        text[value.start() : value.end()] = chance.choice(words)
+            yield bytes(text) if chance.random() < 0.97 else os.urandom(chance.randrange(300))
+
+    def sweep(self, path, texts, commands, may_go):
+        """Each damaged text in turn at `path`, and a command that reads it."""
+        signalled, chance = [], random.Random(5)
+        with (
+            unittest.mock.patch.object(dock, "signal_process", lambda *words: signalled.append(words)),
+            unittest.mock.patch.object(
+                dock, "create_background_process", side_effect=dock.CDEnvironmentError("no start")
+            ),
+        ):
+            for content in self.mutations(texts):
+                Path(path).write_bytes(content)
+                words = chance.choice(commands)
+                code, said = self.say(*words)
+                about = (words, content, said)
+                self.assertIn(code, (0, 1, 2, 3), about)
+                self.assertNotIn("fault of comfydock", said, about)
+                self.assertEqual(signalled, [], about)
+                kept = [
+                    place
+                    for place in (path, path + ".damaged")
+                    if os.path.exists(place) and Path(place).read_bytes() == content
+                ]
+                self.assertTrue(kept or may_go(content, words), about)
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path + ".damaged")
+
+    def test_state_files(self):
+        self.person.environment("a")
+        here = dock.identity_of(dock.process_table().row(os.getpid()))
+        record = dock.ProcessState.from_dict(
+            {**PLANS_STATE, "pid": os.getpid(), "identity": {**here, "start_ticks": 1, "created": 1.0}}
+        )
+        record.command, record.run_id, record.cwd, record.env = ["python", "main.py"], "run", "/tmp", {"A": "b"}
+        intent = {
+            **record.to_dict(),
+            "pid": None,
+            "phase": "starting",
+            "starter": {"pid": os.getpid(), "identity": here},
+        }
+        texts = [json.dumps(one, indent=2).encode() for one in (record.to_dict(), PLANS_STATE, intent)]
+        path = self.person.state_file("a")
+        commands = [[*words, "-e", "a"] for words in (["status"], ["status", "--json"], ["list"], ["stop"], ["logs"], ["restart"],
+                    ["run", "--port", str(free_port())], ["repair", "--orphan"])]  # fmt: skip
+
+        def was_a_record(content, words):
+            """Only a record that can be read is cleared, and only by the commands that clear."""
+            Path(path + ".again").write_bytes(content)
+            return words[0] in ("stop", "run", "repair", "restart") and dock.read_state(path + ".again") is not None
+
+        self.sweep(path, texts, commands, was_a_record)
+
+    def test_settings_of_the_workspace(self):
+        self.person.environment("a")
+        self.person.environment("b")
+        path = os.path.join(self.person.workspace, ".metadata", "workspace.json")
+        texts = [Path(path).read_bytes(), b'{"version": 1, "active_environment": "a", "x": [1, {"y": null}]}']
+        commands = [["list"], ["list", "--json"], ["status"], ["use", "a"], ["stop"]]
+
+        def was_whole(content, words):
+            with contextlib.suppress(ValueError, RecursionError):
+                return words[0] == "use" and isinstance(json.loads(content.decode("utf-8")), dict)
+            return False
+
+        self.sweep(path, texts, commands, was_whole)
+
+    def test_manifests(self):
+        self.person.environment("a")
+        path = os.path.join(self.person.workspace, "environments", "a", ".cec", "pyproject.toml")
+        node = b'\n[tool.comfydock.nodes."x-y"]\nname = "x-y"\nsource = "git"\nversion = "1"\nrepository = "https://x.org/y"\n'
+        whole = Path(path).read_bytes()
+        commands = [[*words, "-e", "a"] for words in (["status"], ["list"], ["node", "list"], ["stop"], ["logs"])]
+        self.sweep(path, [whole, whole + node], commands, lambda content, words: False)
+
+
 class Result(unittest.TextTestResult):
     """Counts what passed, which unittest does not."""
 
@@ -5499,8 +6435,9 @@ class Result(unittest.TextTestResult):
         self.passed += 1
 
 
-SHARES = {  # two halves that take about as long, each in a process of its own
-    "--journeys": lambda case: isinstance(case, Journey) and not isinstance(case, FromNothingToANode),
+SHARES = {  # the first three take about as long, each in a process of its own
+    "--journeys": lambda case: isinstance(case, Journey) and not isinstance(case, (FromNothingToANode, Trouble)),
+    "--troubles": lambda case: isinstance(case, Trouble),
     "--rest": lambda case: not isinstance(case, Journey) or isinstance(case, FromNothingToANode),
     "--units": lambda case: not isinstance(case, Journey),
 }
@@ -5524,20 +6461,20 @@ def run_here(names, share):
     return result.passed, failed, len(result.skipped)
 
 
-def run_in_halves():
-    """Run all tests in two processes at once; returns (passed, failed, skipped), a lost count being a failure."""
+def run_in_thirds():
+    """Run all tests in three processes at once; returns (passed, failed, skipped), a lost count being a failure."""
     words = [word for word in sys.argv[1:] if word.startswith("--")]
     totals = [0, 0, 0]
     with contextlib.ExitStack() as stack:
-        said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
-        halves = [
+        said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
+        thirds = [
             subprocess.Popen(
                 [sys.executable, __file__, share, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file
             )
-            for share, file in zip(("--journeys", "--rest"), said)
+            for share, file in zip(SHARES, said)
         ]
-        for half, file in zip(halves, said):
-            half.wait()
+        for third, file in zip(thirds, said):
+            third.wait()
             file.seek(0)
             text = file.read()
             print(text)
@@ -5554,7 +6491,7 @@ def main():
     """Run the tests that the words of the call ask for; the last line counts them."""
     names = [word for word in sys.argv[1:] if not word.startswith("--")]
     share = next((word for word in sys.argv[1:] if word in SHARES), None)
-    passed, failed, skipped = run_here(names, share) if names or share else run_in_halves()
+    passed, failed, skipped = run_here(names, share) if names or share else run_in_thirds()
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 1 if failed else 0
 
