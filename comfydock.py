@@ -7647,9 +7647,10 @@ def how_called(argv: list[str]) -> str:
         return "comfydock"
     original = getattr(sys, "orig_argv", None) or [os.path.basename(sys.executable or "python3")]
     python = "python3" if len(original[0]) > 20 else original[0]
-    if "-m" in original[1:3]:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)  # Python 3.9 has no orig_argv
+    if "-m" in original[1:3] or spec is not None and spec.name == "comfydock":
         return f"{python} -m comfydock"
-    return f"{python} {script}"
+    return f'{python} "{script}"' if " " in script else f"{python} {script}"
 
 
 def environment_title(data: dict[str, Any]) -> str:

@@ -5426,6 +5426,84 @@ sys.__stderr__.write(json.dumps(facts))
         self.assertTrue(caught.exception.hint)
 
 
+class EveryWayToHaveIt(Journey):
+    """Copied, as a module, as an archive, vendored; what needs a package index is tried by .ci/install."""
+
+    def setUp(self):
+        super().setUp()
+        self.folder = os.path.join(self.person.home, "où it lies")
+        os.makedirs(self.folder)
+        shutil.copy(MODULE, self.folder)
+
+    def calls(self, *words, cwd=None):
+        """Run Python with these words; returns the CompletedProcess."""
+        return subprocess.run(
+            [sys.executable, *words], cwd=cwd or self.person.home, env=self.person.variables, stdin=subprocess.DEVNULL,
+            capture_output=True, encoding="utf-8", timeout=60,
+        )  # fmt: skip
+
+    def goes_all_the_way(self, *call, cwd=None):
+        """Run, ask and stop the demo by this call; returns what `run` said."""
+        done = self.calls(*call, "run", "--demo", "--wait", "--port", str(free_port()), cwd=cwd)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("Health: ✓ Healthy", self.calls(*call, "status", cwd=cwd).stdout)
+        stopped = self.calls(*call, "stop", cwd=cwd)
+        self.assertEqual((stopped.returncode, "ComfyUI stopped" in stopped.stdout), (0, True), stopped.stderr)
+        self.assertEqual(self.calls(*call, "status", cwd=cwd).returncode, 3)
+        self.assertIn("Stopped server" if not WINDOWS else "GUI", self.person.log())
+        return done.stdout
+
+    def test_one_file_that_was_copied(self):
+        path = os.path.join(self.folder, "comfydock.py")
+        self.assertIn(f'"{path}" -e demo logs', self.goes_all_the_way(path))
+        self.assertEqual([name for name in os.listdir(self.folder) if name != "__pycache__"], ["comfydock.py"])
+
+    def test_as_a_module(self):
+        self.assertIn("-m comfydock -e demo logs", self.goes_all_the_way("-m", "comfydock", cwd=self.folder))
+
+    def test_as_an_archive(self):
+        os.rename(os.path.join(self.folder, "comfydock.py"), os.path.join(self.folder, "__main__.py"))
+        done = self.calls("-m", "zipapp", "--compress", self.folder, "--output", "comfydock.pyz")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        shutil.rmtree(self.folder)
+        self.assertIn("comfydock.pyz -e demo logs", self.goes_all_the_way("comfydock.pyz"))
+        self.assertIn("comfydock.pyz", self.calls("comfydock.pyz", "completion", "bash").stdout)
+
+    VENDORED = """
+import sys
+{load}
+workspace = comfydock.Workspace(sys.argv[1])
+environment = workspace.demo()
+environment.run(["--port", sys.argv[2]])
+print(environment.is_running(), comfydock.is_process_alive(environment._read_state().pid), environment.stop(timeout=20))
+"""
+    LOADS = {
+        "imported from a folder": "sys.path.insert(0, sys.argv[3]); import comfydock",
+        "in a package": "sys.path.insert(0, sys.argv[3] + '/..'); from package.vendor import comfydock",
+        "by path, without an entry in sys.modules": (
+            "import importlib.util as u; spec = u.spec_from_file_location('x', sys.argv[3] + '/comfydock.py');"
+            " comfydock = u.module_from_spec(spec); spec.loader.exec_module(comfydock)"
+        ),
+    }
+
+    def test_vendored(self):
+        package = os.path.join(self.person.home, "package", "vendor")
+        shutil.copytree(self.folder, package)
+        for how, load in self.LOADS.items():
+            with self.subTest(how=how):
+                folder = os.path.dirname(package) if "package" in how else package
+                done = self.calls(
+                    "-W",
+                    "error",
+                    "-c",
+                    self.VENDORED.format(load=load),
+                    self.person.workspace,
+                    str(free_port()),
+                    folder,
+                )
+                self.assertEqual((done.stdout, done.stderr), ("True True True\n", ""))
+
+
 class Result(unittest.TextTestResult):
     """Counts what passed, which unittest does not."""
 
