@@ -2195,6 +2195,26 @@ def still_runs(row: ProcessRow) -> bool:
     return now is not None and now.state != "zombie" and now.is_as_old_as(row)
 
 
+def hears_of_orphans(status: str) -> bool:
+    """Tell by the text of /proc/1/status whether PID 1 reaps processes that it has not started, as an init does.
+
+    Who neither catches, blocks (signalfd, sigwait) nor ignores SIGCHLD never hears of them; but a thread may be
+    waiting, and a shell reaps whatever ends while it waits for its own. Where in doubt, yes.
+    """
+    facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    if facts.get("Threads", "").strip() != "1" or facts.get("Name") in ("init", "sh", "dash", "ash", "bash", "busybox"):
+        return True
+    heard = [int(facts.get(name, "0"), 16) for name in ("SigBlk", "SigIgn", "SigCgt")]
+    return any(mask & 1 << 16 for mask in heard)  # SIGCHLD is number 17
+
+
+def careless_init() -> Optional[str]:
+    """Return the command of a PID 1 that does not reap orphans: their entries stay until the container ends."""
+    if hears_of_orphans(read_text("/proc/1/status")):
+        return None
+    return " ".join(proc_command(1)) or "the first process"
+
+
 def wait_for_exit(row: ProcessRow, seconds: float, meanwhile: Optional[Callable[[], bool]] = None) -> bool:
     """Wait up to `seconds` for the end of a process; True when it has ended (a zombie has).
 
@@ -7971,6 +7991,12 @@ def warn_before_start(console: Console, environment: Environment, args: "argpars
     """What a user should know before ComfyUI is up."""
     for name in environment.dropped_variables():
         console.warn(f"{name} is set here; ComfyUI starts without it.")
+    careless = None if args.foreground or os.getpid() == 1 else careless_init()
+    if careless is not None:
+        console.warn(
+            f"PID 1 here ({careless[:60]}) is no init: ended processes stay listed, and all ends when it does."
+        )
+        console.warn("Start the container with --init, or let 'comfydock run' be its command.")
     host = parse_comfyui_args(args.comfyui_args).host
     if not is_loopback(host):
         console.warn(f"ComfyUI has no password: whoever can reach this machine on {host or 'any address'} can use it.")

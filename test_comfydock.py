@@ -4857,6 +4857,79 @@ class NobodyGetsLost(Journey):
         self.assertEqual(self.person.types("stop").returncode, 0)
 
 
+@unittest.skipUnless(LINUX and has("unshare") and not os.geteuid(), "needs root and unshare for namespaces")
+class Containers(Journey):
+    """What a container does to a program: a PID 1 that is no init, no ps, no /proc, a home that cannot be written."""
+
+    def inside(self, *words, options=("--pid", "--mount-proc", "--kill-child"), **variables):
+        """Run a command as PID 1 of namespaces of its own, to its end."""
+        return subprocess.run(
+            ["unshare", "--fork", *options, *words], cwd=self.person.home, env={**self.person.variables, **variables},
+            stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=90,
+        )  # fmt: skip
+
+    def test_below_a_pid_1_that_is_no_init_it_warns_and_knows_the_dead_from_the_living(self):
+        first = """
+import json, os, signal, subprocess, sys, time
+def comfydock(*words):
+    done = subprocess.run([*sys.argv[1:], *words], capture_output=True, text=True)
+    return [done.returncode, done.stdout, done.stderr]
+facts = {"run": comfydock("run", "--demo", "--wait", "--json")}
+pid = json.loads(facts["run"][1])["data"]["pid"]
+os.kill(pid, signal.SIGKILL)
+time.sleep(0.2)
+facts["letter"] = open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
+facts["status"] = comfydock("status", "--json")
+facts["again"] = comfydock("restart", "--json")
+facts["stop"] = comfydock("stop", "--json")
+facts["end"] = comfydock("status", "--json")
+print(json.dumps(facts))
+"""
+        done = self.inside(sys.executable, "-c", first, *self.person.command())
+        self.assertEqual(done.returncode, 0, done.stderr)
+        facts = json.loads(done.stdout)
+        self.assertIn("is no init", facts["run"][2])
+        self.assertIn("--init", facts["run"][2])
+        self.assertEqual(facts["letter"], "Z", "the zombie that nobody reaps")
+        self.assertEqual(json.loads(facts["status"][1])["data"]["state"], "crashed")
+        self.assertEqual([facts[name][0] for name in ("again", "stop", "end")], [0, 0, 3], facts)
+
+    def test_who_reaps_is_read_from_its_signals(self):
+        status = "Name:\t{}\nThreads:\t{}\nSigBlk:\t{:016x}\nSigIgn:\t{:016x}\nSigCgt:\t{:016x}\n"
+        cases = (
+            ("sleep", 1, 0, 0, 0, False), ("python3", 1, 0, 1 << 12, 0x4002, False), ("systemd", 1, 0x10000, 0, 0, True),
+            ("node", 7, 0, 0, 0, True), ("s6-svscan", 1, 0, 0, 0x10000, True), ("init", 1, 0, 0, 0, True),
+            ("x", 1, 0, 0x10000, 0, True),
+        )  # fmt: skip
+        for *facts, reaps in cases:
+            self.assertEqual(dock.hears_of_orphans(status.format(*facts)), reaps, facts)
+        self.assertTrue(dock.hears_of_orphans(""), "no /proc, no warning")
+
+    def test_without_ps_and_without_psutil(self):
+        empty = os.path.join(self.person.home, "no programs")
+        os.makedirs(empty)
+        done = self.person.types("run", "--demo", "--wait", "--port", str(free_port()), PATH=empty)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("Healthy", self.person.types("status", PATH=empty).stdout)
+        self.assertEqual(self.person.types("stop", PATH=empty).returncode, 0)
+
+    def test_without_proc_and_ps_there_is_one_clear_line(self):
+        command = self.person.command("run", "--demo")
+        hidden = ["sh", "-c", 'mount -t tmpfs none /proc && PATH=/nowhere exec "$@"', "sh", *command]
+        done = self.inside(*hidden, options=("--mount",))
+        self.assertClear(done, 1, "nobody can tell what is running", "pip install psutil")
+
+    def test_a_home_that_cannot_be_written_needs_comfydock_home(self):
+        data = temporary_folder(self)
+        script = f"mount --bind '{self.person.home}' '{self.person.home}' && mount -o remount,ro,bind '{self.person.home}' && exec \"$@\""
+        words = ["sh", "-c", script, "sh", *self.person.command()]
+        self.assertClear(self.inside(*words, "run", "--demo", options=("--mount",)), 1, self.person.home, "ead-only")
+        self.addCleanup(self.person.types, "stop", COMFYDOCK_HOME=data)
+        for command in (["run", "--demo", "--wait"], ["status"], ["logs", "-n", "1"], ["stop"]):
+            done = self.inside(*words, *command, options=("--mount",), COMFYDOCK_HOME=data)
+            self.assertEqual(done.returncode, 0, done.stderr)
+
+
 class Logs(Journey):
     @staticmethod
     def noise():
