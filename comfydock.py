@@ -1922,10 +1922,10 @@ class PsutilTable(ProcessTable):
 
     @classmethod
     def usable(cls) -> bool:
-        """Tell whether psutil can be imported."""
+        """Tell whether psutil can be imported and knows us: on Linux it reads /proc, and raises anything without it."""
         try:
-            return bool(psutil_module())
-        except ImportError:
+            return cls().row(os.getpid()) is not None
+        except Exception:
             return False
 
     def make_row(self, facts: dict[str, Any]) -> ProcessRow:
