@@ -40,11 +40,12 @@ The file is read downward: a definition uses only what stands above it.
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 # Importing typing would cost every command 3 ms, so only type checkers do: they take this name as true.
@@ -67,6 +68,7 @@ else:
 
 __version__ = "2.0.0"
 __all__ = [
+    "CDEndedError",
     "CDEnvironmentError",
     "CDNodeConflictError",
     "ComfyUIConfig",
@@ -120,6 +122,14 @@ class CDEnvironmentError(Exception):
         self.message = message
         self.hint = hint
         self.code = code
+
+
+class CDEndedError(CDEnvironmentError):
+    """ComfyUI ended within the first moments. `exit_code` (int) is its own, negative for a signal."""
+
+    def __init__(self, message: str, hint: str, exit_code: int) -> None:
+        super().__init__(message, hint, "ended")
+        self.exit_code = exit_code
 
 
 class CDNodeConflictError(CDEnvironmentError):
@@ -430,8 +440,12 @@ def _is_loopback_name(name: str) -> bool:
 
 def utc_now() -> str:
     """The time as the state file writes it: ISO 8601, UTC, milliseconds."""
-    now = time.time()
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}+00:00"
+    return utc_words(time.time())
+
+
+def utc_words(moment: float) -> str:
+    """Seconds since 1970 in ISO 8601, UTC, milliseconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment * 1000) % 1000:03d}+00:00"
 
 
 def epoch_of(stamp: Optional[str]) -> float:
@@ -463,7 +477,9 @@ def size_words(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-NAME_RULE = "letters, digits, dot, dash and underscore, at most 63, beginning with a letter or digit"
+NAME_RULE = (
+    "letters, digits, dot, dash and underscore, at most 63, beginning with a letter or digit, and no reserved word"
+)
 RESERVED_NAMES = {"workspace", "logs", "models", ".comfydock", "con", "prn", "aux", "nul"} | {
     device + digit for device in ("com", "lpt") for digit in "123456789"
 }
@@ -497,11 +513,15 @@ def made_valid(name: str) -> str:
 
 
 def last_error_line(text: str) -> Optional[str]:
-    """The line of a log that most likely says why ComfyUI ended: its last error line, else its last line."""
+    """The last line of a log that looks like an error, or None."""
     lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
-    lines = [line for line in lines if not line.startswith(SESSION_MARK)]
     errors = [line for line in lines if _looks_like_an_error(line)]
-    return next(reversed(errors or lines), None)
+    return printable(errors[-1]) if errors else None
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, which could drive a terminal; at most 500 characters."""
+    return "".join(sign if sign.isprintable() else " " for sign in text[:500]).strip()
 
 
 def _looks_like_an_error(line: str) -> bool:
@@ -558,6 +578,7 @@ class EnvironmentPaths:
         self.cache = os.path.join(self.cec, ".manifest.json")
         self.complete = os.path.join(self.cec, ".complete")
         self.state = os.path.join(self.cec, ".comfyui.state")
+        self.last_run = os.path.join(self.cec, ".comfyui.last")
         self.lock = os.path.join(self.cec, ".comfyui.lock")
         self.content_lock = os.path.join(self.cec, ".content.lock")
         self.gitignore = os.path.join(self.cec, ".gitignore")
@@ -575,9 +596,27 @@ def rotated(log_path: str) -> str:
     return log_path + ".old"
 
 
+def older_log(log_path: str, number: int) -> str:
+    """The rotated log before the last `number` rotations: .old, .old.2, .old.3."""
+    return rotated(log_path) + (f".{number}" if number > 1 else "")
+
+
+def rotation_draft(log_path: str) -> str:
+    """Where a rotation of a log in use gathers its copy."""
+    return log_path + ".rotating.tmp"
+
+
 def main_script(comfyui_path: str) -> str:
     """The file that starts ComfyUI in a checkout."""
     return os.path.join(comfyui_path, "main.py")
+
+
+def current_folder() -> str:
+    """The folder one stands in; the root when that folder was deleted."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return os.path.abspath(os.sep)
 
 
 def is_checkout(folder: str) -> bool:
@@ -589,19 +628,20 @@ def is_checkout(folder: str) -> bool:
 
 def checkout_above(folder: str) -> Optional[str]:
     """The ComfyUI checkout that holds `folder`, or None."""
-    return next((here for here in _upward(folder) if is_checkout(here)), None)
+    return next((here for here in upward(folder) if is_checkout(here)), None)
 
 
 def environment_above(folder: str) -> "Optional[tuple[str, str]]":
     """(workspace root, environment name) when `folder` lies in `<workspace>/environments/<name>`, or None."""
-    for here in _upward(folder):
+    for here in upward(folder):
         parent, name = os.path.split(here)
         if os.path.basename(parent) == "environments" and os.path.isdir(EnvironmentPaths(here).cec):
             return os.path.dirname(parent), name
     return None
 
 
-def _upward(folder: str) -> Iterator[str]:
+def upward(folder: str) -> Iterator[str]:
+    """A folder and all that it lies in."""
     while True:
         yield folder
         parent = os.path.dirname(folder)
@@ -1323,6 +1363,25 @@ def create_background_process(
 def release(process: "subprocess.Popen[Any]") -> None:
     """Let go of a process that may outlive us: Popen's finalizer otherwise warns that it still runs."""
     vars(process)["_child_created"] = False  # the finalizer's own first question, on 3.9 to 3.14
+
+
+def exit_words(code: int) -> str:
+    """An exit code for people: code 3, signal 11 (SIGSEGV)."""
+    import signal
+
+    if code >= 0:
+        return f"code {code}"
+    try:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def become(command: list[str], variables: dict[str, str]) -> None:
+    """Go on as another program under the same PID, children kept. Does nothing on Windows, which has no such thing."""
+    if IS_WINDOWS:
+        return
+    os.execve(command[0], command, variables)
 
 
 def exit_code_within(process: "subprocess.Popen[Any]", seconds: float) -> Optional[int]:
@@ -2294,19 +2353,23 @@ def port_holders(port: int) -> list[ProcessRow]:
 # 5. The network
 # The only room that opens a socket or a URL; every call has a wall-clock deadline and a byte limit.
 
-HEALTHY, REFUSED, SILENT, STRANGER = "healthy", "refused", "silent", "stranger"
+HEALTHY, REFUSED, SILENT, STRANGER, GARBLED = "healthy", "refused", "silent", "stranger", "garbled"
 ANSWER_LIMIT = 1 << 20
+QUEUE_LIMIT = 16 << 20
 
 
 @dataclass
 class Answer:
     """What a probe met: healthy, refused (nobody listens), silent (no answer in time), or a stranger.
 
-    `argv` is the command line that ComfyUI says it has, or None.
+    A stranger that turns out to be our own process is called garbled.
+
+    `argv` is the command line that ComfyUI says it has, `queue` how many prompts run and wait, or None.
     """
 
     kind: str
     argv: Optional[list[str]] = None
+    queue: Optional[tuple[int, int]] = None
 
 
 def http_get(config: ComfyUIConfig, path: str, timeout: float, limit: int = ANSWER_LIMIT) -> tuple[int, bytes]:
@@ -2420,14 +2483,42 @@ def _read_stats(body: bytes) -> Answer:
     return Answer(HEALTHY, argv if is_text_list(argv) else None)
 
 
+def queue_counts(config: ComfyUIConfig, timeout: float) -> Optional[tuple[int, int]]:
+    """(running, pending) prompts of ComfyUI, within `timeout` seconds; None when it cannot be asked. Never raises.
+
+    `/queue` holds the whole workflows; where they are too long to read, `/prompt` at least tells their number.
+    """
+    deadline = time.monotonic() + timeout
+    try:
+        waiting = json.loads(http_get(config, "/queue", timeout, QUEUE_LIMIT)[1])
+        return len(waiting["queue_running"]), len(waiting["queue_pending"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    try:
+        left = max(0.0, deadline - time.monotonic())
+        remaining = int(json.loads(http_get(config, "/prompt", left)[1])["exec_info"]["queue_remaining"])
+        return min(1, remaining), max(0, remaining - 1)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def look_at(config: ComfyUIConfig, timeout: float) -> Answer:
+    """`probe`, and of a healthy ComfyUI the queue, all within `timeout` seconds. Never raises."""
+    deadline = time.monotonic() + timeout
+    answer = probe(config, timeout)
+    if answer.kind == HEALTHY and answer.argv is not None:
+        answer.queue = queue_counts(config, max(0.0, deadline - time.monotonic()))
+    return answer
+
+
 def probe_all(configs: list[ComfyUIConfig], timeout: float) -> list[Answer]:
-    """`probe` of each, all at once: as slow as the slowest, not as their sum."""
+    """`look_at` each, all at once: as slow as the slowest, not as their sum."""
     if len(configs) < 2:
-        return [probe(config, timeout) for config in configs]
+        return [look_at(config, timeout) for config in configs]
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(len(configs)) as pool:
-        return list(pool.map(lambda config: probe(config, timeout), configs))
+        return list(pool.map(lambda config: look_at(config, timeout), configs))
 
 
 def check_http_health(host: str, port: int, timeout: float = 2.0) -> bool:
@@ -2444,7 +2535,9 @@ def is_port_bound(port: int, expected_pid: Optional[int] = None, host: str = DEF
     """
     if expected_pid is not None:
         return expected_pid in process_table().listeners(port)
-    return any(not _can_bind(name.strip(), port) for name in host.split(",")) or _accepts(connect_host(host), port)
+    names = [name.strip() for name in host.split(",")]
+    nearby = connect_host(host)
+    return any(not _can_bind(name, port) for name in names) or (is_loopback(nearby) and _accepts(nearby, port))
 
 
 def _can_bind(name: str, port: int) -> bool:
@@ -2513,11 +2606,11 @@ def check_url(url: str) -> None:
     except ValueError:
         host = ""
     if not host or parts.scheme not in ("https", "http") or not url.isprintable() or " " in url:
-        raise CDEnvironmentError(f"{url!r} is not an https address", code="url")
+        raise CDEnvironmentError(f"{url!r} is not an https address", "use an https:// address", "url")
     if "@" in parts.netloc:
-        raise CDEnvironmentError(f"the address of {host} holds a user name or password", code="url")
+        raise CDEnvironmentError(f"the address of {host} holds a user name or password", "leave them out", "url")
     if parts.scheme == "http" and not is_loopback(host):
-        raise CDEnvironmentError(f"{url} is not https", "use the https:// address", code="url")
+        raise CDEnvironmentError(f"{url} is not https", "use the https:// address", "url")
 
 
 def url_opener(url: str) -> Any:
@@ -2537,30 +2630,23 @@ def url_opener(url: str) -> Any:
 
 
 def download(
-    url: str, limit: int, timeout: float = 30.0, seconds: float = 3600.0, tell: Optional[Callable[[str], None]] = None
+    url: str, limit: int, timeout: float = 30.0, seconds: float = 3600.0, tell: Tell = say_nothing
 ) -> Iterator[bytes]:
-    """The bytes at an https URL, in pieces.
+    """The bytes at an https URL, in pieces; a broken transfer goes on where it stopped, a busy server is asked again.
 
-    A broken transfer goes on where it stopped; 429 and 5xx answers are tried again after Retry-After or a pause.
-
-    Args:
-        url: https, or http to this machine.
-        limit: most bytes to accept.
-        timeout: seconds without a byte after which a try is given up.
-        seconds: wall-clock time for all of it.
-        tell: gets a line about progress once a second.
-
-    Raises:
-        CDEnvironmentError: code "url" (refused address), "network" (down, too slow, broken), "too-big", or
-            "http-404" and the like for an answer that is no success.
+    `limit` is in bytes; `timeout` the seconds without a byte that end one try, `seconds` the time for all of it; `tell`
+    hears of progress once a second. Raises CDEnvironmentError with code "url" (refused address), "network" (down, too
+    slow, broken), "too-big", or "http-404" and the like.
     """
+    from http.client import HTTPException
+
     check_url(url)
-    transfer = Transfer(url, limit, timeout, time.monotonic() + seconds, tell)
+    transfer = Transfer(url, limit, time.monotonic() + seconds, tell)
     for delay in (*RETRY_DELAYS, None):
         try:
-            yield from transfer.chunks()
+            yield from transfer.chunks(timeout)
             return
-        except transfer.passing_errors as error:
+        except (OSError, HTTPException) as error:
             pause = transfer.pause_after(error, delay)
         time.sleep(pause)
 
@@ -2569,134 +2655,100 @@ class Transfer:
     """One download over several tries.
 
     `received` counts the bytes handed on so far; `total` is what the server announced for the whole, None if it did
-    not; `told` is when progress was last told.
+    not; `deadline` and `told`, when progress was last told, are by the monotonic clock.
     """
 
-    def __init__(
-        self, url: str, limit: int, timeout: float, deadline: float, tell: Optional[Callable[[str], None]]
-    ) -> None:
-        from http.client import HTTPException
-
-        self.url, self.limit, self.timeout, self.deadline, self.tell = url, limit, timeout, deadline, tell
+    def __init__(self, url: str, limit: int, deadline: float, tell: Tell) -> None:
+        self.url, self.limit, self.deadline, self.tell = url, limit, deadline, tell
         self.received = 0
         self.total: Optional[int] = None
         self.told = time.monotonic()
-        self.passing_errors = (OSError, HTTPException)
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self, timeout: float) -> Iterator[bytes]:
         """What has not been received yet. Raises OSError or HTTPException when this try broke."""
-        with url_opener(self.url).open(self.request(), timeout=self.timeout) as reply:
-            skip = 0 if reply.status == 206 else self.received  # a server without ranges sends all of it again
-            self.note_length(reply, skip)
-            while True:
-                piece = reply.read1(CHUNK)  # one recv: a server that drips cannot hold us past the deadline
-                if time.monotonic() > self.deadline:
-                    raise CDEnvironmentError(f"the download of {self.url} took too long", code="network")
-                if not piece:
-                    break
-                kept, skip = piece[skip:], max(0, skip - len(piece))
-                self.count(kept)
-                yield kept
-        if self.total is not None and self.received < self.total:
-            raise ConnectionResetError("the connection broke off")
-
-    def request(self) -> Any:
         from urllib.request import Request
 
         headers = {"User-Agent": USER_AGENT, "Accept": "*/*"}
         if self.received:
             headers["Range"] = f"bytes={self.received}-"
-        return Request(self.url, headers=headers)  # noqa: S310 (check_url has seen it)
+        request = Request(self.url, headers=headers)  # noqa: S310 (check_url has seen it)
+        with url_opener(self.url).open(request, timeout=timeout) as reply:
+            skip = 0 if reply.status == 206 else self.received  # a server without ranges sends all of it again
+            self.note_total(reply.headers.get("Content-Length", ""), skip)
+            while piece := reply.read1(CHUNK):  # one recv: a server that drips cannot hold us past the deadline
+                if time.monotonic() > self.deadline:
+                    raise CDEnvironmentError(f"the download of {self.url} took too long", code="network")
+                yield self.counted(piece[skip:])
+                skip = max(0, skip - len(piece))
+        if self.total is not None and self.received < self.total:
+            raise ConnectionResetError("the connection broke off")
 
-    def note_length(self, reply: Any, skip: int) -> None:
-        length = reply.headers.get("Content-Length", "")
+    def note_total(self, length: str, skip: int) -> None:
+        """Learn from a Content-Length how long the whole is, of which `skip` bytes come for the second time."""
         if not length.isdigit():
             return
         total = int(length) + self.received - skip
         if self.total not in (None, total):
             raise CDEnvironmentError(f"{self.url} changed while it was downloaded", "run the command again", "network")
         self.total = total
-        self.check_size(total)
 
-    def count(self, piece: bytes) -> None:
+    def counted(self, piece: bytes) -> bytes:
+        """The piece itself, once it is counted and told of. Raises CDEnvironmentError (code "too-big")."""
         self.received += len(piece)
-        self.check_size(self.received)
-        if self.tell and time.monotonic() - self.told >= 1.0:
+        if max(self.received, self.total or 0) > self.limit:
+            raise CDEnvironmentError(f"{self.url} is larger than {self.limit // MEGABYTE or 1} MB", code="too-big")
+        if time.monotonic() - self.told >= 1.0:
             self.told = time.monotonic()
             whole = f" of {self.total / MEGABYTE:.1f}" if self.total else ""
             self.tell(f"downloaded {self.received / MEGABYTE:.1f}{whole} MB")
+        return piece
 
-    def check_size(self, size: int) -> None:
-        if size > self.limit:
-            raise CDEnvironmentError(f"{self.url} is larger than {self.limit // MEGABYTE or 1} MB", code="too-big")
-
-    def pause_after(self, error: BaseException, delay: Optional[float]) -> float:
+    def pause_after(self, error: Exception, delay: Optional[float]) -> float:
         """Seconds to wait before the next try. Raises CDEnvironmentError when there is none."""
         from urllib.error import HTTPError
 
         if isinstance(error, HTTPError):
             error.close()
-            if error.code == 416:  # the server cannot go on at that byte
-                raise CDEnvironmentError(f"{self.url} broke off", "run the command again", "network") from None
             if error.code not in PASSING_ANSWERS or delay is None:
-                raise CDEnvironmentError(
-                    f"{self.url} answered {error.code} {error.reason}", code=f"http-{error.code}"
-                ) from None
-            delay = max(delay, retry_after(error.headers.get("Retry-After")))
-        if delay is None or is_certificate_error(error):
+                answer = f"{self.url} answered {error.code} {error.reason}"
+                raise CDEnvironmentError(answer, code=f"http-{error.code}") from None
+            delay = max(delay, retry_after(error.headers.get("Retry-After", "")))
+        elif delay is None or "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise network_error(self.url, error) from None
         if delay > LONGEST_RETRY_AFTER or time.monotonic() + delay > self.deadline:
-            raise CDEnvironmentError(
-                f"{self.url} asks to wait for {delay:.0f} seconds", "run the command again later", "network"
-            ) from None
+            wait = f"{self.url} asks to wait for {delay:.0f} seconds"
+            raise CDEnvironmentError(wait, "run the command again later", "network") from None
         return delay
 
 
-def retry_after(value: Optional[str]) -> float:
-    """Seconds that a Retry-After header asks for: a number or an HTTP date; 0 when it says nothing readable."""
+def retry_after(value: str) -> float:
+    """Seconds that a Retry-After header asks for, by a number or an HTTP date; 0 when it says nothing readable."""
     from email.utils import parsedate_to_datetime
 
-    if not value:
-        return 0.0
-    if value.strip().isdigit():
-        return float(value)
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        return float(value) if value.strip().isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
     except (TypeError, ValueError):
         return 0.0
 
 
-def is_certificate_error(error: BaseException) -> bool:
-    """Whether the other side could not prove who it is: trying again does not help."""
-    return "CERTIFICATE_VERIFY_FAILED" in str(error)
-
-
-def network_error(url: str, error: BaseException) -> CDEnvironmentError:
+def network_error(url: str, error: Exception) -> CDEnvironmentError:
     """The clear sentence for a connection that does not come about."""
     from urllib.parse import urlsplit
 
-    host = urlsplit(url).hostname
-    reason = getattr(error, "reason", None) or error
+    host, reason = urlsplit(url).hostname, getattr(error, "reason", None) or error
     words = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-    if is_certificate_error(error):
-        return CDEnvironmentError(
-            f"the TLS certificate of {host} cannot be verified: {words}",
-            "update the machine's certificates, or set SSL_CERT_FILE",
-            "network",
-        )
-    return CDEnvironmentError(
-        f"cannot reach {host}: {words}",
-        "check the network (and https_proxy, if you need one), then run the command again",
-        "network",
-    )
+    message, hint = f"cannot reach {host}: {words}", "check the network (and https_proxy), then run the command again"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        message = f"the TLS certificate of {host} cannot be verified: {words}"
+        hint = "update the machine's certificates, or set SSL_CERT_FILE"
+    return CDEnvironmentError(message, hint, "network")
 
 
-def fetch_json(url: str, limit: int = 16 * MEGABYTE, timeout: float = 30.0) -> Any:
+def fetch_json(url: str, limit: int = 16 * MEGABYTE) -> Any:
     """The JSON document at a URL. Raises CDEnvironmentError as download does, and code "network" when it is no JSON."""
-    data = b"".join(download(url, limit, timeout, seconds=300.0))
     try:
-        return json.loads(data)
-    except ValueError:
+        return json.loads(b"".join(download(url, limit, seconds=300.0)))
+    except (ValueError, RecursionError):
         raise CDEnvironmentError(f"{url} answered something that is not JSON", code="network") from None
 
 
@@ -2724,6 +2776,9 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
     try:
         _write_new(temporary, data, mode)
         replace_file(temporary, path)
+    except OSError as error:
+        _unlink_if_there(temporary)
+        raise OSError(error.errno, error.strerror, path) from error
     except BaseException:
         _unlink_if_there(temporary)
         raise
@@ -2800,8 +2855,11 @@ def read_small(path: str, limit: int = 1 << 20) -> Optional[bytes]:
         handle = os.open(path, os.O_RDONLY | NO_FOLLOW | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         return None
-    with os.fdopen(handle, "rb") as file:
-        data = file.read(limit + 1)
+    try:
+        with os.fdopen(handle, "rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:  # a folder, for one: the error must name it
+        raise OSError(error.errno, error.strerror, path) from error
     if len(data) > limit:
         raise ValueError("too long")
     return data
@@ -2870,6 +2928,49 @@ def rotate_at_start(path: str, limit: int = LOG_LIMIT) -> None:
             _move_log(path)
     except OSError:
         pass
+
+
+def shift_old_logs(path: str, keep: int) -> None:
+    """Make room for a new `.old`: each older log moves one place on, and the last of `keep` goes."""
+    for number in range(keep, 1, -1):
+        newer = older_log(path, number - 1)
+        if os.path.exists(newer):
+            replace_file(newer, older_log(path, number))
+
+
+def old_logs(path: str) -> list[str]:
+    """The rotated logs that are there, oldest first."""
+    numbers = range(1, 1000)
+    present = [name for name in (older_log(path, number) for number in numbers) if os.path.exists(name)]
+    return present[::-1]
+
+
+def copy_log(path: str, target: str, start: int, spare: int) -> int:
+    """Append the log from `start` on to `target` until less than `spare` bytes are left; returns how far it came."""
+    with open(path, "rb") as source, open(target, "ab") as sink:
+        source.seek(start)
+        while os.fstat(source.fileno()).st_size - source.tell() > spare:
+            sink.write(source.read(1 << 20))
+        sink.flush()
+        os.fsync(sink.fileno())
+        return source.tell()
+
+
+def same_beginning(one: str, other: str) -> bool:
+    """Whether two logs begin with the same header."""
+    try:
+        with open(one, "rb") as first, open(other, "rb") as second:
+            return first.read(160) == second.read(160)
+    except FileNotFoundError:
+        return False
+
+
+def start_log_anew(path: str, header: str) -> int:
+    """Empty a log and write `header`; returns its inode. Nobody may be writing to it."""
+    os.truncate(path, 0)
+    log, _, inode = begin_session(path, header)
+    log.close()
+    return inode
 
 
 def _move_log(path: str) -> None:
@@ -2959,54 +3060,58 @@ def find_session(file: "BinaryIO", end: int) -> int:
 
 
 class LogFollower:
-    """Hands on what is appended to a log, through rotation by rename and through truncation.
+    """Hands on what is appended to a log, each byte once, through every kind of rotation.
 
-    `position` is the offset of the next byte, `path` where the current log is expected; the open
-    file may meanwhile have been moved to `.old`, and is read to its end before the new one.
+    `position` is the offset of the next byte. `head` is how the log begins: each begins with a header of its own, so
+    another beginning means that the log was rotated, and what was not yet read of the former one is in `.old`.
     """
+
+    HEAD = 160
 
     def __init__(self, path: str, position: int) -> None:
         self.path = path
         self.position = position
-        self._file: "Optional[BinaryIO]" = None
+        self.head = b""
 
     def read(self) -> bytes:
         """What is new, at most 1 MiB; empty when there is nothing. Raises OSError."""
-        piece = self._read_on()
-        if piece or not self._has_moved():
-            return piece
-        piece = self._read_on()  # written between the read and the move
-        if not piece:
-            self.close()
-            self.position = 0
-        return piece or self._read_on()
+        try:
+            with open(self.path, "rb", buffering=0) as log:
+                return self._read_from(log)
+        except FileNotFoundError:
+            return b""
 
-    def _read_on(self) -> bytes:
-        if self._file is None:
-            try:
-                self._file = open(self.path, "rb", buffering=0)
-            except FileNotFoundError:
-                return b""
-        self._file.seek(self.position)
-        piece = self._file.read(1 << 20) or b""
+    def _read_from(self, log: "IO[bytes]") -> bytes:
+        head = self._head_of(log)
+        if not head.startswith(self.head):
+            return self._rest_of_former(head)
+        log.seek(self.position)
+        piece = log.read(1 << 20) or b""
+        if not self._head_of(log).startswith(self.head):  # rotated between the two
+            return b""
+        self.head = head
         self.position += len(piece)
         return piece
 
-    def _has_moved(self) -> bool:
-        """Whether the open file is no longer the log, or has become shorter than what was read of it."""
-        if self._file is None:
-            return False
+    def _rest_of_former(self, head: bytes) -> bytes:
+        """What the former log had after `position`; then, when a new one has begun, that is followed."""
+        piece = b""
         try:
-            here, there = os.fstat(self._file.fileno()), os.stat(self.path)
+            with open(rotated(self.path), "rb", buffering=0) as former:
+                if self._head_of(former).startswith(self.head):
+                    former.seek(self.position)
+                    piece = former.read(1 << 20) or b""
         except FileNotFoundError:
-            return False
-        return not os.path.samestat(here, there) or here.st_size < self.position
+            pass
+        if piece:
+            self.position += len(piece)
+        elif head:
+            self.head, self.position = head, 0
+        return piece
 
-    def close(self) -> None:
-        """Close the log."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def _head_of(self, log: "IO[bytes]") -> bytes:
+        log.seek(0)
+        return log.read(self.HEAD) or b""
 
 
 MOST_MEMBERS = 200_000  # of an archive; ComfyUI has about 1,000
@@ -3033,51 +3138,43 @@ def remove_empty(path: str) -> None:
         pass
 
 
-def persist(action: Callable[[], Any], path: str) -> None:
+def persist(action: Callable[[], object], path: str) -> None:
     """Do something with files, again for a second while the system says that they are in use."""
-    for attempt in range(BUSY_RETRIES):
+    for attempt in range(1, BUSY_RETRIES + 1):
         try:
             action()
             return
         except OSError as error:
-            if attempt == BUSY_RETRIES - 1:
-                raise CDEnvironmentError(
-                    f"{path} cannot be changed: {error.strerror or error}",
-                    "stop what uses it, then run the command again",
-                    "in-use",
-                ) from error
+            if attempt == BUSY_RETRIES:
+                message = f"{path} cannot be changed: {error.strerror or error}"
+                raise CDEnvironmentError(message, "stop what uses it, then run the command again", "in-use") from error
         time.sleep(0.1)
 
 
 def move(source: str, target: str) -> None:
     """Rename, within one file system. Raises CDEnvironmentError when the target exists or a file is in use."""
     if os.path.lexists(target):
-        raise CDEnvironmentError(f"{target} already exists", code="exists")
+        raise CDEnvironmentError(f"{target} already exists", "move it away, then run the command again", "exists")
     persist(lambda: os.rename(source, target), source)
 
 
 def remove_tree(path: str) -> None:
     """Delete a folder and all in it; links and junctions are deleted, never followed; nothing there is fine.
 
-    Raises:
-        CDEnvironmentError: code "mounted" when another file system is mounted inside (a volume with somebody's models
-            must not be emptied), before anything is deleted; code "in-use" when a file cannot be deleted.
+    Raises CDEnvironmentError: "in-use" when a file cannot be deleted; "mounted", before anything is gone, when another
+    file system is mounted inside, as a volume with somebody's models must not be emptied.
     """
     import shutil
 
-    if is_link(path) or not os.path.isdir(path):
-        persist(lambda: remove_file(path), path)
-        return
-    refuse_mounts(path)
-
     def remove() -> None:
-        if not os.path.lexists(path):
-            return
-        if sys.version_info >= (3, 12):
+        if is_link(path) or not os.path.isdir(path):
+            remove_file(path)
+        elif sys.version_info >= (3, 12):
             shutil.rmtree(path, onexc=unlock_and_retry)  # novm
         else:
             shutil.rmtree(path, onerror=lambda function, inner, trouble: unlock_and_retry(function, inner, trouble[1]))
 
+    refuse_mounts(path)
     persist(remove, path)
 
 
@@ -3097,11 +3194,12 @@ def unlock_and_retry(function: Callable[..., Any], path: str, trouble: BaseExcep
 
 def refuse_mounts(path: str) -> None:
     """Raise CDEnvironmentError (code "mounted") when a folder below path lies on another file system."""
+    if is_link(path) or not os.path.isdir(path):
+        return
     device = os.lstat(path).st_dev
     for folder, names, _ in os.walk(path):
         names[:] = [name for name in names if not is_link(os.path.join(folder, name))]
-        for name in names:
-            inner = os.path.join(folder, name)
+        for inner in [os.path.join(folder, name) for name in names]:
             if os.lstat(inner).st_dev != device:
                 raise CDEnvironmentError(f"another file system is mounted at {inner}", f"umount {inner}", "mounted")
 
@@ -3128,10 +3226,9 @@ def link_folder(folder: str, link: str) -> None:
         os.symlink(folder, link, target_is_directory=True)
     except OSError as error:
         try:
-            create_junction = import_module("_winapi").CreateJunction
+            import_module("_winapi").CreateJunction(folder, link)
         except ImportError:
             raise CDEnvironmentError(f"cannot make the link {link}: {error.strerror}") from error
-        create_junction(folder, link)
 
 
 def save(path: str, pieces: Iterator[bytes]) -> None:
@@ -3147,44 +3244,39 @@ def copy_folder(source: str, target: str) -> None:
     shutil.copytree(source, target, symlinks=True)
 
 
-def files_below(folder: str) -> Iterator[str]:
-    """Relative paths with / of all files and links below a folder, without its .git and any __pycache__."""
-    for here, names, files in os.walk(folder):
-        links = [name for name in names if is_link(os.path.join(here, name))]
-        hidden = {".git", "__pycache__"} if here == folder else {"__pycache__"}
-        names[:] = [name for name in names if name not in links and name not in hidden]
-        for name in files + links:
-            yield os.path.relpath(os.path.join(here, name), folder).replace(os.sep, "/")
+def carry_over(old: str, new: str, known: set[str]) -> None:
+    """Give a folder's successor the files that are not `known`, unless it has its own of that name.
 
-
-def carry_over(old: str, new: str, names: list[str]) -> None:
-    """Bring files of an old folder into a new one that has no such files; by hard link, since they may be gigabytes."""
-    for name in names:
-        source, target = os.path.join(old, name), os.path.join(new, name)
-        if not os.path.lexists(target):
-            make_folder(os.path.dirname(target))
-            link_or_copy(source, target)
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """A second name for a file, or a copy where the file system has no hard links."""
+    By hard link, as they may be gigabytes. Names are relative, with /; links count as files, and are not followed; the
+    folder's .git and any __pycache__ stay behind.
+    """
     import shutil
 
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except (OSError, NotImplementedError):
-        shutil.copy2(source, target, follow_symlinks=False)
+    for here, folders, files in os.walk(old):
+        links = [name for name in folders if is_link(os.path.join(here, name))]
+        hidden = {".git", "__pycache__"} if here == old else {"__pycache__"}
+        folders[:] = [name for name in folders if name not in links and name not in hidden]
+        for source in [os.path.join(here, name) for name in files + links]:
+            name = os.path.relpath(source, old)
+            target = os.path.join(new, name)
+            if name.replace(os.sep, "/") in known or os.path.lexists(target):
+                continue
+            make_folder(os.path.dirname(target))
+            try:
+                os.link(source, target, follow_symlinks=False)
+            except (OSError, NotImplementedError):  # a file system without hard links
+                shutil.copy2(source, target, follow_symlinks=False)
 
 
 def file_digest(path: str) -> str:
     """The sha256 of a file, in hex; of a link, of where it points."""
     import hashlib
 
-    digest = hashlib.sha256()
     if is_link(path):
         return hashlib.sha256(os.fsencode(os.readlink(path))).hexdigest()
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for piece in iter(lambda: file.read(CHUNK), b""):
+        while piece := file.read(CHUNK):
             digest.update(piece)
     return digest.hexdigest()
 
@@ -3197,116 +3289,73 @@ class Member:
     is_folder: bool
     size: int
     executable: bool
-    handle: Any
+    open: Callable[[], Any]
 
 
 def unpack(archive: str, folder: str, limit: int, strip: bool = False) -> list[str]:
-    """Unpack a zip or tar.gz file into a new folder; all members are judged before a byte is written.
+    """Unpack a zip or tar.gz file into a new folder and return the relative paths of the files, with /.
 
-    Args:
-        archive: path of the file; its first bytes tell its kind.
-        folder: must not exist.
-        limit: most bytes that all files together may have when unpacked.
-        strip: leave out the single folder that all members are in, as in GitHub's release archives.
-
-    Returns:
-        The files, relative, with /.
-
-    Raises:
-        CDEnvironmentError: code "archive" when a member would leave the folder, is a link or a device, or the archive
-            is too big, encrypted, damaged or of another kind.
+    All members are judged before a byte is written; together they may have `limit` bytes. `strip` leaves out the one
+    folder that all are in, as in GitHub's archives. Raises CDEnvironmentError (code "archive") when a member would
+    leave the folder, is a link or a device, or the archive is too big, encrypted, damaged or of another kind.
     """
-    reader = open_archive(archive)
+    import tarfile
+    import zipfile
+    import zlib
+    from contextlib import ExitStack
+
+    damage = (OSError, EOFError, ValueError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
     try:
-        members = judged(reader.members(), archive, limit)
-        if strip:
-            members = without_top(members)
-        make_folder(folder)
-        for member in members:
-            write_member(reader, member, folder)
-    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, *reader.errors) as error:
-        raise CDEnvironmentError(f"{archive} cannot be unpacked: {error}", "try again", "archive") from error
-    finally:
-        reader.close()
+        with ExitStack() as stack:
+            members = judged(members_of(archive, stack), archive, limit)
+            members = without_top(members) if strip else members
+            make_folder(folder)
+            for member in members:
+                write_member(member, folder)
+    except damage as error:
+        message = f"{archive} cannot be unpacked: {error}"
+        raise CDEnvironmentError(message, "run the command again", "archive") from error
     return ["/".join(member.parts) for member in members if not member.is_folder]
 
 
-def open_archive(path: str) -> Any:
-    """The reader for an archive, by its first bytes."""
+def members_of(path: str, stack: Any) -> Iterator[Member]:
+    """The members of an archive, which the ExitStack holds open; its first bytes tell its kind."""
+    import gzip
+    import tarfile
+    import zipfile
+
     with open(path, "rb") as file:
-        start = file.read(4)
-    if start[:2] == b"PK":
-        return ZipReader(path)
-    if start[:2] == b"\x1f\x8b":
-        return TarReader(path)
-    raise CDEnvironmentError(f"{path} is neither a zip nor a tar.gz file", code="archive")
+        start = file.read(2)
+    if start == b"PK":
+        return zip_members(stack.enter_context(zipfile.ZipFile(path)))
+    if start == b"\x1f\x8b":
+        stream: Any = ShortReads(stack.enter_context(gzip.open(path)))
+        return tar_members(stack.enter_context(tarfile.open(fileobj=stream, mode="r:")))
+    raise CDEnvironmentError(f"{path} is neither a zip nor a tar.gz file", "name another file", "archive")
 
 
-class ZipReader:
-    """A zip file as members."""
+def zip_members(file: Any) -> Iterator[Member]:
+    """The members of a zip file; raises CDEnvironmentError for one that is neither file nor folder."""
+    import stat
+    from functools import partial
 
-    def __init__(self, path: str) -> None:
-        import zipfile
-        import zlib
-
-        self.errors = (zipfile.BadZipFile, zlib.error)
-        try:
-            self.file = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise CDEnvironmentError(f"{path} is damaged: {error}", "run the command again", "archive") from None
-
-    def members(self) -> Iterator[Member]:
-        """All members; raises CDEnvironmentError for one that is neither file nor folder."""
-        import stat
-
-        for info in self.file.infolist():
-            mode = info.external_attr >> 16
-            if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR) or info.flag_bits & 1:
-                raise refused_member(info.filename, "is a link, a device or encrypted")
-            name = info.orig_filename
-            yield Member(member_parts(name), name.endswith(("/", "\\")), info.file_size, bool(mode & 0o100), info)
-
-    def open(self, member: Member) -> Any:
-        """A stream of the member's bytes."""
-        return self.file.open(member.handle)
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
+    for info in file.infolist():
+        name, mode = info.orig_filename, info.external_attr >> 16
+        if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR) or info.flag_bits & 1:
+            raise refused_member(name, "is a link, a device or encrypted")
+        is_folder = name.endswith(("/", "\\"))
+        yield Member(member_parts(name), is_folder, info.file_size, bool(mode & 0o100), partial(file.open, info))
 
 
-class TarReader:
-    """A tar.gz file as members."""
+def tar_members(file: Any) -> Iterator[Member]:
+    """The members of a tar file; raises CDEnvironmentError for one that is neither file nor folder."""
+    from functools import partial
 
-    def __init__(self, path: str) -> None:
-        import gzip
-        import tarfile
-        import zlib
-
-        self.errors = (tarfile.TarError, zlib.error)
-        self.raw = gzip.open(path)  # noqa: SIM115 - the reader is open until close()
-        stream: Any = ShortReads(self.raw)
-        try:
-            self.file = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115
-        except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
-            self.raw.close()
-            raise CDEnvironmentError(f"{path} is damaged: {error}", "run the command again", "archive") from None
-
-    def members(self) -> Iterator[Member]:
-        """All members; raises CDEnvironmentError for one that is neither file nor folder."""
-        for info in self.file:
-            if not (info.isreg() or info.isdir()) or info.issparse():
-                raise refused_member(info.name, "is a link or a device")
-            yield Member(member_parts(info.name), info.isdir(), info.size, bool(info.mode & 0o100), info)
-
-    def open(self, member: Member) -> Any:
-        """A stream of the member's bytes."""
-        return self.file.extractfile(member.handle)
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-        self.raw.close()
+    for info in file:
+        if not (info.isreg() or info.isdir()) or info.issparse():
+            raise refused_member(info.name, "is a link or a device")
+        opening = partial(file.extractfile, info)
+        yield Member(member_parts(info.name), info.isdir(), info.size, bool(info.mode & 0o100), opening)
 
 
 class ShortReads:
@@ -3351,16 +3400,14 @@ def member_parts(name: str) -> list[str]:
 
 
 def judged(members: Iterator[Member], archive: str, limit: int) -> list[Member]:
-    """The members as a list, which ends at the first that is one too many or too big."""
+    """The members as a list. Raises CDEnvironmentError at the first that is one too many, too big, or inside a file."""
     kept: list[Member] = []
     size = 0
     for member in members:
         size += member.size
         if size > limit or len(kept) >= MOST_MEMBERS:
-            raise CDEnvironmentError(
-                f"{archive} is refused: unpacked it has more than {MOST_MEMBERS} members or {limit // MEGABYTE} MB",
-                code="archive",
-            )
+            most = f"more than {MOST_MEMBERS} members or {limit // MEGABYTE} MB"
+            raise CDEnvironmentError(f"{archive} is refused: unpacked it has {most}", code="archive")
         if member.parts:
             kept.append(member)
     files = {tuple(member.parts) for member in kept if not member.is_folder}
@@ -3380,7 +3427,7 @@ def without_top(members: list[Member]) -> list[Member]:
     return [member for member in members if member.parts]
 
 
-def write_member(reader: Any, member: Member, folder: str) -> None:
+def write_member(member: Member, folder: str) -> None:
     """Write one judged member."""
     import shutil
 
@@ -3388,7 +3435,7 @@ def write_member(reader: Any, member: Member, folder: str) -> None:
     make_folder(path if member.is_folder else os.path.dirname(path))
     if member.is_folder:
         return
-    with reader.open(member) as source, open(path, "wb") as target:
+    with member.open() as source, open(path, "wb") as target:
         shutil.copyfileobj(source, target, CHUNK)
     if member.executable:
         os.chmod(path, 0o755)  # noqa: S103 (a program of the archive)
@@ -3418,32 +3465,41 @@ def clear_state(path: str) -> None:
     remove_file(path)
 
 
-def is_damaged(path: str) -> bool:
-    """Whether a file stands there that is no record. Raises OSError when it cannot be read."""
-    return os.path.lexists(path) and read_state(path) is None
+def look_up_state(path: str) -> "tuple[Optional[ProcessState], bool]":
+    """(record, whether something stands there that is none: nonsense, a link, a folder). Raises PermissionError."""
+    try:
+        record = read_state(path)
+    except PermissionError:
+        raise
+    except OSError:
+        return None, True
+    return record, record is None and os.path.lexists(path)
 
 
 # ====================================================================================================================
 # 8. Manifest, git and nodes
 # Knows nothing of processes; returns what changed.
 
+
 COMFYUI_REPOSITORY = "https://github.com/Comfy-Org/ComfyUI.git"
 REGISTRY_URL = "https://api.comfy.org"
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 TORCH_PACKAGES = ["torch", "torchvision", "torchaudio"]
-HELD_PACKAGES = ("torch", "torchvision", "torchaudio", "xformers", "triton", "numpy")
+HELD_PACKAGES = (*TORCH_PACKAGES, "xformers", "triton", "numpy")
 CODE_LIMIT = 2048 * MEGABYTE  # of an archive of ComfyUI or of a node, as sent
 UNPACKED_LIMIT = 4 * CODE_LIMIT
 STAGING = ".comfydock.disabled"  # inside custom_nodes, so that renames stay on one disk; ComfyUI skips *.disabled
 NODE_RECORD = ".comfydock.json"  # inside a registry node: what its files were when they were unpacked
 GIT_SECONDS = 1800.0
 INSTALL_SECONDS = 7200.0
+COMMIT = r"[0-9a-f]{7,64}"
 
 
 # The manifest as text: TOML can be read with the standard library but not written, and the file is the user's; so the
 # tables that are ours are replaced as text, and the result must parse to exactly what was meant before it is saved.
 
 TOML_KEY = r'"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|[A-Za-z0-9_-]+'
+TOML_HEAD = rf"\ufeff?\s*(\[?\[?)\s*((?:{TOML_KEY})(?:\s*\.\s*(?:{TOML_KEY}))*)"
 TOML_PIECE = (
     r'"""(?:\\.|[^\\])*?"{3,5}|'
     r"'''.*?'{3,5}|"
@@ -3452,22 +3508,25 @@ TOML_PIECE = (
     r"#[^\n]*|"
     r"\n|[^\S\n]+|[\[\]{}]|[^\s\"'#\[\]{}]+|."
 )
+Name = tuple[str, ...]  # of a table or a pair, part by part
 
 
 @dataclass
 class Statement:
-    """A table header or a `key = value` of a TOML text: the header's own name or the pair's full one, and its lines."""
+    """A table header or a `key = value` of a TOML text: the header's own name or the pair's full one, and its lines.
 
-    name: tuple[str, ...]
+    `start`, `end` and `last` are offsets: of its lines, and where the last line of a header's table ends.
+    """
+
+    name: Name
     is_table: bool
     start: int
     end: int
+    last: int
 
 
 def toml_statements(text: str) -> list[Statement]:
-    """Where the statements of a valid TOML text are. Comments and blank lines lie between them."""
-    import re
-
+    """The statements of a valid TOML text. Comments and blank lines lie between them."""
     spans: list[list[int]] = []
     depth, fresh = 0, True
     for match in re.finditer(TOML_PIECE, text, re.DOTALL):
@@ -3485,39 +3544,28 @@ def toml_statements(text: str) -> list[Statement]:
 
 def named_statements(text: str, spans: list[list[int]]) -> list[Statement]:
     """Statements for spans of lines: each pair gets the name of the table above it in front of its own."""
-    import re
-
-    statements = []
-    table: tuple[str, ...] = ()
+    statements, table = [], Statement((), True, 0, 0, 0)
     for start, end in spans:
-        head = re.match(rf"\ufeff?\s*(\[?\[?)\s*((?:{TOML_KEY})(?:\s*\.\s*(?:{TOML_KEY}))*)", text[start:end])
+        head = re.match(TOML_HEAD, text[start:end])
         keys = re.findall(TOML_KEY, head.group(2)) if head else []
-        name = tuple(plain_key(key) for key in keys)
+        name = tuple(json.loads(key) if key.startswith('"') else key.strip("'") for key in keys)
         is_table = bool(head and head.group(1))
-        if is_table:
-            table = name
-        statements.append(Statement(name if is_table else table + name, is_table, start, end))
+        own = Statement(name if is_table else table.name + name, is_table, start, end, end)
+        table = own if is_table else table
+        table.last = end
+        statements.append(own)
     return statements
-
-
-def plain_key(key: str) -> str:
-    """A TOML key without its quotes."""
-    if key.startswith('"'):
-        return str(json.loads(key))
-    return key.strip("'")
 
 
 def toml_key(key: str) -> str:
     """A key as TOML wants it written."""
-    bare = key and all(character.isascii() and (character.isalnum() or character in "_-") for character in key)
-    return key if bare else toml_value(key)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
 def toml_value(value: Any) -> str:
     """A string, number, boolean, list or dict as TOML on one line. JSON's strings are TOML strings."""
     if isinstance(value, dict):
-        inside = ", ".join(f"{toml_key(str(key))} = {toml_value(inner)}" for key, inner in value.items())
-        return f"{{ {inside} }}"
+        return "{ " + ", ".join(toml_lines(value)) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(toml_value(inner) for inner in value) + "]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -3528,84 +3576,66 @@ def toml_lines(table: dict[str, Any]) -> list[str]:
     return [f"{toml_key(key)} = {toml_value(value)}" for key, value in table.items() if value is not None]
 
 
-def with_table(text: str, name: tuple[str, ...], table: Optional[dict[str, Any]]) -> str:
-    """The text with one table replaced, added beside its relatives, or (None) removed with its sub-tables."""
-    statements = toml_statements(text)
-    own = [item for item in statements if item.name[: len(name)] == name]
+def table_lines(name: Name, table: dict[str, Any]) -> list[str]:
+    """The lines of a table with its header."""
+    return ["[" + ".".join(toml_key(part) for part in name) + "]", *toml_lines(table)]
+
+
+def toml_text(tables: dict[str, dict[str, Any]]) -> str:
+    """A TOML text of whole tables, by their headers."""
+    return "\n".join("\n".join([header, *toml_lines(table), ""]) for header, table in tables.items())
+
+
+def with_table(text: str, name: Name, table: Optional[dict[str, Any]]) -> str:
+    """The text with one table replaced, added, or (None) removed with its sub-tables."""
+    own = [item for item in toml_statements(text) if item.name[: len(name)] == name]
     if table is None:
-        return without_lines(text, *own)
-    block = as_block(text, ["[" + ".".join(toml_key(part) for part in name) + "]", *toml_lines(table)])
-    heads = [index for index, item in enumerate(statements) if item.is_table and item.name == name]
-    if len(heads) == 1 and len([item for item in own if item.is_table]) == 1:
-        return text[: statements[heads[0]].start] + block + text[table_end(statements, heads[0]) :]
-    if own:  # written inline, or with sub-tables
-        text = without_lines(text, *own)
-        statements = toml_statements(text)
-    place = place_beside(statements, name)
-    return joined(text[:place], as_block(text, [""]) if place else "", block, text[place:])
+        return without_lines(text, own)
+    heads = [item for item in own if item.is_table]
+    if len(heads) == 1 and heads[0].name == name:
+        return spliced(text, heads[0].start, heads[0].last, table_lines(name, table))
+    return with_new_table(without_lines(text, own), name, table)  # what is taken out was inline, or had sub-tables
 
 
-def with_pair(text: str, table: tuple[str, ...], key: str, value: Any) -> str:
+def with_new_table(text: str, name: Name, table: dict[str, Any]) -> str:
+    """The text with a table added after its nearest relatives."""
+    others = toml_statements(text)
+    others = [item for item in others if item.is_table] or others
+    kinship = [len(os.path.commonprefix([item.name, name])) for item in others]
+    place = max(zip(kinship, [item.last for item in others]), default=(0, 0))[1]
+    return spliced(text, place, place, [""] * bool(place) + table_lines(name, table))
+
+
+def with_pair(text: str, name: Name, value: Any) -> str:
     """The text with one `key = value` of a table replaced, added, or (None) removed, then also the emptied table."""
-    statements = toml_statements(text)
-    pairs = [item for item in statements if item.name == (*table, key) and not item.is_table]
+    statements, table = toml_statements(text), name[:-1]
+    pairs = [item for item in statements if item.name == name and not item.is_table]
     if value is None:
-        text = without_lines(text, *pairs)
+        text = without_lines(text, pairs)
         left = [item for item in toml_statements(text) if item.name[: len(table)] == table]
-        return without_lines(text, *left) if pairs and len(left) == 1 and left[0].is_table else text
-    line = as_block(text, [f"{toml_key(key)} = {toml_value(value)}"])
-    if pairs:
-        return text[: pairs[0].start] + line + text[pairs[0].end :]
-    heads = [index for index, item in enumerate(statements) if item.is_table and item.name == table]
-    if heads:
-        end = table_end(statements, heads[0])
-        return joined(text[:end], "", line, text[end:])
-    return with_table(text, table, {key: value})
+        return without_lines(text, left) if pairs and len(left) == 1 and left[0].is_table else text
+    ends = [item.last for item in statements if item.name == table and item.is_table]
+    places = [(item.start, item.end) for item in pairs] or [(end, end) for end in ends]
+    if not places:
+        return with_new_table(text, table, {name[-1]: value})
+    return spliced(text, *places[0], toml_lines({name[-1]: value}))
 
 
-def as_block(text: str, lines: list[str]) -> str:
-    """Lines with the line ends that the text has."""
-    end = "\r\n" if "\r\n" in text else "\n"
-    return "".join(line + end for line in lines)
+def spliced(text: str, start: int, end: int, lines: list[str]) -> str:
+    """The text with lines in place of what is between two offsets; they end as the text's other lines do."""
+    stop = "\r\n" if "\r\n" in text else "\n"
+    before = text[:start] + (stop if start and text[start - 1] != "\n" else "")
+    return before + "".join(line + stop for line in lines) + text[end:]
 
 
-def joined(before: str, gap: str, block: str, after: str) -> str:
-    """A block put into a text; a last line without its end gets one first."""
-    end = "\r\n" if block.endswith("\r\n") else "\n"
-    if before and not before.endswith("\n"):
-        before += end
-    return before + gap + block + after
-
-
-def without_lines(text: str, *items: Statement) -> str:
+def without_lines(text: str, statements: list[Statement]) -> str:
     """The text without these statements; the blank line above a table goes with it."""
-    for item in reversed(items):
+    for item in reversed(statements):
         before = text[: item.start]
         if item.is_table and (before in ("\n", "\r\n") or before.endswith(("\n\n", "\n\r\n"))):
             before = before[:-2] if before.endswith("\r\n") else before[:-1]
         text = before + text[item.end :]
     return text
-
-
-def table_end(statements: list[Statement], head: int) -> int:
-    """Where the last line of a table ends, given the index of its header."""
-    end = statements[head].end
-    for item in statements[head + 1 :]:
-        if item.is_table:
-            break
-        end = item.end
-    return end
-
-
-def place_beside(statements: list[Statement], name: tuple[str, ...]) -> int:
-    """Where a new table goes: after its nearest relatives; one of no kin goes before the [tool] tables."""
-    for length in range(len(name) - 1, 0, -1):
-        kin = [index for index, item in enumerate(statements) if item.is_table and item.name[:length] == name[:length]]
-        if kin:
-            return table_end(statements, kin[-1])
-    tools = [index for index, item in enumerate(statements) if item.is_table and item.name[:1] == ("tool",)]
-    last = tools[0] if tools and name[0] != "tool" else len(statements)
-    return statements[last - 1].end if last else 0
 
 
 # Reading: tomllib, or the tomli inside pip, ours or that of the environment's Python.
@@ -3616,37 +3646,25 @@ try:
     import tomllib
 except ImportError:
     import pip._vendor.tomli as tomllib
-try:
-    with open(sys.argv[1], "rb") as file:
-        print(json.dumps({"data": tomllib.loads(file.read().decode("utf-8"))}, default=str))
-except ValueError as error:
-    print(json.dumps({"error": str(error)}))
+with open(sys.argv[1], "rb") as file:
+    print(json.dumps(tomllib.loads(file.read().decode("utf-8")), default=str))
 """
 
 
 def parse_toml(text: str, path: str, python: Optional[str] = None) -> dict[str, Any]:
-    """The data of a TOML text.
+    """The data of a TOML text, which is or will be in the file at `path`.
 
-    Args:
-        text: the TOML.
-        path: of the file it is from or will be in, for messages.
-        python: the environment's interpreter, asked when this one has no TOML reader (before 3.11, without pip).
-
-    Raises:
-        CDEnvironmentError: code "manifest" with the line number when it is broken; "no-toml" when nothing reads TOML.
+    `python` is asked when this interpreter has no TOML reader (before 3.11, without pip). Raises CDEnvironmentError:
+    code "manifest" with the line number when the text is broken; "no-toml" when nothing reads TOML.
     """
-    text = text.removeprefix("\ufeff")
-    reader = toml_module()
-    if reader is None:
-        answer = parse_toml_elsewhere(text, path, python)
-    else:
-        try:
-            answer = {"data": reader.loads(text)}
-        except ValueError as error:
-            answer = {"error": str(error)}
-    if "error" in answer:
-        raise broken_manifest(path, text, answer["error"])
-    return dict(answer["data"])
+    text, reader = text.removeprefix("\ufeff"), toml_module()
+    try:
+        data: dict[str, Any] = reader.loads(text) if reader else parse_toml_elsewhere(text, path, python)
+        return data
+    except (ValueError, RecursionError) as error:
+        place = re.search(r"\(at line (\d+), column \d+\)", str(error))
+        reason = re.sub(r"\s*\(at [^)]*\)", "", str(error))
+    raise broken_manifest(path, int(place.group(1)) if place else text.count("\n") + 1, reason)
 
 
 def toml_module() -> Any:
@@ -3662,7 +3680,7 @@ def toml_module() -> Any:
 
 
 def parse_toml_elsewhere(text: str, path: str, python: Optional[str]) -> Any:
-    """What the environment's Python makes of a TOML text: {"data"} or {"error"}."""
+    """What the environment's Python makes of a TOML text. Raises ValueError when it is broken."""
     draft = f"{path}.{os.getpid()}.tmp"
     if python:
         write_atomic(draft, text.encode())
@@ -3672,81 +3690,75 @@ def parse_toml_elsewhere(text: str, path: str, python: Optional[str]) -> Any:
             remove_file(draft)
         if done.returncode == 0:
             return json.loads(done.stdout)
-    raise CDEnvironmentError(
-        f"nothing here can read {path}: this Python is older than 3.11 and has no new pip",
-        f"use Python 3.11 or later, or: {sys.executable} -m pip install --upgrade pip",
-        "no-toml",
+        if "TOMLDecodeError: " in done.stderr:
+            raise ValueError(done.stderr.rpartition("TOMLDecodeError: ")[2].strip())
+    message = f"nothing here can read {path}: this Python is older than 3.11 and has no new pip"
+    hint = f"use Python 3.11 or later, or: {sys.executable} -m pip install --upgrade pip"
+    raise CDEnvironmentError(message, hint, "no-toml")
+
+
+def broken_manifest(path: str, line: int, reason: str) -> CDEnvironmentError:
+    """The error for a file that is not TOML."""
+    return CDEnvironmentError(f"{path} line {line}: {reason}", "mend that line; the file was not changed", "manifest")
+
+
+def info_from_table(key: str, table: dict[str, Any]) -> NodeInfo:
+    """A node as its table has it; a field of the wrong type is left out."""
+    texts = ("registry_id", "repository", "version", "download_url")
+    sources = table.get("dependency_sources")
+    return NodeInfo(
+        name=str(table.get("name") or key),
+        source=str(table.get("source") or "unknown"),
+        dependency_sources=[str(item) for item in sources] if isinstance(sources, list) else [],
+        **{name: table[name] for name in texts if isinstance(table.get(name), str)},
     )
 
 
-def broken_manifest(path: str, text: str, words: str) -> CDEnvironmentError:
-    """The error for a text that is not TOML, with the line."""
-    import re
+def table_from_info(info: NodeInfo, old: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+    """The table for a node, in the order of 1.0.x: the old one's unknown keys stay."""
+    names = ("name", "registry_id", "repository", "version", "download_url", "source", "dependency_sources")
+    ours = {name: getattr(info, name) for name in names if getattr(info, name)}
+    return {**ours, **{key: value for key, value in (old or {}).items() if key not in names}}
 
-    place = re.search(r"\(at line (\d+), column \d+\)", words)
-    line = int(place.group(1)) if place else text.count("\n") + 1
-    reason = re.sub(r"\s*\(at [^)]*\)", "", words)
-    return CDEnvironmentError(f"{path} line {line}: {reason}", "mend that line; the file was not changed", "manifest")
+
+def group_name(info: NodeInfo) -> str:
+    """The dependency group of a node, as 1.0.x names it: its name and 8 hex digits of where it comes from."""
+    import hashlib
+
+    origin = info.repository or info.registry_id or info.name
+    plain = re.sub(r"[^a-z0-9]+", "-", info.name.lower()).strip("-") or "node"
+    return f"{plain}-{hashlib.sha256(origin.encode()).hexdigest()[:8]}"
 
 
 @dataclass
 class Manifest:
     """What an environment's pyproject.toml says of it.
 
-    `settings` is the table [tool.comfydock] with its `nodes`, `groups` the table [dependency-groups], `requirements`
-    [project] dependencies.
+    `settings` is the table [tool.comfydock] with its `nodes`, `groups` the table [dependency-groups]; what is of the
+    wrong type reads as absent. `nodes` holds the nodes by key (the registry id, else the name), `tables` their tables.
     """
 
-    settings: dict[str, Any] = field(default_factory=dict)
-    groups: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
+    groups: dict[str, Any]
 
-    def text_setting(self, name: str) -> Optional[str]:
+    def __post_init__(self) -> None:
+        self.settings = self.settings if isinstance(self.settings, dict) else {}
+        self.groups = self.groups if isinstance(self.groups, dict) else {}
+        self.comfyui_path = self.text("comfyui_path")  # the checkout of an adopted environment, else None
+        self.python_path = self.text("python_path")  # the interpreter of an adopted environment
+        self.comfyui_version = self.text("comfyui_version")  # the tag, branch or commit that was asked for
+        self.torch_backend = self.text("torch_backend")  # as asked for, such as "auto"
+        self.demo = self.settings.get("demo") is True
+        found, nodes = self.settings.get("found_nodes"), self.settings.get("nodes")
+        self.found_nodes = [str(name) for name in found] if isinstance(found, list) else []  # there at the adoption
+        pairs = nodes.items() if isinstance(nodes, dict) else ()
+        self.tables: dict[str, dict[str, Any]] = {key: table for key, table in pairs if isinstance(table, dict)}
+        self.nodes = {key: info_from_table(key, table) for key, table in self.tables.items()}
+
+    def text(self, name: str) -> Optional[str]:
         """A setting that is a text and not empty, else None."""
         value = self.settings.get(name)
         return value if isinstance(value, str) and value else None
-
-    @property
-    def comfyui_path(self) -> Optional[str]:
-        """The checkout of an adopted environment, None for one that has its own."""
-        return self.text_setting("comfyui_path")
-
-    @property
-    def python_path(self) -> Optional[str]:
-        """The interpreter of an adopted environment."""
-        return self.text_setting("python_path")
-
-    @property
-    def demo(self) -> bool:
-        """Whether this is the environment of the built-in demo."""
-        return self.settings.get("demo") is True
-
-    @property
-    def comfyui_version(self) -> Optional[str]:
-        """The tag, branch or commit of ComfyUI that was asked for."""
-        return self.text_setting("comfyui_version")
-
-    @property
-    def torch_backend(self) -> Optional[str]:
-        """As asked for, such as "auto"."""
-        return self.text_setting("torch_backend")
-
-    @property
-    def found_nodes(self) -> list[str]:
-        """Directories that were in custom_nodes when the checkout was adopted."""
-        names = self.settings.get("found_nodes")
-        return [str(name) for name in names] if isinstance(names, list) else []
-
-    @property
-    def tables(self) -> dict[str, dict[str, Any]]:
-        """The tables [tool.comfydock.nodes.KEY] as they are."""
-        nodes = self.settings.get("nodes")
-        pairs = nodes.items() if isinstance(nodes, dict) else ()
-        return {key: table for key, table in pairs if isinstance(table, dict)}
-
-    @property
-    def nodes(self) -> dict[str, NodeInfo]:
-        """The nodes by their keys: the registry id, else the name."""
-        return {key: info_from_table(key, table) for key, table in self.tables.items()}
 
     def group_name(self, info: NodeInfo) -> str:
         """The name of a node's dependency group: the one that is there (its last 8 hex digits tell), else a new one."""
@@ -3755,71 +3767,41 @@ class Manifest:
 
     def requirements(self, info: NodeInfo) -> list[str]:
         """The requirements recorded for a node."""
-        group = self.groups.get(self.group_name(info))
-        return [line for line in group if isinstance(line, str)] if isinstance(group, list) else []
+        return self.group(self.group_name(info))
+
+    def group(self, name: str) -> list[str]:
+        """The requirements in a dependency group; none when it is not there."""
+        lines = self.groups.get(name)
+        return [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
 
     def entry(self, key: str) -> Optional[dict[str, Any]]:
         """All that the manifest says of a node: {"table": ..., "requirements": [...]}, or None."""
-        table = self.tables.get(key)
-        if table is None:
+        if key not in self.tables:
             return None
-        return {"table": table, "requirements": self.requirements(info_from_table(key, table))}
+        return {"table": self.tables[key], "requirements": self.requirements(self.nodes[key])}
 
 
-def info_from_table(key: str, table: dict[str, Any]) -> NodeInfo:
-    """A node as its table has it; a field of the wrong type is left out."""
-    texts = ("registry_id", "repository", "version", "download_url")
-    known = {name: table[name] for name in texts if isinstance(table.get(name), str)}
-    sources = table.get("dependency_sources")
-    return NodeInfo(
-        name=str(table.get("name") or key),
-        source=str(table.get("source") or "unknown"),
-        **known,
-        dependency_sources=[str(item) for item in sources] if isinstance(sources, list) else [],
-    )
-
-
-def table_from_info(info: NodeInfo, old: Optional[dict[str, Any]] = None) -> dict[str, Any]:
-    """The table for a node: the old one's unknown keys stay."""
-    ours = {
-        "name": info.name,
-        "registry_id": info.registry_id,
-        "repository": info.repository,
-        "version": info.version,
-        "download_url": info.download_url,
-        "source": info.source,
-        "dependency_sources": info.dependency_sources,
-    }
-    unknown = {key: value for key, value in (old or {}).items() if key not in ours}
-    return {**{key: value for key, value in ours.items() if value}, **unknown}
-
-
-def group_name(info: NodeInfo) -> str:
-    """The dependency group of a node, as 1.0.x names it: its name and 8 hex digits of where it comes from."""
-    import hashlib
-    import re
-
-    origin = info.repository or info.registry_id or info.name
-    plain = re.sub(r"[^a-z0-9]+", "-", info.name.lower()).strip("-") or "node"
-    return f"{plain}-{hashlib.sha256(origin.encode()).hexdigest()[:8]}"
+def manifest_from(data: dict[str, Any]) -> Manifest:
+    """The parts of a parsed pyproject.toml that are ours."""
+    tool = data.get("tool")
+    settings: Any = tool.get("comfydock") if isinstance(tool, dict) else {}
+    return Manifest(settings, data.get("dependency-groups", {}))
 
 
 def read_manifest(paths: EnvironmentPaths, python: Optional[str] = None) -> Manifest:
-    """The manifest of an environment, from the JSON beside it when that belongs to these very bytes.
+    """The manifest of an environment, from the JSON beside it when that belongs to this very text.
 
-    So run, stop, status and logs need no TOML reader. `python` is the environment's interpreter, for parse_toml.
-
-    Raises:
-        CDEnvironmentError: code "manifest" when it cannot be read or is broken (with the line), or "no-toml".
+    So run, stop, status and logs need no TOML reader; `python` is for parse_toml. Raises CDEnvironmentError: code
+    "manifest" when it cannot be read or is broken (with the line), or "no-toml".
     """
     import hashlib
 
-    data = manifest_bytes(paths)
-    digest = hashlib.sha256(data).hexdigest()
+    text = manifest_text(paths)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     cached = read_json(paths.cache)
     if cached.get("sha256") == digest and isinstance(cached.get("settings"), dict):
-        return Manifest(cached["settings"], cached.get("groups") or {})
-    manifest = manifest_from(parse_toml(manifest_text(paths, data), paths.manifest, python))
+        return Manifest(cached["settings"], cached.get("groups", {}))
+    manifest = manifest_from(parse_toml(text, paths.manifest, python))
     record = {"sha256": digest, "settings": manifest.settings, "groups": manifest.groups}
     try:
         write_atomic(paths.cache, json.dumps(record, default=str).encode())
@@ -3834,139 +3816,102 @@ def last_known_manifest(paths: EnvironmentPaths) -> Manifest:
         return read_manifest(paths)
     except CDEnvironmentError:
         cached = read_json(paths.cache)
-        settings, groups = cached.get("settings"), cached.get("groups")
-        return Manifest(settings if isinstance(settings, dict) else {}, groups if isinstance(groups, dict) else {})
+        return Manifest(cached.get("settings", {}), cached.get("groups", {}))
 
 
-def manifest_bytes(paths: EnvironmentPaths) -> bytes:
-    """The manifest's bytes. Raises CDEnvironmentError (code "manifest") when it cannot be read."""
+def manifest_text(paths: EnvironmentPaths) -> str:
+    """The manifest as text. Raises CDEnvironmentError (code "manifest"), for what is not UTF-8 with the line."""
     try:
         with open(paths.manifest, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise CDEnvironmentError(f"{paths.manifest} cannot be read: {error.strerror}", code="manifest") from None
-
-
-def manifest_text(paths: EnvironmentPaths, data: bytes) -> str:
-    """The manifest as text. Raises CDEnvironmentError (code "manifest") with the line that is not UTF-8."""
-    try:
+            data = file.read()
         return data.decode("utf-8")
+    except OSError as error:
+        message = f"{paths.manifest} cannot be read: {error.strerror}"
+        raise CDEnvironmentError(message, "comfydock list", "manifest") from None
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise CDEnvironmentError(
-            f"{paths.manifest} line {line}: not UTF-8", "mend that line; the file was not changed", "manifest"
-        ) from None
-
-
-def manifest_from(data: dict[str, Any]) -> Manifest:
-    """The parts of a parsed pyproject.toml that are ours."""
-    tool = data.get("tool")
-    settings = tool.get("comfydock") if isinstance(tool, dict) else None
-    groups = data.get("dependency-groups")
-    return Manifest(settings if isinstance(settings, dict) else {}, groups if isinstance(groups, dict) else {})
+        raise broken_manifest(paths.manifest, data.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
 
 
 def read_json(path: str) -> dict[str, Any]:
     """A JSON object from a file; empty when there is none that can be read."""
     try:
-        with open(path, "rb") as file:
-            data = json.loads(file.read())
-    except (OSError, ValueError):
+        data = json.loads(read_small(path, 64 * MEGABYTE) or b"{}")
+    except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+class Draft:
+    """A manifest being changed: its text, and beside it the data that the text has to parse to in the end."""
+
+    def __init__(self, paths: EnvironmentPaths, python: Optional[str]) -> None:
+        self.path, self.python = paths.manifest, python
+        self.text = manifest_text(paths)
+        self.data = parse_toml(self.text, self.path, python)
+
+    def change(self, edit: Callable[[str, Name, Any], str], name: Name, value: Any) -> None:
+        """Make one edit, with_pair or with_table, in the text and in the data; None takes it out."""
+        self.text = edit(self.text, name, value)
+        inner = self.data
+        for part in name[:-1]:
+            inner = inner.setdefault(part, {})
+        inner.pop(name[-1], None)
+        if value is not None:
+            inner[name[-1]] = value
+
+    def save(self) -> None:
+        """Write it to its real path, once it is sure that it says what is expected and nothing else."""
+        if plain_data(parse_toml(self.text, self.path, self.python)) != plain_data(self.data):
+            raise CDEnvironmentError(
+                f"{self.path} is laid out in a way that cannot be changed piece by piece",
+                "write each node as its own table [tool.comfydock.nodes.NAME]",
+                "manifest",
+            )
+        real = os.path.realpath(self.path)
+        write_atomic(real, self.text.encode(), os.stat(real).st_mode & 0o777)
+
+
+def plain_data(data: dict[str, Any]) -> str:
+    """Data as one text that can be compared, whether it came through JSON or not; empty tables mean nothing."""
+
+    def without_empty(table: dict[str, Any]) -> dict[str, Any]:
+        inner = {key: without_empty(value) if isinstance(value, dict) else value for key, value in table.items()}
+        return {key: value for key, value in inner.items() if value != {}}
+
+    return json.dumps(without_empty(data), sort_keys=True, default=str)
 
 
 def change_nodes(
     paths: EnvironmentPaths, entries: dict[str, Optional[dict[str, Any]]], python: Optional[str] = None
 ) -> None:
-    """Write what the manifest says of some nodes; every other byte stays.
+    """Write what the manifest says of some nodes; every other byte stays. The content lock is held.
 
-    Args:
-        paths: of the environment; its content lock is held.
-        entries: by key, what Manifest.entry gives, or None to take the node out.
-        python: the environment's interpreter, for parse_toml.
-
-    Raises:
-        CDEnvironmentError: code "manifest"; the file is then as it was.
+    `entries` has by key what Manifest.entry gives, or None to take the node out; `python` is for parse_toml. Raises
+    CDEnvironmentError (code "manifest"); the file is then as it was.
     """
-    text = manifest_text(paths, manifest_bytes(paths))
-    data = parse_toml(text, paths.manifest, python)
+    draft = Draft(paths, python)
     for key, entry in entries.items():
-        old = manifest_from(data).entry(key)
-        text = with_node(text, manifest_from(data), key, entry)
-        note_node(data, key, old, entry)
-    save_manifest(paths, text, data, python)
+        manifest = manifest_from(draft.data)
+        old = manifest.entry(key)
+        groups: dict[str, Any] = {}
+        if old:
+            groups[manifest.group_name(info_from_table(key, old["table"]))] = None
+        if entry:
+            groups[manifest.group_name(info_from_table(key, entry["table"]))] = entry["requirements"] or None
+        for group, lines in groups.items():
+            if lines is None or lines != manifest.group(group):
+                draft.change(with_pair, ("dependency-groups", group), lines)
+        if not old or not entry or old["table"] != entry["table"]:
+            draft.change(with_table, ("tool", "comfydock", "nodes", key), entry and entry["table"])
+    draft.save()
 
 
 def change_settings(paths: EnvironmentPaths, settings: dict[str, Any], python: Optional[str] = None) -> None:
     """Write settings of [tool.comfydock], None removes one; every other byte stays. Raises as change_nodes does."""
-    text = manifest_text(paths, manifest_bytes(paths))
-    data = parse_toml(text, paths.manifest, python)
-    table = data.setdefault("tool", {}).setdefault("comfydock", {})
+    draft = Draft(paths, python)
     for name, value in settings.items():
-        text = with_pair(text, ("tool", "comfydock"), name, value)
-        table.pop(name, None) if value is None else table.update({name: value})
-    save_manifest(paths, text, data, python)
-
-
-def with_node(text: str, manifest: Manifest, key: str, entry: Optional[dict[str, Any]]) -> str:
-    """The manifest's text with one node's table and dependency group changed."""
-    old = manifest.entry(key)
-    if old is not None:
-        stale = manifest.group_name(info_from_table(key, old["table"]))
-        if entry is None or group_of(manifest, key, entry) != stale:
-            text = with_pair(text, ("dependency-groups",), stale, None)
-    if entry is None:
-        return with_table(text, ("tool", "comfydock", "nodes", key), None)
-    if old is None or old["requirements"] != entry["requirements"]:
-        text = with_pair(text, ("dependency-groups",), group_of(manifest, key, entry), entry["requirements"] or None)
-    if old is None or old["table"] != entry["table"]:
-        text = with_table(text, ("tool", "comfydock", "nodes", key), entry["table"])
-    return text
-
-
-def group_of(manifest: Manifest, key: str, entry: dict[str, Any]) -> str:
-    """The name of the dependency group for an entry."""
-    return manifest.group_name(info_from_table(key, entry["table"]))
-
-
-def note_node(data: dict[str, Any], key: str, old: Optional[dict[str, Any]], entry: Optional[dict[str, Any]]) -> None:
-    """Make the same change as with_node in the parsed data."""
-    manifest = manifest_from(data)
-    groups = data.setdefault("dependency-groups", {})
-    nodes = data.setdefault("tool", {}).setdefault("comfydock", {}).setdefault("nodes", {})
-    if old is not None:
-        groups.pop(group_of(manifest, key, old), None)
-    nodes.pop(key, None)
-    if entry is not None:
-        nodes[key] = entry["table"]
-        if entry["requirements"]:
-            groups[group_of(manifest, key, entry)] = entry["requirements"]
-
-
-def save_manifest(paths: EnvironmentPaths, text: str, expected: dict[str, Any], python: Optional[str]) -> None:
-    """Save a changed manifest to its real path, once it is sure that it says what is expected and nothing else."""
-    written = without_empty(parse_toml(text, paths.manifest, python))
-    if plain_data(written) != plain_data(without_empty(expected)):
-        raise CDEnvironmentError(
-            f"{paths.manifest} is laid out in a way that cannot be changed piece by piece",
-            "write each node as its own table [tool.comfydock.nodes.NAME]",
-            "manifest",
-        )
-    real = os.path.realpath(paths.manifest)
-    mode = os.stat(real).st_mode & 0o777 if os.path.exists(real) else 0o644
-    write_atomic(real, text.encode(), mode)
-
-
-def without_empty(data: dict[str, Any]) -> dict[str, Any]:
-    """The data without tables that have nothing in them: they mean nothing, and come and go with their content."""
-    inner = {key: without_empty(value) if isinstance(value, dict) else value for key, value in data.items()}
-    return {key: value for key, value in inner.items() if value != {}}
-
-
-def plain_data(data: Any) -> str:
-    """Data as one text that can be compared, whether it came through JSON or not."""
-    return json.dumps(data, sort_keys=True, default=str)
+        draft.change(with_pair, ("tool", "comfydock", name), value)
+    draft.save()
 
 
 # Git
@@ -3985,18 +3930,12 @@ def git_environment(url: str = "") -> dict[str, str]:
     GIT_ALLOW_PROTOCOL also holds for redirects and submodules: one of an https repository cannot name a local path.
     Variables that point git at another repository (set inside hooks) are dropped.
     """
-    inherited = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
-    }
+    dropped = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
+    inherited = {key: value for key, value in os.environ.items() if key not in dropped}
     inherited.setdefault("GIT_SSH_COMMAND", "ssh -oBatchMode=yes")
-    protocols = "https:ssh"
-    if url.startswith("http://"):
-        protocols += ":http"
-    elif not url.startswith("https://"):
-        protocols += ":file"
-    return {**inherited, "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "GIT_ALLOW_PROTOCOL": protocols, "LC_ALL": "C"}
+    also = ":http" if url.startswith("http://") else "" if url.startswith("https://") else ":file"
+    never_ask = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "LC_ALL": "C"}
+    return {**inherited, **never_ask, "GIT_ALLOW_PROTOCOL": "https:ssh" + also}
 
 
 def git(words: list[str], folder: Optional[str] = None, url: str = "") -> str:
@@ -4006,17 +3945,15 @@ def git(words: list[str], folder: Optional[str] = None, url: str = "") -> str:
         raise CDEnvironmentError("git is not installed", "install git, then run the command again", "missing")
     done = run_command([program, *words], cwd=folder, env=git_environment(url), timeout=GIT_SECONDS)
     if done.returncode != 0:
-        raise CDEnvironmentError(
-            f"git {words[0]} failed{f' for {url}' if url else ''}: {last_words(done)}",
-            "check the address and the network, then run the command again" if url else "",
-            "git",
-        )
+        message = f"git {words[0]} failed{f' for {url}' if url else ''}: {last_words(done)}"
+        hint = "check the address and the network, then run the command again" if url else ""
+        raise CDEnvironmentError(message, hint, "git")
     return done.stdout.strip()
 
 
 def git_answer(words: list[str], folder: str) -> Optional[str]:
     """What a git command prints about a folder that is itself a repository; None when it is none or git fails."""
-    if not os.path.lexists(os.path.join(folder, ".git")) or git_path() is None:
+    if not os.path.lexists(os.path.join(folder, ".git")):
         return None
     try:
         return git(words, folder)
@@ -4026,8 +3963,6 @@ def git_answer(words: list[str], folder: str) -> Optional[str]:
 
 def remote_of(folder: str) -> Optional[str]:
     """Where a clone is from, without the user name and password that its address may hold; None for no clone."""
-    import re
-
     remote = git_answer(["config", "--get", "remote.origin.url"], folder)
     return re.sub(r"^(https?://)[^/@]*@", r"\1", remote) if remote else None
 
@@ -4045,54 +3980,37 @@ def check_repository(url: str) -> None:
     Refused: options ("-u..."), transports that run programs ("ext::sh -c ..."), unencrypted ones to other machines,
     and passwords, which would be written into the manifest.
     """
-    import re
-
-    refused = CDEnvironmentError(
-        f"{url!r} is not a repository address that is used",
-        "use https://..., ssh://..., git@host:path or a folder",
-        "url",
-    )
-    if url.startswith("-") or "::" in url or not url.isprintable():
-        raise refused
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
-    if scheme is None or scheme.group(1) == "file":
-        return
-    if scheme.group(1) in ("https", "http"):
-        check_url(url)
-    elif not re.match(r"ssh://([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9_\[][^/@\s]*/[^-]", url):
-        raise refused
+    kind = scheme.group(1) if scheme else "file"
+    if kind in ("https", "http"):
+        return check_url(url)
+    known = kind == "file" or re.match(r"ssh://([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9_\[][^/@\s]*/[^-]", url)
+    if not known or url.startswith("-") or "::" in url or not url.isprintable():
+        hint = "use https://..., ssh://..., git@host:path or a folder"
+        raise CDEnvironmentError(f"{url!r} is not a repository address that is used", hint, "url")
 
 
 def check_reference(reference: str) -> None:
     """Raise CDEnvironmentError (code "url") unless this can be a branch, tag or commit, and nothing else."""
-    import re
-
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._/+-]{0,200}", reference) or ".." in reference:
-        raise CDEnvironmentError(f"{reference!r} is no branch, tag or commit", code="url")
+        raise CDEnvironmentError(f"{reference!r} is no branch, tag or commit", "name one like v1.2.3", "url")
 
 
 def clone(url: str, reference: Optional[str], folder: str) -> None:
-    """Clone a repository with its submodules, shallow where that is enough.
+    """Clone a repository with its submodules into a new folder, shallow where that is enough.
 
-    Args:
-        url: what check_repository accepts.
-        reference: branch, tag or commit; None is the default branch.
-        folder: must not exist.
+    `reference` is a branch, tag or commit; None is the default branch.
     """
-    import re
-
     check_repository(url)
-    options = ["--quiet", "--recurse-submodules", "--shallow-submodules"]
-    if reference is None:
-        git(["clone", *options, "--depth=1", "--", url, folder], url=url)
-        return
-    check_reference(reference)
-    if not re.fullmatch(r"[0-9a-f]{7,64}", reference):
-        git(["clone", *options, "--depth=1", f"--branch={reference}", "--", url, folder], url=url)
-        return
-    git(["clone", *options, "--no-checkout", "--filter=blob:none", "--", url, folder], url=url)
-    git(["checkout", "--quiet", "--detach", reference, "--"], folder, url)
-    git(["submodule", "--quiet", "update", "--init", "--recursive"], folder, url)
+    check_reference(reference or "HEAD")
+    is_commit = bool(re.fullmatch(COMMIT, reference or ""))
+    depth = ["--no-checkout", "--filter=blob:none"] if is_commit else ["--depth=1"]
+    branch = [f"--branch={reference}"] if reference and not is_commit else []
+    options = ["--quiet", "--recurse-submodules", "--shallow-submodules", *depth, *branch]
+    git(["clone", *options, "--", url, folder], url=url)
+    if is_commit:
+        git(["checkout", "--quiet", "--detach", str(reference), "--"], folder, url)
+        git(["submodule", "--quiet", "update", "--init", "--recursive"], folder, url)
 
 
 def newest_release(url: str) -> Optional[str]:
@@ -4100,69 +4018,53 @@ def newest_release(url: str) -> Optional[str]:
     if git_path() is not None:
         lines = git(["ls-remote", "--tags", "--refs", "--", url], url=url).splitlines()
         return highest_release([line.rsplit("/", 1)[-1] for line in lines])
-    owner = github_name(url)
-    if owner is None:
-        raise CDEnvironmentError(
-            f"{url} cannot be read without git", "install git, or use --source with an archive", "missing"
-        )
-    answer = fetch_json(f"https://api.github.com/repos/{owner}/releases/latest")
+    answer = fetch_json(f"https://api.github.com/repos/{github_name(url)}/releases/latest")
     return highest_release([str(answer.get("tag_name"))]) if isinstance(answer, dict) else None
 
 
 def highest_release(tags: list[str]) -> Optional[str]:
     """The highest of the tags that read vX.Y.Z."""
-    import re
-
-    releases = [tag for tag in tags if re.fullmatch(r"v\d+\.\d+\.\d+", tag)]
-    return max(releases, key=version_key, default=None)
+    return max((tag for tag in tags if re.fullmatch(r"v\d+\.\d+\.\d+", tag)), key=version_key, default=None)
 
 
 def version_key(version: str) -> list[tuple[int, str]]:
     """A sort key that compares versions by their numbers: 1.10.0 is above 1.9.0, and 2.0.0 above 2.0.0-rc1."""
-    import re
-
     parts = re.findall(r"\d+|[a-z]+", version.lower().lstrip("v").split("+")[0])
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts] + [(0, "")]
 
 
-def github_name(url: str) -> Optional[str]:
-    """OWNER/REPOSITORY of a GitHub address, else None."""
-    import re
-
+def github_name(url: str) -> str:
+    """OWNER/REPOSITORY of a GitHub address. Raises CDEnvironmentError for another, which takes git to read."""
     found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?", url)
-    return found.group(1) if found else None
+    if found is None:
+        hint = "install git, or use --source with an archive"
+        raise CDEnvironmentError(f"{url} cannot be read without git", hint, "missing")
+    return found.group(1)
 
 
 def same_repository(one: Optional[str], other: Optional[str]) -> bool:
     """Whether two addresses mean the same repository, whatever their spelling."""
-    import re
 
     def plain(url: str) -> str:
         url = re.sub(r"^(?:ssh://)?[\w.-]+@([\w.-]+)[:/]", r"\1/", url.strip())
         return re.sub(r"^[a-z+]+://", "", url).rstrip("/").removesuffix(".git").casefold()
 
-    return bool(one and other) and plain(str(one)) == plain(str(other))
+    return bool(one and other) and plain(one or "") == plain(other or "")
 
 
 class GitManager:
     """The git repository of an environment's .cec folder: the history of its manifest."""
 
     IGNORED = (
-        ".comfyui.state",
-        ".comfyui.state.damaged",
-        ".comfyui.lock",
-        ".content.lock",
-        ".complete",
-        ".create.json",
-        ".manifest.json",
-        ".sync.json",
-        "removed/",
-        "*.tmp",
-    )
-    GITIGNORE = "# ComfyUI process state (runtime only, not configuration)\n" + "".join(f"{line}\n" for line in IGNORED)
+        ".comfyui.state .comfyui.state.damaged .comfyui.last .comfyui.lock .content.lock .complete "
+        ".create.json .manifest.json .sync.json removed/ *.tmp"
+    ).split()
+    GITIGNORE = "\n".join(["# ComfyUI process state (runtime only, not configuration)", *IGNORED, ""])
 
     def __init__(self, repo_path: str) -> None:
         self.repo_path = str(repo_path)
+        self.ignore = os.path.join(self.repo_path, ".gitignore")
+        self.git_folder = os.path.join(self.repo_path, ".git")  # of a worktree it is a file
 
     def initialize_environment_repo(self, message: str) -> bool:
         """Make the repository with .gitignore and a first commit. False, with .gitignore alone, where git is missing.
@@ -4172,19 +4074,13 @@ class GitManager:
         if os.path.lexists(self.git_folder):
             self.hide_runtime_files()
             return False
-        ignore = os.path.join(self.repo_path, ".gitignore")
-        if not os.path.exists(ignore):
-            write_atomic(ignore, self.GITIGNORE.encode(), 0o644)
+        if not os.path.exists(self.ignore):
+            write_atomic(self.ignore, self.GITIGNORE.encode(), 0o644)
         if git_path() is None:
             return False
         git(["init", "--quiet"], self.repo_path)
         self.commit(message)
         return True
-
-    @property
-    def git_folder(self) -> str:
-        """The folder (or, of a worktree, the file) that makes it a repository."""
-        return os.path.join(self.repo_path, ".git")
 
     def commit(self, message: str) -> None:
         """Commit all that is not ignored, under the user's name or, where git knows none, under ours."""
@@ -4196,107 +4092,86 @@ class GitManager:
 
     def hide_runtime_files(self) -> None:
         """See that git ignores our files: what .gitignore lacks goes to .git/info/exclude, which is never committed."""
-        known = self.lines_of(os.path.join(self.repo_path, ".gitignore"))
-        exclude = os.path.join(self.git_folder, "info", "exclude")
         if not os.path.isdir(self.git_folder):
             return
-        excluded = self.lines_of(exclude)
-        lacking = [line for line in self.IGNORED if line not in known and line not in excluded]
+        exclude = os.path.join(self.git_folder, "info", "exclude")
+        known = read_any_text(self.ignore).splitlines() if os.path.isfile(self.ignore) else []
+        excluded = read_any_text(exclude).splitlines() if os.path.isfile(exclude) else []
+        lacking = [line for line in self.IGNORED if line not in known + excluded]
         if lacking:
             make_folder(os.path.dirname(exclude))
-            write_atomic(exclude, "".join(f"{line}\n" for line in excluded + lacking).encode(), 0o644)
-
-    @staticmethod
-    def lines_of(path: str) -> list[str]:
-        """The lines of a text file; none when it is not there."""
-        try:
-            with open(path, encoding="utf-8", errors="surrogateescape") as file:
-                return file.read().splitlines()
-        except OSError:
-            return []
+            write_atomic(exclude, "\n".join([*excluded, *lacking, ""]).encode(), 0o644)
 
 
 # Packages: pip, or uv where it is (environments of 1.0.x have no pip)
 
 
-def package_lines(text: str) -> list[str]:
-    """The packages in what pip freeze prints, which also repeats options of pip's configuration."""
-    return [line for line in text.splitlines() if line and (line.startswith("-e ") or not line.startswith(("#", "-")))]
-
-
 class PipInstaller:
     """Installs packages with the environment's own pip."""
 
+    trying = ["--dry-run", "--quiet"]
+    freezing = ["freeze", "--all"]
+    uninstalling = ["uninstall", "--yes"]
+    index_policy: list[str] = []
+
     def __init__(self, python: str) -> None:
         self.python = python
+        self.program = [python, "-m", "pip"]
 
-    def install(
-        self, words: list[str], folder: Optional[str] = None, tell: Optional[Callable[[str], None]] = None
-    ) -> None:
-        """Install. Raises CDEnvironmentError (code "packages") with pip's reason."""
+    def install(self, words: list[str], folder: Optional[str] = None, tell: Tell = say_nothing) -> None:
+        """Install. Raises CDEnvironmentError (code "packages") with the reason."""
         self.run(["install", *words], folder, tell)
 
     def try_install(self, words: list[str], folder: str, scratch: str) -> None:
         """Find out whether an installation can work; only the scratch folder is changed. Raises as install does."""
         try:
-            self.run(["install", "--dry-run", "--quiet", *words], folder)
+            self.run(["install", *self.trying, *words], folder)
         except CDEnvironmentError as error:
             if "no such option" not in error.message:  # pip before 22.2
                 raise
             self.run(["install", "--quiet", "--target", scratch, *words], folder)
 
+    def install_torch(self, backend: str, tell: Tell) -> None:
+        """Install PyTorch from the index of a backend."""
+        index = torch_index(detect_torch_backend() if backend == "auto" else backend)
+        self.install(["--index-url", index, *TORCH_PACKAGES], tell=tell)
+
     def uninstall(self, names: list[str]) -> None:
         """Remove packages by name."""
-        self.run(["uninstall", "--yes", *names])
+        self.run([*self.uninstalling, *names])
 
     def freeze(self) -> list[str]:
-        """What is installed, as requirement lines."""
-        return package_lines(self.run(["freeze", "--all"]))
+        """What is installed, as requirement lines; pip also prints the options of its configuration."""
+        lines = self.run(self.freezing).splitlines()
+        return [line for line in lines if line and (line.startswith("-e ") or line[0] not in "#-")]
 
-    def torch_words(self, backend: str) -> list[str]:
-        """The options that take PyTorch from the index of a backend."""
-        return ["--index-url", torch_index(detect_torch_backend() if backend == "auto" else backend)]
-
-    def index_words(self, index: str) -> list[str]:
-        """The options that add an index to the usual one."""
-        return ["--extra-index-url", index]
-
-    def run(self, words: list[str], folder: Optional[str] = None, tell: Optional[Callable[[str], None]] = None) -> str:
-        """What a pip command prints."""
-        return run_installer([self.python, "-m", "pip", *words], self.python, folder, tell)
+    def run(self, words: list[str], folder: Optional[str] = None, tell: Tell = say_nothing) -> str:
+        """What a command prints."""
+        return run_installer([*self.program, *words], self.python, folder, tell)
 
 
 class UvInstaller(PipInstaller):
-    """Installs packages with uv."""
+    """Installs packages with uv. PyTorch's index holds old copies of other packages: uv must look at both indexes."""
+
+    trying = ["--dry-run"]
+    freezing = ["freeze"]
+    uninstalling = ["uninstall"]
+    index_policy = ["--index-strategy", "unsafe-best-match"]
 
     def __init__(self, python: str, uv: str) -> None:
         super().__init__(python)
-        self.uv = uv
+        self.program = [uv, "pip"]
 
-    def try_install(self, words: list[str], folder: str, scratch: str) -> None:
-        """As PipInstaller has it."""
-        self.run(["install", "--dry-run", *words], folder)
+    def install_torch(self, backend: str, tell: Tell) -> None:
+        """Install PyTorch; uv finds the graphics card by itself, but may be too old to have heard of a backend."""
+        try:
+            self.install([f"--torch-backend={backend}", *TORCH_PACKAGES], tell=tell)
+        except CDEnvironmentError:
+            super().install_torch(backend, tell)
 
-    def uninstall(self, names: list[str]) -> None:
-        """As PipInstaller has it."""
-        self.run(["uninstall", *names])
-
-    def freeze(self) -> list[str]:
-        """As PipInstaller has it."""
-        return package_lines(self.run(["freeze"]))
-
-    def torch_words(self, backend: str) -> list[str]:
-        """As PipInstaller has it; uv finds the graphics card by itself."""
-        return [f"--torch-backend={backend}"]
-
-    def index_words(self, index: str) -> list[str]:
-        """As PipInstaller has it. PyTorch's index holds old copies of other packages: uv must look at both."""
-        return ["--extra-index-url", index, "--index-strategy", "unsafe-best-match"]
-
-    def run(self, words: list[str], folder: Optional[str] = None, tell: Optional[Callable[[str], None]] = None) -> str:
+    def run(self, words: list[str], folder: Optional[str] = None, tell: Tell = say_nothing) -> str:
         """What a `uv pip` command prints."""
-        command = [self.uv, "pip", words[0], "--python", self.python, *words[1:]]
-        return run_installer(command, self.python, folder, tell)
+        return super().run([words[0], "--python", self.python, *words[1:]], folder, tell)
 
 
 def find_installer(python: str) -> PipInstaller:
@@ -4307,7 +4182,7 @@ def find_installer(python: str) -> PipInstaller:
     return UvInstaller(python, uv) if uv else PipInstaller(python)
 
 
-def run_installer(command: list[str], python: str, folder: Optional[str], tell: Optional[Callable[[str], None]]) -> str:
+def run_installer(command: list[str], python: str, folder: Optional[str], tell: Tell) -> str:
     """Run pip or uv. Raises CDEnvironmentError (code "packages") with its reason when it fails."""
     done = run_command(command, cwd=folder, env=package_environment(python), timeout=INSTALL_SECONDS, tell=tell)
     if "No module named pip" in done.stderr:
@@ -4325,21 +4200,13 @@ def package_environment(python: str) -> dict[str, str]:
     dropped = ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_REQUIRE_VIRTUALENV")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     folder = os.path.dirname(python)
-    return {
-        **kept,
-        "PATH": folder + os.pathsep + kept.get("PATH", ""),
-        "VIRTUAL_ENV": os.path.dirname(folder),
-        "PYTHONNOUSERSITE": "1",
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        "PIP_NO_INPUT": "1",
-        "PYTHONIOENCODING": "utf-8",
-    }
+    venv = {"PATH": folder + os.pathsep + kept.get("PATH", ""), "VIRTUAL_ENV": os.path.dirname(folder)}
+    quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    return {**kept, **venv, **quiet, "PYTHONNOUSERSITE": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 def package_name(line: str) -> str:
     """The normalised package name in a requirement line; the line itself when it has none."""
-    import re
-
     found = re.match(r"(?:-e .*[#&]egg=)?([A-Za-z0-9][A-Za-z0-9._-]*)", line)
     return re.sub(r"[-_.]+", "-", found.group(1)).lower() if found else line
 
@@ -4359,8 +4226,6 @@ def held_index(frozen: list[str]) -> Optional[str]:
 
 def torch_index(backend: str) -> str:
     """The address of PyTorch's index for a backend. Raises CDEnvironmentError for a word that can be none."""
-    import re
-
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9]+)?", backend):
         raise CDEnvironmentError(f"{backend!r} is no PyTorch backend", "--torch-backend auto, cpu, cu128, rocm6.4, xpu")
     return TORCH_INDEX + backend
@@ -4371,7 +4236,6 @@ def detect_torch_backend() -> str:
 
     CUDA 13 needs driver 580 or later and CUDA 12.8 driver 570 (NVIDIA's release notes).
     """
-    import re
     import shutil
 
     if shutil.which("nvidia-smi"):
@@ -4384,8 +4248,6 @@ def detect_torch_backend() -> str:
 
 def requirement_lines(text: str) -> list[str]:
     """The plain requirements of a requirements.txt, which dependency groups can hold; options and paths left out."""
-    import re
-
     lines = [re.sub(r"(^|\s)#.*$", "", line).strip() for line in text.splitlines()]
     return [line for line in lines if re.match(r"[A-Za-z0-9][\w.-]*\s*(\[[^\]]*\]\s*)?($|[<>=!~;@(])", line)]
 
@@ -4405,8 +4267,6 @@ def read_any_text(path: str) -> str:
 def project_table(folder: str, python: Optional[str] = None) -> dict[str, Any]:
     """[project] of the pyproject.toml in a folder; empty when there is none, or it is broken."""
     path = os.path.join(folder, "pyproject.toml")
-    if not os.path.isfile(path):
-        return {}
     try:
         project = parse_toml(read_any_text(path), path, python).get("project")
     except (OSError, CDEnvironmentError):
@@ -4435,7 +4295,7 @@ class Packages:
         self.before = self.installer.freeze() if before is None else before
         self.constraints = self.file("constraints.txt", held_packages(self.before))
         index = held_index(self.before)
-        self.index = self.installer.index_words(index) if index else []
+        self.index = ["--extra-index-url", index, *self.installer.index_policy] if index else []
 
     def file(self, name: str, lines: list[str]) -> str:
         """A file of lines in the scratch folder."""
@@ -4443,49 +4303,51 @@ class Packages:
         write_atomic(path, "".join(f"{line}\n" for line in lines).encode(), 0o644)
         return path
 
-    def words(self, folder: str) -> list[str]:
-        """The arguments that name a node's requirements; its own file where that can be, as it may name others."""
+    def words(self, *folders: str) -> list[str]:
+        """The arguments that name what the nodes in folders need, and hold what must not change."""
+        files = [word for folder in folders for word in ("-r", self.requirements_file(folder))]
+        return [*files, "-c", self.constraints, *self.index]
+
+    def requirements_file(self, folder: str) -> str:
+        """A node's own requirements.txt, which may name others, where pip can read it; else its lines in a new file."""
         own = os.path.join(folder, "requirements.txt")
-        if not os.path.isfile(own) or not is_utf8(own):
-            own = self.file(f"of-{os.path.basename(folder)}.txt", node_requirements(folder, self.python).splitlines())
-        return ["-r", own, "-c", self.constraints, *self.index]
+        try:
+            with open(own, encoding="utf-8") as file:
+                file.read()
+            return own
+        except (OSError, ValueError):
+            lines = node_requirements(folder, self.python).splitlines()
+            return self.file(f"of-{os.path.basename(folder)}.txt", lines)
 
     def try_install(self, folder: str) -> None:
         """Find out whether a node's requirements can be installed beside what is there."""
         self.installer.try_install(self.words(folder), folder, os.path.join(self.scratch, "target"))
 
-    def install(self, folder: str, tell: Callable[[str], None]) -> None:
-        """Install a node's requirements."""
-        self.installer.install(self.words(folder), folder, tell)
-
-    def install_all(self, folders: list[str], tell: Callable[[str], None]) -> None:
-        """Install the requirements of many folders: at once, which is fast; else one by one, which names one."""
-        words = [word for folder in folders for word in self.words(folder)[:2]]
+    def install(self, folders: list[str], tell: Tell) -> None:
+        """Install the requirements of nodes: at once, which is fast, else one by one, which names one."""
+        only = folders[0] if len(folders) == 1 else None
         try:
-            self.installer.install([*words, "-c", self.constraints, *self.index], tell=tell)
+            self.installer.install(self.words(*folders), only, tell)
         except CDEnvironmentError:
+            if only:
+                raise
             for folder in folders:
-                self.install(folder, tell)
+                self.install([folder], tell)
 
-    def run_install_script(self, folder: str, comfyui: str, tell: Callable[[str], None]) -> None:
+    def run_install_script(self, folder: str, comfyui: str, tell: Tell) -> None:
         """Run a node's install.py, whose own calls of pip are held to the same versions."""
         held = {"PIP_CONSTRAINT": self.constraints, "UV_CONSTRAINT": self.constraints, "COMFYUI_PATH": comfyui}
-        done = run_command(
-            [self.python, "install.py"],
-            cwd=folder,
-            timeout=GIT_SECONDS,
-            tell=tell,
-            env={**package_environment(self.python), **held},
-        )
+        variables = {**package_environment(self.python), **held}
+        done = run_command([self.python, "install.py"], folder, variables, GIT_SECONDS, tell)
         if done.returncode != 0:
-            raise CDEnvironmentError(
-                f"{os.path.join(folder, 'install.py')} failed: {last_words(done)}", code="install-script"
-            )
-        lost = [line for line in held_packages(self.before) if line not in self.installer.freeze()]
+            message = f"{os.path.join(folder, 'install.py')} failed: {last_words(done)}"
+            raise CDEnvironmentError(message, code="install-script")
+        now = self.installer.freeze()
+        lost = [line for line in held_packages(self.before) if line not in now]
         if lost:
             raise CDEnvironmentError(f"install.py replaced {', '.join(lost)}", code="install-script")
 
-    def put_back(self, tell: Callable[[str], None]) -> None:
+    def put_back(self, tell: Tell) -> None:
         """Install what was there before and remove what was not; tells the packages, and what could not be done."""
         now = self.installer.freeze()
         gone = [line for line in self.before if line not in now]
@@ -4503,16 +4365,6 @@ class Packages:
             tell(f"packages put back: {', '.join(gone + [f'{name} removed' for name in new])}")
 
 
-def is_utf8(path: str) -> bool:
-    """Whether pip can read the file wherever it runs."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            file.read()
-        return True
-    except ValueError:
-        return False
-
-
 # Node sources: each can find a node by what was typed, fetch it into a folder, name the newest version, and tell what
 # was changed in a folder since.
 
@@ -4522,21 +4374,12 @@ def check_node_name(name: str) -> None:
 
     Names of 1.0.x are display names: they may hold spaces and any letters.
     """
-    stem = name.split(".")[0].rstrip().upper()
-    numbered = stem[:3] in ("COM", "LPT") and len(stem) == 4 and stem[3].isdigit()
-    devices = stem in ("CON", "PRN", "AUX", "NUL") or numbered
-    bad = has_control(name) or any(character in '<>:"/\\|?*' for character in name)
-    if (
-        not name
-        or len(name) > 120
-        or bad
-        or devices
-        or name.startswith((".", "-"))
-        or name.endswith((".", " "))
-        or name.lower().endswith(".disabled")
-        or name == "__pycache__"
-    ):
-        raise CDEnvironmentError(f"{name!r} cannot be the name of a node", code="name")
+    devices = r"(con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)"
+    refused = rf'(?i)$|[.-]|.*[<>:"/\\|?*]|.*[. ]$|.*\.disabled$|__pycache__$|{devices}'
+    if len(name) > 120 or has_control(name) or re.match(refused, name):
+        raise CDEnvironmentError(
+            f"{name!r} cannot be the name of a node", "give its folder or its entry another name", "name"
+        )
 
 
 class RegistrySource:
@@ -4544,28 +4387,25 @@ class RegistrySource:
 
     name = "registry"
 
-    def find(self, identifier: str, tell: Callable[[str], None]) -> NodeInfo:
-        """The node and the version to install; says what speaks against it.
+    def find(self, identifier: str, tell: Tell) -> NodeInfo:
+        """The node and the version to install, named as the registry spells it; says what speaks against it.
 
-        Raises:
-            CDEnvironmentError: code "name" (no id), "not-found", "banned", or as download does.
+        Raises CDEnvironmentError: code "name" (no id), "not-found", "banned", or as download does.
         """
-        import re
-
-        identity, _, version = identifier.partition("@")
+        identity, mark, version = identifier.partition("@")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", identity):
-            raise CDEnvironmentError(f"{identifier!r} is neither a registry id nor a git address", code="name")
-        if "@" in identifier and not re.fullmatch(r"\d+\.\d+\.\d+[A-Za-z0-9.+-]*", version):
-            raise CDEnvironmentError(f"{version!r} is no version: those of the registry read 1.2.3", code="name")
-        node = self.node(identity)
-        release = self.release(identity, version) if version else node.get("latest_version")
+            hint = "use an id of registry.comfy.org, https://..., or --dev FOLDER"
+            raise CDEnvironmentError(f"{identifier!r} is neither a registry id nor a git address", hint, "name")
+        if mark and not re.fullmatch(r"\d+\.\d+\.\d+[A-Za-z0-9.+-]*", version):
+            raise CDEnvironmentError(f"{version!r} is no version", f"comfydock node add {identity}@1.2.3", "name")
+        node = self.ask(f"/nodes/{identity.lower()}", identity)
+        self.judge(identity, node, tell)
+        version_page = f"/nodes/{identity.lower()}/versions/{version}"
+        release = self.ask(version_page, identifier) if version else node.get("latest_version")
         if not isinstance(release, dict) or not release.get("version"):
-            raise CDEnvironmentError(
-                f"the registry offers no version of {identity}",
-                f"name one: {identity}@1.2.3, or use its git address",
-                "not-found",
-            )
-        self.judge(identity, release, tell)
+            hint = f"name one: {identity}@1.2.3, or use its git address"
+            raise CDEnvironmentError(f"the registry offers no version of {identity}", hint, "not-found")
+        self.judge(f"{identity} {release['version']}", release, tell)
         return self.info(identity, node, release)
 
     def info(self, identity: str, node: dict[str, Any], release: dict[str, Any]) -> NodeInfo:
@@ -4574,26 +4414,8 @@ class RegistrySource:
         if name.lower() != identity.lower():
             raise CDEnvironmentError(f"the registry answered {name!r} when asked for {identity}", code="not-found")
         check_node_name(name)
-        return NodeInfo(
-            name=name,
-            registry_id=name,
-            repository=str(node.get("repository") or "") or None,
-            version=str(release["version"]),
-            download_url=str(release.get("downloadUrl") or "") or None,
-            source=self.name,
-        )
-
-    def node(self, identity: str) -> dict[str, Any]:
-        """What the registry says of a node."""
-        node = self.ask(f"/nodes/{identity.lower()}", identity)
-        if node.get("status") in ("NodeStatusBanned", "NodeStatusDeleted"):
-            word = "banned" if node["status"] == "NodeStatusBanned" else "deleted"
-            raise CDEnvironmentError(f"{identity} is {word} in the registry", code="banned")
-        return node
-
-    def release(self, identity: str, version: str) -> dict[str, Any]:
-        """What the registry says of one version."""
-        return self.ask(f"/nodes/{identity.lower()}/versions/{version}", f"{identity}@{version}")
+        repository, url = str(node.get("repository") or "") or None, str(release.get("downloadUrl") or "") or None
+        return NodeInfo(name, name, repository, str(release["version"]), url, self.name)
 
     def ask(self, path: str, what: str) -> dict[str, Any]:
         """One question to the registry."""
@@ -4604,40 +4426,34 @@ class RegistrySource:
             if error.code == "http-403":
                 raise CDEnvironmentError(f"{what} is banned in the registry", code="banned") from None
             if error.code in ("http-404", "http-400"):
-                raise CDEnvironmentError(
-                    f"the registry has no {what}", "give the node's git address instead", "not-found"
-                ) from None
+                hint = "give the node's git address instead"
+                raise CDEnvironmentError(f"the registry has no {what}", hint, "not-found") from None
             raise
         if not isinstance(answer, dict):
             raise CDEnvironmentError(f"the registry answered nothing usable about {what}", code="network")
         return answer
 
-    def judge(self, identity: str, release: dict[str, Any], tell: Callable[[str], None]) -> None:
-        """Refuse a banned or deleted version; warn of one that is deprecated, flagged or not yet checked."""
-        what = f"{identity} {release['version']}"
-        status = str(release.get("status") or "").removeprefix("NodeVersionStatus")
+    def judge(self, what: str, record: dict[str, Any], tell: Tell) -> None:
+        """Refuse a banned or deleted node or version; warn of one that is deprecated, flagged or not yet checked."""
+        status = re.sub("^Node(Version)?Status", "", str(record.get("status") or ""))
         if status in ("Banned", "Deleted"):
             raise CDEnvironmentError(f"{what} is {status.lower()} in the registry", code="banned")
-        reason = {
-            "Flagged": "was flagged by the registry's security scan: look at its code before you run it",
-            "Pending": "has not been checked by the registry yet",
-        }.get(status)
-        if reason:
-            tell(f"warning: {what} {reason}")
-        if release.get("deprecated"):
+        if status == "Flagged":
+            tell(f"warning: {what} was flagged by the registry's security scan: look at its code before you run it")
+        if status == "Pending":
+            tell(f"warning: {what} has not been checked by the registry yet")
+        if record.get("deprecated"):
             tell(f"warning: {what} is deprecated by its author")
 
-    def fetch(self, info: NodeInfo, folder: str, tell: Callable[[str], None]) -> NodeInfo:
+    def fetch(self, info: NodeInfo, folder: str, tell: Tell) -> NodeInfo:
         """Download and unpack into a new folder, with a record of the files beside them."""
         identity = info.registry_id or info.name
         question = f"/nodes/{identity.lower()}/install?version={info.version}"
         url = info.download_url or self.ask(question, identity).get("downloadUrl")
         if not url:
-            raise CDEnvironmentError(
-                f"the registry has no archive of {identity} {info.version}",
-                f"comfydock node add {info.repository}" if info.repository else "",
-                "not-found",
-            )
+            hint = f"comfydock node add {info.repository}" if info.repository else ""
+            message = f"the registry has no archive of {identity} {info.version}"
+            raise CDEnvironmentError(message, hint, "not-found")
         archive = folder + ".archive"
         save(archive, download(str(url), CODE_LIMIT, tell=tell))
         files = unpack(archive, folder, UNPACKED_LIMIT)
@@ -4647,44 +4463,36 @@ class RegistrySource:
         write_atomic(os.path.join(folder, ".tracking"), "\n".join(files).encode(), 0o644)  # ComfyUI-Manager's list
         return info
 
-    def newest(self, info: NodeInfo, tell: Callable[[str], None]) -> NodeInfo:
+    def newest(self, info: NodeInfo, tell: Tell) -> NodeInfo:
         """The newest version, or the node as it is when there is none above it."""
         found = self.find(info.registry_id or info.name, tell)
-        newer = version_key(found.version or "") > version_key(info.version or "")
-        return found if newer else info
+        return found if version_key(found.version or "") > version_key(info.version or "") else info
 
     def version_in(self, folder: str) -> Optional[str]:
-        """The version that a folder holds, as its pyproject.toml says."""
-        import re
-
+        """The version that a folder holds, as its pyproject.toml says; read without a TOML reader, for `status`."""
         path = os.path.join(folder, "pyproject.toml")
-        if not os.path.isfile(path):
-            return None
-        lines = "".join(pair_lines(read_any_text(path), ("project", "version")))
-        found = re.search(r"""=\s*["']([^"']+)["']""", lines)
-        return found.group(1) if found else None
+        pattern = r"""^[ \t]*\[project\]((?!^[ \t]*\[).)*?^[ \t]*version[ \t]*=[ \t]*["']([^"']+)["']"""
+        found = re.search(pattern, read_any_text(path), re.M | re.S) if os.path.isfile(path) else None
+        return found.group(2) if found else None
+
+    def recorded(self, folder: str) -> Optional[dict[str, str]]:
+        """The digests of the files that came with the node; None when nobody wrote them down."""
+        files = read_json(os.path.join(folder, NODE_RECORD)).get("files")
+        return files if isinstance(files, dict) else None
 
     def changes(self, folder: str, info: NodeInfo) -> Optional[list[str]]:
-        """Files that are no longer as they were unpacked; None when nobody wrote down how that was."""
-        recorded = read_json(os.path.join(folder, NODE_RECORD)).get("files")
-        if not isinstance(recorded, dict):
+        """Files that are no longer as they were unpacked; None when nobody can tell."""
+        recorded = self.recorded(folder)
+        if recorded is None:
             return None
+        paths = {name: os.path.join(folder, name) for name in recorded}
         return [
-            name
-            for name, digest in recorded.items()
-            if not os.path.lexists(os.path.join(folder, name)) or file_digest(os.path.join(folder, name)) != digest
+            name for name, path in paths.items() if not os.path.lexists(path) or file_digest(path) != recorded[name]
         ]
 
     def files(self, folder: str) -> set[str]:
         """The files that came with the node; others are the user's."""
-        recorded = read_json(os.path.join(folder, NODE_RECORD)).get("files")
-        ours = {NODE_RECORD, ".tracking"}
-        return ours | set(recorded) if isinstance(recorded, dict) else ours
-
-
-def pair_lines(text: str, name: tuple[str, ...]) -> list[str]:
-    """The text of the `key = value` statements of this name, without a TOML reader."""
-    return [text[item.start : item.end] for item in toml_statements(text) if item.name == name and not item.is_table]
+        return {NODE_RECORD, ".tracking", *(self.recorded(folder) or ())}
 
 
 class GitSource:
@@ -4692,7 +4500,7 @@ class GitSource:
 
     name = "git"
 
-    def find(self, identifier: str, tell: Callable[[str], None]) -> NodeInfo:
+    def find(self, identifier: str, tell: Tell) -> NodeInfo:
         """The node; its version is the reference that was asked for until it is fetched."""
         url, reference = split_reference(identifier)
         check_repository(url)
@@ -4704,19 +4512,16 @@ class GitSource:
         check_node_name(name)
         return NodeInfo(name=name, repository=url, version=reference, source=self.name)
 
-    def fetch(self, info: NodeInfo, folder: str, tell: Callable[[str], None]) -> NodeInfo:
+    def fetch(self, info: NodeInfo, folder: str, tell: Tell) -> NodeInfo:
         """Clone into a new folder; the answer has the commit as its version."""
-        from dataclasses import replace
-
         if not info.repository:
-            raise CDEnvironmentError(f"the manifest names no repository for {info.name}", code="not-found")
+            hint = f"comfydock node remove {info.name}"
+            raise CDEnvironmentError(f"the manifest names no repository for {info.name}", hint, "not-found")
         clone(info.repository, info.version, folder)
         return replace(info, version=git(["rev-parse", "HEAD"], folder))
 
-    def newest(self, info: NodeInfo, tell: Callable[[str], None]) -> NodeInfo:
+    def newest(self, info: NodeInfo, tell: Tell) -> NodeInfo:
         """The newest commit of the default branch."""
-        from dataclasses import replace
-
         url = info.repository or ""
         check_repository(url)
         answer = git(["ls-remote", "--", url, "HEAD"], url=url).split()
@@ -4739,21 +4544,16 @@ class GitSource:
 
     def files(self, folder: str) -> set[str]:
         """The files that git has; others are the user's."""
-        listed = git_answer(["ls-files", "-z", "--recurse-submodules"], folder) or ""
-        return set(listed.split("\0")) | {".git"}
+        return set((git_answer(["ls-files", "-z", "--recurse-submodules"], folder) or "").split("\0")) | {".git"}
 
 
 def is_local(url: str) -> bool:
     """Whether a repository address is a path on this machine: no scheme, and no HOST:PATH as ssh has it."""
-    import re
-
     return "://" not in url and not re.match(r"[\w.-]+@[\w.-]+:|[\w.-]{2,}:(?!\\)", url)
 
 
 def split_reference(identifier: str) -> tuple[str, Optional[str]]:
     """ADDRESS@REFERENCE in its parts. The @ of git@host does not count, nor one in a folder's real name."""
-    import re
-
     if is_local(identifier):
         url, mark, reference = identifier.rpartition("@")
         return (identifier, None) if os.path.isdir(identifier) or not mark else (url, reference)
@@ -4764,37 +4564,40 @@ def split_reference(identifier: str) -> tuple[str, Optional[str]]:
 
 
 class DevelopmentSource:
-    """A folder that its author works in: linked into custom_nodes when it lies elsewhere, never fetched or deleted."""
+    """A folder that its author works in: linked into custom_nodes when it lies elsewhere, never copied or deleted."""
 
     name = "development"
 
     def __init__(self, custom_nodes: str) -> None:
         self.custom_nodes = custom_nodes
+        self.place = ""  # of the folder that was found
 
-    def find(self, identifier: str, tell: Callable[[str], None]) -> NodeInfo:
-        """The node; a bare name is a folder of custom_nodes."""
-        folder = self.place(identifier)
-        name = os.path.basename(folder)
-        check_node_name(name)
-        return NodeInfo(name=name, repository=remote_of(folder), version="dev", source=self.name)
-
-    def place(self, identifier: str) -> str:
-        """The folder that was meant. Raises CDEnvironmentError (code "not-found") when there is none."""
+    def find(self, identifier: str, tell: Tell) -> NodeInfo:
+        """The node; a bare name is a folder of custom_nodes. Raises CDEnvironmentError (code "not-found") for none."""
         inside = os.path.join(self.custom_nodes, identifier)
         folder = inside if os.path.basename(identifier) == identifier and os.path.isdir(inside) else identifier
-        folder = os.path.abspath(os.path.expanduser(folder))
-        if not os.path.isdir(folder):
-            raise CDEnvironmentError(f"{folder} is not a folder", "name a folder with --dev", "not-found")
-        return folder
+        self.place = os.path.abspath(os.path.expanduser(folder))
+        if not identifier or not os.path.isdir(self.place):
+            raise CDEnvironmentError(f"{self.place} is not a folder", "name a folder with --dev", "not-found")
+        name = os.path.basename(self.place)
+        check_node_name(name)
+        return NodeInfo(name=name, repository=remote_of(self.place), version="dev", source=self.name)
+
+    def fetch(self, info: NodeInfo, folder: str, tell: Tell) -> NodeInfo:
+        """Link to the folder that was found."""
+        link_folder(self.place, folder)
+        return info
+
+    def newest(self, info: NodeInfo, tell: Tell) -> NodeInfo:
+        """The node itself: only its author changes it."""
+        return info
 
 
 def pick_source(identifier: str) -> Any:
     """The source that an identifier belongs to: git for addresses and paths, else the registry."""
-    import re
-
-    path = identifier.startswith(("/", "./", "../", "~", ".\\", "..\\")) or re.match(r"[A-Za-z]:[\\/]", identifier)
-    address = "://" in identifier or "::" in identifier or re.match(r"[\w.-]+@[\w.-]+:", identifier)
-    return GitSource() if path or address else RegistrySource()
+    path = r"/|\./|\.\./|~|\.\\|\.\.\\|[A-Za-z]:[\\/]"
+    address = r".*://|.*::|[\w.-]+@[\w.-]+:"
+    return GitSource() if re.match(f"{path}|{address}", identifier) else RegistrySource()
 
 
 # Changing nodes: each change is all or nothing. What it will do is written down (journal.json in a staging folder)
@@ -4802,67 +4605,60 @@ def pick_source(identifier: str) -> Any:
 # journal, and takes the change back, or, when the manifest already has it, only tidies up.
 
 
-@dataclass
-class Journal:
-    """One change of nodes.
+class NodeChange:
+    """One change of nodes, in a staging folder: `new` is what the node is fetched to, `old` holds the former one.
 
-    `before` and `after` are manifest entries by key, None where there is none; `moves` the renames in their order;
-    `keeps` former folders that go to the shelf instead of being deleted once the change holds, as they hold somebody's
-    work; `packages` what was installed before, None when none are touched.
+    Written down are `before` and `after`, manifest entries by key, None where there is none; `moves`, the renames in
+    their order; `keeps`, former folders that go to the shelf instead of being deleted once the change holds, as they
+    hold somebody's work; `packages`, what was installed before, None when none are touched.
     """
 
-    before: dict[str, Any] = field(default_factory=dict)
-    after: dict[str, Any] = field(default_factory=dict)
-    moves: list[list[str]] = field(default_factory=list)
-    keeps: list[str] = field(default_factory=list)
-    packages: Optional[list[str]] = None
+    WRITTEN = ("before", "after", "moves", "keeps", "packages")
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.journal = folder, os.path.join(folder, "journal.json")
+        self.new, self.old = os.path.join(folder, "new"), os.path.join(folder, "old")
+        self.before: dict[str, Any] = {}
+        self.after: dict[str, Any] = {}
+        self.moves: list[list[str]] = []
+        self.keeps: list[str] = []
+        self.packages: Optional[list[str]] = None
+
+    def write_down(self) -> None:
+        """From here on the change has effects."""
+        write_atomic(self.journal, json.dumps({name: getattr(self, name) for name in self.WRITTEN}).encode())
+
+    def read(self) -> bool:
+        """Load what was written down; False when the change never came that far."""
+        try:
+            data = read_small(self.journal, 16 * MEGABYTE)
+            if data is None:
+                return False
+            written = json.loads(data)
+            self.__dict__.update({name: written[name] for name in self.WRITTEN})
+            return True
+        except (OSError, ValueError, TypeError, KeyError) as error:  # not to be tidied away: `old` may hold a node
+            hint = f"look into {self.folder}, then remove it"
+            raise CDEnvironmentError(f"{self.journal} cannot be read: {error}", hint) from None
 
     def holds(self, manifest: Manifest) -> bool:
         """Whether the manifest has what this change was to bring."""
         return self.before != self.after and all(manifest.entry(key) == entry for key, entry in self.after.items())
 
-
-class NodeChange:
-    """The staging folder of one change: `new` is what the node is fetched to, `old` holds the former one."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.new = os.path.join(folder, "new")
-        self.old = os.path.join(folder, "old")
-        self.journal_path = os.path.join(folder, "journal.json")
-        self.journal = Journal()
-
-    def write_down(self) -> None:
-        """From here on the change has effects."""
-        write_atomic(self.journal_path, json.dumps(self.journal.__dict__).encode())
-
-    def read(self) -> bool:
-        """Load what was written down; False when the change never came that far."""
-        try:
-            with open(self.journal_path, "rb") as file:
-                self.journal = Journal(**json.loads(file.read()))
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError, TypeError) as error:  # not to be tidied away: `old` may hold a node
-            raise CDEnvironmentError(
-                f"{self.journal_path} cannot be read: {error}", f"look into {self.folder}, then remove it"
-            ) from None
-        return True
-
     def do_moves(self) -> None:
         """All renames."""
-        for source, target in self.journal.moves:
+        for source, target in self.moves:
             move(source, target)
 
     def undo_moves(self) -> None:
         """Those renames that happened, backwards. One happened when its target is there and its source is not."""
-        for source, target in reversed(self.journal.moves):
+        for source, target in reversed(self.moves):
             if os.path.lexists(target) and not os.path.lexists(source):
                 move(target, source)
 
     def tidy(self) -> None:
         """Remove the staging folder, the journal first: without one there is nothing to take back."""
-        remove_file(self.journal_path)
+        remove_file(self.journal)
         remove_tree(self.folder)
         remove_empty(os.path.dirname(self.folder))
 
@@ -4874,7 +4670,7 @@ class NodeManager:
     and either do all they say or leave directory, manifest and packages as they were.
     """
 
-    def __init__(self, paths: EnvironmentPaths, python: Optional[str], tell: Callable[[str], None]) -> None:
+    def __init__(self, paths: EnvironmentPaths, python: Optional[str], tell: Tell) -> None:
         """`python` is the environment's interpreter, None when it has none yet: then no packages are installed."""
         self.paths, self.python, self.tell = paths, python, tell
 
@@ -4895,30 +4691,19 @@ class NodeManager:
         """The folder that ComfyUI loads nodes from."""
         return os.path.join(self.comfyui, "custom_nodes")
 
-    @property
-    def staging(self) -> str:
-        """Where changes in progress are."""
-        return os.path.join(self.custom_nodes, STAGING)
-
     def folder_of(self, info: NodeInfo) -> str:
-        """A node's folder, whatever the case of its letters. Raises CDEnvironmentError (code "name") for no name."""
-        check_node_name(info.name)
-        return self.existing(info.name) or os.path.join(self.custom_nodes, info.name)
+        """A node's folder. Raises CDEnvironmentError (code "name") when its name is none.
 
-    def existing(self, name: str) -> Optional[str]:
-        """The folder of this name, whatever the case of its letters: on Windows and macOS the two would be one."""
-        for other in self.folders():
-            if other.casefold() == name.casefold():
-                return os.path.join(self.custom_nodes, other)
-        return None
+        The case of letters does not count: on Windows and macOS the two would be one.
+        """
+        check_node_name(info.name)
+        same = [name for name in self.folders() if name.casefold() == info.name.casefold()]
+        return os.path.join(self.custom_nodes, same[0] if same else info.name)
 
     def source_of(self, info: NodeInfo) -> Any:
         """The source of a node in the manifest; None for one found at adoption or of an unknown kind."""
-        return {
-            "registry": RegistrySource(),
-            "git": GitSource(),
-            "development": DevelopmentSource(self.custom_nodes),
-        }.get(info.source)
+        sources = (RegistrySource(), GitSource(), DevelopmentSource(self.custom_nodes))
+        return next((source for source in sources if source.name == info.source), None)
 
     def list_nodes(self) -> dict[str, NodeInfo]:
         """The nodes in the manifest by key."""
@@ -4927,55 +4712,43 @@ class NodeManager:
     def find_node(self, identifier: str) -> tuple[str, NodeInfo]:
         """The key and node that an identifier means: key, name or registry id in any case, or its repository.
 
-        Raises:
-            CDEnvironmentError: code "not-found".
+        Raises CDEnvironmentError (code "not-found") when it means none.
         """
-        nodes = self.list_nodes()
-        wanted = identifier.casefold()
-        for key, info in nodes.items():
-            if wanted in (key.casefold(), info.name.casefold(), (info.registry_id or key).casefold()):
-                return key, info
-        for key, info in nodes.items():
-            if same_repository(identifier, info.repository):
-                return key, info
+        nodes, wanted = self.list_nodes(), identifier.casefold()
+        names = {key: (key, info.name, info.registry_id or key) for key, info in nodes.items()}
+        meant = [key for key in nodes if wanted in [name.casefold() for name in names[key]]]
+        meant += [key for key, info in nodes.items() if same_repository(identifier, info.repository)]
+        if meant:
+            return meant[0], nodes[meant[0]]
         raise CDEnvironmentError(f"no node {identifier!r} in the manifest", "comfydock node list", "not-found")
 
     def folders(self) -> list[str]:
         """Names of the folders in custom_nodes that ComfyUI loads and that are no tool's own."""
         try:
             with os.scandir(self.custom_nodes) as entries:
-                names = [entry.name for entry in entries if entry.is_dir()]
+                names = sorted(entry.name for entry in entries if entry.is_dir())
         except OSError:
             return []
-        return sorted(
-            name
-            for name in names
-            if not name.startswith(".") and not name.endswith(".disabled") and name != "__pycache__"
-        )
+        return [name for name in names if not re.match(r"\.|.*\.disabled$|__pycache__$", name, re.S)]
 
     def compare(self) -> EnvironmentComparison:
         """How custom_nodes differs from the manifest. Changes nothing."""
-        manifest = self.manifest
-        there = {name.casefold() for name in self.folders()}
+        manifest, folders = self.manifest, self.folders()
+        there = {name.casefold() for name in folders}
         tracked = {info.name.casefold() for info in manifest.nodes.values()}
         found = {name.casefold() for name in manifest.found_nodes}
-        extra = [name for name in self.folders() if name.casefold() not in tracked]
-        report = EnvironmentComparison(
+        extra = [name for name in folders if name.casefold() not in tracked]
+        present = [info for info in manifest.nodes.values() if info.name.casefold() in there]
+        return EnvironmentComparison(
+            missing_nodes=[info.name for info in manifest.nodes.values() if info not in present],
             extra_nodes=[name for name in extra if name.casefold() not in found],
             found_nodes=[name for name in extra if name.casefold() in found],
+            version_mismatches=[wrong for info in present for wrong in self.mismatch(info)],
             interrupted=len(self.interrupted()),
         )
-        for info in manifest.nodes.values():
-            if info.name.casefold() not in there:
-                report.missing_nodes.append(info.name)
-            else:
-                report.version_mismatches += self.mismatch(info)
-        return report
 
     def mismatch(self, info: NodeInfo) -> list[dict[str, str]]:
         """What 1.0.x calls a version mismatch: none or one. Git nodes are compared only when a commit is recorded."""
-        import re
-
         source = self.source_of(info)
         if source is None or info.source == "development" or not info.version:
             return []
@@ -4990,28 +4763,18 @@ class NodeManager:
     def add_node(
         self, identifier: str, is_development: bool = False, no_test: bool = False, force: bool = False
     ) -> NodeOperationResult:
-        """Add a node and what it needs.
+        """Add a node and what it needs: a registry id `ID[@VERSION]` or a git address or path `ADDRESS[@REFERENCE]`.
 
-        Args:
-            identifier: registry id `ID[@VERSION]`, git address or path `ADDRESS[@REFERENCE]`, or, with
-                is_development, a folder.
-            is_development: the folder is the user's own work; it is linked, and never deleted.
-            no_test: do not try the requirements before they are installed.
-            force: replace what is there; a folder that holds somebody's work is moved aside.
-
-        Raises:
-            CDNodeConflictError: the node, or a folder of its name, is there already.
-            CDEnvironmentError: it cannot be found, fetched or installed; then all is as before.
+        With `is_development` it is a folder, the user's own work: linked, and never deleted. `no_test` does not try the
+        requirements before they are installed; `force` replaces what is there, and moves somebody's work aside. Raises
+        CDNodeConflictError when the node, or a folder of its name, is there already, and CDEnvironmentError when it
+        cannot be found, fetched or installed; then all is as before.
         """
         with self.changing(f"add {identifier}"):
             source = DevelopmentSource(self.custom_nodes) if is_development else pick_source(identifier)
-            info = source.find(identifier, self.tell)
-            key, info = self.tracked_as(info, identifier, force)
+            key, info = self.tracked_as(source.find(identifier, self.tell), identifier, force)
             with self.change() as change:
-                if info.source == "development":
-                    self.prepare_development(change, key, source.place(identifier), force)
-                else:
-                    info = self.prepare(change, key, info, force)
+                info = self.prepare(change, key, info, source, force)
                 self.put_in_place(change, key, info, no_test)
         return NodeOperationResult(info, True, "Node added - ComfyUI needs to load new node classes")
 
@@ -5022,15 +4785,15 @@ class NodeManager:
         """
         with self.changing(f"remove {identifier}"):
             key, info = self.find_node(identifier)
-            folder = self.folder_of(info)
-            action = "none" if not os.path.lexists(folder) else "deleted"
+            folder, action = self.folder_of(info), "none"
             with self.change() as change:
-                if action == "deleted":
-                    action = self.prepare_leaving(change, info, folder)
-                change.journal.before[key], change.journal.after[key] = self.manifest.entry(key), None
+                if os.path.lexists(folder):
+                    self.prepare_replacing(change, info, folder, force=True)
+                    action = "disabled" if info.source == "development" else "moved" if change.keeps else "deleted"
+                change.before[key], change.after[key] = self.manifest.entry(key), None
                 change.write_down()
                 change.do_moves()
-                change_nodes(self.paths, change.journal.after, self.python)
+                change_nodes(self.paths, change.after, self.python)
         return NodeRemovalResult(identifier, info.name, info.source, action)
 
     def update_node(
@@ -5042,83 +4805,67 @@ class NodeManager:
     ) -> UpdateResult:
         """Bring a node to its newest version; a development node's requirements are read again.
 
-        Args:
-            identifier: as find_node takes it.
-            confirmation_strategy: asked with (name, old version, new version) before anything changes; no lock is
-                held meanwhile.
-            no_test: as for add_node.
-            force: replace the node's own local changes; they are moved aside.
-
-        Raises:
-            CDNodeConflictError: the node has local changes.
-            CDEnvironmentError: as for add_node.
+        `confirmation_strategy` is asked with (name, old version, new version) before anything changes; no lock is held
+        meanwhile. `force` replaces the node's own local changes, which are moved aside. Raises CDNodeConflictError when
+        the node has local changes, CDEnvironmentError as add_node does.
         """
         key, info = self.find_node(identifier)
         source = self.source_of(info)
         if source is None:
             raise CDEnvironmentError(f"nobody recorded where {info.name} comes from", "comfydock repair", "not-found")
-        if info.source == "development":
-            return self.update_development(key, info, no_test)
-        newest = source.newest(info, self.tell)
-        result = UpdateResult(info.name, info.source, old_version=info.version, new_version=info.version)
-        if newest.version == info.version:
-            result.message = f"{info.name} is at its newest version"
-            return result
-        if confirmation_strategy and not confirmation_strategy(info.name, str(info.version), str(newest.version)):
-            result.message = f"{info.name} was left as it is"
-            return result
-        return self.replace_node(key, info, newest, no_test, force)
+        newest = replace(source.newest(info, self.tell), name=info.name, registry_id=info.registry_id)
+        versions = (info.name, str(info.version), str(newest.version))
+        is_newest = newest.version == info.version
+        if is_newest and info.source != "development":
+            message = f"{info.name} is at its newest version"
+        elif not is_newest and confirmation_strategy and not confirmation_strategy(*versions):
+            message = f"{info.name} was left as it is"
+        else:
+            return self.replace_node(key, info, newest, source, no_test, force)
+        old = info.version
+        return UpdateResult(info.name, info.source, message=message, old_version=old, new_version=old)
 
-    def replace_node(self, key: str, info: NodeInfo, newest: NodeInfo, no_test: bool, force: bool) -> UpdateResult:
+    def replace_node(
+        self, key: str, info: NodeInfo, newest: NodeInfo, source: Any, no_test: bool, force: bool
+    ) -> UpdateResult:
         """The part of update_node that changes something: the version that was looked up goes where the old one is."""
-        from dataclasses import replace
-
         with self.changing(f"update {info.name}"):
             old = self.manifest.entry(key)
             if old is None or old["table"].get("version") != info.version:
-                raise CDEnvironmentError(f"{info.name} was changed by another command meanwhile", "run it again")
-            with self.change() as change:
-                found = self.prepare(change, key, replace(newest, name=info.name, registry_id=info.registry_id), force)
-                self.put_in_place(change, key, found, no_test)
-            return self.update_result(info, found, old["requirements"], self.manifest.requirements(found))
-
-    def update_development(self, key: str, info: NodeInfo, no_test: bool) -> UpdateResult:
-        """Install and record what a development node needs by now."""
-        with self.changing(f"update {info.name}"):
-            old = self.manifest.requirements(info)
-            new = requirement_lines(node_requirements(self.folder_of(info), self.python))
-            if new != old:
+                message = f"{info.name} was changed by another command meanwhile"
+                raise CDEnvironmentError(message, f"comfydock node update {key}")
+            before, needed = old["requirements"], self.entry(self.folder_of(info), info)["requirements"]
+            if newest.version != info.version or needed != before:
                 with self.change() as change:
-                    self.put_in_place(change, key, info, no_test)
-            return self.update_result(info, info, old, new)
-
-    def update_result(self, old: NodeInfo, new: NodeInfo, before: list[str], after: list[str]) -> UpdateResult:
-        """The report of an update."""
-        changed = old.version != new.version or before != after
-        result = UpdateResult(old.name, old.source, changed, old_version=old.version, new_version=new.version)
-        result.message = f"{old.name} updated" if changed else f"{old.name} is up to date"
-        result.requirements_added = [line for line in after if line not in before]
-        result.requirements_removed = [line for line in before if line not in after]
-        result.restart_recommended = changed
-        result.restart_reason = f"Node '{old.name}' updated to {new.version}" if changed else None
-        return result
+                    if info.source != "development":
+                        newest = self.prepare(change, key, newest, source, force)
+                    self.put_in_place(change, key, newest, no_test)
+            after = self.manifest.requirements(newest)
+        changed = info.version != newest.version or before != after
+        return UpdateResult(
+            node_name=info.name,
+            source=info.source,
+            changed=changed,
+            message=f"{info.name} updated" if changed else f"{info.name} is up to date",
+            requirements_added=[line for line in after if line not in before],
+            requirements_removed=[line for line in before if line not in after],
+            old_version=info.version,
+            new_version=newest.version,
+            restart_recommended=changed,
+            restart_reason=f"Node '{info.name}' updated to {newest.version}" if changed else None,
+        )
 
     def bring_in_line(self, correct_versions: bool = False, force: bool = False) -> SyncReport:
         """Install what the manifest has and the disk lacks; nothing is removed.
 
-        Args:
-            correct_versions: also replace nodes whose version is not the recorded one (repair).
-            force: do all checks although the stamp says that nothing changed.
-
-        Raises:
-            CDEnvironmentError: packages cannot be installed, or the manifest cannot be read. What fails for single
-                nodes is in the report's `problems` instead.
+        `correct_versions` also replaces nodes whose version is not the recorded one (repair); `force` does all checks
+        although the stamp says that nothing changed. Raises CDEnvironmentError when packages cannot be installed or the
+        manifest cannot be read; what fails for single nodes is in the report's `problems` instead.
         """
         if not force and not correct_versions and self.is_in_line():
             return SyncReport()
         with self.changing("sync"):
-            report = SyncReport(checked=True)
-            difference = self.compare()
+            report, difference = SyncReport(checked=True), self.compare()
             for name in difference.missing_nodes:
                 self.restore(name, report, report.installed)
             for wrong in difference.version_mismatches if correct_versions else []:
@@ -5131,15 +4878,14 @@ class NodeManager:
     def restore(self, name: str, report: SyncReport, done: list[str]) -> None:
         """Bring one node to what the manifest says, or note why not."""
         key, info = self.find_node(name)
-        if self.source_of(info) is None or info.source == "development":
-            report.problems.append(
-                f"{name} is not in custom_nodes, and only you know where it is: "
-                f"put it back, or: comfydock node remove {name}"
-            )
+        source = self.source_of(info)
+        if source is None or info.source == "development":
+            lost = f"{name} is not in custom_nodes, and only you know where it is: put it back"
+            report.problems.append(f"{lost}, or: comfydock node remove {name}")
             return
         try:
             with self.change() as change:
-                self.put_in_place(change, key, self.prepare(change, key, info, force=False), no_test=False)
+                self.put_in_place(change, key, self.prepare(change, key, info, source, force=False), no_test=False)
             done.append(name)
         except CDEnvironmentError as error:
             report.problems.append(f"{name}: {error.message}")
@@ -5152,7 +4898,7 @@ class NodeManager:
         with self.changing(f"track {name}"):
             folder = os.path.join(self.custom_nodes, name)
             if name not in self.folders():
-                raise CDEnvironmentError(f"there is no folder {folder}", code="not-found")
+                raise CDEnvironmentError(f"there is no folder {folder}", "comfydock repair", "not-found")
             info = self.recognised(folder, name)
             key = info.registry_id or info.name
             if key in self.list_nodes():
@@ -5166,10 +4912,9 @@ class NodeManager:
         remote = remote_of(folder)
         if remote:
             return NodeInfo(name, repository=remote, version=GitSource().version_in(folder), source="git")
-        project = project_table(folder, self.python)
-        if os.path.isfile(os.path.join(folder, ".tracking")) and isinstance(project.get("name"), str):
-            version = RegistrySource().version_in(folder)
-            return NodeInfo(name, registry_id=project["name"], version=version, source="registry")
+        identity = project_table(folder, self.python).get("name")
+        if os.path.isfile(os.path.join(folder, ".tracking")) and isinstance(identity, str):
+            return NodeInfo(name, identity, version=RegistrySource().version_in(folder), source="registry")
         return NodeInfo(name, version="dev", source="development")
 
     def move_untracked_aside(self, names: list[str]) -> list[str]:
@@ -5190,23 +4935,20 @@ class NodeManager:
 
     def interrupted(self) -> list[str]:
         """Staging folders; while the content lock is free, each is of a command that was killed."""
-        try:
-            return [os.path.join(self.staging, name) for name in sorted(os.listdir(self.staging))]
-        except OSError:
-            return []
+        staging = os.path.join(self.custom_nodes, STAGING)
+        return [os.path.join(staging, name) for name in sorted(os.listdir(staging))] if os.path.isdir(staging) else []
 
     def take_back_interrupted(self) -> None:
         """Undo what killed commands left half done; the lock is held."""
         for folder in self.interrupted():
             change = NodeChange(folder)
-            if not change.read():
-                change.tidy()
-            elif change.journal.holds(self.manifest):
+            if change.read() and change.holds(self.manifest):
                 self.finish(change)
-            else:
+                continue
+            if os.path.exists(change.journal):
                 self.tell("a node change that was broken off is taken back")
-                self.undo(change)
-        remove_empty(self.staging)
+            self.undo(change)
+        remove_empty(os.path.join(self.custom_nodes, STAGING))
 
     @contextmanager
     def change(self) -> Iterator[NodeChange]:
@@ -5215,7 +4957,7 @@ class NodeManager:
 
         if not os.path.isdir(self.comfyui):
             raise CDEnvironmentError(f"ComfyUI is not at {self.comfyui}", "comfydock repair", "not-found")
-        change = NodeChange(os.path.join(self.staging, uuid.uuid4().hex))
+        change = NodeChange(os.path.join(self.custom_nodes, STAGING, uuid.uuid4().hex))
         make_folder(change.old)
         try:
             yield change
@@ -5226,15 +4968,15 @@ class NodeManager:
 
     def undo(self, change: NodeChange) -> None:
         """Put folders and packages back; the manifest was not written yet."""
-        if os.path.exists(change.journal_path):
+        if os.path.exists(change.journal):
             change.undo_moves()
-            if self.python and change.journal.packages is not None:
-                Packages(self.python, change.folder, change.journal.packages).put_back(self.tell)
+            if self.python and change.packages is not None:
+                Packages(self.python, change.folder, change.packages).put_back(self.tell)
         change.tidy()
 
     def finish(self, change: NodeChange) -> None:
         """The change holds: what it replaced goes, to the shelf when it holds somebody's work."""
-        for folder in change.journal.keeps:
+        for folder in change.keeps:
             if os.path.lexists(folder):
                 self.tell(f"the former {os.path.basename(folder)} is kept: {move_aside(folder, self.paths.removed)}")
         change.tidy()
@@ -5242,77 +4984,54 @@ class NodeManager:
     def tracked_as(self, info: NodeInfo, identifier: str, force: bool) -> tuple[str, NodeInfo]:
         """The key for a node that is to be added, and its NodeInfo in the folder of the tracked node it replaces.
 
-        Raises:
-            CDNodeConflictError: what is there already is not to be replaced.
+        Raises CDNodeConflictError when what is there already is not to be replaced.
         """
-        from dataclasses import replace
-
         for key, old in self.list_nodes().items():
             same_name = (info.registry_id or info.name).casefold() in (key.casefold(), old.name.casefold())
             if not same_name and not same_repository(info.repository, old.repository):
                 continue
             version_asked = info.source == old.source and "@" in identifier and info.version != old.version
             if not force and not version_asked and os.path.isdir(self.folder_of(old)):
-                hint = f"comfydock node update {key}" if info.source == old.source else f"comfydock node remove {key}"
+                hint = f"comfydock node {'update' if info.source == old.source else 'remove'} {key}"
                 raise CDNodeConflictError(f"{key} is already here ({old.source} {old.version})", hint, "conflict")
             return key, info if info.source == "development" else replace(info, name=old.name)
         return info.registry_id or info.name, info
 
-    def prepare(self, change: NodeChange, key: str, info: NodeInfo, force: bool) -> NodeInfo:
+    def prepare(self, change: NodeChange, key: str, info: NodeInfo, source: Any, force: bool) -> NodeInfo:
         """Fetch a node into the staging folder and plan how it takes its place; nothing is moved yet."""
-        old = self.list_nodes().get(key)
-        folder = self.folder_of(info)
+        old, folder = self.list_nodes().get(key), self.folder_of(info)
+        if info.source == "development" and os.path.isdir(folder) and os.path.samefile(source.place, folder):
+            return info
         carries = os.path.lexists(folder) and self.prepare_replacing(change, old, folder, force)
         self.tell(f"fetching {info.name} {info.version or ''}".rstrip())
-        info = self.source_of(info).fetch(info, change.new, self.tell)
-        if carries and old:
-            known = self.source_of(old).files(folder)
-            carry_over(folder, change.new, [name for name in files_below(folder) if name not in known])
-        change.journal.moves.append([change.new, os.path.join(self.custom_nodes, info.name)])
+        info = source.fetch(info, change.new, self.tell)
+        if carries and old and not is_link(change.new):
+            carry_over(folder, change.new, self.source_of(old).files(folder))
+        change.moves.append([change.new, os.path.join(self.custom_nodes, info.name)])
         return info
 
     def prepare_replacing(self, change: NodeChange, old: Optional[NodeInfo], folder: str, force: bool) -> bool:
         """Plan where the folder goes that a node is to replace; whether the user's files in it are known as such.
 
-        Raises:
-            CDNodeConflictError: it has to stay.
+        Raises CDNodeConflictError when it has to stay. `keeps` gets what holds somebody's work, or may do so.
         """
-        name = os.path.basename(folder)
+        name, former = os.path.basename(folder), os.path.join(change.old, os.path.basename(folder))
         if (old is None or old.name.casefold() != name.casefold()) and not force:
-            raise CDNodeConflictError(
-                f"custom_nodes has a folder {name} that the manifest does not know",
-                "comfydock repair (to track it), or --force (to move it aside)",
-                "conflict",
-            )
+            message = f"custom_nodes has a folder {name} that the manifest does not know"
+            hint = "comfydock repair (to track it), or --force (to move it aside)"
+            raise CDNodeConflictError(message, hint, "conflict")
         if old is not None and old.source == "development":
-            change.journal.moves += self.disabling_moves(folder)
+            change.moves += self.disabling_moves(folder)
             return False
-        changes = self.local_changes(old, folder)
+        source = self.source_of(old) if old and not is_link(folder) else None
+        changes = source.changes(folder, old) if source else None
         if changes and not force:
-            raise CDNodeConflictError(
-                f"{name} has local changes ({', '.join(changes[:3])})",
-                "save them, or use --force (they are moved aside)",
-                "local-changes",
-            )
-        former = os.path.join(change.old, name)
-        change.journal.moves.append([folder, former])
+            message = f"{name} has local changes ({', '.join(changes[:3])})"
+            raise CDNodeConflictError(message, "save them, or use --force (they are moved aside)", "local-changes")
+        change.moves.append([folder, former])
         if changes is None or changes:
-            change.journal.keeps.append(former)
+            change.keeps.append(former)
         return changes is not None
-
-    def local_changes(self, old: Optional[NodeInfo], folder: str) -> Optional[list[str]]:
-        """What of a folder is the user's work; None when nobody can tell."""
-        source = self.source_of(old) if old else None
-        answer: Optional[list[str]] = source.changes(folder, old) if source and not is_link(folder) else None
-        return answer
-
-    def prepare_leaving(self, change: NodeChange, info: NodeInfo, folder: str) -> str:
-        """Plan the removal of a folder; the answer is the word for it: disabled, moved or deleted."""
-        if info.source == "development":
-            change.journal.moves += self.disabling_moves(folder)
-            return "disabled"
-        self.prepare_replacing(change, info, folder, force=True)
-        return "moved" if change.journal.keeps else "deleted"
 
     def disabling_moves(self, folder: str) -> list[list[str]]:
         """The renames that disable a node; one that was disabled before gets the time into its name, as in 1.0.x."""
@@ -5320,24 +5039,11 @@ class NodeManager:
         earlier = [[disabled, f"{folder}.{time.time_ns() // 10**6}.disabled"]] if os.path.lexists(disabled) else []
         return [*earlier, [folder, disabled]]
 
-    def prepare_development(self, change: NodeChange, key: str, place: str, force: bool) -> None:
-        """Plan how a development folder comes into custom_nodes: not at all when it is there, else as a link."""
-        old = self.list_nodes().get(key)
-        folder = os.path.join(self.custom_nodes, os.path.basename(place))
-        if os.path.realpath(place) == os.path.realpath(folder):
-            return
-        existing = self.existing(os.path.basename(place))
-        if existing:
-            self.prepare_replacing(change, old, existing, force)
-        link_folder(place, change.new)
-        change.journal.moves.append([change.new, folder])
-
     def put_in_place(self, change: NodeChange, key: str, info: NodeInfo, no_test: bool) -> None:
         """Carry out a planned change: try, write down, move, install, record."""
-        folder = os.path.join(self.custom_nodes, info.name) if change.journal.moves else self.folder_of(info)
+        folder = os.path.join(self.custom_nodes, info.name) if change.moves else self.folder_of(info)
         fetched = change.new if os.path.lexists(change.new) else folder
-        journal = change.journal
-        journal.before[key], journal.after[key] = self.manifest.entry(key), self.entry(fetched, info, key)
+        change.before[key], change.after[key] = self.manifest.entry(key), self.entry(fetched, info, key)
         packages = self.packages_for(change, fetched)
         if packages and not no_test:
             self.tell(f"trying the requirements of {info.name}")
@@ -5346,12 +5052,12 @@ class NodeManager:
         change.do_moves()
         if packages:
             self.tell(f"installing the requirements of {info.name}")
-            packages.install(folder, self.tell)
+            packages.install([folder], self.tell)
             if os.path.isfile(os.path.join(folder, "install.py")):
                 self.tell(f"running install.py of {info.name}")
                 packages.run_install_script(folder, self.comfyui, self.tell)
-        if journal.before != journal.after:
-            change_nodes(self.paths, journal.after, self.python)
+        if change.before != change.after:
+            change_nodes(self.paths, change.after, self.python)
 
     def packages_for(self, change: NodeChange, folder: str) -> Optional[Packages]:
         """The packages that a node's change touches; None when it needs none, or there is no Python to hold them."""
@@ -5361,14 +5067,13 @@ class NodeManager:
         if not needs or not self.python:
             return None
         packages = Packages(self.python, change.folder)
-        change.journal.packages = packages.before
+        change.packages = packages.before
         return packages
 
-    def entry(self, folder: str, info: NodeInfo, key: Optional[str] = None) -> dict[str, Any]:
+    def entry(self, folder: str, info: NodeInfo, key: str = "") -> dict[str, Any]:
         """The manifest entry for a node in a folder."""
-        old = self.manifest.tables.get(key or "")
-        needed = requirement_lines(node_requirements(folder, self.python))
-        return {"table": table_from_info(info, old), "requirements": needed}
+        table = table_from_info(info, self.manifest.tables.get(key))
+        return {"table": table, "requirements": requirement_lines(node_requirements(folder, self.python))}
 
     # Sync
 
@@ -5384,7 +5089,7 @@ class NodeManager:
         if not self.python or not folders:
             return
         with self.change() as change:
-            Packages(self.python, change.folder).install_all(folders, self.tell)
+            Packages(self.python, change.folder).install(folders, self.tell)
 
     def is_in_line(self) -> bool:
         """Whether nothing changed since the last bring_in_line that found no problem."""
@@ -5394,22 +5099,14 @@ class NodeManager:
         """A digest of all that bring_in_line depends on: a few dozen stat calls, no program is run."""
         import hashlib
 
-        with open(self.paths.manifest, "rb") as file:
-            digest = hashlib.sha256(file.read())
-        watched = [
-            os.path.join(folder, name)
-            for folder in self.requirement_folders()
-            for name in ("requirements.txt", "pyproject.toml")
-        ]
-        for path in [*watched, *([self.python, pyvenv_path(self.python)] if self.python else [])]:
-            digest.update(f"{path}\0{file_mark(path)}\0".encode("utf-8", "surrogateescape"))
-        digest.update("\0".join(self.folders() + self.interrupted()).encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
-
-
-def pyvenv_path(python: str) -> str:
-    """The file that a venv is made new with."""
-    return os.path.join(os.path.dirname(os.path.dirname(python)), "pyvenv.cfg")
+        names = ("requirements.txt", "pyproject.toml")
+        watched = [os.path.join(folder, name) for folder in self.requirement_folders() for name in names]
+        if self.python:
+            venv = os.path.dirname(os.path.dirname(self.python))
+            watched += [self.python, os.path.join(venv, "pyvenv.cfg")]  # the latter changes with a new venv
+        marks = [f"{path} {file_mark(path)}" for path in watched]
+        facts = [manifest_text(self.paths), *marks, *self.folders(), *self.interrupted()]
+        return hashlib.sha256("\0".join(facts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def file_mark(path: str) -> str:
@@ -5445,26 +5142,24 @@ class CreateOptions:
 
 @dataclass
 class CreateReport:
-    """What `create` made; `seconds` by stage, for those that ran this time."""
+    """What `create` made."""
 
     comfyui_version: Optional[str] = None
     commit: Optional[str] = None
     python: Optional[str] = None
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
-def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Callable[[str], None]) -> CreateReport:
+def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Tell) -> CreateReport:
     """Make an environment; run again after a failure or a kill it goes on with the first stage that is not done.
 
-    Raises:
-        CDEnvironmentError: code "exists" when there is a complete environment or a folder of somebody else; else as
-            the stages do. What was made stays for the next try, without `.complete`.
+    Raises CDEnvironmentError: code "exists" when there is a complete environment or a folder of somebody else; else as
+    the stages do. What was made stays for the next try, without `.complete`.
     """
     claim_place(paths)
     with locked(paths.content_lock, 5.0, f"create {options.name}"):
         claim_place(paths)  # another command may have completed it meanwhile
         creation = Creation(paths, options, tell)
-        creation.stage("disk space", creation.check_space)
+        creation.check_space()
         creation.stage("ComfyUI", creation.get_comfyui)
         if not options.no_install:
             creation.stage("Python", creation.make_venv)
@@ -5472,100 +5167,73 @@ def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Ca
             creation.stage("requirements", creation.install_requirements)
         creation.stage("manifest", creation.write_manifest)
         creation.stage("git", creation.start_history)
-        creation.finish()
-    return creation.report
+        return creation.finish()
 
 
 def claim_place(paths: EnvironmentPaths) -> None:
     """Make the environment's folder, unless there is one that is complete or not ours."""
     if os.path.exists(paths.complete):
         raise CDEnvironmentError(f"{paths.root} already holds an environment", "choose another name", "exists")
-    if not os.path.exists(paths.creation) and not is_untouched(paths):
+    if os.path.exists(paths.creation):
+        return
+    root, cec = (os.listdir(folder) if os.path.isdir(folder) else [] for folder in (paths.root, paths.cec))
+    if set(root) - {os.path.basename(paths.cec)} or not all(name.endswith(".tmp") for name in cec):
         raise CDEnvironmentError(f"{paths.root} exists and is no unfinished environment", "use another name", "exists")
     make_folder(paths.cec)
-    if not os.path.exists(paths.creation):
-        write_atomic(paths.creation, b"{}")
-
-
-def is_untouched(paths: EnvironmentPaths) -> bool:
-    """Whether there is nothing at an environment's place, but for a `.cec` that a killed `create` had only begun."""
-
-    def names(folder: str) -> list[str]:
-        return os.listdir(folder) if os.path.isdir(folder) else []
-
-    others = set(names(paths.root)) - {os.path.basename(paths.cec)}
-    return not others and all(name.endswith(".tmp") for name in names(paths.cec))
+    write_atomic(paths.creation, b"{}")
 
 
 class Creation:
-    """An environment being made. `record` is on disk: the options, what was found out, and the stages done."""
+    """An environment being made: the stages that are `done` and the `facts` they found out are kept on disk."""
 
-    def __init__(self, paths: EnvironmentPaths, options: CreateOptions, tell: Callable[[str], None]) -> None:
+    def __init__(self, paths: EnvironmentPaths, options: CreateOptions, tell: Tell) -> None:
         self.paths, self.options, self.tell = paths, options, tell
-        self.report = CreateReport()
-        self.record = read_json(paths.creation)
-        if self.record and self.record.get("options") != options.__dict__:
-            self.start_over()
-        self.record = {"done": [], "facts": {}, **self.record, "options": options.__dict__}
+        self.python = venv_python(paths.venv)
+        record = read_json(paths.creation)
+        if record and record.get("options") != options.__dict__:
+            tell("the options changed: the unfinished environment is made anew")
+            for path in (paths.comfyui, paths.partial, paths.venv, paths.manifest):
+                remove_tree(path)
+            record = {}
+        self.done: list[str] = record.get("done", [])
+        self.facts: dict[str, Any] = record.get("facts", {})
         self.save()
 
-    def start_over(self) -> None:
-        """Other options than last time: what was made for those goes."""
-        self.tell("the options changed: the unfinished environment is made anew")
-        for path in (self.paths.comfyui, self.paths.partial, self.paths.venv, self.paths.manifest):
-            remove_tree(path)
-        self.record = {}
-
     def save(self) -> None:
-        """Write the record down."""
-        write_atomic(self.paths.creation, json.dumps(self.record).encode())
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the stages found out: version, commit."""
-        facts: dict[str, Any] = self.record["facts"]
-        return facts
-
-    @property
-    def python(self) -> str:
-        """The environment's interpreter."""
-        return venv_python(self.paths.venv)
+        """Write down how far it has come."""
+        record = {"options": self.options.__dict__, "done": self.done, "facts": self.facts}
+        write_atomic(self.paths.creation, json.dumps(record).encode())
 
     def stage(self, title: str, work: Callable[[], None]) -> None:
         """Do one stage unless it is done; tell how long it took."""
-        if title in self.record["done"]:
+        if title in self.done:
             return
         self.tell(f"{title} ...")
         start = time.monotonic()
         work()
-        took = self.report.seconds[title] = time.monotonic() - start
-        self.tell(f"{title}: done in {took:.1f} s")
-        if title != "disk space":  # to be checked each time
-            self.record["done"].append(title)
+        self.tell(f"{title}: done in {time.monotonic() - start:.1f} s")
+        self.done.append(title)
         self.save()
 
     def check_space(self) -> None:
         """Refuse to begin what cannot end. Sizes are measured: 1.7 GB of packages for the CPU, 5 to 8 GB else."""
         import shutil
 
-        kind = "code" if self.options.no_install else "cpu" if self.options.torch_backend == "cpu" else "other"
-        needed = DISK_NEEDED[kind] if "PyTorch" not in self.record["done"] else DISK_NEEDED["code"]
+        code_only = self.options.no_install or "PyTorch" in self.done
+        needed = DISK_NEEDED["code" if code_only else "cpu" if self.options.torch_backend == "cpu" else "other"]
         free = shutil.disk_usage(self.paths.root).free // MEGABYTE
         if free < needed:
-            raise CDEnvironmentError(
-                f"{self.paths.root} has {free} MB free, about {needed} MB are needed",
-                "make room, or use another --workspace",
-                "disk-full",
-            )
+            message = f"{self.paths.root} has {free} MB free, about {needed} MB are needed"
+            raise CDEnvironmentError(message, "make room, or use another --workspace", "disk-full")
 
     def get_comfyui(self) -> None:
         """Fetch ComfyUI beside its place, then rename: a folder ComfyUI is a whole one."""
         if not os.path.isdir(self.paths.comfyui):
             remove_tree(self.paths.partial)
-            fetch_comfyui(self.options, self.paths.partial, self.tell, self.facts)
+            self.facts["comfyui_version"] = fetch_comfyui(self.options, self.paths.partial, self.tell)
+            self.save()
             move(self.paths.partial, self.paths.comfyui)
-        self.facts["commit"] = git_answer(["rev-parse", "HEAD"], self.paths.comfyui)
-        self.facts["version"] = self.facts.get("version") or code_version(self.paths.comfyui)
+        self.facts = code_facts(self.paths.comfyui, self.facts.get("comfyui_version"))
         make_folder(os.path.join(self.paths.comfyui, "custom_nodes"))
 
     def make_venv(self) -> None:
@@ -5581,27 +5249,21 @@ class Creation:
 
     def install_torch(self) -> None:
         """PyTorch from its own index, before the requirements: else the usual index decides for which hardware."""
-        installer = find_installer(self.python)
-        backend = self.options.torch_backend
-        index = ["--index-url", torch_index(detect_torch_backend() if backend == "auto" else backend)]
-        words = installer.torch_words(backend)
-        try:
-            installer.install([*words, *TORCH_PACKAGES], tell=self.tell)
-        except CDEnvironmentError:
-            if words == index:
-                raise
-            installer.install([*index, *TORCH_PACKAGES], tell=self.tell)  # a backend this uv has not heard of
+        find_installer(self.python).install_torch(self.options.torch_backend, self.tell)
 
     def install_requirements(self) -> None:
         """What ComfyUI itself needs, PyTorch held as it is."""
         if node_requirements(self.paths.comfyui).strip():
-            Packages(self.python, self.paths.cec).install(self.paths.comfyui, self.tell)
-        remove_file(os.path.join(self.paths.cec, "constraints.txt"))
+            packages = Packages(self.python, self.paths.cec)
+            packages.install([self.paths.comfyui], self.tell)
+            remove_file(packages.constraints)
 
     def write_manifest(self) -> None:
         """The manifest, in the tables of 1.0.x."""
         frozen = [] if self.options.no_install else find_installer(self.python).freeze()
-        text = first_manifest(self.options, self.facts, node_requirements(self.paths.comfyui), held_packages(frozen))
+        needed = requirement_lines(node_requirements(self.paths.comfyui))
+        settings = {**self.facts, "torch_backend": self.options.torch_backend}
+        text = first_manifest(self.options.name, settings, needed, held_packages(frozen))
         parse_toml(text, self.paths.manifest, None if self.options.no_install else self.python)
         write_atomic(self.paths.manifest, text.encode(), 0o644)
 
@@ -5609,51 +5271,43 @@ class Creation:
         """The manifest's git repository, where git is."""
         GitManager(self.paths.cec).initialize_environment_repo(CREATE_MESSAGE)
 
-    def finish(self) -> None:
+    def finish(self) -> CreateReport:
         """The last stage: from here on it is an environment."""
         write_atomic(self.paths.complete, b"", 0o644)
         remove_file(self.paths.creation)
-        self.report.comfyui_version = self.facts.get("version")
-        self.report.commit = self.facts.get("commit")
-        self.report.python = None if self.options.no_install else self.python
+        python = None if self.options.no_install else self.python
+        return CreateReport(self.facts["comfyui_version"], self.facts["comfyui_commit_sha"], python)
 
 
-def fetch_comfyui(options: CreateOptions, folder: str, tell: Callable[[str], None], facts: dict[str, Any]) -> None:
-    """Bring ComfyUI's code into a new folder; notes the version that it chose in `facts`."""
-    source = options.source or COMFYUI_REPOSITORY
+def fetch_comfyui(options: CreateOptions, folder: str, tell: Tell) -> Optional[str]:
+    """Bring ComfyUI's code into a new folder; the version that was chosen, None where only the code itself tells."""
+    source, version = options.source or COMFYUI_REPOSITORY, None
     is_folder = os.path.isdir(source)
     if source.lower().endswith((".zip", ".tar.gz", ".tgz")) and not is_folder:
         unpack_code(source, folder, tell)
     elif is_folder and not os.path.lexists(os.path.join(source, ".git")) and not source.endswith(".git"):
         copy_folder(source, folder)
     else:
-        source = os.path.abspath(source) if is_folder else source
-        fetch_repository(source, options.comfyui, folder, tell, facts)
-    if not os.path.isfile(os.path.join(folder, "main.py")):
+        version = fetch_repository(os.path.abspath(source) if is_folder else source, options.comfyui, folder, tell)
+    if not os.path.isfile(main_script(folder)):
         raise CDEnvironmentError(f"{source} holds no ComfyUI: it has no main.py", "name another --source", "not-found")
+    return version
 
 
-def fetch_repository(
-    url: str, reference: Optional[str], folder: str, tell: Callable[[str], None], facts: dict[str, Any]
-) -> None:
-    """ComfyUI from a repository: by git, or without git as the archive that GitHub makes of it."""
+def fetch_repository(url: str, reference: Optional[str], folder: str, tell: Tell) -> Optional[str]:
+    """ComfyUI by git, or without git as the archive that GitHub makes of it; returns the reference it chose, if any."""
     check_repository(url)
     reference = reference or newest_release(url)
-    facts["version"] = reference
     tell(f"fetching {url} {reference or '(no release: its default branch)'}")
     if git_path() is not None:
         clone(url, reference, folder)
-        return
-    owner = github_name(url)
-    if owner is None:
-        raise CDEnvironmentError(
-            f"{url} cannot be read without git", "install git, or use --source with an archive", "missing"
-        )
-    check_reference(reference or "HEAD")
-    unpack_code(f"https://github.com/{owner}/archive/{reference or 'HEAD'}.tar.gz", folder, tell)
+    else:
+        check_reference(reference or "HEAD")
+        unpack_code(f"https://github.com/{github_name(url)}/archive/{reference or 'HEAD'}.tar.gz", folder, tell)
+    return reference
 
 
-def unpack_code(source: str, folder: str, tell: Callable[[str], None]) -> None:
+def unpack_code(source: str, folder: str, tell: Tell) -> None:
     """ComfyUI from an archive: a path, or an address that is downloaded first."""
     if os.path.isfile(source):
         unpack(source, folder, UNPACKED_LIMIT, strip=True)
@@ -5669,13 +5323,17 @@ def unpack_code(source: str, folder: str, tell: Callable[[str], None]) -> None:
         remove_file(archive)
 
 
-def code_version(folder: str) -> Optional[str]:
-    """The version that ComfyUI's own comfyui_version.py names, as a tag."""
-    import re
-
+def code_facts(folder: str, version: Optional[str] = None) -> dict[str, Any]:
+    """What the manifest says of a checkout, in the words of 1.0.x; the code's own version counts when none is given."""
     path = os.path.join(folder, "comfyui_version.py")
     found = re.search(r"""__version__\s*=\s*["']([^"']+)""", read_any_text(path)) if os.path.isfile(path) else None
-    return f"v{found.group(1)}" if found else None
+    version = version or (f"v{found.group(1)}" if found else None)
+    kind = "commit" if re.fullmatch(COMMIT, version or "") else "branch" if version else None
+    return {
+        "comfyui_version": version,
+        "comfyui_version_type": "release" if re.fullmatch(r"v?\d+\.\d+\.\d+", version or "") else kind,
+        "comfyui_commit_sha": git_answer(["rev-parse", "HEAD"], folder),
+    }
 
 
 def make_venv(folder: str, python: Optional[str]) -> None:
@@ -5684,103 +5342,53 @@ def make_venv(folder: str, python: Optional[str]) -> None:
 
     uv = shutil.which("uv")
     if uv is not None:
-        done = run_command(
-            [uv, "venv", "--seed", "--quiet", *(["--python", python] if python else []), folder],
-            timeout=INSTALL_SECONDS,
-        )
+        wanted = ["--python", python] if python else []
+        done = run_command([uv, "venv", "--seed", "--quiet", *wanted, folder], timeout=INSTALL_SECONDS)
         if done.returncode == 0:
             return
         remove_tree(folder)
-    interpreter = find_python(python)
+    interpreter = sys.executable if python is None else shutil.which(python) or shutil.which(f"python{python}")
+    if interpreter is None:
+        message = f"there is no Python {python!r} here"
+        raise CDEnvironmentError(message, "give --python a path, or install uv", "python")
     done = run_command([interpreter, "-m", "venv", folder], timeout=600.0)
     if done.returncode != 0:
-        raise CDEnvironmentError(
-            f"{interpreter} cannot make a venv: {last_words(done)}",
-            "install python3-venv (Debian, Ubuntu) or uv, or name another --python",
-            "python",
-        )
+        message = f"{interpreter} cannot make a venv: {last_words(done)}"
+        hint = "install python3-venv (Debian, Ubuntu) or uv, or name another --python"
+        raise CDEnvironmentError(message, hint, "python")
 
 
-def find_python(wanted: Optional[str]) -> str:
-    """The interpreter for a path, a version or (None) this program's own. Raises CDEnvironmentError for none."""
-    import shutil
-
-    if wanted is None:
-        return sys.executable
-    found = shutil.which(wanted) or shutil.which(f"python{wanted}")
-    if found is None:
-        raise CDEnvironmentError(f"there is no Python {wanted!r} here", "give --python a path, or install uv", "python")
-    return found
-
-
-def first_manifest(options: CreateOptions, facts: dict[str, Any], requirements: str, held: list[str]) -> str:
-    """The text of a new environment's manifest."""
-    version = facts.get("python_version")
+def first_manifest(name: str, settings: dict[str, Any], requirements: list[str], held: list[str]) -> str:
+    """The text of a new environment's manifest; the tables of uv are those by which it finds the same PyTorch again."""
     project = {
-        "name": f"comfydock-env-{options.name}",
+        "name": f"comfydock-env-{name}",
         "version": "0.1.0",
-        "requires-python": f">={version or '3.9'}",
-        "dependencies": requirement_lines(requirements),
+        "requires-python": f">={settings.get('python_version') or '3.9'}",
+        "dependencies": requirements,
     }
-    settings = {
-        "comfyui_version": facts.get("version"),
-        "comfyui_version_type": version_type(facts.get("version")),
-        "comfyui_commit_sha": facts.get("commit"),
-        "python_version": version,
-        "torch_backend": options.torch_backend,
-    }
-    lines = ["[project]", *toml_lines(project), "", "[tool.comfydock]", *toml_lines(settings), *torch_lines(held)]
-    return "\n".join(lines) + "\n"
+    tables: dict[str, dict[str, Any]] = {"[project]": project, "[tool.comfydock]": settings}
+    torch = [line for line in held if package_name(line) in TORCH_PACKAGES]
+    index = held_index(torch)
+    if index:
+        title = "pytorch-" + index.removeprefix(TORCH_INDEX)
+        tables["[[tool.uv.index]]"] = {"name": title, "url": index, "explicit": True}
+        tables["[tool.uv.sources]"] = {package_name(line): {"index": title} for line in torch}
+        tables["[tool.uv]"] = {"constraint-dependencies": torch}
+    return toml_text(tables)
 
 
-def torch_lines(held: list[str]) -> list[str]:
-    """The lines of the tables by which `uv sync` finds the same PyTorch again."""
-    ours = [line for line in held if package_name(line) in TORCH_PACKAGES]
-    index = held_index(ours)
-    if index is None:
-        return []
-    name = "pytorch-" + index.removeprefix(TORCH_INDEX)
-    sources = [f"{package_name(line)} = {{ index = {toml_value(name)} }}" for line in ours]
-    return [
-        "",
-        "[[tool.uv.index]]",
-        *toml_lines({"name": name, "url": index, "explicit": True}),
-        "",
-        "[tool.uv.sources]",
-        *sources,
-        "",
-        "[tool.uv]",
-        *toml_lines({"constraint-dependencies": ours}),
-    ]
-
-
-def version_type(version: Optional[str]) -> Optional[str]:
-    """The word of 1.0.x for a version of ComfyUI: release, commit or branch."""
-    import re
-
-    if not version:
-        return None
-    if re.fullmatch(r"v?\d+\.\d+\.\d+", version):
-        return "release"
-    return "commit" if re.fullmatch(r"[0-9a-f]{7,64}", version) else "branch"
-
-
-def adopt_environment(
-    paths: EnvironmentPaths, name: str, comfyui: str, python: str, tell: Callable[[str], None]
-) -> Manifest:
+def adopt_environment(paths: EnvironmentPaths, name: str, comfyui: str, python: str, tell: Tell) -> Manifest:
     """Make an environment of a checkout that is there already; nothing is written into it.
 
     The nodes in it are recorded as found: left alone until somebody has them tracked.
     """
     comfyui = os.path.realpath(comfyui)
-    if not os.path.isfile(os.path.join(comfyui, "main.py")):
-        raise CDEnvironmentError(f"{comfyui} holds no ComfyUI: there is no main.py", code="not-found")
+    if not os.path.isfile(main_script(comfyui)):
+        raise CDEnvironmentError(f"{comfyui} holds no ComfyUI: there is no main.py", "name another folder", "not-found")
     claim_place(paths)
     with locked(paths.content_lock, 5.0, f"create {name}"):
-        facts = {"version": code_version(comfyui), "commit": git_answer(["rev-parse", "HEAD"], comfyui)}
-        text = first_manifest(CreateOptions(name), facts, "", [])
-        write_atomic(paths.manifest, text.encode(), 0o644)
-        change_settings(paths, {"comfyui_path": comfyui, "python_path": python, "torch_backend": None}, python)
+        settings = {**code_facts(comfyui), "comfyui_path": comfyui, "python_path": python}
+        write_atomic(paths.manifest, first_manifest(name, settings, [], []).encode(), 0o644)
         found = NodeManager(paths, python, tell).folders()
         change_settings(paths, {"found_nodes": found or None}, python)
         GitManager(paths.cec).initialize_environment_repo(CREATE_MESSAGE)
@@ -5791,16 +5399,10 @@ def adopt_environment(
 
 def write_demo_manifest(paths: EnvironmentPaths, name: str, python: str) -> None:
     """The manifest of the built-in demo, which runs on the Python that comfydock itself runs on."""
-    make_folder(paths.cec)
     project = {"name": f"comfydock-env-{name}", "version": "0.1.0"}
-    lines = [
-        "[project]",
-        *toml_lines(project),
-        "",
-        "[tool.comfydock]",
-        *toml_lines({"demo": True, "python_path": python}),
-    ]
-    write_atomic(paths.manifest, ("\n".join(lines) + "\n").encode(), 0o644)
+    text = toml_text({"[project]": project, "[tool.comfydock]": {"demo": True, "python_path": python}})
+    make_folder(paths.cec)
+    write_atomic(paths.manifest, text.encode(), 0o644)
     write_atomic(paths.gitignore, GitManager.GITIGNORE.encode(), 0o644)
     write_atomic(paths.complete, b"", 0o644)
 
@@ -5808,16 +5410,17 @@ def write_demo_manifest(paths: EnvironmentPaths, name: str, python: str) -> None
 def delete_environment(paths: EnvironmentPaths) -> None:
     """Delete an environment's folder. Links and junctions out of it are cut; an adopted checkout stays.
 
-    `.complete` goes first, so that a deletion that breaks off leaves nothing that looks whole; `.cec` goes last.
-
-    Raises:
-        CDEnvironmentError: code "locked", "mounted", "in-use" as the steps do, or "adopted" when the checkout that was
-            adopted lies inside the environment's folder.
+    `.complete` goes first, so that a deletion that breaks off leaves nothing that looks whole; `.cec` goes last. Raises
+    CDEnvironmentError: code "locked", "mounted", "in-use" as the steps do, or "adopted" when the checkout that was
+    adopted lies inside the environment's folder.
     """
     if is_link(paths.root):
         remove_file(paths.root)
         return
-    refuse_adopted_inside(paths)
+    adopted = last_known_manifest(paths).comfyui_path
+    if adopted and os.path.realpath(adopted).startswith(os.path.join(os.path.realpath(paths.root), "")):
+        message = f"{adopted} was adopted and lies inside {paths.root}"
+        raise CDEnvironmentError(message, "move it out first", "adopted")
     with locked(paths.content_lock, 5.0, "delete the environment"):
         refuse_mounts(paths.root)
         remove_file(paths.complete)
@@ -5827,17 +5430,6 @@ def delete_environment(paths: EnvironmentPaths) -> None:
     remove_tree(paths.root)  # Windows deletes no file that is open, as the lock is until here
 
 
-def refuse_adopted_inside(paths: EnvironmentPaths) -> None:
-    """Raise CDEnvironmentError (code "adopted") when deleting the folder would delete what was adopted."""
-    try:
-        adopted = read_manifest(paths).comfyui_path
-    except CDEnvironmentError:
-        return  # a broken environment can be deleted, too
-    root = os.path.join(os.path.realpath(paths.root), "")
-    if adopted and os.path.realpath(adopted).startswith(root):
-        raise CDEnvironmentError(f"{adopted} was adopted and lies inside {paths.root}", "move it out first", "adopted")
-
-
 # ====================================================================================================================
 # 9. Environment
 # Returns or raises; never prints, asks or exits. The only room that decides to end a process.
@@ -5845,6 +5437,7 @@ def refuse_adopted_inside(paths: EnvironmentPaths) -> None:
 LOCK_SECONDS = 10.0
 EARLY_WATCH = EARLY_END_SECONDS
 START_GRACE = 180.0  # first starts with many custom nodes take minutes: until then silence is no fault
+MONITOR_VARIABLE, EVENT_VARIABLE = "COMFYDOCK_MONITOR_TASK", "COMFYDOCK_MONITOR_EVENT"
 DROPPED_VARIABLES = ("__COMFY_CLI_SESSION__", "PYTHONHOME", "PYTHONPATH")
 
 
@@ -5861,6 +5454,129 @@ class Sighting:
     record: Optional[ProcessState] = None
     row: Optional[ProcessRow] = None
     note: str = ""
+
+
+def end_politely(
+    row: ProcessRow,
+    timeout: float,
+    meanwhile: "Optional[Callable[[], bool]]" = None,
+    ignores_interrupt: bool = False,
+) -> None:
+    """End one process: interrupt, terminate 3 s before the deadline, kill at `timeout` seconds.
+
+    `meanwhile` is called while waiting, and True from it kills at once. Raises CDEnvironmentError when the process is
+    another user's or does not end.
+    """
+    polite = max(timeout - 3, timeout / 2)
+    steps = [("interrupt", polite), ("terminate", timeout - polite), ("kill", 5.0)]
+    if ignores_interrupt:
+        steps = [("terminate", timeout), ("kill", 5.0)]
+    hurry = timeout <= 0
+    for how, patience in steps:
+        if hurry and how != "kill" or not signal_row(row, how):
+            continue
+        if wait_for_exit(row, patience, meanwhile if how != "kill" else None):
+            return
+        hurry = hurry or (how != "kill" and meanwhile is not None and meanwhile())
+    raise CDEnvironmentError(
+        f"PID {row.pid} did not end, not even when killed: the system holds it.", "comfydock status", "stuck"
+    )
+
+
+def end_all(rows: "list[ProcessRow]") -> None:
+    """What a process left behind: terminate all, and after a second kill what remains."""
+    for how, seconds in (("terminate", 1.0), ("kill", 2.0)):
+        rows = [row for row in rows if still_runs(row)]
+        for row in rows:
+            signal_row(row, how)
+        deadline = time.monotonic() + seconds
+        for row in rows:
+            wait_for_exit(row, max(0.0, deadline - time.monotonic()))
+            reap(row.pid)
+
+
+def signal_row(row: ProcessRow, how: str) -> bool:
+    """Signal a process that is still the one of `row`, and wake it should it be stopped; that it is gone is no error.
+
+    Returns whether it is worth waiting for the effect: a Windows process without a console cannot be interrupted.
+    """
+    try:
+        if still_runs(row):
+            signal_process(row.pid, how)
+            signal_process(row.pid, "continue")
+    except ProcessLookupError:
+        pass
+    except PermissionError as refused:
+        if how == "interrupt":
+            return False
+        raise CDEnvironmentError(
+            f"PID {row.pid} ({row.name}) belongs to another user and was not stopped.",
+            "ask its owner, or try again as that user",
+            "permission",
+        ) from refused
+    return True
+
+
+@contextmanager
+def paused(rows: "list[ProcessRow]") -> Iterator[None]:
+    """Let processes stand still for a moment; they go on whatever happens."""
+    standing: list[ProcessRow] = []
+    try:
+        for row in rows:
+            if still_runs(row):
+                signal_process(row.pid, "pause")
+                standing.append(row)
+        yield
+    finally:
+        for row in standing:
+            wake(row)
+
+
+def wake(row: ProcessRow) -> None:
+    """Let a process go on that stands still."""
+    try:
+        if still_runs(row):
+            signal_process(row.pid, "continue")
+    except OSError:
+        pass
+
+
+def comfyui_on_port(port: int) -> ProcessRow:
+    """The process that listens on `port`, proved to be a ComfyUI by what it is and by what it says of itself.
+
+    Raises CDEnvironmentError when nobody listens there or the proof fails.
+    """
+    holders = port_holders(port)
+    if not holders:
+        raise CDEnvironmentError(
+            f"Nobody listens on port {port}, as far as this user may see.", "comfydock list", "stopped"
+        )
+    argv = probe(ComfyUIConfig(DEFAULT_HOST, port), 2.0).argv or []
+    for row in holders:
+        says_the_same = bool(argv) and row.text.endswith(" ".join(argv))
+        if says_the_same and is_python(row.name) and os.path.basename(argv[0]) == "main.py":
+            return row
+    named = ", ".join(f"{row.name}, PID {row.pid}" for row in holders)
+    raise CDEnvironmentError(
+        f"Port {port} is held by {named}, which is not proved to be a ComfyUI; nothing was ended.",
+        "comfydock list",
+        "stranger",
+    )
+
+
+def stop_on_port(port: int, timeout: float) -> int:
+    """End the ComfyUI on `port`, whoever started it, with its family; returns its PID. Raises as `comfyui_on_port`."""
+    row = comfyui_on_port(port)
+    family = family_of(row, process_table().markers().get(row.pid))
+    end_politely(row, timeout)
+    end_all(family)
+    return row.pid
+
+
+def monitor_row(record: Optional[ProcessState]) -> Optional[ProcessRow]:
+    """The living monitor that a record names, or None."""
+    noted = (record.monitor if record is not None else None) or {}
+    return find_process(noted.get("pid"), noted.get("identity"))
 
 
 class Environment:
@@ -5973,10 +5689,9 @@ class Environment:
         `scanned` are the rows of one `scan_for_comfyui`, when many environments are looked at.
         Whoever holds the process lock says so: then no starter can be at work.
         """
-        record = self._read_state()
+        record, is_damaged_record = look_up_state(self.paths.state)
         if record is None:
-            note = "damaged" if is_damaged(self.paths.state) else ""
-            return self._unrecorded(None, STOPPED, note, scanned)
+            return self._unrecorded(None, STOPPED, "damaged" if is_damaged_record else "", scanned)
         place = place_of(record.identity if record.pid else record.starter.get("identity", {}))
         if place == "foreign":
             return Sighting(FOREIGN, record)
@@ -6019,8 +5734,13 @@ class Environment:
     def report(self, timeout: float = 1.0) -> dict[str, Any]:
         """All that `status` tells, with a health check of at most `timeout` seconds. See `describe`."""
         sight = self.observe()
-        answer = probe(self.config_of(sight), timeout) if sight.row else Answer(REFUSED)
+        answer = look_at(self.config_of(sight), timeout) if sight.row else Answer(REFUSED)
         return self.describe(sight, answer)
+
+    def queue(self, timeout: float = 2.0) -> Optional[tuple[int, int]]:
+        """(running, pending) prompts; None when nothing runs or it does not answer within `timeout` seconds."""
+        sight = self.observe()
+        return queue_counts(self.config_of(sight), timeout) if sight.row is not None else None
 
     def config_of(self, sight: Sighting) -> ComfyUIConfig:
         """Where the ComfyUI of a sighting listens, by its arguments."""
@@ -6043,6 +5763,8 @@ class Environment:
         """A sighting and a probe as one JSON-ready object: UTC ISO times, seconds, bytes."""
         record, row = sight.record, sight.row
         config = self.config_of(sight)
+        if row and answer.kind == STRANGER and is_port_bound(config.port, row.pid):
+            answer = Answer(GARBLED)
         state = _state_word(sight, answer, self._script) if row else sight.state
         return {
             "name": self.name,
@@ -6050,36 +5772,48 @@ class Environment:
             "note": sight.note or None,
             "demo": self.manifest.demo,
             "complete": self.is_complete,
-            "pid": row.pid if row else record.pid if record and state == FOREIGN else None,
+            "pid": row.pid if row else None,
             "host": config.host if row else None,
             "port": config.port if row else None,
             "url": local_url(config) if row else None,
             "health": _health_word(state) if row else None,
             "answer": answer.kind if row else None,
+            "queue": {"running": answer.queue[0], "pending": answer.queue[1]} if answer.queue else None,
+            "monitor": self._monitor_data(record),
             "uptime": round(row.age(), 3) if row else None,
             "started_at": record.started_at if record else None,
             "args": record.args if record else [],
             "log": record.log_path if record else self.log_path,
             "machine": record.identity.get("machine") if record and state == FOREIGN else None,
-            **(self._last_words(record) if record and state == CRASHED else {}),
+            **self._last_words(record if state == CRASHED else None),
         }
 
-    def _last_words(self, record: ProcessState) -> dict[str, Any]:
+    @staticmethod
+    def _monitor_data(record: Optional[ProcessState]) -> Optional[dict[str, Any]]:
+        """What there is to tell of the monitor; None where there is none."""
+        if record is None or record.monitor is None:
+            return None
+        noted = record.monitor
+        restarts = noted.get("restarts")
+        count = len(restarts) if isinstance(restarts, list) else 0
+        return {"alive": monitor_row(record) is not None, "restarts": count, "gave_up": noted.get("gave_up")}
+
+    def _last_words(self, record: Optional[ProcessState]) -> dict[str, Any]:
         """What is left of a run that ended by itself: last sign of life, last error line, exit code."""
         return {
-            "last_alive": self._last_alive(record),
-            "last_error": self.last_error(),
-            "exit_code": (record.last_exit or {}).get("code"),
+            "last_alive": self._last_alive(record) if record else None,
+            "last_error": self.last_error() if record else None,
+            "exit_code": (record.last_exit or {}).get("code") if record else None,
         }
 
-    def _last_alive(self, record: ProcessState) -> Optional[float]:
-        """Seconds since 1970 of the last sign of life: a health check or a line in the log."""
+    def _last_alive(self, record: ProcessState) -> Optional[str]:
+        """The last sign of life, a health check or a line in the log, as an ISO time in UTC."""
         signs = [os.stat(record.log_path).st_mtime] if os.path.exists(record.log_path) else []
         try:
             signs.append(epoch_of(record.last_health_check))
         except ValueError:
             pass
-        return max(signs, default=None)
+        return utc_words(max(signs)) if signs else None
 
     # The log -------------------------------------------------------------------------
 
@@ -6132,6 +5866,71 @@ class Environment:
             return None
         return record.port, f"environment '{self.name}' (PID {pid})"
 
+    def rotate_log(self, keep: int = 1) -> bool:
+        """Move the log to `.old` while ComfyUI goes on writing, losing no line; `keep` old ones stay.
+
+        Most is copied while ComfyUI writes; for the rest its processes stand still for some milliseconds. Returns False
+        when there is nothing to rotate. Raises CDEnvironmentError, OSError.
+        """
+        with self._process_lock("logs --rotate"):
+            self._finish_rotation()
+            sight = self.observe(lock_held=True)
+            path = self.log_path
+            if not os.path.exists(path) or os.path.getsize(path) == 0:
+                return False
+            if sight.row is None or sight.record is None or sight.note == "untracked":
+                shift_old_logs(path, keep)
+                replace_file(path, rotated(path))
+                return True
+            self._rotate_in_use(sight.row, sight.record, keep)
+            return True
+
+    def _rotate_in_use(self, row: ProcessRow, record: ProcessState, keep: int) -> None:
+        path, draft = self.log_path, rotation_draft(self.log_path)
+        remove_file(draft)
+        try:
+            copied = copy_log(path, draft, 0, spare=1 << 20)
+            record.phase = "rotating"
+            self._write_state(record)
+            with paused(family_of(row, record.run_id)):
+                copy_log(path, draft, copied, spare=0)
+                shift_old_logs(path, keep)
+                replace_file(draft, rotated(path))
+                record.log_inode = start_log_anew(path, session_header(record.run_id or "", self.name))
+                record.log_offset = 0
+        finally:
+            remove_file(draft)
+            record.phase = "running"
+            self._write_state(record)
+
+    def heal(self) -> None:
+        """Finish a rotation that was killed: wake the processes that it left standing still."""
+        record, _ = look_up_state(self.paths.state)
+        if record is None or record.phase != "rotating":
+            return
+        try:
+            with self._process_lock("repair", 0.0):
+                self._finish_rotation()
+        except CDEnvironmentError:  # the rotation is at work just now
+            pass
+
+    def _finish_rotation(self) -> None:
+        """The caller holds the lock, so a record that says "rotating" is of a rotation that was killed."""
+        record = self._read_state()
+        if record is None or record.phase != "rotating":
+            return
+        row = find_process(record.pid, record.identity, self._script)
+        path = self.log_path
+        was_moved = not os.path.exists(rotation_draft(path)) and same_beginning(path, rotated(path))
+        if was_moved and os.path.getsize(path) == os.path.getsize(rotated(path)):
+            record.log_inode = start_log_anew(path, session_header(record.run_id or "", self.name))
+            record.log_offset = 0
+        remove_file(rotation_draft(path))
+        for member in family_of(row, record.run_id) if row is not None else []:
+            wake(member)
+        record.phase = "running"
+        self._write_state(record)
+
     # Starting ------------------------------------------------------------------------
 
     def run(
@@ -6141,21 +5940,34 @@ class Environment:
         auto_port: bool = False,
         set_env: Optional[dict[str, str]] = None,
         take_over: bool = False,
+        monitored: bool = False,
     ) -> "subprocess.CompletedProcess[str]":
         """Start ComfyUI as a detached daemon; returns once it has outlived the first 0.25 s.
 
         `auto_port` takes the next free port when the asked one is in use; `set_env` are variables
         for ComfyUI, kept in the state file and repeated by `restart`; `take_over` drops the record
-        of another machine or PID namespace. The result's stdout is "Started on host:port".
+        of another machine or PID namespace; `monitored` records this very process as the monitor. The result's stdout
+        is "Started on host:port".
         Raises CDEnvironmentError when it runs already, the port is taken, Python or main.py is
         missing, or ComfyUI ended at once; OSError when a file cannot be written.
         """
+        if isinstance(args, str) or not is_text_list(list(args or [])):
+            raise TypeError("args is a list of str, one word each")
         words = list(args or [])
         parse_comfyui_args(words)
         self._require_startable()
         with self._process_lock("run"):
             self._require_not_running(self.observe(lock_held=True), take_over)
-            return self._start_on_some_port(words, set_env or {}) if auto_port else self._start(words, set_env or {})
+            monitor = self.own_monitor_note() if monitored else None
+            if auto_port:
+                return self._start_on_some_port(words, set_env or {}, monitor)
+            return self._start(words, set_env or {}, monitor=monitor)
+
+    @staticmethod
+    def own_monitor_note() -> dict[str, Any]:
+        """What the record says of this very process as a monitor."""
+        identity = identity_of(process_table().row(os.getpid()))
+        return {"pid": os.getpid(), "identity": identity, "restarts": [], "gave_up": None}
 
     def _require_startable(self) -> None:
         if not os.path.isfile(self._script):
@@ -6173,8 +5985,10 @@ class Environment:
 
     def _require_not_running(self, sight: Sighting, take_over: bool) -> None:
         record, row = sight.record, sight.row
-        if sight.state == FOREIGN and not take_over:
-            raise self._foreign(sight)
+        if sight.state == FOREIGN:
+            if not take_over:
+                raise self._foreign(sight)
+            return self._require_not_running(self._unrecorded(None, STOPPED, "", None), False)
         if sight.note == "damaged" and row is None:
             set_aside(self.paths.state)
         if row is None:
@@ -6196,15 +6010,17 @@ class Environment:
             "foreign",
         )
 
-    def _start_on_some_port(self, args: list[str], variables: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    def _start_on_some_port(
+        self, args: list[str], variables: dict[str, str], monitor: Optional[dict[str, Any]] = None
+    ) -> "subprocess.CompletedProcess[str]":
         """Start on the first free port; when a stranger snatches it meanwhile, on the next."""
         for _ in range(4):
             try:
-                return self._start(args, variables, auto_port=True)
+                return self._start(args, variables, auto_port=True, monitor=monitor)
             except CDEnvironmentError as error:
                 if "while attempting to bind on address" not in error.message:
                     raise
-        return self._start(args, variables, auto_port=True)
+        return self._start(args, variables, auto_port=True, monitor=monitor)
 
     def _start(
         self,
@@ -6212,10 +6028,11 @@ class Environment:
         variables: dict[str, str],
         auto_port: bool = False,
         previous: Optional[ProcessState] = None,
+        monitor: Optional[dict[str, Any]] = None,
     ) -> "subprocess.CompletedProcess[str]":
         """Intent, log, process, record, watch. Whatever fails before the record leaves all as it was."""
         previous = previous or self._read_state()
-        record = self._write_intent(args, variables, auto_port)
+        record = self._write_intent(args, variables, auto_port, monitor)
         process = None
         try:
             rotate_at_start(self.log_path)
@@ -6231,11 +6048,13 @@ class Environment:
                 self._end_failed_start(process.pid)
             self._put_back(previous)
             raise
-        self._watch(process, previous)
+        self._watch(process, record, previous)
         config = parse_comfyui_args(record.args)
         return _completed(record.command, f"Started on {config.host}:{config.port}")
 
-    def _write_intent(self, args: list[str], variables: dict[str, str], auto_port: bool) -> ProcessState:
+    def _write_intent(
+        self, args: list[str], variables: dict[str, str], auto_port: bool, monitor: Optional[dict[str, Any]]
+    ) -> ProcessState:
         """Choose the port and write down what is about to start, so that no other environment takes the port."""
         import uuid
 
@@ -6246,7 +6065,7 @@ class Environment:
             record = ProcessState(None, config.host, config.port, args, utc_now(), self.log_path, phase=STARTING)
             record.run_id = str(uuid.uuid4())
             record.command, record.cwd = self._command(args)
-            record.env = variables
+            record.env, record.monitor = variables, monitor
             record.starter = {"pid": os.getpid(), "identity": identity_of(process_table().row(os.getpid()))}
             record.starter["interrupt_ignored"] = not passes_interrupt_on()
             self._write_state(record)
@@ -6288,7 +6107,8 @@ class Environment:
 
     def _variables(self, record: ProcessState) -> dict[str, str]:
         """The environment variables ComfyUI starts with."""
-        variables = {key: value for key, value in os.environ.items() if key not in DROPPED_VARIABLES}
+        unwanted = (*DROPPED_VARIABLES, MONITOR_VARIABLE, EVENT_VARIABLE)
+        variables = {key: value for key, value in os.environ.items() if key not in unwanted}
         folder = os.path.dirname(self.python)
         variables["PATH"] = os.pathsep.join([folder, variables.get("PATH", os.defpath)])
         variables["PYTHONIOENCODING"] = "utf-8"
@@ -6313,21 +6133,27 @@ class Environment:
     def _end_failed_start(self, pid: int) -> None:
         row = process_table().row(pid)
         if row is not None:
-            self._end_all([row, *family_of(row, None)])
+            end_all([row, *family_of(row, None)])
             reap(pid)
 
-    def _watch(self, process: "subprocess.Popen[bytes]", previous: Optional[ProcessState]) -> None:
-        """Raises CDEnvironmentError when ComfyUI ends within the first moments."""
+    def _watch(
+        self, process: "subprocess.Popen[bytes]", record: ProcessState, previous: Optional[ProcessState]
+    ) -> None:
+        """Raises CDEndedError when ComfyUI ends within the first moments.
+
+        The run is then recorded as a crash; but when it refused its arguments (code 2), nothing has changed.
+        """
         code = exit_code_within(process, EARLY_WATCH)
         if code is None:
             release(process)
             return
-        last = self.last_error()
-        self._put_back(previous)
-        raise CDEnvironmentError(
-            f"ComfyUI ended at once with code {code}" + (f": {last}" if last else "."),
+        reason = self.last_error()
+        _set_exit(record, code)
+        self._put_back(previous if code == 2 else record)
+        raise CDEndedError(
+            f"ComfyUI ended at once ({exit_words(code)})" + (f": {reason}" if reason else "."),
             f"comfydock -e {self.name} logs",
-            "ended",
+            code,
         )
 
     def _adopt(self, row: ProcessRow, record: Optional[ProcessState]) -> ProcessState:
@@ -6350,6 +6176,8 @@ class Environment:
         record.pid, record.host, record.port = row.pid, config.host, config.port
         record.phase, record.wanted, record.command = "running", "running", row.command
         record.identity = identity_of(row)
+        if look_up_state(self.paths.state)[1]:
+            set_aside(self.paths.state)
         self._write_state(record)
         return record
 
@@ -6413,8 +6241,8 @@ class Environment:
         """End an orphan and what it started. Raises CDEnvironmentError when it is another user's or does not end."""
         with self._process_lock("repair", timeout):
             family = family_of(row, process_table().markers().get(row.pid))
-            self._end(row, timeout, lambda: False)
-            self._end_all(family)
+            end_politely(row, timeout)
+            end_all(family)
 
     def clean_stale(self) -> bool:
         """Clear a record of what no longer runs here; whether there was one. Damaged ones are kept beside it."""
@@ -6424,7 +6252,7 @@ class Environment:
                 return False
             if sight.note == "damaged":
                 set_aside(self.paths.state)
-            self._clear_state()
+            self._retire_state()
             return True
 
     def _is_ours(self, run_id: Optional[str], record: Optional[ProcessState]) -> bool:
@@ -6461,8 +6289,14 @@ class Environment:
                 self._tidy(sight)
                 return False
             self._stop_seen(sight, 0 if kill else timeout, meanwhile)
-            self._clear_state()
+            self._retire_state()
             return True
+
+    def _retire_state(self) -> None:
+        """The record is no longer of anything that runs: it becomes the last run, which `restart` starts again."""
+        if self._read_state() is not None:
+            replace_file(self.paths.state, self.paths.last_run)
+        self._clear_state()
 
     def require_idle(self) -> None:
         """Raises CDEnvironmentError while a ComfyUI of this environment runs or may run elsewhere."""
@@ -6482,13 +6316,14 @@ class Environment:
             raise self.damaged_state()
         if sight.record is not None and sight.record.pid is not None:
             reap(sight.record.pid)
-        self._clear_state()
+            return self._retire_state()
+        return self._clear_state()
 
     def damaged_state(self) -> CDEnvironmentError:
         """The error of a state file that is no record."""
         return CDEnvironmentError(
             f"The state file of environment '{self.name}' is damaged, its ComfyUI is not running: {self.paths.state}",
-            f"comfydock -e {self.name} run  (keeps the damaged file beside it)",
+            f"comfydock -e {self.name} run",
             "damaged",
         )
 
@@ -6501,9 +6336,17 @@ class Environment:
             record = self._adopt(row, record)
         self._want_stopped(record)
         family = family_of(row, record.run_id)
-        self._end(row, timeout, meanwhile or (lambda: False), record)
+        end_politely(row, timeout, meanwhile, bool(record.starter.get("interrupt_ignored")))
         reap(row.pid)
-        self._end_all([*family, *family_of(row, record.run_id)])
+        end_all([*family, *family_of(row, record.run_id)])
+        self._await_monitor(record)
+
+    @staticmethod
+    def _await_monitor(record: ProcessState) -> None:
+        """The monitor goes by itself when ComfyUI was stopped; one that does not is ended."""
+        row = monitor_row(record)
+        if row is not None and row.pid != os.getpid() and not wait_for_exit(row, 3):
+            end_all([row])
 
     def _want_stopped(self, record: ProcessState) -> None:
         record.wanted = STOPPED
@@ -6512,59 +6355,10 @@ class Environment:
         except OSError:  # a full disk must not keep anyone from stopping ComfyUI
             pass
 
-    def _end(
-        self, row: ProcessRow, timeout: float, meanwhile: Callable[[], bool], record: Optional[ProcessState] = None
-    ) -> None:
-        """Interrupt, terminate 3 s before the deadline, kill at the deadline."""
-        polite = max(timeout - 3, timeout / 2)
-        steps = [("interrupt", polite), ("terminate", timeout - polite), ("kill", 5.0)]
-        if record is not None and record.starter.get("interrupt_ignored"):
-            steps = [("terminate", timeout), ("kill", 5.0)]
-        hurry = timeout <= 0
-        for how, patience in steps:
-            if hurry and how != "kill" or not self._signal(row, how):
-                continue
-            if wait_for_exit(row, patience, meanwhile if how != "kill" else None):
-                return
-            hurry = hurry or (how != "kill" and meanwhile())
-        raise CDEnvironmentError(
-            f"ComfyUI (PID {row.pid}) did not end, not even when killed: the system holds it.",
-            f"comfydock -e {self.name} status",
-            "stuck",
-        )
-
-    @staticmethod
-    def _signal(row: ProcessRow, how: str) -> bool:
-        """Signal a process that is still the one of `row`; that it is gone is no error.
-
-        Returns whether it is worth waiting for the effect: a Windows process without a console cannot be interrupted.
-        """
-        try:
-            if still_runs(row):
-                signal_process(row.pid, how)
-                signal_process(row.pid, "continue")
-        except ProcessLookupError:
-            pass
-        except PermissionError as refused:
-            if how == "interrupt":
-                return False
-            raise CDEnvironmentError(
-                f"PID {row.pid} ({row.name}) belongs to another user and was not stopped.",
-                "ask its owner, or try again as that user",
-                "permission",
-            ) from refused
-        return True
-
-    def _end_all(self, rows: "list[ProcessRow]") -> None:
-        """What a process left behind: terminate all, and after a second kill what remains."""
-        for how, seconds in (("terminate", 1.0), ("kill", 2.0)):
-            rows = [row for row in rows if still_runs(row)]
-            for row in rows:
-                self._signal(row, how)
-            deadline = time.monotonic() + seconds
-            for row in rows:
-                wait_for_exit(row, max(0.0, deadline - time.monotonic()))
-                reap(row.pid)
+    def recorded_args(self) -> Optional[list[str]]:
+        """The arguments that a restart would start with; None when nothing ever ran."""
+        record = self._read_state() or read_state(self.paths.last_run)
+        return record.args if record is not None else None
 
     def stop_for_restart(self) -> bool:
         """Stop ComfyUI but keep its record, so that `restart` starts it again; whether it ran."""
@@ -6585,22 +6379,84 @@ class Environment:
             self._require_restartable(sight)
             if sight.row is not None:
                 self._require_port_for_restart(sight)
+                if sight.record is not None:  # a full disk shows now, not when ComfyUI is down already
+                    self._write_state(sight.record)
                 self._stop_seen(sight, timeout)
-            record = self._read_state()
+            record = self._read_state() or read_state(self.paths.last_run)
             if record is None:
                 raise CDEnvironmentError("Cannot restart: ComfyUI not running", "comfydock run", "stopped")
             self._await_port(record)
-            self._start(record.args, record.env, previous=record)
+            if record.monitor is None:
+                self._start(record.args, record.env, previous=record)
+                return True
+        self.start_monitored(record.args, set_env=record.env)
+        return True
+
+    def take_on_as_monitor(self, note: Optional[dict[str, Any]] = None) -> bool:
+        """Record this process as the monitor of the ComfyUI that runs; False when none of ours does.
+
+        Raises CDEnvironmentError when it has a living monitor already.
+        """
+        with self._process_lock("monitor"):
+            sight = self.observe(lock_held=True)
+            record, row = sight.record, sight.row
+            if row is None:
+                return False
+            present = monitor_row(record)
+            if present is not None and present.pid != os.getpid():
+                raise CDEnvironmentError(
+                    f"ComfyUI is already running (PID {row.pid}), and a monitor watches it (PID {present.pid}).",
+                    f"comfydock -e {self.name} restart",
+                    "running",
+                )
+            if record is None or sight.note == "untracked":
+                record = self._adopt(row, record)
+            record.monitor = note or self.own_monitor_note()
+            self._write_state(record)
             return True
+
+    def start_monitored(self, args: list[str], **options: Any) -> None:
+        """Start a detached monitor, which starts ComfyUI itself or takes on the one that runs.
+
+        `options` are those of `run`. They go through the monitor's environment, where only this user can read them.
+        Raises CDEnvironmentError as `run` does.
+        """
+        task = {"workspace": self.workspace_paths.root, "environment": self.name, "args": args, "options": options}
+        reader, writer = os.pipe()
+        with os.fdopen(reader, "rb") as answers, os.fdopen(writer, "wb") as answering:
+            command = [*own_command(), "--monitor"]
+            variables = {**os.environ, MONITOR_VARIABLE: json.dumps(task)}
+            process = create_background_process(command, self.workspace_paths.root, answering, variables)
+            answering.close()
+            release(process)
+            said = answers.read()
+        reply = parse_reply(said)
+        if reply.get("error"):
+            raise CDEnvironmentError(**reply["error"])
+
+    def restart_after_crash(self, run_id: Optional[str], note: dict[str, Any]) -> bool:
+        """Start again what crashed, for its monitor; False when that is no longer wanted or another run has begun."""
+        with self._process_lock("restart"):
+            sight = self.observe(lock_held=True)
+            record = sight.record
+            if record is None or sight.row is not None or record.run_id != run_id or record.wanted != "running":
+                return False
+            self._await_port(record)
+            self._start(record.args, record.env, previous=record, monitor=note)
+            return True
+
+    def note_monitor(self, run_id: Optional[str], note: dict[str, Any]) -> None:
+        """Record what the monitor of the run `run_id` has to tell."""
+        self._note(lambda record: _set_monitor(record, note) if record.run_id == run_id else None)
 
     def _require_restartable(self, sight: Sighting) -> None:
         if sight.state == FOREIGN:
             raise self._foreign(sight)
         if sight.note == "damaged":
             raise self.damaged_state()
-        if sight.record is None and sight.row is None:
+        if sight.record is None and sight.row is None and read_state(self.paths.last_run) is None:
             raise CDEnvironmentError(
-                f"Cannot restart: ComfyUI not running in environment '{self.name}', and no arguments are recorded.",
+                f"Cannot restart: ComfyUI not running in environment '{self.name}', and it never was.",
                 f"comfydock -e {self.name} run",
                 "stopped",
             )
@@ -6631,7 +6487,7 @@ def _state_word(sight: Sighting, answer: Answer, script: str) -> str:
         return RUNNING
     was_healthy = record is not None and record.health_status == HEALTHY
     is_young = row is not None and row.age() < START_GRACE and row.state != "stopped"
-    return STARTING if is_young and answer.kind != SILENT and not was_healthy else UNRESPONSIVE
+    return STARTING if is_young and answer.kind not in (SILENT, GARBLED) and not was_healthy else UNRESPONSIVE
 
 
 def is_own_argv(argv: Optional[list[str]], script: str) -> bool:
@@ -6641,8 +6497,37 @@ def is_own_argv(argv: Optional[list[str]], script: str) -> bool:
     return os.path.realpath(argv[0]) == os.path.realpath(script)
 
 
+def exit_code_of(pid: int) -> Optional[int]:
+    """The exit code of a child that has ended, within the moment that the system may need to hand it out."""
+    for _ in range(10):
+        code = reap(pid)
+        if code is not None:
+            return code
+        time.sleep(0.01)
+    return None
+
+
 def _set_health(record: ProcessState, status: str) -> None:
     record.last_health_check, record.health_status = utc_now(), status
+
+
+def _set_monitor(record: ProcessState, note: dict[str, Any]) -> None:
+    record.monitor = note
+
+
+def parse_reply(said: bytes) -> dict[str, Any]:
+    """What a monitor answered to the one who started it; what is no answer becomes an error."""
+    try:
+        return dict(json.loads(said.splitlines()[-1]))
+    except (ValueError, IndexError, TypeError):
+        words = said.decode("utf-8", "replace").strip()[-500:]
+        return {
+            "error": {
+                "message": f"The monitor could not start: {words or 'it said nothing'}",
+                "hint": "",
+                "code": "failed",
+            }
+        }
 
 
 def _set_exit(record: ProcessState, code: Optional[int]) -> None:
@@ -7158,7 +7043,9 @@ class Workspace:
             raise CDEnvironmentError(
                 f"There is no environment in {self.paths.root} yet.", "comfydock run --demo", "unknown"
             )
-        names = ", ".join(environment.name for environment in environments[:8])
+        names = ", ".join(environment.name for environment in environments[:8]) + (
+            ", ..." if len(environments) > 8 else ""
+        )
         hint = f"comfydock -e {environments[0].name} COMMAND, or choose once: comfydock use {environments[0].name}"
         raise CDEnvironmentError(f"Which environment? There are {len(environments)}: {names}.", hint, "unknown")
 
@@ -7168,8 +7055,8 @@ class Workspace:
         inside = environment_above(real)
         if inside is not None and os.path.realpath(self.paths.root) == inside[0]:
             return self._environment(inside[1])
-        checkout = checkout_above(real)
-        return self._adopter_of(checkout) if checkout else None
+        with_script = next((here for here in upward(real) if os.path.isfile(main_script(here))), None)
+        return self._adopter_of(with_script) if with_script else None
 
     def _adopter_of(self, checkout: str) -> Optional[Environment]:
         for environment in self.list_environments():
@@ -7197,7 +7084,7 @@ class Workspace:
         if os.path.isdir(environment.paths.cec) and (present is None or present.name != name):
             raise CDEnvironmentError(f"Environment '{name}' exists already.", f"comfydock -e {name} status", "exists")
         interpreter = os.path.abspath(os.path.expanduser(python)) if python else find_checkout_python(checkout)
-        if not os.access(interpreter, os.X_OK) or os.path.isdir(interpreter):
+        if not runs_python(interpreter):
             raise CDEnvironmentError(
                 f"There is no Python at {interpreter}.", "give the path of an interpreter", "missing"
             )
@@ -7263,7 +7150,7 @@ class Workspace:
         """What `list` tells: each environment described, with one look at the processes and all probes at once."""
         environments = self.list_environments()
         scanned = scan_for_comfyui()
-        sights = [environment.observe(scanned) for environment in environments]
+        sights = [observe_or_say(environment, scanned) for environment in environments]
         alive = [index for index, sight in enumerate(sights) if sight.row is not None]
         configs = [environments[index].config_of(sights[index]) for index in alive]
         answers = dict(zip(alive, probe_all(configs, timeout)))
@@ -7284,6 +7171,14 @@ class Workspace:
         claims = [other.claimed_port() for other in self.list_environments() if other.name != name]
         return dict(claim for claim in claims if claim is not None)
 
+    def tracker_of(self, pid: int) -> Optional[Environment]:
+        """The environment whose record names the living process `pid`, or None."""
+        for environment in self.list_environments():
+            sight = environment.observe(scanned=[])
+            if sight.row is not None and sight.row.pid == pid:
+                return environment
+        return None
+
     def _free_name(self, name: str) -> str:
         taken = {environment.name.lower() for environment in self.list_environments()}
         numbered = (f"{name}-{number}" for number in range(2, 1000))
@@ -7303,7 +7198,7 @@ class Workspace:
         try:
             text = read_small(self.paths.settings)
             settings = {} if text is None else json.loads(text.decode("utf-8"))
-        except (ValueError, RecursionError):
+        except (ValueError, OSError, RecursionError):
             settings = None
         if not isinstance(settings, dict):
             raise CDEnvironmentError(
@@ -7325,6 +7220,14 @@ class Workspace:
         write_atomic(self.paths.settings, (json.dumps(complete, indent=2) + "\n").encode())
 
 
+def observe_or_say(environment: Environment, scanned: "list[ProcessRow]") -> Sighting:
+    """What is there of one of many environments; one whose files are closed to us does not hide the others."""
+    try:
+        return environment.observe(scanned)
+    except OSError:
+        return Sighting(STOPPED, note="unreadable")
+
+
 def _file_differs(path: str, data: bytes) -> bool:
     try:
         return read_small(path) != data
@@ -7335,6 +7238,14 @@ def _file_differs(path: str, data: bytes) -> bool:
 def _folder_title(checkout: str) -> str:
     parent, name = os.path.split(os.path.realpath(checkout))
     return os.path.basename(parent) or name if name.lower() == "comfyui" else name
+
+
+def runs_python(path: str) -> bool:
+    """Whether the program at `path` is a Python that works."""
+    try:
+        return run_command([path, "-c", "print(6 * 7)"], timeout=60).stdout.strip() == "42"
+    except CDEnvironmentError:
+        return False
 
 
 def find_checkout_python(checkout: str) -> str:
@@ -7361,6 +7272,8 @@ def find_checkout_python(checkout: str) -> str:
 def select_workspace(chosen: Optional[str], named: bool, folder: str) -> Workspace:
     """The workspace that is meant: `--workspace`, the one whose environment one stands in, or the default."""
     if chosen is not None:
+        if not chosen:
+            raise CDEnvironmentError("--workspace needs a folder.", "comfydock --workspace DIR list", "usage")
         return Workspace(os.path.expanduser(chosen))
     inside = None if named else environment_above(os.path.realpath(folder))
     return Workspace(inside[0]) if inside else Workspace()
@@ -7371,13 +7284,252 @@ def select_workspace(chosen: Optional[str], named: bool, folder: str) -> Workspa
 # What the file runs when it starts itself: never typed by anyone.
 
 
+HEALTH_PAUSE, LOOK_PAUSE = 10.0, 300.0
+CRASH_LIMIT, CRASH_WINDOW = 5, 300.0
+LONGEST_BACKOFF = 30.0
+REBORN_PATIENCE = 15.0  # ComfyUI-Manager's restart on Windows: another process, found again within this time
+
+
 def console_interrupt_entry(words: list[str]) -> int:
     """The short-lived Windows helper: attach to the console of the PID in `words` and press Ctrl-C there."""
     attach_and_interrupt(int(words[0]))
     return 0
 
 
-HIDDEN_ENTRIES = {"--console-interrupt": console_interrupt_entry}
+def monitor_entry(words: list[str]) -> int:
+    """The optional watcher: start ComfyUI or take on the one that runs, answer the one who started us, and watch.
+
+    The same process becomes a small sleeper (`wait_beside`) and comes back here with an event: the end of ComfyUI
+    ("ended:CODE"), or that it is time to look after it ("look").
+    """
+    task = json.loads(os.environ[MONITOR_VARIABLE])
+    event, _, code = os.environ.get(EVENT_VARIABLE, "start").partition(":")
+    environment = Workspace(task["workspace"]).get_environment(task["environment"])
+    if event == "start" and not start_and_answer(environment, task):
+        return 1
+    monitor = Monitor(environment)
+    if event == "look":
+        monitor.look_after()
+    if event == "ended" and not monitor.goes_on(int(code) if code else None):
+        return 0
+    return Monitor(environment).watch()
+
+
+def start_and_answer(environment: Environment, task: dict[str, Any]) -> bool:
+    """Start ComfyUI or take on the one that runs, and tell the one who waits at our pipe; whether it succeeded."""
+    reply: dict[str, Any] = {}
+    try:
+        if not environment.take_on_as_monitor():
+            environment.run(task["args"], monitored=True, **task["options"])
+    except CDEnvironmentError as error:
+        reply = {"error": {"message": error.message, "hint": error.hint, "code": error.code}}
+    except OSError as error:
+        reply = {"error": {"message": f"{error.filename}: {error.strerror}", "hint": "", "code": "system"}}
+    answer_and_let_go(json.dumps(reply))
+    return not reply
+
+
+def answer_and_let_go(line: str) -> None:
+    """Write one line to the one who started us and close that pipe, on which it waits."""
+    os.write(1, line.encode() + b"\n")
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    os.close(sink)
+
+
+class Monitor:
+    """Watches one ComfyUI: health, exit codes, restarts after crashes, rotation. It talks through the state file alone.
+
+    `note` is what the record says of us: PID, times of restarts, and why we gave up.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+        self.record = environment._read_state()
+        self.note: dict[str, Any] = dict((self.record.monitor if self.record else None) or {})
+
+    def watch(self) -> int:
+        """Returns when ComfyUI was stopped, ended well, or crashed too often.
+
+        Where a process can become another program, this one becomes a sleeper of a few MiB meanwhile.
+        """
+        while self.record is not None and self.record.pid is not None:
+            self._become_sleeper(self.record.pid)
+            if not wait_handle_or_sleep(self.record.pid, HEALTH_PAUSE):
+                self.look_after()
+                continue
+            if not self.goes_on(exit_code_of(self.record.pid)):
+                return 0
+            self.record = self.environment._read_state()
+        return 0
+
+    def _become_sleeper(self, pid: int) -> None:
+        """Never returns where exec keeps the PID and the source of the sleeper can be read."""
+        import inspect
+
+        try:
+            program = inspect.getsource(wait_beside) + "\nwait_beside()\n"
+        except (OSError, TypeError):
+            return
+        config = self.environment.config_of(Sighting(RUNNING, self.record))
+        place = ["", "0"] if config.tls else [connect_host(config.host), str(config.port)]
+        known = (self.record.health_status if self.record else None) or ""
+        facts = [str(pid), *place, self.environment.log_path, str(LOG_LIMIT), known, str(HEALTH_PAUSE), str(LOOK_PAUSE)]
+        again = [*own_command(), "--monitor"]
+        become([sys.executable, "-I", "-S", "-c", program, EVENT_VARIABLE, *facts, *again], dict(os.environ))
+
+    def look_after(self) -> None:
+        """Health into the state, and rotation by size."""
+        environment = self.environment
+        try:
+            state = environment.report(timeout=5.0)["state"]
+            environment.note_health({RUNNING: HEALTHY, STARTING: STARTING}.get(state, "unhealthy"))
+            if os.path.getsize(environment.log_path) > LOG_LIMIT:
+                environment.rotate_log()
+        except (CDEnvironmentError, OSError):  # another command is at work, or the disk is full: next time
+            pass
+
+    def goes_on(self, code: Optional[int]) -> bool:
+        """What to do after an end: whether ComfyUI runs again, by itself or by us."""
+        environment, run_id = self.environment, self.record.run_id if self.record else None
+        if not self._is_wanted():
+            return False
+        if self._is_reborn():
+            return True
+        environment.note_exit(run_id, code)
+        if code == 0:
+            return False
+        return self._restart(run_id, code)
+
+    def _is_wanted(self) -> bool:
+        """Whether nobody stopped it, and no other run has begun."""
+        now = self.environment._read_state()
+        same = now is not None and self.record is not None and now.run_id == self.record.run_id
+        return now is not None and same and now.wanted == "running"
+
+    def _is_reborn(self) -> bool:
+        """On Windows ComfyUI-Manager restarts it under another PID: found by its marker, and recorded."""
+        deadline = time.monotonic() + (REBORN_PATIENCE if files_are_locked_in_use() else 0)
+        while time.monotonic() < deadline:
+            if self.environment.take_on_as_monitor(self.note):
+                return True
+            time.sleep(0.5)
+        return False
+
+    def _restart(self, run_id: Optional[str], code: Optional[int]) -> bool:
+        """Start again after a pause that doubles, unless there were too many crashes."""
+        now = time.time()
+        recent = [moment for moment in self.note.get("restarts", []) if now - moment < CRASH_WINDOW]
+        if len(recent) >= CRASH_LIMIT:
+            self.note["gave_up"] = (
+                f"{len(recent) + 1} crashes within {duration_words(CRASH_WINDOW)}, the last with code {code}"
+            )
+            self.environment.note_monitor(run_id, self.note)
+            return False
+        self._wait_wanted(min(2.0 ** len(recent), LONGEST_BACKOFF))
+        self.note["restarts"] = [*recent, time.time()]
+        try:
+            return self.environment.restart_after_crash(run_id, self.note)
+        except CDEndedError as error:  # a crash like any other
+            self.record = self.environment._read_state()
+            return self._restart(self.record.run_id if self.record else None, error.exit_code)
+        except (CDEnvironmentError, OSError) as error:
+            self.note["gave_up"] = f"it could not be started again: {error}"
+            self.environment.note_monitor(run_id, self.note)
+            return False
+
+    def _wait_wanted(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self._is_wanted():
+            time.sleep(0.2)
+
+
+def wait_beside() -> None:  # noqa: C901 (a whole program)
+    """The sleeper: another program, written out as a whole, that uses nothing from outside its own body.
+
+    It waits for the end of the PID in its arguments, asks ComfyUI for a sign of life now and then, and becomes the
+    monitor again when there is something to do. It imports so little that it costs a few MiB and no measurable time.
+    """
+    import os
+    import select
+    import socket
+    import sys
+    import time
+
+    variable, number, host, port, log, limit, known, pause, longest = sys.argv[1:10]
+    pid = int(number)
+
+    def wake(event: str) -> None:
+        """Go on as the monitor."""
+        os.environ[variable] = event
+        os.execve(sys.argv[10], sys.argv[10:], dict(os.environ))
+
+    def ended(seconds: float) -> bool:
+        """Whether the process ends within so many seconds."""
+        if handle is not None:
+            return bool(select.select([handle], [], [], seconds)[0])
+        time.sleep(min(seconds, 0.5))
+        try:
+            done, status = os.waitpid(pid, getattr(os, "WNOHANG", 1))
+            codes.extend([str(os.waitstatus_to_exitcode(status))] if done else [])
+            return bool(done)
+        except ChildProcessError:  # not our child: we were started after it
+            try:
+                os.kill(pid, 0)
+                return False
+            except OSError:
+                return True
+
+    def code_of_child() -> str:
+        """The exit code, negative for a signal; empty when it is not told to us."""
+        try:
+            return codes[0] if codes else str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        except ChildProcessError:
+            return ""
+
+    def answers() -> bool:
+        """Whether ComfyUI says that it is well."""
+        try:
+            with socket.create_connection((host, int(port)), 5) as connection:
+                connection.settimeout(5)
+                connection.sendall(b"GET /system_stats HTTP/1.0\r\n\r\n")
+                return connection.recv(12).endswith(b" 200")
+        except OSError:
+            return False
+
+    codes: list[str] = []
+    try:
+        handle = getattr(os, "pidfd_open", lambda number: None)(pid)
+    except OSError:
+        handle = None
+    began = asked = time.monotonic()
+    while not ended(float(pause)):
+        now = time.monotonic()
+        if now - asked < float(pause):
+            continue
+        asked = now
+        is_news = bool(host) and answers() != (known == "healthy")
+        if is_news or now - began > float(longest) or os.path.exists(log) and os.path.getsize(log) > int(limit):
+            wake("look")
+    wake("ended:" + code_of_child())
+
+
+def wait_handle_or_sleep(pid: int, seconds: float) -> bool:
+    """Whether a process ended within `seconds`; where the system cannot tell, look every half second."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended = wait_handle(pid, deadline - time.monotonic())
+        if ended is not None:
+            return ended
+        row = process_table().row(pid)
+        if row is None or row.state == "zombie":
+            return True
+        time.sleep(0.5)
+    return False
+
+
+HIDDEN_ENTRIES = {"--console-interrupt": console_interrupt_entry, "--monitor": monitor_entry}
 
 
 # ====================================================================================================================
@@ -7444,6 +7596,7 @@ class Console:
         self.spoke = time.monotonic()
         self.gate: Any = nullcontext()
         self.ticks = False
+        self.environment: Optional[str] = None
 
     def say(self, line: str = "") -> None:
         """One line for people on what goes on; nothing in JSON mode or when quiet."""
@@ -7557,7 +7710,7 @@ class Console:
         """An error: a sentence and a hint on the error stream, or the one JSON object."""
         if self.json_mode:
             problem = {"message": error.message, "hint": self._typed(error.hint) or None, "code": error.code}
-            self._object(command, False, None, None, problem)
+            self._object(command, False, self.environment, None, problem)
             return
         self._write(self.err, f"comfydock: {as_sentence(error.message)}\n")
         if error.hint:
@@ -7619,7 +7772,6 @@ class Console:
         """`text` with its commands as they must be typed here."""
         if "comfydock " not in text:
             return text
-        import re
 
         def call(match: "re.Match[str]") -> str:
             following = text[match.end() :].split(None, 1)[0].strip("'\"`.,")
@@ -7663,14 +7815,24 @@ def wants_colour(stream: "Any", choice: str = "auto") -> bool:
 def how_called(argv: list[str]) -> str:
     """The words with which comfydock was called: `comfydock`, `python3 comfydock.py`, `python3 -m comfydock`."""
     script = argv[0]
-    if os.path.basename(script) not in ("comfydock.py", "__main__.py") and not script.endswith(".pyz"):
-        return "comfydock"
+    name = os.path.basename(script)
+    if not name.endswith((".py", ".pyz")):
+        return "comfydock" if on_path(name) and name.startswith("comfydock") else as_word(script)
     original = getattr(sys, "orig_argv", None) or [os.path.basename(sys.executable or "python3")]
     python = "python3" if len(original[0]) > 20 else original[0]
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)  # Python 3.9 has no orig_argv
     if "-m" in original[1:3] or spec is not None and spec.name == "comfydock":
         return f"{python} -m comfydock"
-    return f'{python} "{script}"' if " " in script else f"{python} {script}"
+    return f"{python} {as_word(script)}"
+
+
+def as_word(path: str) -> str:
+    """A path as it must be typed: quoted where it has to be, by the rules of the shells of this system."""
+    import shlex
+
+    if os.name == "nt":
+        return f'"{path}"' if " " in path else path
+    return shlex.quote(path)
 
 
 def environment_title(data: dict[str, Any]) -> str:
@@ -7699,6 +7861,8 @@ def stop_words(data: dict[str, Any]) -> Iterator[str]:
     """What `stop` says when it is done."""
     if data["stopped"]:
         yield "✓ ComfyUI stopped"
+    elif data.get("dry_run"):
+        yield f"PID {data['pid']} is the ComfyUI on port {data['port']}; it would be ended: {data['command']}"
     else:
         yield f"ComfyUI is not running in environment '{data['name']}'"
 
@@ -7713,6 +7877,8 @@ def status_words(data: dict[str, Any]) -> Iterator[str]:
         yield from _live_lines(data)
     if data["state"] == CRASHED:
         yield from _crash_lines(data)
+    if data["monitor"]:
+        yield f"   Monitor: {_monitor_line(data['monitor'])}"
     yield f"   Log: {data['log']}"
     if data["difference"] is not None and not data["difference"]["synced"]:
         yield ""
@@ -7731,13 +7897,14 @@ def _status_line(data: dict[str, Any]) -> str:
         return "Stopped" + _NOTES.get(data["note"], "")
     if data["state"] == STARTING:
         return "Starting (alive, not answering yet)" if data["pid"] else "Starting"
-    return "Running ✓" + _NOTES.get(data["note"], "")
+    return ("Running ✓" if data["state"] == RUNNING else "Running") + _NOTES.get(data["note"], "")
 
 
 _NOTES = {
     "interrupted": " (a start was interrupted before ComfyUI came up)",
     "rebooted": " (the machine was restarted since)",
     "damaged": " (the state file is damaged)",
+    "unreadable": " (its files may not be read)",
     "untracked": " (not tracked: comfydock repair --orphan)",
 }
 _HEALTH_WORDS = {
@@ -7747,22 +7914,40 @@ _HEALTH_WORDS = {
 }
 
 
+def queue_words(running: int, pending: int) -> str:
+    """A queue for people."""
+    return f"{running} running, {pending} pending"
+
+
+def _monitor_line(monitor: dict[str, Any]) -> str:
+    count = monitor["restarts"]
+    times = f", restarted ComfyUI {count} time{'s' if count != 1 else ''}" if count else ""
+    if monitor["gave_up"]:
+        return f"⚠ gave up: {monitor['gave_up']}"
+    return f"watching{times}" if monitor["alive"] else f"⚠ gone{times} (start a new one: comfydock run --monitor)"
+
+
 def _live_lines(data: dict[str, Any]) -> Iterator[str]:
     health = _HEALTH_WORDS[data["health"]]
     if data["answer"] == STRANGER and data["health"] != "healthy":
         health = f"⚠ Another program answers on port {data['port']}"
+    if data["answer"] == GARBLED:
+        health = "⚠ It answers, but not as a healthy ComfyUI does"
     yield f"   PID: {data['pid']}"
     yield f"   URL: {data['url']}"
     yield f"   Health: {health}"
+    if data["queue"]:
+        yield f"   Queue: {queue_words(data['queue']['running'], data['queue']['pending'])}"
     yield f"   Uptime: {duration_words(data['uptime'])}"
 
 
 def _crash_lines(data: dict[str, Any]) -> Iterator[str]:
     if data["exit_code"] is not None:
-        yield f"   Exit code: {data['exit_code']}"
+        yield f"   Ended with: {exit_words(data['exit_code'])}"
     if data["last_alive"]:
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(data["last_alive"]))
-        yield f"   Last known alive: {moment} ({duration_words(time.time() - data['last_alive'])} ago)"
+        alive = epoch_of(data["last_alive"])
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(alive))
+        yield f"   Last known alive: {moment} ({duration_words(time.time() - alive)} ago)"
     if data["last_error"]:
         yield f"   Last error: {data['last_error']}"
     yield "   Start it again: comfydock restart"
@@ -7784,13 +7969,18 @@ def list_words(data: dict[str, Any]) -> Iterator[str]:
 def _list_status(item: dict[str, Any]) -> str:
     state = item["state"]
     if state in LIVE_STATES and item["pid"]:
+        queue = item["queue"]
+        busy = f", {queue_words(queue['running'], queue['pending'])}" if queue and any(queue.values()) else ""
+        watched = ", monitored" if item["monitor"] and item["monitor"]["alive"] else ""
         sign = "✓" if state == RUNNING else "⚠"
         words = {RUNNING: "running", STARTING: "starting", UNRESPONSIVE: "not responding"}[state]
-        return f"({sign} {words} on {item['url']}, PID {item['pid']})" + (
+        return f"({sign} {words} on {item['url']}, PID {item['pid']}{busy}{watched})" + (
             " untracked" if item["note"] == "untracked" else ""
         )
     if state == STOPPED and not item["complete"]:
         return "(incomplete)"
+    if item["note"] in ("damaged", "unreadable"):
+        return f"({state}, ⚠ {item['note']} state file)"
     return f"({state})"
 
 
@@ -7912,10 +8102,11 @@ SHOWN_ON_FAILURE = 20
 
 def selected(console: Console, args: "argparse.Namespace") -> Environment:
     """The environment a command is about; the console learns whether its commands need `-e`."""
-    folder = os.getcwd()
+    folder = current_folder()
     workspace = select_workspace(args.workspace, args.env is not None, folder)
     environment = workspace.select(args.env, folder)
     environment.tell = console.work
+    environment.heal()
     remember_choice(console, args, environment)
     return environment
 
@@ -7924,6 +8115,7 @@ def remember_choice(console: Console, args: "argparse.Namespace", environment: E
     """Let the commands that the console shows reach the same environment."""
     trace(f"environment '{environment.name}' at {environment.paths.root}")
     trace(f"processes are read by {type(process_table()).__name__}")
+    console.environment = environment.name
     where = f" --workspace {args.workspace}" if args.workspace else ""
     console.chosen = where + (f" -e {environment.name}" if args.env or args.__dict__.get("demo") else "")
 
@@ -7938,25 +8130,43 @@ def run(console: Console, args: "argparse.Namespace") -> Report:
     warn_before_start(console, environment, args)
     if not args.no_sync and not environment.manifest.demo:
         environment.bring_in_line()
-    environment.run(
-        args.comfyui_args,
-        auto_port=args.auto_port or is_demo_on_any_port(args),
-        set_env=args.set_env,
-        take_over=args.take_over,
-    )
-    report = started_report(environment)
+    options = {
+        "auto_port": args.auto_port or is_demo_on_any_port(args),
+        "set_env": args.set_env,
+        "take_over": args.take_over,
+    }
     if args.foreground or os.getpid() == 1:
-        console.show("run", report, run_words)
-        return stay_in_foreground(console, environment)
+        return run_in_foreground(console, environment, args.comfyui_args, options)
+    try:
+        starting = environment.start_monitored if args.monitor else environment.run
+        starting(args.comfyui_args, **options)
+    except CDEndedError:
+        if args.wait is not None:
+            show_last_lines(console, environment)
+        raise
+    report = started_report(environment)
     if args.wait is not None:
         report.data["waited"] = wait_until_ready(console, environment, args.wait)
         report.data["ready"] = True
     return report
 
 
+def run_in_foreground(console: Console, environment: Environment, words: list[str], options: dict[str, Any]) -> Report:
+    """Start and stay; from the very start a signal stops ComfyUI instead of leaving it behind."""
+    with noted_signals() as received:
+        try:
+            environment.run(words, **options)
+        except CDEndedError as error:
+            show_last_lines(console, environment)
+            console.problem(error)
+            return Report({}, environment.name, shell_code(error.exit_code), is_told=True)
+        console.show("run", started_report(environment), run_words)
+        return stay_in_foreground(console, environment, received)
+
+
 def environment_to_run(console: Console, args: "argparse.Namespace") -> Environment:
     """As `selected`; the demo is made, and a checkout that nobody has adopted is adopted."""
-    folder = os.getcwd()
+    folder = current_folder()
     workspace = select_workspace(args.workspace, args.env is not None or args.demo, folder)
     if args.demo:
         if args.env not in (None, DEMO_NAME):
@@ -8052,12 +8262,17 @@ def wait_until_ready(console: Console, environment: Environment, seconds: float)
 
 def ended_while_waiting(console: Console, environment: Environment, data: dict[str, Any]) -> CDEnvironmentError:
     """The last lines of the log go to the error stream; the sentence names the one that matters."""
-    for line in last_lines(environment, SHOWN_ON_FAILURE).decode("utf-8", "replace").splitlines():
-        console.warn_plain(line)
+    show_last_lines(console, environment)
     reason = environment.last_error()
     return CDEnvironmentError(
         "ComfyUI ended before it answered" + (f": {reason}" if reason else "."), "comfydock logs", "ended"
     )
+
+
+def show_last_lines(console: Console, environment: Environment) -> None:
+    """The last lines of this run, on the error stream."""
+    for line in last_lines(environment, SHOWN_ON_FAILURE).decode("utf-8", "replace").split("\n"):
+        console.warn_plain(line)
 
 
 def last_lines(environment: Environment, count: int) -> bytes:
@@ -8072,14 +8287,12 @@ def last_lines(environment: Environment, count: int) -> bytes:
         return b""
 
 
-def stay_in_foreground(console: Console, environment: Environment) -> Report:
+def stay_in_foreground(console: Console, environment: Environment, received: list[str]) -> Report:
     """Stream the log; Ctrl-C, SIGTERM and SIGHUP stop ComfyUI, its own end ends us with its exit code."""
     console.say("=" * 60)
     console.say("Streaming logs (Ctrl+C to stop ComfyUI)...")
     console.say("=" * 60)
-    with noted_signals() as received:
-        code = Foreground(console, environment, received).watch()
-    return Report({}, environment.name, code, is_told=True)
+    return Report({}, environment.name, Foreground(console, environment, received).watch(), is_told=True)
 
 
 def show_new(console: Console, follower: LogFollower) -> bool:
@@ -8090,14 +8303,9 @@ def show_new(console: Console, follower: LogFollower) -> bool:
     return bool(piece)
 
 
-def exit_code_of(pid: int) -> Optional[int]:
-    """The exit code of a child that has ended, within the moment that the system may need to hand it out."""
-    for _ in range(10):
-        code = reap(pid)
-        if code is not None:
-            return code
-        time.sleep(0.01)
-    return None
+def shell_code(code: Optional[int]) -> int:
+    """The exit code as a shell shows it: 128+N for signal N, 1 when it is not known."""
+    return 1 if code is None else 128 - code if code < 0 else code
 
 
 class Foreground:
@@ -8129,16 +8337,31 @@ class Foreground:
         return self._ended(exit_code_of(pid))
 
     def _pump(self) -> None:
-        while show_new(self.console, self.follower):
-            pass
+        """Show what is new in the log; when nobody can see it any more, that is as good as a hangup."""
+        try:
+            while show_new(self.console, self.follower):
+                pass
+        except OSError:
+            self._go_deaf()
+
+    def _say(self, line: str) -> None:
+        try:
+            self.console.say(line)
+        except OSError:
+            self._go_deaf()
+
+    def _go_deaf(self) -> None:
+        """The terminal or the pipe is gone: go on without words, for ComfyUI must still be stopped."""
+        self.console.out = self.console.err = None
+        self.received.append("hangup")
 
     def _stop(self) -> int:
         """Stop ComfyUI for the first signal; a second Ctrl-C meanwhile kills it."""
         first = self.received[0]
-        self.console.say("\n⏸  Stopping ComfyUI...")
+        self._say("\n⏸  Stopping ComfyUI...")
         self.environment.stop(meanwhile=self._is_impatient)
         self._pump()
-        self.console.say("✓ ComfyUI stopped")
+        self._say("✓ ComfyUI stopped")
         if self._is_impatient():
             return 130
         return {"interrupt": 0, "terminate": 143, "hangup": 129}[first]
@@ -8153,9 +8376,8 @@ class Foreground:
         if not is_ours or record is None or record.wanted == STOPPED:
             return self._gone_elsewhere()
         self.environment.note_exit(self.record.run_id if self.record else None, code)
-        shown = "" if code is None else f" with code {code}"
-        self.console.say(f"\n⚠️  ComfyUI process exited{shown}")
-        return 1 if code is None else 128 - code if code < 0 else code
+        self._say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({exit_words(code)})'}")
+        return shell_code(code)
 
     def _gone_elsewhere(self) -> int:
         """Stopped by another command: go on with what a restart starts, else say so."""
@@ -8163,7 +8385,7 @@ class Foreground:
         if successor is not None:
             self.record = successor
             return self.watch()
-        self.console.say("\nComfyUI was stopped from elsewhere.")
+        self._say("\nComfyUI was stopped from elsewhere.")
         return 0
 
 
@@ -8179,27 +8401,88 @@ def await_successor(environment: Environment, run_id: Optional[str]) -> Optional
 
 
 def stop(console: Console, args: "argparse.Namespace") -> Report:
-    """End ComfyUI."""
+    """End ComfyUI: the environment's, or the one on a port."""
+    if args.port is not None:
+        return stop_port(console, args)
     environment = selected(console, args)
+    cut_off = settle_queue(console, args, environment, "Stop")
     sight = environment.observe()
-    if sight.row is not None:
+    if sight.row is not None and sight.note != "untracked":
         console.say(f"⏸  Stopping ComfyUI (PID {sight.row.pid})...")
     stopped = environment.stop(args.timeout, kill=args.kill)
-    return Report(
-        {"name": environment.name, "stopped": stopped, "pid": sight.row.pid if sight.row else None}, environment.name
-    )
+    pid = sight.row.pid if sight.row else None
+    return Report({"name": environment.name, "stopped": stopped, "pid": pid, "cut_off": cut_off}, environment.name)
+
+
+def stop_port(console: Console, args: "argparse.Namespace") -> Report:
+    """End the ComfyUI on a port, once it is proved to be one; an environment that tracks it is told."""
+    row = comfyui_on_port(args.port)
+    workspace = select_workspace(args.workspace, args.env is not None, current_folder())
+    data: dict[str, Any] = {"name": None, "stopped": False, "pid": row.pid, "port": args.port, "command": row.text}
+    owner = workspace.tracker_of(row.pid)
+    data["name"] = owner.name if owner else None
+    if args.dry_run:
+        return Report({**data, "dry_run": True}, data["name"])
+    console.say(f"⏸  Stopping ComfyUI (PID {row.pid}) on port {args.port}...")
+    if owner is not None:
+        owner.stop(args.timeout, kill=args.kill)
+    else:
+        stop_on_port(args.port, 0 if args.kill else args.timeout)
+    return Report({**data, "stopped": True}, data["name"])
+
+
+def settle_queue(
+    console: Console, args: "argparse.Namespace", environment: Environment, verb: str
+) -> Optional[dict[str, int]]:
+    """What work an interruption cuts off: a terminal is asked, --when-idle waits, scripts are told.
+
+    A ComfyUI that does not answer, and a queue that never drains, hold nobody up for ever. Raises
+    CDEnvironmentError when a terminal says no.
+    """
+    counts = None if args.__dict__.get("kill") else environment.queue()
+    if counts is not None and any(counts) and args.when_idle is not None:
+        counts = wait_until_idle(console, environment, args.when_idle)
+    if counts is None or not any(counts):
+        return None
+    if not args.force and args.when_idle is None:
+        answer = console.ask(f"ComfyUI is at work ({queue_words(*counts)}). {verb} it all the same?", False)
+        if answer is False:
+            raise CDEnvironmentError(
+                f"Nothing was done: ComfyUI is at work ({queue_words(*counts)}).",
+                f"comfydock {verb.lower()} --when-idle",
+                "busy",
+            )
+    console.warn(f"This cuts off work: {queue_words(*counts)}.")
+    return {"running": counts[0], "pending": counts[1]}
+
+
+def wait_until_idle(console: Console, environment: Environment, seconds: float) -> "Optional[tuple[int, int]]":
+    """Wait for an empty queue, up to `seconds`; returns the last counts, None when nobody answers any more."""
+    deadline = time.monotonic() + seconds
+    while True:
+        counts = environment.queue()
+        left = deadline - time.monotonic()
+        if counts is None or not any(counts) or left <= 0:
+            console.progress("")
+            return counts
+        console.progress(f"   Waiting for ComfyUI's queue: {queue_words(*counts)}, at most {duration_words(left)} more")
+        time.sleep(min(0.25, left))
 
 
 def restart(console: Console, args: "argparse.Namespace") -> Report:
     """Stop and start again with the same arguments."""
     environment = selected(console, args)
+    cut_off = settle_queue(console, args, environment, "Restart")
     sight = environment.observe()
-    if sight.record is not None:
+    words = environment.recorded_args()
+    if words is not None:
         console.say("🔄 Restarting ComfyUI...")
         previous = f"PID {sight.row.pid}" if sight.row else "not running"
-        console.say(f"   Previous: {previous}, args: {' '.join(sight.record.args) or '(none)'}")
+        console.say(f"   Previous: {previous}, args: {' '.join(words) or '(none)'}")
     environment.restart(args.timeout)
-    return started_report(environment)
+    report = started_report(environment)
+    report.data["cut_off"] = cut_off
+    return report
 
 
 def status(console: Console, args: "argparse.Namespace") -> Report:
@@ -8214,7 +8497,7 @@ def status(console: Console, args: "argparse.Namespace") -> Report:
 
 def list_all(console: Console, args: "argparse.Namespace") -> Report:
     """The truth about all environments."""
-    workspace = select_workspace(args.workspace, args.env is not None, os.getcwd())
+    workspace = select_workspace(args.workspace, args.env is not None, current_folder())
     return Report({"workspace": workspace.paths.root, "environments": workspace.reports()})
 
 
@@ -8317,13 +8600,13 @@ def settle_orphan(console: Console, args: "argparse.Namespace", environment: Env
 
 def use(console: Console, args: "argparse.Namespace") -> Report:
     """Choose the active environment."""
-    environment = select_workspace(args.workspace, True, os.getcwd()).use(args.name)
+    environment = select_workspace(args.workspace, True, current_folder()).use(args.name)
     return Report({"name": environment.name}, environment.name)
 
 
 def create(console: Console, args: "argparse.Namespace") -> Report:
     """Make an environment: of a ComfyUI folder that is there, or with a ComfyUI of its own."""
-    workspace = select_workspace(args.workspace, True, os.getcwd())
+    workspace = select_workspace(args.workspace, True, current_folder())
     require_new_name(args.name)
     if args.from_dir is not None:
         environment = workspace.adopt(args.from_dir, args.name, args.python)
@@ -8346,7 +8629,7 @@ def create(console: Console, args: "argparse.Namespace") -> Report:
 
 def delete(console: Console, args: "argparse.Namespace") -> Report:
     """Delete an environment, after a question."""
-    workspace = select_workspace(args.workspace, True, os.getcwd())
+    workspace = select_workspace(args.workspace, True, current_folder())
     environment = workspace.get_environment(args.name)
     environment.require_idle()
     question = f"Delete environment '{args.name}' ({environment.paths.root})?"
@@ -8449,15 +8732,19 @@ def offer_restart(console: Console, args: "argparse.Namespace", environment: Env
     """Restart a running ComfyUI for a change: as the flags say, or as a terminal answers; returns whether it was."""
     if not environment.is_running():
         return False
-    if args.restart:
+    counts = environment.queue()
+    busy = counts is not None and any(counts)
+    if busy and counts is not None:
+        console.say(f"\n⚠️  ComfyUI is at work: {queue_words(*counts)}.")
+    if args.restart and not busy:
         console.say("\n🔄 ComfyUI is running. Restarting to apply changes...")
         return environment.restart()
     if args.no_restart or not console.can_ask():
         console.result("\n⚠️  ComfyUI is running. Changes won't take effect until restart.")
-        console.result("   Restart with: comfydock restart")
+        console.result("   Restart with: comfydock restart" + (" --when-idle" if busy else ""))
         return False
     console.result(f"\n⚠️  ComfyUI is running. Restart to apply changes? ({reason})")
-    if console.ask("  ", True):
+    if console.ask("  ", not busy):
         console.say("🔄 Restarting...")
         return environment.restart()
     console.result("⚠️  Skipped restart. Changes won't take effect until you restart.")
@@ -8489,6 +8776,9 @@ def logs(console: Console, args: "argparse.Namespace") -> Report:
     path = environment.log_path
     if args.path:
         return Report({"text": path}, environment.name)
+    if args.rotate:
+        done = environment.rotate_log(max(1, args.keep))
+        return Report({"text": f"✓ Rotated to {rotated(path)}" if done else "The log is empty."}, environment.name)
     if not os.path.exists(path):
         raise CDEnvironmentError("No log file found.", "Start ComfyUI with: comfydock run", "no-log")
     if args.follow:
@@ -8504,8 +8794,8 @@ def log_spans(environment: Environment, everything: bool, tail: Optional[int]) -
     path = environment.log_path
     start = 0 if everything else environment.session_offset()
     spans = [(path, start, os.path.getsize(path))]
-    if everything and os.path.exists(rotated(path)):
-        spans.insert(0, (rotated(path), 0, os.path.getsize(rotated(path))))
+    if everything:
+        spans = [(old, 0, os.path.getsize(old)) for old in old_logs(path)] + spans
     return spans if tail is None else last_of_spans(spans, tail)
 
 
@@ -8714,6 +9004,13 @@ EVERYWHERE = (
     Option("-h --help", "this help"),
     Option("--version", "the version of comfydock"),
 )
+QUEUE_OPTIONS = (
+    Option("--timeout", "seconds until it is killed (default: 10)", "SECONDS", seconds, 10.0),
+    Option(
+        "--when-idle", "wait until nothing is queued (at most an hour, or SECONDS)", "SECONDS", seconds, bare=3600.0
+    ),
+    Option("--force", "do not ask about queued work"),
+)
 RESTART_OPTIONS = (
     Option("--restart", "restart a running ComfyUI afterwards, without asking"),
     Option("--no-restart", "do not restart it, and do not ask"),
@@ -8737,6 +9034,7 @@ COMMANDS = (
                 assignment,
                 repeated=True,
             ),
+            Option("--monitor", "start it under a small watcher that restarts it after a crash"),
             Option("--demo", "run the built-in stand-in for ComfyUI"),
             Option("--take-over", "drop the record of another machine or container"),
             Option("--no-sync", "do not bring the environment in line first"),
@@ -8754,8 +9052,10 @@ COMMANDS = (
         stop,
         stop_words,
         (
-            Option("--timeout", "seconds until it is killed (default: 10)", "SECONDS", seconds, 10.0),
+            *QUEUE_OPTIONS,
             Option("--kill", "kill it at once"),
+            Option("--port", "end the ComfyUI on this port, whoever started it", "N", count),
+            Option("--dry-run", "with --port: only say what would be ended"),
         ),
         examples=("comfydock stop", "comfydock -e dev stop --timeout 60"),
     ),
@@ -8764,7 +9064,7 @@ COMMANDS = (
         "stop and start again with the same arguments",
         restart,
         restart_words,
-        (Option("--timeout", "seconds until it is killed (default: 10)", "SECONDS", seconds, 10.0),),
+        QUEUE_OPTIONS,
         examples=("comfydock restart",),
     ),
     Command(
@@ -8784,6 +9084,8 @@ COMMANDS = (
             Option("-f --follow", "the last 20 lines and what comes"),
             Option("-n --tail", "the last N lines", "N", count),
             Option("--all", "earlier runs too"),
+            Option("--rotate", "move the log aside now, while ComfyUI goes on writing"),
+            Option("--keep", "with --rotate: how many old logs stay (default: 1)", "N", count, 1),
             Option("--path", "where the log is"),
         ),
         has_json=False,
@@ -9383,6 +9685,7 @@ def finish(command: Command, args: "argparse.Namespace", call: str) -> "tuple[Co
     refuse_together(command, args, "quiet", "verbose")
     refuse_together(command, args, "adopt", "end")
     refuse_together(command, args, "restart", "no_restart")
+    refuse_together(command, args, "foreground", "monitor")
     for other in ("comfyui", "source", "torch_backend", "no_install"):
         refuse_together(command, args, "from_dir", other)
     if args.json and (not command.has_json or args.__dict__.get("foreground")):
