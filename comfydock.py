@@ -44,7 +44,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -678,6 +678,9 @@ def default_workspace() -> str:
 
 IS_WINDOWS = sys.platform == "win32"
 
+# How soon a program that refuses its arguments has ended: 0.05 s (observed); Windows looks for viruses first.
+EARLY_END_SECONDS = 1.0 if IS_WINDOWS else 0.25
+
 
 def files_are_locked_in_use() -> bool:
     """Tell whether this system refuses to replace or delete files that a process has open."""
@@ -699,6 +702,12 @@ def read_text(path: str) -> str:
             return file.read().strip()
     except OSError:
         return ""
+
+
+def own_command() -> list[str]:
+    """Return the words that start this very file: a .pyz archive is started as a whole."""
+    here = os.path.abspath(__file__)
+    return [sys.executable, here if os.path.isfile(here) else os.path.dirname(here)]
 
 
 def on_path(program: str) -> bool:
@@ -897,7 +906,7 @@ if sys.platform == "win32":
         kernel, _ = libraries()
         kernel.SetConsoleCtrlHandler(None, True)
         try:
-            helper = [sys.executable, os.path.abspath(__file__), "--console-interrupt", str(pid)]
+            helper = [*own_command(), "--console-interrupt", str(pid)]
             return (
                 subprocess.run(
                     helper,
@@ -1320,6 +1329,37 @@ else:
         return os.sysconf("SC_CLK_TCK")
 
 
+TRACERS: list[Tell] = []  # who is told what is run, where, and how long it took; empty but for --verbose
+
+
+@contextmanager
+def traced(tell: Tell) -> Iterator[None]:
+    """Tell every command that is run meanwhile."""
+    TRACERS.append(tell)
+    try:
+        yield
+    finally:
+        TRACERS.remove(tell)
+
+
+def trace(line: str) -> None:
+    """Tell a line to those who want to know; what stands before the @ of an address may be a password."""
+    if TRACERS:
+        import re
+
+        line = re.sub(r"://[^/@\s]+@", "://***@", line)
+    for tell in TRACERS:
+        tell(line)
+
+
+def trace_command(cmd: list[str], cwd: "Optional[Union[str, Path]]") -> None:
+    """Tell a command as a shell would take it, and its folder."""
+    if TRACERS:
+        from shlex import join
+
+        trace(f"$ {join(cmd)}" + (f"  (in {cwd})" if cwd is not None else ""))
+
+
 def create_background_process(
     cmd: list[str], cwd: "Union[str, Path]", log_file: "IO[Any]", env: Optional[dict[str, str]] = None
 ) -> "subprocess.Popen[bytes]":
@@ -1329,6 +1369,7 @@ def create_background_process(
     are at their defaults when called in the main thread. The caller closes its `log_file`, and hands the process to
     `release` when it no longer watches it. Raises CDEnvironmentError where the program cannot be started.
     """
+    trace_command(cmd, cwd)
     try:
         return detached(cmd, os.fspath(cwd), log_file, dict(os.environ) if env is None else env)
     except OSError as error:
@@ -1451,6 +1492,8 @@ def run_command(
     """
     import subprocess
 
+    trace_command(cmd, cwd)
+    began = time.monotonic()
     try:
         process = subprocess.Popen(
             cmd,
@@ -1479,6 +1522,7 @@ def run_command(
         if isinstance(error, (TimeoutError, subprocess.TimeoutExpired)):
             raise CDEnvironmentError(f"{cmd[0]} did not finish within {timeout:g} seconds", code="timeout") from error
         raise
+    trace(f"  ended with code {code} after {time.monotonic() - began:.2f} s")
     return subprocess.CompletedProcess(cmd, code, "".join(output["stdout"]), "".join(output["stderr"]))
 
 
@@ -1963,10 +2007,10 @@ class PsutilTable(ProcessTable):
 
     @classmethod
     def usable(cls) -> bool:
-        """Tell whether psutil can be imported."""
+        """Tell whether psutil can be imported and knows us: on Linux it reads /proc, and raises anything without it."""
         try:
-            return bool(psutil_module())
-        except ImportError:
+            return cls().row(os.getpid()) is not None
+        except Exception:
             return False
 
     def make_row(self, facts: dict[str, Any]) -> ProcessRow:
@@ -2236,6 +2280,26 @@ def still_runs(row: ProcessRow) -> bool:
     return now is not None and now.state != "zombie" and now.is_as_old_as(row)
 
 
+def hears_of_orphans(status: str) -> bool:
+    """Tell by the text of /proc/1/status whether PID 1 reaps processes that it has not started, as an init does.
+
+    Who neither catches, blocks (signalfd, sigwait) nor ignores SIGCHLD never hears of them; but a thread may be
+    waiting, and a shell reaps whatever ends while it waits for its own. Where in doubt, yes.
+    """
+    facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    if facts.get("Threads", "").strip() != "1" or facts.get("Name") in ("init", "sh", "dash", "ash", "bash", "busybox"):
+        return True
+    heard = [int(facts.get(name, "0"), 16) for name in ("SigBlk", "SigIgn", "SigCgt")]
+    return any(mask & 1 << 16 for mask in heard)  # SIGCHLD is number 17
+
+
+def careless_init() -> Optional[str]:
+    """Return the command of a PID 1 that does not reap orphans: their entries stay until the container ends."""
+    if hears_of_orphans(read_text("/proc/1/status")):
+        return None
+    return " ".join(proc_command(1)) or "the first process"
+
+
 def wait_for_exit(row: ProcessRow, seconds: float, meanwhile: Optional[Callable[[], bool]] = None) -> bool:
     """Wait up to `seconds` for the end of a process; True when it has ended (a zombie has).
 
@@ -2416,6 +2480,13 @@ def _status_code(head: bytes) -> int:
 
 def probe(config: ComfyUIConfig, timeout: float) -> Answer:
     """What answers where ComfyUI should: `GET /system_stats`, within `timeout` seconds. Never raises."""
+    began = time.monotonic()
+    answer = _probe(config, timeout)
+    trace(f"GET {local_url(config)}/system_stats: {answer.kind} after {time.monotonic() - began:.2f} s")
+    return answer
+
+
+def _probe(config: ComfyUIConfig, timeout: float) -> Answer:
     try:
         status, body = http_get(config, "/system_stats", timeout)
     except ConnectionRefusedError:
@@ -5427,7 +5498,7 @@ def delete_environment(paths: EnvironmentPaths) -> None:
 # Returns or raises; never prints, asks or exits. The only room that decides to end a process.
 
 LOCK_SECONDS = 10.0
-EARLY_WATCH = 0.25  # bad arguments end ComfyUI in 0.05 s (observed)
+EARLY_WATCH = EARLY_END_SECONDS
 START_GRACE = 180.0  # first starts with many custom nodes take minutes: until then silence is no fault
 MONITOR_VARIABLE, EVENT_VARIABLE = "COMFYDOCK_MONITOR_TASK", "COMFYDOCK_MONITOR_EVENT"
 DROPPED_VARIABLES = ("__COMFY_CLI_SESSION__", "PYTHONHOME", "PYTHONPATH")
@@ -6453,7 +6524,7 @@ class Environment:
         task = {"workspace": self.workspace_paths.root, "environment": self.name, "args": args, "options": options}
         reader, writer = os.pipe()
         with os.fdopen(reader, "rb") as answers, os.fdopen(writer, "wb") as answering:
-            command = [sys.executable, os.path.abspath(__file__), "--monitor"]
+            command = [*own_command(), "--monitor"]
             variables = {**os.environ, MONITOR_VARIABLE: json.dumps(task)}
             process = create_background_process(command, self.workspace_paths.root, answering, variables)
             answering.close()
@@ -7406,7 +7477,7 @@ class Monitor:
         place = ["", "0"] if config.tls else [connect_host(config.host), str(config.port)]
         known = (self.record.health_status if self.record else None) or ""
         facts = [str(pid), *place, self.environment.log_path, str(LOG_LIMIT), known, str(HEALTH_PAUSE), str(LOOK_PAUSE)]
-        again = [sys.executable, os.path.abspath(__file__), "--monitor"]
+        again = [*own_command(), "--monitor"]
         become([sys.executable, "-I", "-S", "-c", program, EVENT_VARIABLE, *facts, *again], dict(os.environ))
 
     def look_after(self) -> None:
@@ -7567,6 +7638,8 @@ HIDDEN_ENTRIES = {"--console-interrupt": console_interrupt_entry, "--monitor": m
 # The only room that prints or asks.
 
 JSON_SCHEMA = 1
+BEGAN = time.monotonic()
+COLOUR_CHOICES = ("auto", "always", "never")
 SIGNS = {  # sign -> (in ASCII, colour)
     "✓": ("[ok]", 32),
     "✗": ("[x]", 31),
@@ -7582,7 +7655,7 @@ SIGNS = {  # sign -> (in ASCII, colour)
 }
 PLAIN = str.maketrans({sign: plain for sign, (plain, _) in SIGNS.items()})
 TYPED = (
-    r"\bcomfydock (?=(?:run|stop|restart|status|list|logs|node|use|create|delete|init|repair|help)(?:\W|$)"
+    r"\bcomfydock (?=(?:run|stop|restart|status|list|logs|node|use|create|delete|init|repair|completion|help)(?:\W|$)"
     r"|-e |--workspace )"
 )
 ONE_ENVIRONMENT = ("run", "stop", "restart", "status", "logs", "repair", "node")
@@ -7607,7 +7680,10 @@ class Console:
     In JSON mode nothing is said but the one object at the end. `call` is how comfydock was called,
     and replaces the name "comfydock" wherever a line shows a command; `chosen` is the `-e NAME`
     that such a line needs. A line that cannot be written (a full disk, a reader who left) must not
-    keep ComfyUI from being stopped: `unheard` holds the error until `flush` raises it.
+    keep ComfyUI from being stopped: `unheard` holds the error until `flush` raises it. `quiet`
+    leaves out all but results, warnings and errors; `colour` is one of COLOUR_CHOICES. `drawn` is
+    the line that `progress` has on the terminal now, and `gate` keeps a ticker (`ticking`) from
+    writing into the middle of something.
     """
 
     def __init__(self, out: "Any", err: "Any", source: "Any", json_mode: bool = False, call: str = "comfydock") -> None:
@@ -7617,11 +7693,22 @@ class Console:
         self.json_mode = json_mode
         self.call = call
         self.chosen = ""
+        self.quiet = False
+        self.colour = "auto"
+        self.drawn = ""
+        self.spoke = time.monotonic()
+        self.gate: Any = nullcontext()
+        self.ticks = False
         self.environment: Optional[str] = None
         self.unheard: Optional[OSError] = None
 
     def say(self, line: str = "") -> None:
-        """One line for people; nothing in JSON mode."""
+        """One line for people on what goes on; nothing in JSON mode or when quiet."""
+        if not self.quiet:
+            self.result(line)
+
+    def result(self, line: str) -> None:
+        """One line that tells what was found or done; nothing in JSON mode."""
         if not self.json_mode:
             self._write(self.out, line + "\n")
 
@@ -7638,15 +7725,51 @@ class Console:
         """One line on the error stream without a sign: of a log, say."""
         self._write(self.err, line + "\n")
 
+    def trace(self, line: str) -> None:
+        """One line of --verbose on the error stream, in JSON mode too."""
+        self._write(self.err, f"[{time.monotonic() - BEGAN:7.3f}] {line}\n")
+
     def progress(self, line: str) -> None:
-        """A line that the next one overwrites; only a terminal shows it."""
-        if is_terminal(self.err) and not self.json_mode:
-            self._write(self.err, f"\r\x1b[K{line}")
+        """A line that the next one overwrites; only a terminal shows it, and "" takes it away."""
+        self.spoke = time.monotonic()
+        if is_terminal(self.err) and not self.json_mode and not self.quiet and line != self.drawn:
+            line = line[: columns(self.err) - 1]
+            self._write(self.err, line)
+            self.drawn = line
+
+    @contextmanager
+    def ticking(self, what: str) -> Iterator[None]:
+        """Show on a terminal that we are still at it, whenever nothing was said for a second."""
+        if not is_terminal(self.err) or self.json_mode or self.quiet:
+            yield
+            return
+        import threading
+
+        done = threading.Event()
+
+        def tick() -> None:
+            began = time.monotonic()
+            while not done.wait(0.25) and self.ticks:
+                with self.gate, suppress(OSError, ValueError):  # the terminal may be gone
+                    if time.monotonic() - self.spoke > 1.0 or self.drawn.startswith(f"   {what} ..."):
+                        self.progress(f"   {what} ... {time.monotonic() - began:.0f} s")
+
+        self.gate, self.ticks = threading.RLock(), True
+        ticker = threading.Thread(target=tick, daemon=True)
+        ticker.start()
+        try:
+            yield
+        finally:
+            done.set()
+            ticker.join()
+            self.progress("")
 
     def raw(self, data: bytes) -> None:
         """Bytes of a log, as they are. Raises OSError: who only shows a log has nothing else to do."""
         if self.out is None:
             return
+        self.ticks = False
+        self.progress("")
         try:
             self.out.flush()
             sink = getattr(self.out, "buffer", None)
@@ -7667,9 +7790,11 @@ class Console:
         """The answer to a yes-or-no question; None where no terminal can answer."""
         if not self.can_ask():
             return None
-        self._write(self.out, f"{question} ({'Y/n' if default else 'y/N'}): ")
-        self.out.flush()
-        answer = self.source.readline()
+        with self.gate:
+            self._write(self.out, f"{question} ({'Y/n' if default else 'y/N'}): ")
+            self.out.flush()
+            answer = self.source.readline()
+            self.spoke = time.monotonic()
         if not answer:
             return None
         return default if not answer.strip() else answer.strip().lower() in ("y", "yes")
@@ -7680,7 +7805,8 @@ class Console:
             self._object(command, True, report.environment, report.data, None)
             return
         for line in [] if report.is_told else words(report.data):
-            self.say(line)
+            if not self.quiet or line and not line.startswith("Tip:"):
+                self.result(line)
 
     def problem(self, error: CDEnvironmentError) -> None:
         """One of several things that could not be done; the command goes on."""
@@ -7722,6 +7848,20 @@ class Console:
     def _write(self, stream: "Any", text: str) -> None:
         if stream is None:  # closed by whoever started us
             return
+        with self.gate:
+            self._erase()
+            self._put(stream, text)
+
+    def _erase(self) -> None:
+        """Take away what `progress` has drawn; by blanks, which every terminal understands."""
+        self.spoke = time.monotonic()
+        if self.drawn:
+            blanks = " " * len(self.drawn)
+            self.drawn = ""
+            self.err.write(f"\r{blanks}\r")
+            self.err.flush()
+
+    def _put(self, stream: "Any", text: str) -> None:
         text = self._coloured(stream, self._typed(text)) if stream is not self.out or not self.json_mode else text
         encoding = getattr(stream, "encoding", None) or "utf-8"
         try:
@@ -7736,7 +7876,7 @@ class Console:
             self.unheard = self.unheard or error
 
     def _coloured(self, stream: "Any", text: str) -> str:
-        if not wants_colour(stream):
+        if not wants_colour(stream, self.colour):
             return text
         for sign, (_, colour) in SIGNS.items():
             if colour is not None and sign in text:
@@ -7781,8 +7921,18 @@ def is_terminal(stream: "Any") -> bool:
         return False
 
 
-def wants_colour(stream: "Any") -> bool:
-    """Colours on a terminal that knows them, unless NO_COLOR asks for none (no-color.org)."""
+def columns(stream: "Any") -> int:
+    """How wide a terminal is, 80 where it does not tell."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError, AttributeError):
+        return 80
+
+
+def wants_colour(stream: "Any", choice: str = "auto") -> bool:
+    """Colours as `choice` says; "auto": on a terminal that knows them, unless NO_COLOR asks for none (no-color.org)."""
+    if choice != "auto":
+        return choice == "always"
     return (
         is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and os.name != "nt"
     )
@@ -7796,7 +7946,8 @@ def how_called(argv: list[str]) -> str:
         return "comfydock" if on_path(name) and name.startswith("comfydock") else as_word(script)
     original = getattr(sys, "orig_argv", None) or [os.path.basename(sys.executable or "python3")]
     python = "python3" if len(original[0]) > 20 else original[0]
-    if "-m" in original[1:3]:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)  # Python 3.9 has no orig_argv
+    if "-m" in original[1:3] or spec is not None and spec.name == "comfydock":
         return f"{python} -m comfydock"
     return f"{python} {as_word(script)}"
 
@@ -8088,6 +8239,8 @@ def selected(console: Console, args: "argparse.Namespace") -> Environment:
 
 def remember_choice(console: Console, args: "argparse.Namespace", environment: Environment) -> None:
     """Let the commands that the console shows reach the same environment."""
+    trace(f"environment '{environment.name}' at {environment.paths.root}")
+    trace(f"processes are read by {type(process_table()).__name__}")
     console.environment = environment.name
     where = f" --workspace {args.workspace}" if args.workspace else ""
     console.chosen = where + (f" -e {environment.name}" if args.env or args.__dict__.get("demo") else "")
@@ -8160,7 +8313,7 @@ def adopted_here(
     if args.env is not None or checkout is None or workspace.environment_of(folder) is not None:
         return None
     environment = workspace.adopt(checkout)
-    console.say(f"✓ Adopted {checkout} as environment '{environment.name}' (Python: {environment.python})")
+    console.result(f"✓ Adopted {checkout} as environment '{environment.name}' (Python: {environment.python})")
     return environment
 
 
@@ -8177,6 +8330,12 @@ def warn_before_start(console: Console, environment: Environment, args: "argpars
     folder = environment.folder_open_to_others()
     if folder is not None:
         console.warn(f"Other users may write into {folder}, and so change what runs here: chmod o-w '{folder}'")
+    careless = None if args.foreground or os.getpid() == 1 else careless_init()
+    if careless is not None:
+        console.warn(
+            f"PID 1 here ({careless[:60]}) is no init: ended processes stay listed, and all ends when it does."
+        )
+        console.warn("Start the container with --init, or let 'comfydock run' be its command.")
     host = parse_comfyui_args(args.comfyui_args).host
     if not is_loopback(host):
         console.warn(f"ComfyUI has no password: whoever can reach this machine on {host or 'any address'} can use it.")
@@ -8507,9 +8666,9 @@ def repair(console: Console, args: "argparse.Namespace") -> Report:
     data: dict[str, Any] = {"name": environment.name, "orphan_only": args.orphan, "cleaned": environment.clean_stale()}
     found = [(row, orphan_data(environment, row)) for row in environment.orphans()]
     if found:
-        console.say(f"\n⚠️  Found {len(found)} orphaned ComfyUI process(es):")
+        console.result(f"\n⚠️  Found {len(found)} orphaned ComfyUI process(es):")
     for row, item in found:
-        console.say(orphan_line(item))
+        console.result(orphan_line(item))
         item["action"] = settle_orphan(console, args, environment, row)
     data["orphans"] = [item for _, item in found]
     if not args.orphan:
@@ -8531,7 +8690,7 @@ def repair_content(console: Console, args: "argparse.Namespace", environment: En
     if difference.is_synced and not (args.remove_untracked and difference.found_nodes):
         report = environment.nodes.bring_in_line(force=True)
         return {**done, "synced": not report.problems, "problems": report.problems}
-    console.say("\n⚠️  Environment needs repair:")
+    console.result("\n⚠️  Environment needs repair:")
     for line in difference_lines(difference_of(environment) or {}):
         console.say(line)
     if not (args.yes or agreed(console, "Put this right?", "comfydock repair -y")):
@@ -8685,7 +8844,7 @@ def change_nodes_one_by_one(
     for name in names:
         try:
             message, reason = change(environment, name)
-            console.say(f"✓ {message}")
+            console.result(f"✓ {message}")
             items.append({"node": name, "ok": True, "message": message})
             reasons += [reason] if reason else []
         except CDEnvironmentError as error:
@@ -8724,14 +8883,14 @@ def offer_restart(console: Console, args: "argparse.Namespace", environment: Env
         console.say("\n🔄 ComfyUI is running. Restarting to apply changes...")
         return environment.restart()
     if args.no_restart or not console.can_ask():
-        console.say("\n⚠️  ComfyUI is running. Changes won't take effect until restart.")
-        console.say("   Restart with: comfydock restart" + (" --when-idle" if busy else ""))
+        console.result("\n⚠️  ComfyUI is running. Changes won't take effect until restart.")
+        console.result("   Restart with: comfydock restart" + (" --when-idle" if busy else ""))
         return False
-    console.say(f"\n⚠️  ComfyUI is running. Restart to apply changes? ({reason})")
+    console.result(f"\n⚠️  ComfyUI is running. Restart to apply changes? ({reason})")
     if console.ask("  ", not busy):
         console.say("🔄 Restarting...")
         return environment.restart()
-    console.say("⚠️  Skipped restart. Changes won't take effect until you restart.")
+    console.result("⚠️  Skipped restart. Changes won't take effect until you restart.")
     return False
 
 
@@ -8821,6 +8980,35 @@ def follow_log(console: Console, environment: Environment, tail: int) -> None:
         time.sleep(FOLLOW_PAUSE)
 
 
+def completion(console: Console, args: "argparse.Namespace") -> Report:
+    """The script that teaches a shell our words; as it is, for a shell takes no other line ends."""
+    if not console.json_mode:
+        console.raw(args.help_text.encode())
+    return Report({"shell": args.shell, "text": args.help_text}, is_told=True)
+
+
+def known_names(what: str, words: list[str]) -> list[str]:
+    """The "environments" or "nodes" that an unfinished command line of these words may be about."""
+    name, folder = given_value(words, "-e", "--env"), os.getcwd()
+    workspace = select_workspace(given_value(words, "--workspace"), name is not None, folder)
+    if what == "environments":
+        names = [environment.name for environment in workspace.list_environments()]
+    else:
+        nodes = workspace.select(name, folder).nodes.list_nodes().values()
+        names = [node.registry_id or node.name for node in nodes]
+    return [name for name in names if name.isprintable()]
+
+
+def given_value(words: list[str], *flags: str) -> Optional[str]:
+    """The value that unfinished words give an option; bash cuts "--env=x" into three."""
+    for index, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in flags:
+            following = [other for other in words[index + 1 : index + 3] if other != "="]
+            return value if equals else following[0] if following else None
+    return None
+
+
 def show_help(console: Console, args: "argparse.Namespace") -> Report:
     """How to use comfydock, or one of its commands."""
     return Report({"text": args.help_text})
@@ -8848,6 +9036,7 @@ class Option:
         default: Any = None,
         bare: Any = None,
         repeated: bool = False,
+        completes: str = "",
     ) -> None:
         self.flags = flags.split()
         self.text = text
@@ -8856,6 +9045,7 @@ class Option:
         self.default = default
         self.bare = bare
         self.repeated = repeated
+        self.completes = completes  # what a shell offers as its value: see VALUES
 
     def add_to(self, parser: "argparse.ArgumentParser") -> None:
         """Declare it to argparse."""
@@ -8891,6 +9081,7 @@ class Command:
         passes_on: bool = False,
         has_json: bool = True,
         examples: "tuple[str, ...]" = (),
+        completes: str = "",
     ) -> None:
         self.name = name
         self.summary = summary
@@ -8901,6 +9092,7 @@ class Command:
         self.passes_on = passes_on
         self.has_json = has_json
         self.examples = examples
+        self.completes = completes  # what a shell offers as an operand: see VALUES
 
 
 def seconds(text: str) -> float:
@@ -8927,10 +9119,29 @@ def assignment(text: str) -> "tuple[str, str]":
     return key, value
 
 
+def colour_choice(text: str) -> str:
+    """When to use colours. Raises ValueError."""
+    if text not in COLOUR_CHOICES:
+        raise ValueError(text)
+    return text
+
+
+SHELLS = ("bash", "zsh", "fish", "powershell")
+# What `completes` may say: "environments" and "nodes" (asked of the file itself), "folders", "files", "commands", or
+# the words themselves.
+VALUES = {"colours": " ".join(COLOUR_CHOICES), "shells": " ".join(SHELLS)}
 EVERYWHERE = (
-    Option("-e --env", "the environment (default: the one you stand in, else the active one)", "NAME"),
-    Option("--workspace", "the workspace (default: COMFYDOCK_HOME, else ~/.comfydock)", "DIR"),
+    Option(
+        "-e --env",
+        "the environment (default: the one you stand in, else the active one)",
+        "NAME",
+        completes="environments",
+    ),
+    Option("--workspace", "the workspace (default: COMFYDOCK_HOME, else ~/.comfydock)", "DIR", completes="folders"),
     Option("--json", "one JSON object instead of words"),
+    Option("-q --quiet", "results and errors only"),
+    Option("-v --verbose", "tell what is run, where, and how long it took"),
+    Option("--color", "auto, always or never", "WHEN", colour_choice, "auto", completes="colours"),
     Option("-h --help", "this help"),
     Option("--version", "the version of comfydock"),
 )
@@ -9027,10 +9238,15 @@ COMMANDS = (
         create,
         create_words,
         (
-            Option("--from", "adopt this ComfyUI folder, which stays where it is", "DIR"),
+            Option("--from", "adopt this ComfyUI folder, which stays where it is", "DIR", completes="folders"),
             Option("--comfyui", "the version: a tag, branch or commit (default: the newest release)", "REF"),
-            Option("--source", "where ComfyUI comes from (default: the official repository)", "URL|DIR|ARCHIVE"),
-            Option("--python", "an interpreter, or a version such as 3.12", "PATH"),
+            Option(
+                "--source",
+                "where ComfyUI comes from (default: the official repository)",
+                "URL|DIR|ARCHIVE",
+                completes="files",
+            ),
+            Option("--python", "an interpreter, or a version such as 3.12", "PATH", completes="files"),
             Option("--torch-backend", "auto, cpu, cu128, rocm6.4, xpu ... (default: auto)", "NAME"),
             Option("--no-install", "the code only: no Python packages"),
             Option("--use", "make it the active environment"),
@@ -9054,6 +9270,7 @@ COMMANDS = (
             "comfydock node add comfyui-kjnodes",
             "comfydock node add https://github.com/owner/pack@v1.2 --restart",
         ),
+        completes="folders",
     ),
     Command(
         "node remove",
@@ -9063,6 +9280,7 @@ COMMANDS = (
         RESTART_OPTIONS,
         (("ID...", "a node's name or id"),),
         examples=("comfydock node remove comfyui-kjnodes",),
+        completes="nodes",
     ),
     Command(
         "node update",
@@ -9077,6 +9295,7 @@ COMMANDS = (
         ),
         (("[ID...]", "a node's name or id"),),
         examples=("comfydock node update", "comfydock node update comfyui-kjnodes -y --restart"),
+        completes="nodes",
     ),
     Command(
         "node list", "the custom nodes of an environment", node_list, node_list_words, examples=("comfydock node list",)
@@ -9104,6 +9323,7 @@ COMMANDS = (
         (),
         (("NAME", "the environment"),),
         examples=("comfydock use dev",),
+        completes="environments",
     ),
     Command(
         "delete",
@@ -9113,6 +9333,7 @@ COMMANDS = (
         (Option("-y --yes", "do not ask"),),
         (("NAME", "the environment"),),
         examples=("comfydock delete dev",),
+        completes="environments",
     ),
     Command(
         "init",
@@ -9122,6 +9343,17 @@ COMMANDS = (
         (),
         (("[PATH]", "its folder"),),
         examples=("comfydock init /data/comfy",),
+        completes="folders",
+    ),
+    Command(
+        "completion",
+        "print what makes a shell complete our words",
+        completion,
+        text_words,
+        (),
+        (("SHELL", ", ".join(SHELLS)),),
+        examples=('eval "$(comfydock completion bash)"', "comfydock completion fish | source"),
+        completes="shells",
     ),
     Command(
         "help",
@@ -9131,8 +9363,328 @@ COMMANDS = (
         (),
         (("[COMMAND...]", "a command"),),
         examples=("comfydock help run",),
+        completes="commands",
     ),
 )
+
+
+# Completion scripts: each walks the words before the cursor as `split_words` does, and knows COMMANDS by a table that
+# is written into it. Only names are asked for, by --names, while one types. Words in @SIGNS@ are filled in.
+BASH_SCRIPT = r"""# Completion of comfydock for bash 3.2 and later. In ~/.bashrc:  eval "$(comfydock completion bash)"
+_comfydock_offer() {  # LINES: offer those that go on from the current word, quoted where a shell needs it
+    local word
+    while IFS= read -r word; do
+        if [[ -n $word && $word == "$current"* ]]; then COMPREPLY+=("$(printf %q "$word")"); fi
+    done <<<"$1"
+}
+_comfydock_paths() {  # OPTION of compgen: offer paths, which readline itself quotes
+    local path
+    compopt -o filenames 2>/dev/null
+    while IFS= read -r path; do COMPREPLY+=("$path"); done < <(compgen "$1" -- "$current")
+}
+_comfydock() {
+    local current=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} line='' kind='' words='' flags='' i
+    COMPREPLY=()
+    [[ $current == '=' ]] && current=''
+    [[ $before == '=' ]] && before=${COMP_WORDS[COMP_CWORD-2]}
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        case ${COMP_WORDS[i]} in
+            --) _comfydock_paths -f; return ;;
+            @VALUED@) [[ ${COMP_WORDS[i+1]} == '=' ]] && ((i++)); ((i++)) ;;
+            -*) ;;
+            *) line+="${line:+ }${COMP_WORDS[i]}" ;;
+        esac
+    done
+    case $before in
+@VALUES@
+        *) case $line in
+@LINES@
+        esac ;;
+    esac
+    [[ $current == -* ]] && kind='' words=$flags
+    case $kind in
+        environments | nodes)
+            _comfydock_offer "$(@CALL@ --names "$kind" "${COMP_WORDS[@]:1:COMP_CWORD-1}" 2>/dev/null)" ;;
+        folders) _comfydock_paths -d ;;
+        files) _comfydock_paths -f ;;
+        *) _comfydock_offer "${words// /$'\n'}" ;;
+    esac
+}
+complete -F _comfydock comfydock comfydock.py
+"""
+ZSH_SCRIPT = r"""#compdef comfydock comfydock.py
+# Completion of comfydock for zsh. In ~/.zshrc:  source <(comfydock completion zsh)
+_comfydock() {
+    local before=$words[CURRENT-1] line= kind= i
+    local -a choices flags names
+    if [[ $PREFIX == --*=* ]]; then before=${PREFIX%%=*}; compset -P '*='; fi
+    for ((i = 2; i < CURRENT; i++)); do
+        case $words[i] in
+            (--) _files; return ;;
+            (@VALUED@) ((i++)) ;;
+            (-*) ;;
+            (*) line+=${line:+ }$words[i] ;;
+        esac
+    done
+    case $before in
+@VALUES@
+        (*) case $line in
+@LINES@
+        esac ;;
+    esac
+    if [[ $PREFIX == -* ]]; then _describe -o option flags; return; fi
+    case $kind in
+        (environments|nodes)
+            names=(${(f)"$(@CALL@ --names $kind "${(@)words[2,CURRENT-1]}" 2>/dev/null)"})
+            (( $#names )) && compadd -a names ;;
+        (folders) _files -/ ;;
+        (files) _files ;;
+        (*) (( $#choices )) && _describe word choices ;;
+    esac
+}
+if [[ $funcstack[1] == _comfydock ]]; then
+    _comfydock "$@"
+else
+    (( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
+    compdef _comfydock comfydock comfydock.py
+fi
+"""
+FISH_SCRIPT = r"""# Completion of comfydock for fish. In ~/.config/fish/config.fish:  comfydock completion fish | source
+function __comfydock_line  # the words before the cursor that are neither options nor their values
+    set -l words (commandline -opc)
+    set -e words[1]
+    set -l line
+    set -l skip 0
+    for word in $words
+        if test $skip = 1
+            set skip 0
+            continue
+        end
+        switch $word
+            case '--'
+                set line '--'
+                break
+            case @VALUED@
+                set skip 1
+            case '-*'
+            case '*'
+                set -a line $word
+        end
+    end
+    echo "$line"
+end
+function __comfydock_at  # PATTERN...: whether these words fit one of the patterns
+    set -l line (__comfydock_line)
+    for pattern in $argv
+        string match -q -- "$pattern" "$line"
+        and return 0
+    end
+    return 1
+end
+function __comfydock_names  # environments or nodes, as the file itself knows them
+    set -l words (commandline -opc)
+    set -e words[1]
+    @CALL@ --names $argv $words 2>/dev/null
+end
+for name in comfydock comfydock.py
+    complete -c $name -f
+    complete -c $name -n "__comfydock_at '--'" -F
+@LINES@
+end
+"""
+POWERSHELL_SCRIPT = r"""# Completion of comfydock for PowerShell. In $PROFILE:
+#   comfydock completion powershell | Out-String | Invoke-Expression
+Register-ArgumentCompleter -Native -CommandName 'comfydock', 'comfydock.py' -ScriptBlock {
+    param($current, $tree, $cursor)
+    $typed = @($tree.CommandElements | Select-Object -Skip 1 | Where-Object { $_.Extent.EndOffset -lt $cursor } |
+        ForEach-Object { $_.Extent.Text })
+    $values = @{
+@VALUES@
+    }
+    $line = ''
+    $skip = $false
+    foreach ($word in $typed) {
+        if ($skip) { $skip = $false }
+        elseif ($word -eq '--') { return }
+        elseif ($values.ContainsKey($word)) { $skip = $true }
+        elseif (-not $word.StartsWith('-')) { $line = "$line $word".Trim() }
+    }
+    $kind = ''
+    $flags = ''
+    if ($skip) { $kind = $values[$typed[-1]] }
+    else {
+        switch -Wildcard -CaseSensitive ($line) {
+@LINES@
+        }
+        if ("$current".StartsWith('-')) { $kind = "= $flags" }
+    }
+    if ($kind -in 'environments', 'nodes') { $found = @(& @CALL@ --names $kind $typed 2>$null) }
+    elseif ($kind.StartsWith('=')) { $found = $kind.Substring(1).Trim() -split ' ' }
+    else { return }
+    $found | Where-Object { $_ -and $_.StartsWith("$current") } |
+        ForEach-Object { [System.Management.Automation.CompletionResult]::new($_, $_, 'ParameterValue', $_) }
+}
+"""
+
+
+@dataclass
+class Place:
+    """Where a command line may stand: the `patterns` its plain words fit, and what may come then.
+
+    `kind` is asked for while one types ("environments", "folders" ...); `choices` and `options` are known now.
+    """
+
+    patterns: list[str]
+    choices: list[tuple[str, str]]
+    kind: str
+    options: tuple[Option, ...]
+
+
+def places() -> Iterator[Place]:
+    """Every place of a command line, by the table of commands."""
+    tops = [(command.name, command.summary) for command in COMMANDS if " " not in command.name]
+    seconds_of: dict[str, list[tuple[str, str]]] = {}
+    for command in COMMANDS:
+        first, _, second = command.name.partition(" ")
+        if second:
+            seconds_of.setdefault(first, []).append((second, command.summary))
+    tops += [(first, "add, remove, update or list custom nodes") for first in seconds_of]
+    yield Place([""], tops, "", EVERYWHERE)
+    for first, choices in seconds_of.items():
+        yield Place([first, f"help {first}"], choices, "", EVERYWHERE)
+    for command in COMMANDS:
+        yield from places_of(command, tops)
+
+
+def places_of(command: Command, tops: list[tuple[str, str]]) -> Iterator[Place]:
+    """The places behind a command: before its operand, and after it."""
+    options = (*command.options, *EVERYWHERE)
+    kind = command.completes
+    choices = tops if kind == "commands" else [(word, "") for word in VALUES.get(kind, "").split()]
+    takes_many = any("..." in name for name, _ in command.operands) and kind != "commands"
+    behind = f"{command.name} *"
+    is_alike = takes_many or not kind and not command.passes_on
+    yield Place([command.name, behind] if is_alike else [command.name], choices, "" if choices else kind, options)
+    if not is_alike:
+        yield Place([behind], [], "files" if command.passes_on else "", options)
+
+
+def valued_options() -> list[Option]:
+    """Every option that must have a value, whatever command it belongs to."""
+    options = [*EVERYWHERE, *(option for command in COMMANDS for option in command.options)]
+    return [option for option in options if option.metavar and option.bare is None]
+
+
+def values_of(options: list[Option]) -> "dict[str, tuple[tuple[str, ...], str]]":
+    """What completes the value of an option -> (all its flags, ...), in the order of the table."""
+    flags: dict[str, list[str]] = {}
+    for option in options:
+        known = flags.setdefault(option.completes, [])
+        known += [flag for flag in option.flags if flag not in known]
+    return {kind: (tuple(words), VALUES.get(kind, "")) for kind, words in flags.items()}
+
+
+def filled(script: str, **texts: str) -> str:
+    """A script with its signs replaced."""
+    for sign, text in texts.items():
+        script = script.replace(f"@{sign}@", text)
+    return script
+
+
+def bash_script(call: list[str]) -> str:
+    """The completion script for bash."""
+    from shlex import join
+
+    values, lines = [], []
+    for kind, (flags, words) in values_of(valued_options()).items():
+        values.append(f"        {' | '.join(flags)}) {f'words={words!r}' if words else f'kind={kind}'} ;;")
+    for place in places():
+        patterns = " | ".join(f"'{line[:-1]}'*" if line.endswith("*") else f"'{line}'" for line in place.patterns)
+        choices = " ".join(word for word, _ in place.choices)
+        all_flags = " ".join(flag for option in place.options for flag in option.flags)
+        lines.append(f"            {patterns}) kind='{place.kind}' words='{choices}' flags='{all_flags}' ;;")
+    valued = " | ".join(flag for option in values_of(valued_options()).values() for flag in option[0])
+    return filled(BASH_SCRIPT, VALUED=valued, VALUES="\n".join(values), LINES="\n".join(lines), CALL=join(call))
+
+
+def zsh_script(call: list[str]) -> str:
+    """The completion script for zsh."""
+    from shlex import join, quote
+
+    def described(pairs: "list[tuple[str, str]]") -> str:
+        return " ".join(quote(f"{word}:{text}" if text else word) for word, text in pairs)
+
+    values, lines = [], []
+    for kind, (flags, words) in values_of(valued_options()).items():
+        values.append(f"        ({'|'.join(flags)}) {f'choices=({words})' if words else f'kind={quote(kind)}'} ;;")
+    for place in places():
+        patterns = "|".join(f"'{line[:-1]}'*" if line.endswith("*") else f"'{line}'" for line in place.patterns)
+        flags_told = described([(flag, option.text) for option in place.options for flag in option.flags])
+        lines.append(f"            ({patterns}) kind='{place.kind}'")
+        lines.append(f"                choices=({described(place.choices)})")
+        lines.append(f"                flags=({flags_told}) ;;")
+    valued = "|".join(flag for option in values_of(valued_options()).values() for flag in option[0])
+    return filled(ZSH_SCRIPT, VALUED=valued, VALUES="\n".join(values), LINES="\n".join(lines), CALL=join(call))
+
+
+def fish_quote(text: str) -> str:
+    """`text` as one word for fish."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+FISH_VALUES = {
+    "": "-x",
+    "environments": "-x -a '(__comfydock_names environments)'",
+    "nodes": "-x -a '(__comfydock_names nodes)'",
+    "folders": "-x -a '(__fish_complete_directories)'",
+    "files": "-r -F",
+}
+
+
+def fish_option(option: Option) -> str:
+    """The part of a `complete` line that tells of one option."""
+    flags = " ".join(f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in option.flags)
+    words = VALUES.get(option.completes)
+    value = f"-x -a {fish_quote(words)}" if words else FISH_VALUES[option.completes]
+    is_valued = option.metavar and option.bare is None
+    return f"{flags} {value + ' ' if is_valued else ''}-d {fish_quote(option.text)}"
+
+
+def fish_script(call: list[str]) -> str:
+    """The completion script for fish."""
+    lines = [f"    complete -c $name {fish_option(option)}" for option in EVERYWHERE]
+    for place in places():
+        where = f"    complete -c $name -n {fish_quote('__comfydock_at ' + ' '.join(map(fish_quote, place.patterns)))} "
+        lines += [f"{where}-a {word} -d {fish_quote(text)}" for word, text in place.choices]
+        if place.kind:
+            lines.append(where + FISH_VALUES[place.kind].replace("-x ", "").replace("-r ", ""))
+        lines += [where + fish_option(option) for option in place.options if option not in EVERYWHERE]
+    valued = " ".join(flag for option in values_of(valued_options()).values() for flag in option[0])
+    return filled(FISH_SCRIPT, VALUED=valued, LINES="\n".join(lines), CALL=" ".join(map(fish_quote, call)))
+
+
+def powershell_script(call: list[str]) -> str:
+    """The completion script for PowerShell."""
+    values, lines = [], []
+    for kind, (flags, words) in values_of(valued_options()).items():
+        values += [f"        '{flag}' = '{'= ' + words if words else kind}'" for flag in flags]
+    for place in places():
+        choices = " ".join(word for word, _ in place.choices)
+        flags_now = " ".join(flag for option in place.options for flag in option.flags)
+        kind = f"= {choices}" if choices else place.kind
+        lines += [f"            '{line}' {{ $kind = '{kind}'; $flags = '{flags_now}' }}" for line in place.patterns]
+    quoted = ["'" + word.replace("'", "''") + "'" for word in call]
+    return filled(POWERSHELL_SCRIPT, VALUES="\n".join(values), LINES="\n".join(lines), CALL=" ".join(quoted))
+
+
+def completion_script(shell: str) -> str:
+    """The script that teaches a shell our words. Raises CDEnvironmentError for a shell we do not know."""
+    scripts = {"bash": bash_script, "zsh": zsh_script, "fish": fish_script, "powershell": powershell_script}
+    if shell not in scripts:
+        raise CDEnvironmentError(
+            f"'{shell}' is no shell of: {', '.join(SHELLS)}.", "comfydock help completion", "usage"
+        )
+    return scripts[shell](own_command())
 
 
 def find_command(words: list[str]) -> "tuple[Optional[Command], list[str]]":
@@ -9202,10 +9754,18 @@ def split_words(words: list[str], command: Command) -> "tuple[list[str], list[st
         if words[index] == "--":
             return ours, [*theirs, *words[index + 1 :]]
         width = width_of(words, index, options)
-        is_theirs = width == 0 or (theirs and words[index] in ("-h", "--help"))
+        is_theirs = width == 0 or command.passes_on and is_comfyuis(words, index, bool(theirs))
         (theirs if is_theirs else ours).extend(words[index : index + max(width, 1)])
         index += max(width, 1)
     return ours, theirs
+
+
+def is_comfyuis(words: list[str], index: int, has_begun: bool) -> bool:
+    """Whether an option that both have is ComfyUI's here: after its own first argument, or with a log level."""
+    flag, equals, value = words[index].partition("=")
+    following = value if equals else words[index + 1] if index + 1 < len(words) else ""
+    has_level = flag == "--verbose" and following in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+    return has_level or has_begun and flag in ("-h", "--help", "-v", "--verbose")
 
 
 def parse(words: list[str], call: str) -> "tuple[Command, argparse.Namespace]":
@@ -9263,6 +9823,7 @@ def finish(command: Command, args: "argparse.Namespace", call: str) -> "tuple[Co
             raise CDEnvironmentError(
                 f"'{command.name}' needs {name.rstrip('.')}.", f"comfydock help {command.name}", "usage"
             )
+    refuse_together(command, args, "quiet", "verbose")
     refuse_together(command, args, "adopt", "end")
     refuse_together(command, args, "restart", "no_restart")
     refuse_together(command, args, "foreground", "monitor")
@@ -9273,6 +9834,8 @@ def finish(command: Command, args: "argparse.Namespace", call: str) -> "tuple[Co
         raise CDEnvironmentError(f"'{what}' streams a log, so it has no --json.", f"comfydock {what}", "usage")
     if command.name == "run":
         args.set_env = dict(args.set_env)
+    if command.name == "completion":
+        args.help_text = completion_script(args.shell)
     return command, args
 
 
@@ -9339,6 +9902,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in HIDDEN_ENTRIES:
         return HIDDEN_ENTRIES[words[0]](words[1:])
+    if words[:1] == ["--names"]:
+        return show_names(words[1:])
     own_words = words[: words.index("--")] if "--" in words else words
     console = Console(sys.stdout, sys.stderr, sys.stdin, "--json" in own_words, how_called(sys.argv))
     try:
@@ -9362,8 +9927,14 @@ def main(argv: Optional[list[str]] = None) -> int:
 def answer(console: Console, words: list[str]) -> int:
     """Do what `words` ask for and show the report; returns the exit code."""
     command, args = parse(words, console.call)
-    report = command.act(console, args)
+    console.quiet, console.colour = args.quiet, args.color
+    streams = not command.has_json or args.__dict__.get("foreground")
+    with traced(console.trace) if args.verbose else nullcontext():
+        with nullcontext() if streams else console.ticking(command.name):
+            report = command.act(console, args)
     console.show(command.name, report, command.words)
+    if args.verbose:
+        console.trace(f"done, exit code {report.code}")
     try:
         console.flush()
     except BrokenPipeError:  # the reader has seen enough, and what was asked for is done
@@ -9381,6 +9952,17 @@ def interrupted(console: Console, words: list[str], is_program: bool) -> int:
             return complain(console, words, error, 130)
         except KeyboardInterrupt:
             continue
+
+
+def show_names(words: list[str]) -> int:
+    """What completion scripts ask for: `environments` or `nodes`, then the words typed so far. Says nothing else."""
+    try:
+        console = Console(sys.stdout, None, None)
+        for name in known_names(words[0], words[1:]):
+            console.result(name)
+        return 0
+    except Exception:
+        return 1
 
 
 def complain(console: Console, words: list[str], error: CDEnvironmentError, code: int) -> int:
