@@ -4418,12 +4418,13 @@ class FirstContact(Journey):
 
 class Running(Journey):
     def test_of_sixteen_at_once_exactly_one_starts(self):
+        several = 6 if WINE else 16  # under Wine the last of sixteen would wait longer than a lock is waited for
         port = str(free_port())
         self.person.types("list")
-        children = [self.person.starts("run", "--demo", "--port", port) for _ in range(16)]
+        children = [self.person.starts("run", "--demo", "--port", port) for _ in range(several)]
         codes = [child.wait(60) for child in children]
         said = [Path(child.said).read_text(encoding="utf-8") for child in children]
-        self.assertEqual(sorted(codes), [0] + [1] * 15, said)
+        self.assertEqual(sorted(codes), [0] + [1] * (several - 1), said)
         pid = self.person.state()["pid"]
         for code, text in zip(codes, said):
             self.assertNotIn("Traceback", text)
