@@ -4317,6 +4317,16 @@ class Journey(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr + done.stdout)
         return json.loads(done.stdout)["data"]
 
+    def ends_at_once(self, *words, **variables):
+        """Start a demo that ends while `run` watches; on a busy machine, or under Wine, it may only start later."""
+        for _ in range(5):
+            done = self.person.types("run", "--demo", "--port", str(free_port()), *words, **variables)
+            if done.returncode:
+                break
+            eventually(lambda: not self.person.processes())
+            self.person.types("stop")
+        return done
+
     def assertClear(self, done, code, *fragments):
         """One clear sentence on the error stream, no traceback, and the exit code."""
         self.assertEqual(done.returncode, code, done.stdout + done.stderr)
@@ -4412,12 +4422,13 @@ class FirstContact(Journey):
 
 class Running(Journey):
     def test_of_sixteen_at_once_exactly_one_starts(self):
+        several = 6 if WINE else 16  # under Wine the last of sixteen would wait longer than a lock is waited for
         port = str(free_port())
         self.person.types("list")
-        children = [self.person.starts("run", "--demo", "--port", port) for _ in range(16)]
+        children = [self.person.starts("run", "--demo", "--port", port) for _ in range(several)]
         codes = [child.wait(60) for child in children]
         said = [Path(child.said).read_text(encoding="utf-8") for child in children]
-        self.assertEqual(sorted(codes), [0] + [1] * 15, said)
+        self.assertEqual(sorted(codes), [0] + [1] * (several - 1), said)
         pid = self.person.state()["pid"]
         for code, text in zip(codes, said):
             self.assertNotIn("Traceback", text)
@@ -4426,12 +4437,7 @@ class Running(Journey):
         self.assertEqual([row.pid for row in self.person.processes()], [pid])
 
     def test_arguments_that_comfyui_refuses_are_told_at_once_and_change_nothing(self):
-        for _ in range(4):  # a machine that is busy, or Wine, may start a Python later than `run` watches
-            done = self.person.types("run", "--demo", "--port", str(free_port()), "--bogus")
-            if done.returncode:
-                break
-            eventually(lambda: not self.person.processes())
-            self.person.types("stop")
+        done = self.ends_at_once("--bogus")
         self.assertClear(done, 1, "code 2", "main.py: error: unrecognized arguments: --bogus")
         self.assertIsNone(self.person.state())
         self.assertEqual(self.person.processes(), [])
@@ -4636,8 +4642,7 @@ class TellingTheTruth(Journey):
         self.assertEqual(self.person.state()["args"], ["--port", str(data["port"]), "--cpu"])
 
     def test_the_last_error_line_is_found(self):
-        done = self.person.types("run", "--demo", "--wait", "--port", str(free_port()), COMFYDOCK_DEMO_EXIT="import:1")
-        self.assertClear(done, 1, "ModuleNotFoundError")
+        self.assertClear(self.ends_at_once(COMFYDOCK_DEMO_EXIT="import:1"), 1, "ModuleNotFoundError")
 
     def test_alive_but_not_answering_yet_is_told_apart_from_not_responding(self):
         self.start_demo(COMFYDOCK_DEMO_START_SECONDS="60")
