@@ -15,10 +15,18 @@ One file, standard library only, Python 3.9 and later. Copy it anywhere and type
     status, list, logs, stop, restart, repair     each reads the state and then looks at
                                                   the process itself, never at a bare PID
 
-Nothing of comfydock stays resident after `run`. A recorded process counts only while its
-identity holds: same machine and PID namespace, same boot, same PID, same start.
+Nothing of comfydock stays resident after `run`, but for the small watcher of `run --monitor`. A recorded
+process counts only while its identity holds: same machine and PID namespace, same boot, same PID, same start.
 
-The file is read downward: a definition uses only what stands above it.
+Words: a workspace holds environments; an environment has a ComfyUI checkout, a Python, a manifest
+(`.cec/pyproject.toml`) and at most one ComfyUI process; its record is what the state file says of that process; a row
+is a process as the system shows it; a sighting is both together; a report is what a command answers.
+
+To follow `comfydock run`: main (16) -> answer -> run (14) -> Environment.run -> _start (9) ->
+create_background_process (3). To vendor it: `comfydock.Workspace().get_environment("main").run(["--port", "8190"])`.
+
+The file is read downward: a definition uses only what stands above it. Two programs live here as guests, exempt from
+the rules at the doors: the demo (10) and the monitor's sleeper (`wait_beside`, 12).
 
     1. Words                         what the others speak of
     2. Places                        the layout on disk
@@ -307,7 +315,7 @@ class NodeOperationResult:
 
 @dataclass
 class NodeRemovalResult:
-    """What `remove_node` did. `filesystem_action` is disabled, deleted or none."""
+    """What `remove_node` did. `filesystem_action` is disabled, deleted, moved (local changes) or none."""
 
     identifier: str
     name: str
@@ -471,15 +479,6 @@ def duration_words(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes}m"
     return f"{minutes}m" if minutes else f"{whole}s"
-
-
-def size_words(count: float) -> str:
-    """A number of bytes for people: 512 B, 1.4 GB."""
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
 
 
 NAME_RULE = (
@@ -2300,6 +2299,25 @@ def careless_init() -> Optional[str]:
     return " ".join(proc_command(1)) or "the first process"
 
 
+def await_standstill(rows: list[ProcessRow], seconds: float = 1.0) -> None:
+    """Wait until paused processes stand still: a stop is asked for, and each thread heeds it by itself."""
+    deadline = time.monotonic() + seconds
+    while not all(map(stands_still, rows)) and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def stands_still(row: ProcessRow) -> bool:
+    """Tell whether no thread of a process runs any more; where there is no /proc, whether the process is stopped."""
+    folder = f"/proc/{row.pid}/task"
+    try:
+        threads = os.listdir(folder)
+    except OSError:
+        now = process_table().row(row.pid)
+        return now is None or now.state != "running" or files_are_locked_in_use()
+    states = (read_bytes(f"{folder}/{thread}/stat").rpartition(b") ")[2][:1] for thread in threads)
+    return all(state in b"TtZX" for state in states)
+
+
 def wait_for_exit(row: ProcessRow, seconds: float, meanwhile: Optional[Callable[[], bool]] = None) -> bool:
     """Wait up to `seconds` for the end of a process; True when it has ended (a zombie has).
 
@@ -2903,8 +2921,8 @@ def read_small(path: str, limit: int = 1 << 20) -> Optional[bytes]:
     except FileNotFoundError:
         return None
     try:
-        with os.fdopen(handle, "rb") as file:
-            data = file.read(limit + 1)
+        with os.fdopen(handle, "rb") as file:  # read() makes room for all it is asked for, so ask for what is there
+            data = file.read(min(limit, os.fstat(handle).st_size) + 1)
     except OSError as error:  # a folder, for one: the error must name it
         raise OSError(error.errno, error.strerror, path) from error
     if len(data) > limit:
@@ -5558,6 +5576,15 @@ def end_all(rows: "list[ProcessRow]") -> None:
             reap(row.pid)
 
 
+def wake(row: ProcessRow) -> None:
+    """Let a process go on that stands still."""
+    try:
+        if still_runs(row):
+            signal_process(row.pid, "continue")
+    except OSError:
+        pass
+
+
 def signal_row(row: ProcessRow, how: str) -> bool:
     """Signal a process that is still the one of `row`, and wake it should it be stopped; that it is gone is no error.
 
@@ -5566,7 +5593,7 @@ def signal_row(row: ProcessRow, how: str) -> bool:
     try:
         if still_runs(row):
             signal_process(row.pid, how)
-            signal_process(row.pid, "continue")
+            wake(row)
     except ProcessLookupError:
         pass
     except PermissionError as refused:
@@ -5586,22 +5613,17 @@ def paused(rows: "list[ProcessRow]") -> Iterator[None]:
     standing: list[ProcessRow] = []
     try:
         for row in rows:
-            if still_runs(row):
-                signal_process(row.pid, "pause")
-                standing.append(row)
+            try:
+                if still_runs(row):
+                    standing.append(row)
+                    signal_process(row.pid, "pause")
+            except ProcessLookupError:  # it has ended meanwhile
+                pass
+        await_standstill(standing)
         yield
     finally:
         for row in standing:
             wake(row)
-
-
-def wake(row: ProcessRow) -> None:
-    """Let a process go on that stands still."""
-    try:
-        if still_runs(row):
-            signal_process(row.pid, "continue")
-    except OSError:
-        pass
 
 
 def comfyui_on_port(port: int) -> ProcessRow:
@@ -5668,6 +5690,7 @@ class Environment:
         self.paths = EnvironmentPaths(os.path.join(workspace_paths.environments, name))
         self.tell: Tell = say_nothing  # long work (nodes, sync) tells its progress here
         self._taken_ports = taken_ports or dict
+        self._process: "Optional[subprocess.Popen[bytes]]" = None  # Windows forgets an exit code with the last handle
 
     # Where its things are ------------------------------------------------------------
 
@@ -5935,11 +5958,11 @@ class Environment:
 
     def note_exit(self, run_id: Optional[str], code: Optional[int]) -> None:
         """Record how the run `run_id` ended, unless another has begun."""
-        self._note(lambda record: _set_exit(record, code) if record.run_id == run_id else None)
+        self._note(lambda record: _set_exit(record, code) if record.run_id == run_id else None, LOCK_SECONDS)
 
-    def _note(self, change: "Callable[[ProcessState], None]") -> None:
+    def _note(self, change: "Callable[[ProcessState], None]", seconds: float = 0.5) -> None:
         try:
-            with self._process_lock("note", 0.5):
+            with self._process_lock("note", seconds):
                 record = self._read_state()
                 if record is not None and record.pid is not None:
                     change(record)
@@ -5949,7 +5972,10 @@ class Environment:
 
     def claimed_port(self) -> "Optional[tuple[int, str]]":
         """(port, words for who has it) when this environment runs or is starting, without a look at all processes."""
-        record = self._read_state()
+        try:
+            record, _ = look_up_state(self.paths.state)
+        except OSError:  # closed to us: one environment must not keep the others from starting
+            return None
         if record is None:
             return None
         pid, identity = record.pid, record.identity
@@ -6084,6 +6110,10 @@ class Environment:
                 raise self._foreign(sight)
             return self._require_not_running(self._unrecorded(None, STOPPED, "", None), False)
         if sight.note == "damaged" and row is None:
+            if os.path.islink(self.paths.state):
+                raise CDEnvironmentError(
+                    f"{self.paths.state} is a link, which is not followed here.", f"rm {self.paths.state}", "damaged"
+                )
             set_aside(self.paths.state)
         if row is None:
             return
@@ -6239,6 +6269,7 @@ class Environment:
         code = exit_code_within(process, EARLY_WATCH)
         if code is None:
             release(process)
+            self._process = process
             return
         reason = self.last_error()
         _set_exit(record, code)
@@ -6262,9 +6293,10 @@ class Environment:
 
     def adopt(self, row: ProcessRow, record: Optional[ProcessState], run_id: Optional[str]) -> ProcessState:
         """Write the record of a ComfyUI process of this checkout. The caller holds the process lock."""
-        if record is None or record.run_id != run_id:
+        if record is None or not run_id or record.run_id != run_id:
+            began = utc_words(row.created) if row.created is not None else utc_now()
             args = self._arguments_of(row)
-            record = ProcessState(row.pid, DEFAULT_HOST, DEFAULT_PORT, args, utc_now(), self.log_path, run_id=run_id)
+            record = ProcessState(row.pid, DEFAULT_HOST, DEFAULT_PORT, args, began, self.log_path, run_id=run_id)
         config = self.config_of(Sighting(RUNNING, record, row))
         record.pid, record.host, record.port = row.pid, config.host, config.port
         record.phase, record.wanted, record.command = "running", "running", row.command
@@ -6328,6 +6360,8 @@ class Environment:
                     "comfydock stop",
                     "running",
                 )
+            if not still_runs(row):
+                raise CDEnvironmentError(f"PID {row.pid} has ended meanwhile.", "comfydock status", "ended")
             return self.adopt(row, sight.record, process_table().markers().get(row.pid))
 
     def end_orphan(self, row: ProcessRow, timeout: float = 10) -> None:
@@ -6398,9 +6432,20 @@ class Environment:
                 "system",
             ) from error
 
-    def require_idle(self) -> None:
-        """Raises CDEnvironmentError while a ComfyUI of this environment runs or may run elsewhere."""
-        sight = self.observe()
+    @contextmanager
+    def idle(self, purpose: str) -> Iterator[None]:
+        """Hold the environment still while nothing of it runs. Raises CDEnvironmentError as `require_idle`."""
+        with self._process_lock(purpose):
+            self.require_idle(lock_held=True)
+            yield
+
+    def require_idle(self, lock_held: bool = False) -> None:
+        """Raises CDEnvironmentError while a ComfyUI of this environment starts, runs, or may run elsewhere."""
+        sight = self.observe(lock_held=lock_held)
+        if sight.state == STARTING:
+            raise CDEnvironmentError(
+                f"ComfyUI starts in environment '{self.name}'.", f"comfydock -e {self.name} stop", "running"
+            )
         if sight.state == FOREIGN:
             raise self._foreign(sight)
         if sight.row is not None:
@@ -6547,7 +6592,7 @@ class Environment:
 
     def note_monitor(self, run_id: Optional[str], note: dict[str, Any]) -> None:
         """Record what the monitor of the run `run_id` has to tell."""
-        self._note(lambda record: _set_monitor(record, note) if record.run_id == run_id else None)
+        self._note(lambda record: _set_monitor(record, note) if record.run_id == run_id else None, LOCK_SECONDS)
 
     def _require_restartable(self, sight: Sighting) -> None:
         if sight.state == FOREIGN:
@@ -7176,8 +7221,8 @@ class Workspace:
         if not os.path.isfile(main_script(checkout)):
             raise CDEnvironmentError(f"{checkout} is no ComfyUI checkout: it has no main.py.", "", "missing")
         present = self._adopter_of(checkout)
-        if present is not None and name in (None, present.name) and python is None:
-            return present
+        if present is not None and name in (None, present.name):
+            return present if python is None else self._with_python(present, python)
         name = name or self._free_name(made_valid(_folder_title(checkout)))
         require_new_name(name)
         environment = self._environment(name)
@@ -7192,11 +7237,23 @@ class Workspace:
         adopt_environment(environment.paths, name, checkout, interpreter, environment.tell)
         return environment
 
+    def _with_python(self, environment: Environment, python: str) -> Environment:
+        """Give an adopted environment another interpreter."""
+        interpreter = os.path.abspath(os.path.expanduser(python))
+        if not runs_python(interpreter):
+            raise CDEnvironmentError(
+                f"There is no Python at {interpreter}.", "give the path of an interpreter", "missing"
+            )
+        with locked(environment.paths.content_lock, LOCK_SECONDS, "create"):
+            change_settings(environment.paths, {"python_path": interpreter}, interpreter)
+        return environment
+
     def demo(self) -> Environment:
         """The environment of the built-in demo, made or brought up to date. Raises CDEnvironmentError, OSError."""
         environment = self._environment(DEMO_NAME)
         is_there = os.path.isdir(environment.paths.cec)
-        if is_there and environment.is_complete and not environment.manifest.demo:
+        is_being_made = os.path.exists(environment.paths.creation)
+        if is_there and (environment.is_complete or is_being_made) and not environment.manifest.demo:
             raise CDEnvironmentError(
                 f"The environment '{DEMO_NAME}' is one of yours, not the demo.",
                 "comfydock --workspace DIR run --demo",
@@ -7228,8 +7285,8 @@ class Workspace:
         Raises CDEnvironmentError when there is none, or while its ComfyUI runs.
         """
         environment = self.get_environment(name)
-        environment.require_idle()
-        delete_environment(environment.paths)
+        with environment.idle("delete"):
+            delete_environment(environment.paths)
         if self._settings().get("active_environment") == name:
             self._change_settings(active_environment="")
 
@@ -7298,7 +7355,7 @@ class Workspace:
         try:
             text = read_small(self.paths.settings)
             settings = {} if text is None else json.loads(text.decode("utf-8"))
-        except (ValueError, OSError, RecursionError):
+        except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict):
             raise CDEnvironmentError(
@@ -7499,7 +7556,7 @@ class Monitor:
         if self._is_reborn():
             return True
         environment.note_exit(run_id, code)
-        if code == 0:
+        if code in (0, 2):  # a good end, or arguments that ComfyUI refuses every time
             return False
         return self._restart(run_id, code)
 
@@ -7513,8 +7570,11 @@ class Monitor:
         """On Windows ComfyUI-Manager restarts it under another PID: found by its marker, and recorded."""
         deadline = time.monotonic() + (REBORN_PATIENCE if files_are_locked_in_use() else 0)
         while time.monotonic() < deadline:
-            if self.environment.take_on_as_monitor(self.note):
-                return True
+            try:
+                if self.environment.take_on_as_monitor(self.note):
+                    return True
+            except (CDEnvironmentError, OSError):  # another command is at work
+                pass
             time.sleep(0.5)
         return False
 
@@ -7595,7 +7655,7 @@ def wait_beside() -> None:  # noqa: C901 (a whole program)
             with socket.create_connection((host, int(port)), 5) as connection:
                 connection.settimeout(5)
                 connection.sendall(b"GET /system_stats HTTP/1.0\r\n\r\n")
-                return connection.recv(12).endswith(b" 200")
+                return connection.recv(12)[-4:] in (b" 200", b" 401", b" 403", b" 407")
         except OSError:
             return False
 
@@ -7795,14 +7855,14 @@ class Console:
             self.out.flush()
             answer = self.source.readline()
             self.spoke = time.monotonic()
-        if not answer:
-            return None
+        if not answer:  # Ctrl-D is no yes
+            return False
         return default if not answer.strip() else answer.strip().lower() in ("y", "yes")
 
     def show(self, command: str, report: Report, words: "Callable[[dict[str, Any]], Iterator[str]]") -> None:
         """A report, in words or as the one JSON object."""
         if self.json_mode:
-            self._object(command, True, report.environment, report.data, None)
+            self._object(command, report.code in (0, 3), report.environment, report.data, None)
             return
         for line in [] if report.is_told else words(report.data):
             if not self.quiet or line and not line.startswith("Tip:"):
@@ -8300,6 +8360,7 @@ def environment_to_run(console: Console, args: "argparse.Namespace") -> Environm
         environment = workspace.demo()
     else:
         environment = adopted_here(console, args, workspace, folder) or workspace.select(args.env, folder)
+    environment.heal()
     environment.tell = console.work
     remember_choice(console, args, environment)
     return environment
@@ -8563,6 +8624,8 @@ def stop_port(console: Console, args: "argparse.Namespace") -> Report:
     data["name"] = owner.name if owner else None
     if args.dry_run:
         return Report({**data, "dry_run": True}, data["name"])
+    if owner is not None:
+        data["cut_off"] = settle_queue(console, args, owner, "Stop")
     console.say(f"⏸  Stopping ComfyUI (PID {row.pid}) on port {args.port}...")
     if owner is not None:
         owner.stop(args.timeout, kill=args.kill)
@@ -8732,12 +8795,15 @@ def orphan_data(environment: Environment, row: ProcessRow) -> dict[str, Any]:
 
 def settle_orphan(console: Console, args: "argparse.Namespace", environment: Environment, row: ProcessRow) -> str:
     """Adopt or end an orphan as told, or as a terminal answers; returns what was done."""
-    if args.adopt or (not args.end and console.ask("    Adopt it?", True)):
-        environment.take_back(row)
-        return "adopted"
-    if args.end or console.ask("    End it?", False):
-        environment.end_orphan(row)
-        return "ended"
+    try:
+        if args.adopt or (not args.end and console.ask("    Adopt it?", True)):
+            environment.take_back(row)
+            return "adopted"
+        if args.end or console.ask("    End it?", False):
+            environment.end_orphan(row)
+            return "ended"
+    except CDEnvironmentError as error:
+        console.problem(error)
     return "left"
 
 
@@ -8922,8 +8988,9 @@ def logs(console: Console, args: "argparse.Namespace") -> Report:
     if args.rotate:
         done = environment.rotate_log(max(1, args.keep))
         return Report({"text": f"✓ Rotated to {rotated(path)}" if done else "The log is empty."}, environment.name)
-    if not os.path.exists(path):
-        raise CDEnvironmentError("No log file found.", "Start ComfyUI with: comfydock run", "no-log")
+    if not os.path.exists(path) and not (args.all and old_logs(path)):
+        hint = "comfydock logs --all" if old_logs(path) else "Start ComfyUI with: comfydock run"
+        raise CDEnvironmentError("No log file found.", hint, "no-log")
     if args.follow:
         follow_log(console, environment, 20 if args.tail is None else args.tail)
     else:
@@ -8936,7 +9003,7 @@ def log_spans(environment: Environment, everything: bool, tail: Optional[int]) -
     """(path, start, end) of the parts of the log that are asked for, in the order to show them."""
     path = environment.log_path
     start = 0 if everything else environment.session_offset()
-    spans = [(path, start, os.path.getsize(path))]
+    spans = [(path, start, os.path.getsize(path))] if os.path.exists(path) else []
     if everything:
         spans = [(old, 0, os.path.getsize(old)) for old in old_logs(path)] + spans
     return spans if tail is None else last_of_spans(spans, tail)
@@ -9309,7 +9376,7 @@ COMMANDS = (
             Option("-y --yes", "do not ask"),
             Option("--remove-untracked", "move nodes that the manifest does not have aside, into .cec/removed"),
             Option("--orphan", "processes and state only; no file of the environment is touched"),
-            Option("--adopt", "take back every orphaned process found, without asking"),
+            Option("--adopt", "take back the first orphaned process found, without asking"),
             Option("--end", "end every orphaned process found, without asking"),
             *RESTART_OPTIONS,
         ),
@@ -9827,6 +9894,8 @@ def finish(command: Command, args: "argparse.Namespace", call: str) -> "tuple[Co
     refuse_together(command, args, "adopt", "end")
     refuse_together(command, args, "restart", "no_restart")
     refuse_together(command, args, "foreground", "monitor")
+    refuse_together(command, args, "foreground", "wait")
+    refuse_alone(command, args, "dry_run", "port")
     for other in ("comfyui", "source", "torch_backend", "no_install"):
         refuse_together(command, args, "from_dir", other)
     if args.json and (not command.has_json or args.__dict__.get("foreground")):
@@ -9837,6 +9906,13 @@ def finish(command: Command, args: "argparse.Namespace", call: str) -> "tuple[Co
     if command.name == "completion":
         args.help_text = completion_script(args.shell)
     return command, args
+
+
+def refuse_alone(command: Command, args: "argparse.Namespace", one: str, other: str) -> None:
+    """Raises CDEnvironmentError when the first option was given without the second, which it belongs to."""
+    if args.__dict__.get(one) and args.__dict__.get(other) is None:
+        flags = [name.replace("_", "-") for name in (one, other)]
+        raise CDEnvironmentError(f"--{flags[0]} needs --{flags[1]}.", f"comfydock help {command.name}", "usage")
 
 
 def refuse_together(command: Command, args: "argparse.Namespace", one: str, other: str) -> None:
@@ -9901,7 +9977,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in HIDDEN_ENTRIES:
-        return HIDDEN_ENTRIES[words[0]](words[1:])
+        return hidden(words)
     if words[:1] == ["--names"]:
         return show_names(words[1:])
     own_words = words[: words.index("--")] if "--" in words else words
@@ -9922,6 +9998,16 @@ def main(argv: Optional[list[str]] = None) -> int:
             raise
         sentence = f"This is a fault of comfydock: {type(error).__name__}: {error}"
         return complain(console, words, CDEnvironmentError(sentence, "set COMFYDOCK_DEBUG=1 to see where", "bug"), 1)
+
+
+def hidden(words: list[str]) -> int:
+    """An entry by which the file starts itself; typed by a person it says nothing and fails."""
+    try:
+        return HIDDEN_ENTRIES[words[0]](words[1:])
+    except Exception:
+        if os.environ.get("COMFYDOCK_DEBUG"):
+            raise
+        return 1
 
 
 def answer(console: Console, words: list[str]) -> int:
@@ -9965,10 +10051,19 @@ def show_names(words: list[str]) -> int:
         return 1
 
 
+def name_of_command(words: list[str]) -> str:
+    """The command that `words` begin, as far as they tell."""
+    try:
+        command, _ = find_command(words)
+    except CDEnvironmentError:
+        command = None
+    return command.name if command is not None else ""
+
+
 def complain(console: Console, words: list[str], error: CDEnvironmentError, code: int) -> int:
     """Show an error as far as the streams allow; returns `code`."""
     try:
-        console.fail(next((word for word in words if not word.startswith("-")), ""), error)
+        console.fail(name_of_command(words), error)
         console.flush()
     except OSError:
         forget_output()

@@ -4024,7 +4024,7 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
             ("no\n", True, False),
         ):
             self.assertIs(dock.Console(Terminal(), None, Terminal(typed)).ask("Sure?", default), answer)
-        self.assertIsNone(dock.Console(Terminal(), None, Terminal("")).ask("Sure?", True))
+        self.assertIs(dock.Console(Terminal(), None, Terminal("")).ask("Sure?", True), False)
 
     def test_missing_streams_are_no_fault(self):
         console = dock.Console(None, None, None)
@@ -6165,7 +6165,7 @@ class ManyAtOnce(Trouble):
             thread.start()
         for thread in threads:
             thread.join()
-        self.assertGreater(len(done), 16)
+        self.assertGreater(len(done), 4)
         for one in done:
             self.assertQuiet(one, 0, 1, 3)
         self.assertLessEqual(max(map(len, seen)), 1, seen)
