@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of comfydock: `python3 test_comfydock.py [--units] [--long] [NAME...]`.
+"""Tests of comfydock: `python3 test_comfydock.py [--units] [--long] [NAME...]`, or what it costs: `--bench [--json] [CASE...]`.
 
 In the order of the module's rooms; then the house itself; then the journeys, which start real processes through a real
 `python3 comfydock.py`. Nothing but loopback is used, and nothing is left running.
@@ -30,6 +30,7 @@ import signal
 import socket
 import ssl
 import stat
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -6926,9 +6927,378 @@ def run_in_thirds():
     return totals
 
 
+# ======================================================================================================================
+# Benchmarks: what things cost beside what they are compared with. Nothing is asserted.
+# ======================================================================================================================
+
+RUNS = 15
+WATCH = 0.25  # `run` and `restart` watch a new ComfyUI for so long
+STUB = "import sys\nfrom comfydock import main\nsys.exit(main())\n"  # what installers put into bin/comfydock
+PEAK = (  # the memory of a program that a small one starts: a child of a large one inherits its peak
+    "import os, sys; null = os.open(os.devnull, os.O_WRONLY); there = [(os.POSIX_SPAWN_DUP2, null, 1)]\n"
+    "pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=there)\n"
+    "print(os.wait4(pid, 0)[2].ru_maxrss * 1024)"
+)
+
+
+def medians(*actions):
+    """The median of what each action returns; they take turns, so that a busy moment meets all of them."""
+    rounds = [[action() for action in actions] for _ in range(RUNS)]
+    return [statistics.median(column) for column in zip(*rounds)]
+
+
+def file_bytes(path, size, ending=b""):
+    """Let a file grow to `size` bytes, most of them a hole, and end in `ending`."""
+    os.truncate(path, size - len(ending))
+    with open(path, "ab") as file:
+        file.write(ending)
+
+
+def private_bytes(pid):
+    """The memory that a process shares with nobody."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    return sum(int(size) * 1024 for size in re.findall(r"^Private_\w+: +(\d+) kB", text, re.M))
+
+
+def processor_share(pid, seconds):
+    """The share of one core that a process takes while nobody wants anything of it."""
+
+    def spent():
+        return int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[0]) / 1e9
+
+    before = spent()
+    time.sleep(seconds)
+    return (spent() - before) / seconds
+
+
+class Bench:
+    """A clean venv with comfydock in it as an installer puts it there, and somebody who uses it for the demo."""
+
+    def __init__(self, stack):
+        self.person = Person(types.SimpleNamespace(addCleanup=stack.callback))
+        venv = os.path.join(self.person.home, "venv")
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+        self.python = dock.venv_python(venv)
+        ask = "import compileall, shutil, sys, sysconfig; there = sysconfig.get_path('purelib');"
+        ask += "shutil.copy(sys.argv[1], there); compileall.compile_dir(there, quiet=1)"
+        subprocess.run([self.python, "-c", ask, MODULE], check=True)
+        self.stub = os.path.join(os.path.dirname(self.python), "comfydock")
+        Path(self.stub).write_text(STUB, encoding="ascii")
+        self.person.command = lambda *words: [self.python, self.stub, *words]
+
+    def spent(self, *command):
+        """The seconds that a command takes."""
+        began = time.perf_counter()
+        subprocess.run(
+            command, cwd=self.person.home, env=self.person.variables, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        return time.perf_counter() - began
+
+    def docks(self, *words):
+        """The seconds that a command of comfydock takes."""
+        return self.spent(*self.person.command(*words))
+
+    def bare(self):
+        """The seconds of the interpreter alone."""
+        return self.spent(self.python, "-I", "-c", "pass")
+
+    def starts(self, *words):
+        """Start the demo; returns its PID once it answers."""
+        self.person.types("run", "--demo", "--wait", "30", "--port", str(free_port()), *words)
+        return self.person.state()["pid"]
+
+    def rests(self):
+        """An environment that has run and is stopped."""
+        self.starts()
+        self.person.types("stop")
+
+    def multiplied(self, count, workspace=None):
+        """A workspace of `count` environments that look like the demo's; returns its path."""
+        workspace = workspace or os.path.join(self.person.home, f"{count} environments")
+        for number in range(count):
+            copy = os.path.join(workspace, "environments", f"env{number}")
+            shutil.copytree(os.path.join(self.person.workspace, "environments", "demo"), copy)
+            os.unlink(os.path.join(copy, ".cec", ".comfyui.last"))
+        return workspace
+
+    @property
+    def log(self):
+        return os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
+
+    @contextlib.contextmanager
+    def reading(self, *command):
+        """Start a command; yields the descriptor at which its output arrives."""
+        child = subprocess.Popen(command, cwd=self.person.home, env=self.person.variables, stdout=subprocess.PIPE)
+        with child, contextlib.closing(child.stdout):
+            try:
+                yield child, child.stdout.fileno()
+            finally:
+                child.kill()
+
+    def drains(self, *command):
+        """The seconds until all that a command writes to a pipe is read."""
+        began = time.perf_counter()
+        with self.reading(*command) as (_, pipe):
+            while os.read(pipe, 1 << 20):
+                pass
+            return time.perf_counter() - began
+
+
+def bench_status(bench):
+    bench.rests()
+    return medians(lambda: bench.docks("status"), bench.bare)
+
+
+def bench_script(bench):
+    bench.rests()
+    return medians(lambda: bench.spent(bench.python, MODULE, "status"), bench.bare)
+
+
+def bench_running(bench):
+    bench.starts()
+    return medians(lambda: bench.docks("status"), bench.bare)
+
+
+def bench_run(bench):
+    bench.rests()
+
+    def run():
+        took = bench.docks("run", "--port", str(free_port()))
+        bench.person.types("stop")
+        return took - WATCH
+
+    return medians(run, bench.bare)
+
+
+def bench_list(bench):
+    bench.rests()
+    bench.multiplied(199, bench.person.workspace)
+    for number in range(20):
+        bench.person.types("-e", f"env{number}", "run", "--port", str(free_port()))
+    for number in range(5):
+        dock.signal_process(bench.person.state(f"env{number}")["pid"], "pause")
+    return medians(lambda: bench.docks("list"), lambda: 0.5)
+
+
+def bench_list_each(bench):
+    bench.rests()
+    places = [bench.multiplied(count) for count in (1, 200, 400)]
+    one, half, all_of_them = medians(
+        *(lambda place=place: bench.docks("--workspace", place, "list") for place in places)
+    )
+    return (all_of_them - one) / 399, (half - one) / 199
+
+
+def bench_stop(bench):
+    def stop():
+        pid = bench.starts()
+        child = bench.person.starts("stop")
+        while not dock.wait_handle(pid, 10):
+            pass
+        ended = time.perf_counter()
+        child.wait()
+        return time.perf_counter() - ended
+
+    return (*medians(stop), None)
+
+
+def bench_restart(bench):
+    bench.starts()
+
+    def ends_by_itself():
+        pid = bench.person.state()["pid"]
+        began = time.perf_counter()
+        dock.signal_process(pid, "interrupt")
+        while not dock.wait_handle(pid, 10):
+            pass
+        took = time.perf_counter() - began
+        bench.starts()
+        return took
+
+    restart, status, end = medians(lambda: bench.docks("restart"), lambda: bench.docks("status"), ends_by_itself)
+    return restart - end - WATCH, status
+
+
+def two_logs(bench):
+    """An environment with a log of 2 GB and one with a log of 10 KB, both running: their names."""
+    lines = b"".join(b"line %05d of what ComfyUI has to say\n" % number for number in range(250))
+    bench.rests()
+    bench.multiplied(1, bench.person.workspace)
+    for name, size in (("demo", 2 << 30), ("env0", 10 << 10)):
+        bench.person.types("-e", name, "run", "--port", str(free_port()))
+        file_bytes(os.path.join(bench.person.workspace, "logs", name, "comfyui.log"), size, lines)
+    return "demo", "env0"
+
+
+def bench_tail(bench):
+    return medians(*(lambda name=name: bench.docks("-e", name, "logs", "-n", "100") for name in two_logs(bench)))
+
+
+def bench_tail_memory(bench):
+    def peak(name):
+        command = [bench.python, "-I", "-c", PEAK, *bench.person.command("-e", name, "logs", "-n", "100")]
+        return int(subprocess.run(command, env=bench.person.variables, capture_output=True).stdout)
+
+    return medians(*(lambda name=name: peak(name) for name in two_logs(bench)))
+
+
+def bench_logs_all(bench):
+    bench.rests()
+    file_bytes(bench.log, 1 << 30)
+    words = bench.person.command("logs", "--all")
+    return medians(lambda: bench.drains(*words), lambda: bench.drains("cat", bench.log))
+
+
+def bench_follow(bench):
+    bench.starts()
+    delays = []
+    with bench.reading(*bench.person.command("logs", "-f", "-n", "1")) as (_, pipe), open(bench.log, "ab", 0) as log:
+        os.read(pipe, 4096)
+        for _ in range(300):
+            time.sleep(random.random() / 10)
+            log.write(b"a line\n")
+            began = time.perf_counter()
+            os.read(pipe, 4096)
+            delays.append(time.perf_counter() - began)
+    return sorted(delays)[-4], statistics.median(delays)
+
+
+def bench_follow_quiet(bench):
+    bench.starts()
+    with bench.reading(*bench.person.command("logs", "-f", "-n", "1")) as (child, pipe):
+        os.read(pipe, 4096)
+        return processor_share(child.pid, 10), None
+
+
+def bench_follow_burst(bench):
+    bench.starts()
+    size, more = os.path.getsize(bench.log), 500 << 20
+
+    def follows(*command):
+        with bench.reading(*command) as (_, pipe):
+            os.read(pipe, 4096)
+            began, left = time.perf_counter(), more
+            os.truncate(bench.log, size + more)
+            while left > 0:
+                left -= len(os.read(pipe, 1 << 20))
+            took = time.perf_counter() - began
+        os.truncate(bench.log, size)
+        return took
+
+    ours, theirs = bench.person.command("logs", "-f", "-n", "1"), ["tail", "-n", "1", "-f", bench.log]
+    return medians(lambda: follows(*ours), lambda: follows(*theirs))
+
+
+def bench_orphans(bench):
+    def scan():
+        began = time.perf_counter()
+        dock.ProcTable().rows(containing="main.py")
+        return time.perf_counter() - began
+
+    crowd = [os.posix_spawnp("sleep", ["sleep", "600"], os.environ) for _ in range(2000)]
+    try:
+        return medians(scan, lambda: bench.spent("ps", "-ef"))
+    finally:
+        for pid in crowd:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def bench_resident(bench):
+    comfyui = bench.starts()
+    return sum(private_bytes(row.pid) for row in bench.person.processes() if row.pid != comfyui), None
+
+
+def sleeping_monitor(bench):
+    """The PID of a monitor that has nothing to do."""
+    bench.starts("--monitor")
+    pid = bench.person.state()["monitor"]["pid"]
+    eventually(lambda: "wait_beside" in dock.process_table().row(pid).text)
+    time.sleep(1)
+    return pid
+
+
+def bench_monitor(bench):
+    monitor = sleeping_monitor(bench)
+    with bench.reading(bench.python, "-I", "-c", "print(flush=True); input()") as (bare, pipe):
+        os.read(pipe, 1)
+        return private_bytes(monitor) - private_bytes(bare.pid), None
+
+
+def bench_monitor_processor(bench):
+    return processor_share(sleeping_monitor(bench), 30), None
+
+
+def bench_import(bench):
+    imports = [(bench.python, "-I", "-c", f"import {what}") for what in ("comfydock", "argparse, json")]
+    return medians(*(lambda command=command: bench.spent(*command) for command in imports))
+
+
+UNITS = {"ms": 1e3, "MiB": 1 / (1 << 20), "%": 100}
+CASES = {  # name: (what is measured, the reference, what to reach, unit, how)
+    "status": ("status, stopped, installed", "pass", "3.2x", "ms", bench_status),
+    "script": ("status, stopped, as a script", "pass", "5x", "ms", bench_script),
+    "running": ("status, running, installed", "pass", "4x", "ms", bench_running),
+    "run": ("run less the 0.25 s watch, installed", "pass", "4.5x", "ms", bench_run),
+    "list": ("list of 200, 20 running, 5 of them hung", "the health timeout", "+ 250 ms", "ms", bench_list),
+    "list-each": ("list of 400: one more", "one more up to 200", "0.15 ms, 1x", "ms", bench_list_each),
+    "stop": ("stop: from ComfyUI's end to ours", "", "20 ms", "ms", bench_stop),
+    "restart": ("restart less the demo's end and the watch", "status", "+ 60 ms", "ms", bench_restart),
+    "tail": ("logs -n 100 of 2 GB", "of 10 KB", "1.1x", "ms", bench_tail),
+    "tail-memory": ("its memory", "of 10 KB", "1x", "MiB", bench_tail_memory),
+    "logs-all": ("logs --all of 1 GB to a pipe", "cat", "1.5x", "ms", bench_logs_all),
+    "follow": ("logs -f: a line written to a line shown, p99", "median", "60 ms", "ms", bench_follow),
+    "follow-quiet": ("logs -f: processor while quiet", "", "0.5 %", "%", bench_follow_quiet),
+    "follow-burst": ("logs -f: 500 MB at once", "tail -f", "2x", "ms", bench_follow_burst),
+    "orphans": ("orphan scan of 2,000 processes", "ps -ef", "0.6x", "ms", bench_orphans),
+    "resident": ("resident of ours after run", "", "0 MiB", "MiB", bench_resident),
+    "monitor": ("monitor: private memory above a bare Python", "", "6 MiB", "MiB", bench_monitor),
+    "monitor-processor": ("monitor: processor", "", "0.1 %", "%", bench_monitor_processor),
+    "import": ("import comfydock", "import argparse, json", "1.8x", "ms", bench_import),
+}
+
+
+def measure(name):
+    """One row of the table as a dict; "error" says why it cannot be measured here."""
+    what, against, goal, unit, how = CASES[name]
+    row = {"name": name, "what": what, "unit": unit, "reference": against or None, "goal": goal}
+    try:
+        with contextlib.ExitStack() as stack:
+            figure, reference = how(Bench(stack))
+    except (OSError, AttributeError) as error:  # another system: no /proc, no cat, no pidfd
+        return {**row, "error": str(error)}
+    known = [None if number is None else round(number * UNITS[unit], 3) for number in (figure, reference)]
+    return {**row, "figure": known[0], "reference_figure": known[1], "ratio": known[1] and round(figure / reference, 2)}
+
+
+def bench(names):
+    """Measure the named cases, or all, and print a table or (--json) an array."""
+    rows = []
+    for name in names or CASES:
+        rows.append(measure(name))
+        row = {key: "" if value is None else value for key, value in rows[-1].items()}
+        if "--json" not in sys.argv:
+            figures = (
+                row.get("error")
+                or f"{row['figure']:10.2f} {row['unit']:3} {row['ratio']!s:>6}{'x' * bool(row['ratio']):1}"
+            )
+            print(f"{name:18} {row['what']:46} {figures:22} {row['reference']:22} to reach: {row['goal']}", flush=True)
+    if "--json" in sys.argv:
+        print(json.dumps(rows, indent=2))
+    return 0
+
+
+# ======================================================================================================================
+# The command line of the tests
+# ======================================================================================================================
+
+
 def main():
     """Run the tests that the words of the call ask for; the last line counts them."""
     names = [word for word in sys.argv[1:] if not word.startswith("--")]
+    if "--bench" in sys.argv:
+        return bench(names)
     share = next((word for word in sys.argv[1:] if word in SHARES), None)
     passed, failed, skipped = run_here(names, share) if names or share else run_in_thirds()
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
