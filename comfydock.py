@@ -3837,9 +3837,9 @@ class Manifest:
         self.nodes = {key: info_from_table(key, table) for key, table in self.tables.items()}
 
     def text(self, name: str) -> Optional[str]:
-        """A setting that is a text and not empty, else None."""
+        """A setting that is a text, neither empty nor with a NUL, which no path may hold; else None."""
         value = self.settings.get(name)
-        return value if isinstance(value, str) and value else None
+        return value if isinstance(value, str) and value and "\0" not in value else None
 
     def group_name(self, info: NodeInfo) -> str:
         """The name of a node's dependency group: the one that is there (its last 8 hex digits tell), else a new one."""
