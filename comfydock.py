@@ -3161,6 +3161,10 @@ class LogFollower:
                 return self._read_from(log)
         except FileNotFoundError:
             return b""
+        except PermissionError:
+            if not files_are_locked_in_use():
+                raise
+            return b""  # Windows, in the moment of a rotation
 
     def _read_from(self, log: "IO[bytes]") -> bytes:
         head = self._head_of(log)
