@@ -7742,9 +7742,9 @@ class Console:
     """The one who speaks: words on `out`, warnings and errors on `err`, questions on a terminal alone.
 
     In JSON mode nothing is said but the one object at the end. `call` is how comfydock was called,
-    and replaces the name "comfydock" wherever a line shows a command; `chosen` is the `-e NAME`
-    that such a line needs. A line that cannot be written (a full disk, a reader who left) must not
-    keep ComfyUI from being stopped: `unheard` holds the error until `flush` raises it. `quiet`
+    and replaces the name "comfydock" wherever a line shows a command; `where` is the `--workspace DIR`
+    and `chosen` the `-e NAME` that such a line needs. A line that cannot be written (a full disk,
+    a reader who left) must not keep ComfyUI from being stopped: `unheard` holds the error until `flush` raises it. `quiet`
     leaves out all but results, warnings and errors; `colour` is one of COLOUR_CHOICES. `drawn` is
     the line that `progress` has on the terminal now, and `gate` keeps a ticker (`ticking`) from
     writing into the middle of something.
@@ -7757,6 +7757,7 @@ class Console:
         self.json_mode = json_mode
         self.call = call
         self.chosen = ""
+        self.where = ""
         self.quiet = False
         self.colour = "auto"
         self.drawn = ""
@@ -7954,7 +7955,8 @@ class Console:
 
         def call(match: "re.Match[str]") -> str:
             following = text[match.end() :].split(None, 1)[0].strip("'\"`.,")
-            return f"{self.call}{self.chosen if following in ONE_ENVIRONMENT else ''} "
+            where = self.where if following not in ("--workspace", "init", "help") else ""
+            return f"{self.call}{where}{self.chosen if following in ONE_ENVIRONMENT else ''} "
 
         return re.sub(TYPED, call, text)
 
@@ -8034,7 +8036,10 @@ def run_words(data: dict[str, Any]) -> Iterator[str]:
     """What `run` says once ComfyUI is started."""
     if data.get("ready"):
         yield f"✓ ComfyUI is ready ({data['waited']:.1f} s)"
-    yield f"✓ ComfyUI started in background (PID {data['pid']})"
+    if data.get("only_watched"):
+        yield f"✓ A monitor now watches the ComfyUI that runs (PID {data['pid']})"
+    else:
+        yield f"✓ ComfyUI started in background (PID {data['pid']})"
     yield f"✓ Running on {data['url']}"
     yield f"  Log: {data['log']}"
     yield ""
@@ -8306,8 +8311,7 @@ def remember_choice(console: Console, args: "argparse.Namespace", environment: E
     trace(f"environment '{environment.name}' at {environment.paths.root}")
     trace(f"processes are read by {type(process_table()).__name__}")
     console.environment = environment.name
-    where = f" --workspace {args.workspace}" if args.workspace else ""
-    console.chosen = where + (f" -e {environment.name}" if args.env or args.__dict__.get("demo") else "")
+    console.chosen = f" -e {environment.name}" if args.env or args.__dict__.get("demo") else ""
 
 
 def run(console: Console, args: "argparse.Namespace") -> Report:
@@ -8327,6 +8331,7 @@ def run(console: Console, args: "argparse.Namespace") -> Report:
     }
     if args.foreground or os.getpid() == 1:
         return run_in_foreground(console, environment, args.comfyui_args, options)
+    is_watched = args.monitor and may_only_watch(environment, args.comfyui_args)
     try:
         starting = environment.start_monitored if args.monitor else environment.run
         starting(args.comfyui_args, **options)
@@ -8335,10 +8340,23 @@ def run(console: Console, args: "argparse.Namespace") -> Report:
             show_last_lines(console, environment)
         raise
     report = started_report(environment)
+    report.data["only_watched"] = is_watched
     if args.wait is not None:
         report.data["waited"] = wait_until_ready(console, environment, args.wait)
         report.data["ready"] = True
     return report
+
+
+def may_only_watch(environment: Environment, words: list[str]) -> bool:
+    """Whether a monitor would take on a ComfyUI that runs. Raises CDEnvironmentError when it should get `words`."""
+    sight = environment.observe()
+    if sight.row is not None and words:
+        raise CDEnvironmentError(
+            f"ComfyUI is already running (PID {sight.row.pid}), so it cannot be given other arguments.",
+            f"comfydock -e {environment.name} run --monitor",
+            "running",
+        )
+    return sight.row is not None
 
 
 def run_in_foreground(console: Console, environment: Environment, words: list[str], options: dict[str, Any]) -> Report:
@@ -10018,6 +10036,7 @@ def answer(console: Console, words: list[str]) -> int:
     """Do what `words` ask for and show the report; returns the exit code."""
     command, args = parse(words, console.call)
     console.quiet, console.colour = args.quiet, args.color
+    console.where = f" --workspace {as_word(args.workspace)}" if args.workspace else ""
     streams = not command.has_json or args.__dict__.get("foreground")
     with traced(console.trace) if args.verbose else nullcontext():
         with nullcontext() if streams else console.ticking(command.name):

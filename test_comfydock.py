@@ -4005,7 +4005,15 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
     def test_commands_are_shown_as_they_must_be_typed_here(self):
         out = io.StringIO()
         console = dock.Console(out, None, None, call="python3 comfydock.py")
-        console.chosen = " -e dev"
+        console.chosen, console.where = " -e dev", " --workspace W"
+        console.say("comfydock list, comfydock --workspace X list")
+        self.assertEqual(
+            out.getvalue(),
+            "python3 comfydock.py --workspace W list, python3 comfydock.py --workspace X list\n",
+        )
+        out.truncate(0)
+        out.seek(0)
+        console.where = ""
         console.say("'comfydock logs', comfydock use x, comfydock -e a run, Another comfydock command")
         self.assertEqual(
             out.getvalue(),
@@ -5682,8 +5690,10 @@ class Monitored(Journey):
         self.crash(self.monitor_pid())
         self.assertTrue(alive(data["pid"]))
         self.assertIn("Monitor: ⚠ gone", self.person.types("status").stdout)
+        self.assertClear(self.person.types("run", "--demo", "--monitor", "--cpu"), 1, "cannot be given other arguments")
         done = self.person.types("run", "--demo", "--monitor")
         self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn(f"A monitor now watches the ComfyUI that runs (PID {data['pid']})", done.stdout)
         self.assertEqual(self.person.status()["pid"], data["pid"])
         self.assertTrue(self.person.status()["monitor"]["alive"])
         eventually(lambda: self.is_asleep() or WINDOWS)
