@@ -7744,8 +7744,8 @@ class Console:
     In JSON mode nothing is said but the one object at the end. `call` is how comfydock was called,
     and replaces the name "comfydock" wherever a line shows a command; `where` is the `--workspace DIR`
     and `chosen` the `-e NAME` that such a line needs. A line that cannot be written (a full disk,
-    a reader who left) must not keep ComfyUI from being stopped: `unheard` holds the error until `flush` raises it. `quiet`
-    leaves out all but results, warnings and errors; `colour` is one of COLOUR_CHOICES. `drawn` is
+    a reader who left) must not keep ComfyUI from being stopped: `unheard` holds the error until `flush`
+    raises it. `quiet` leaves out all but results, warnings and errors; `colour` is one of COLOUR_CHOICES. `drawn` is
     the line that `progress` has on the terminal now, and `gate` keeps a ticker (`ticking`) from
     writing into the middle of something.
     """
