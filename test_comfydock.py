@@ -7306,6 +7306,10 @@ def bench(names):
 
 def main():
     """Run the tests that the words of the call ask for; the last line counts them."""
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # a shell without job control starts us deaf, and so our children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     names = [word for word in sys.argv[1:] if not word.startswith("--")]
     if "--bench" in sys.argv:
         return bench(names)
