@@ -6128,6 +6128,27 @@ class KilledAnywhere(Trouble):
     def test_restart_killed_anywhere(self):
         self.sweep("restart", 2, "kill")
 
+    def test_logs_rotate_killed_anywhere(self):
+        """ComfyUI goes on, and every line that it ever wrote is in one of the logs, once."""
+        person, words = self.person, ["-e", "demo", "logs", "--rotate", "--keep", "300"]
+        port = str(free_port())
+        done = person.types("run", "--demo", "--port", port, "--wait", COMFYDOCK_DEMO_SPAM="300:100")
+        self.assertQuiet(done, 0)
+        pid, kills = person.state()["pid"], 0
+        points = self.points(2, "kill", *words)
+        for point in points:
+            with self.subTest(point=point):
+                kills += self.killed(point, *words)
+                self.assertQuiet(person.types("-e", "demo", "status"), 0)
+                self.assertEqual((person.state()["pid"], person.state()["phase"]), (pid, "running"))
+                eventually(lambda: dock.process_table().row(pid).state == "running")
+        self.assertQuiet(person.types("stop"), 0)
+        log = os.path.join(person.workspace, "logs", "demo", "comfyui.log")
+        kept = b"".join(Path(name).read_bytes() for name in [*dock.old_logs(log), log])
+        numbers = [int(number) for number in re.findall(rb"^spam (\d+)", kept, re.M)]
+        self.assertEqual(numbers, list(range(1, len(numbers) + 1)))
+        self.assertGreater(kills, len(points) // 2)
+
     def test_node_add_killed_anywhere(self):
         person = self.person
         person.environment("a")
