@@ -558,6 +558,7 @@ class WorkspacePaths:
         self.environments = os.path.join(self.root, "environments")
         self.metadata = os.path.join(self.root, ".metadata")
         self.settings = os.path.join(self.metadata, "workspace.json")
+        self._logs = os.path.join(self.root, "logs")
         self.lock = os.path.join(self.metadata, ".workspace.lock")
 
     @property
@@ -565,11 +566,11 @@ class WorkspacePaths:
         """The folder of all logs: one folder an environment inside."""
         from pathlib import Path
 
-        return Path(self.root, "logs")
+        return Path(self._logs)
 
     def log_file(self, name: str) -> str:
         """The log of the environment `name`."""
-        return os.path.join(self.root, "logs", name, "comfyui.log")
+        return os.path.join(self._logs, name, "comfyui.log")
 
 
 class EnvironmentPaths:
@@ -2377,7 +2378,7 @@ def comfyui_processes(comfyui_path: str, scanned: Optional[list[ProcessRow]] = N
     Forked workers show the same command line as their parent, and so does the child of a venv's python.exe on Windows:
     a candidate below a candidate is left out.
     """
-    table, script = process_table(), os.path.join(comfyui_path, "main.py")
+    table, script = process_table(), main_script(comfyui_path)
     candidates = scan_for_comfyui() if scanned is None else scanned
     found = {row.pid: row for row in candidates if row.runs(script, table.cwd)}
     if len(found) < 2:
@@ -2803,8 +2804,8 @@ def fetch_json(url: str, limit: int = 16 * MEGABYTE) -> Any:
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 LOG_LIMIT = 10 * 1024 * 1024
 BLOCK = 1 << 16
+LOG_HEAD = 160  # bytes: the session header, which tells one log from another
 LEFTOVER_AGE = 60.0
-KNOWN_BYTES = 256
 
 
 def make_folder(path: str) -> None:
@@ -3037,7 +3038,7 @@ def same_beginning(one: str, other: str) -> bool:
     """Whether two logs begin with the same header."""
     try:
         with open(one, "rb") as first, open(other, "rb") as second:
-            return first.read(160) == second.read(160)
+            return first.read(LOG_HEAD) == second.read(LOG_HEAD)
     except FileNotFoundError:
         return False
 
@@ -3147,8 +3148,6 @@ class LogFollower:
     another beginning means that the log was rotated, and what was not yet read of the former one is in `.old`.
     """
 
-    HEAD = 160
-
     def __init__(self, path: str, position: int) -> None:
         self.path = path
         self.position = position
@@ -3196,7 +3195,7 @@ class LogFollower:
 
     def _head_of(self, log: "IO[bytes]") -> bytes:
         log.seek(0)
-        return log.read(self.HEAD) or b""
+        return log.read(LOG_HEAD) or b""
 
 
 MOST_MEMBERS = 200_000  # of an archive; ComfyUI has about 1,000
@@ -8403,7 +8402,7 @@ def adopted_here(
 def is_demo_on_any_port(args: "argparse.Namespace") -> bool:
     """Whether the demo may take the next free port: no port was asked for."""
     words = [word.partition("=")[0] for word in args.comfyui_args]
-    return bool(args.demo) and not any(word.startswith("--po") and "--port".startswith(word) for word in words)
+    return bool(args.demo) and not any(_is_flag(word, "--port", "--po") for word in words)
 
 
 def warn_before_start(console: Console, environment: Environment, args: "argparse.Namespace") -> None:
