@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Tests of comfydock: `python3 test_comfydock.py [--units] [--long] [NAME...]`, or what it costs: `--bench [--json] [CASE...]`.
 
-In the order of the module's rooms; then the house itself; then the journeys, which start real processes through a real
-`python3 comfydock.py`. Nothing but loopback is used, and nothing is left running.
+In the order of the module's rooms; then the house itself; then the journeys, which start real processes through the real
+command. Nothing but loopback is used, and nothing is left running.
 """
 
 import ast
+import atexit
 import builtins
 import contextlib
 import dis
@@ -117,10 +118,27 @@ def post(port, path, body):
         connection.close()
 
 
+STUB = "import sys\nfrom comfydock import main\nsys.exit(main())\n"  # what installers put into bin/comfydock
+
+
+@functools.cache
+def installed():
+    """The command `comfydock` of the module beside this file; it starts from compiled code, thrice as fast."""
+    folder = tempfile.mkdtemp(prefix="comfydock bin ")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = os.path.join(folder, "comfydock")
+    Path(path).write_text(STUB.replace("\n", f"\nsys.path.insert(0, {HERE!r})\n", 1), encoding="utf-8")
+    return path
+
+
 class Person:
-    """Somebody with an empty home who types commands; `test` cleans up whatever is left running at the end."""
+    """Somebody with an empty home who types commands; `test` cleans up whatever is left running at the end.
+
+    `program` is what is typed: the command `comfydock`, or MODULE for the file itself.
+    """
 
     def __init__(self, test, **variables):
+        self.program = installed()
         self.home = temporary_folder(test)
         self.workspace = os.path.join(self.home, ".comfydock")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("COMFYDOCK_", "PYTHON"))}
@@ -129,12 +147,13 @@ class Person:
         }
         self.variables = {**kept, **forced, "HOME": self.home, "USERPROFILE": self.home, "PYTHONUTF8": "1", **variables}
         self.variables.pop("CONDA_PREFIX", None)
+        self.variables["PATH"] = os.path.dirname(self.program) + os.pathsep + self.variables.get("PATH", os.defpath)
         self.children = []
         self.prefix = []  # what runs the command: strace, nsenter, a shell
         test.addCleanup(self.clean_up)
 
     def command(self, *words):
-        return [*self.prefix, sys.executable, MODULE, *words]
+        return [*self.prefix, sys.executable, self.program, *words]
 
     def types(self, *words, cwd=None, seconds=60, stdin=subprocess.DEVNULL, **variables):
         """Run one command to its end; returns the CompletedProcess with text."""
@@ -4304,7 +4323,7 @@ class TheHouse(unittest.TestCase):
 
 
 # ======================================================================================================================
-# Journeys: real processes through a real `python3 comfydock.py`
+# Journeys: real processes through the real command, for FirstContact `python3 comfydock.py`
 # ======================================================================================================================
 
 
@@ -4346,6 +4365,10 @@ class Journey(unittest.TestCase):
 
 
 class FirstContact(Journey):
+    def setUp(self):
+        super().setUp()
+        self.person.program = MODULE
+
     def test_a_newcomer_in_an_empty_home_gets_all_the_way(self):
         person = self.person
         done = person.types("run", "--demo")
@@ -4621,8 +4644,8 @@ class Foreground(Journey):
         text = read_until(child, "To see the GUI go to")
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)", text)[1])
         self.assertEqual(http_status(port), 200)
-        rows = dock.process_table().rows(containing=MODULE)
-        inner = next(row for row in rows if row.command[-1] == str(port) and row.command[1] == MODULE)
+        rows = dock.process_table().rows(containing=self.person.program)
+        inner = next(row for row in rows if row.command[-1] == str(port) and row.command[1] == self.person.program)
         dock.signal_process(inner.pid, "terminate")
         self.assertEqual(child.wait(30), 143)
         self.assertIn("ComfyUI stopped", Path(said).read_text(encoding="utf-8"))
@@ -6964,7 +6987,6 @@ def run_in_thirds():
 
 RUNS = 15
 WATCH = 0.25  # `run` and `restart` watch a new ComfyUI for so long
-STUB = "import sys\nfrom comfydock import main\nsys.exit(main())\n"  # what installers put into bin/comfydock
 PEAK = (  # the memory of a program that a small one starts: a child of a large one inherits its peak
     "import os, sys; null = os.open(os.devnull, os.O_WRONLY); there = [(os.POSIX_SPAWN_DUP2, null, 1)]\n"
     "pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=there)\n"
@@ -7327,10 +7349,10 @@ def bench(names):
 
 def main():
     """Run the tests that the words of the call ask for; the last line counts them."""
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # a shell without job control starts us deaf, and so our children
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, heard in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)  # a shell without job control, and nohup, start us deaf, and so our children
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, heard)
     names = [word for word in sys.argv[1:] if not word.startswith("--")]
     if "--bench" in sys.argv:
         return bench(names)
