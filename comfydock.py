@@ -53,14 +53,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 
-# Importing typing would cost every command 3 ms, so only type checkers do: they take this name as true.
+# Importing typing and dataclasses would cost every command 1.5 times what the interpreter itself costs, so only type
+# checkers do: they take this name as true.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import subprocess
+    from dataclasses import dataclass, field
     from datetime import timedelta
     from pathlib import Path
     from typing import IO, Any, BinaryIO, Optional, Union
@@ -116,6 +117,65 @@ Tell = Callable[[str], None]  # long work tells its progress through one of thes
 
 def say_nothing(line: str) -> None:
     """The Tell of a caller who does not listen."""
+
+
+if not TYPE_CHECKING:
+
+    class field:
+        """Stands for dataclasses.field: a default that is made anew for each record."""
+
+        def __init__(self, default_factory):
+            self.default_factory = default_factory
+
+    class FieldsOnDemand:
+        """The `__dataclass_fields__` of a record: who asks (asdict, replace, is_dataclass ...) gets the real ones."""
+
+        def __init__(self, defaults):
+            self.defaults = defaults
+
+        def __get__(self, record, kind):
+            import dataclasses
+
+            columns = []
+            for name, type_ in kind.__annotations__.items():
+                default = self.defaults.get(name, dataclasses.MISSING)
+                if isinstance(default, field):
+                    default = dataclasses.field(default_factory=default.default_factory)
+                columns.append((name, type_) if default is dataclasses.MISSING else (name, type_, default))
+            kind.__dataclass_fields__ = dataclasses.make_dataclass(kind.__name__, columns).__dataclass_fields__
+            return kind.__dataclass_fields__
+
+    def dataclass(kind):
+        """Stands for dataclasses.dataclass, which writes and compiles the methods of each class at every start."""
+        names = tuple(kind.__annotations__)
+        defaults = {name: value for name, value in vars(kind).items() if name in names}
+
+        def __init__(self, *values, **named):
+            given = {**dict(zip(names, values)), **named}
+            if len(given) < len(values) + len(named) or not given.keys() <= set(names):
+                raise TypeError(f"{kind.__name__} takes each of {', '.join(names)} once")
+            for name in names:
+                if name not in given and name not in defaults:
+                    raise TypeError(f"{kind.__name__} needs {name}")
+                value = given[name] if name in given else defaults[name]
+                setattr(self, name, value.default_factory() if isinstance(value, field) else value)
+            if hasattr(kind, "__post_init__"):
+                self.__post_init__()
+
+        def values_of(record):
+            return [getattr(record, name) for name in names]
+
+        def __eq__(self, other):
+            return values_of(self) == values_of(other) if type(other) is kind else NotImplemented
+
+        def __repr__(self):
+            return f"{kind.__name__}({', '.join(f'{name}={value!r}' for name, value in zip(names, values_of(self)))})"
+
+        for name in [name for name, value in defaults.items() if isinstance(value, field)]:
+            delattr(kind, name)
+        kind.__init__, kind.__eq__, kind.__hash__, kind.__repr__ = __init__, __eq__, None, __repr__
+        kind.__match_args__, kind.__dataclass_fields__ = names, FieldsOnDemand(defaults)
+        return kind
 
 
 class CDEnvironmentError(Exception):
@@ -302,6 +362,10 @@ class NodeInfo:
     def identifier(self) -> str:
         """What a user calls it: its directory name."""
         return self.name
+
+    def altered(self, **fields: Any) -> "NodeInfo":
+        """The same node but for some fields."""
+        return NodeInfo(**{**vars(self), **fields})
 
 
 @dataclass
@@ -579,18 +643,19 @@ class EnvironmentPaths:
     def __init__(self, root: str) -> None:
         self.root = root
         self.cec = os.path.join(root, ".cec")
-        self.manifest = os.path.join(self.cec, "pyproject.toml")
-        self.cache = os.path.join(self.cec, ".manifest.json")
-        self.complete = os.path.join(self.cec, ".complete")
-        self.state = os.path.join(self.cec, ".comfyui.state")
-        self.last_run = os.path.join(self.cec, ".comfyui.last")
-        self.lock = os.path.join(self.cec, ".comfyui.lock")
-        self.content_lock = os.path.join(self.cec, ".content.lock")
-        self.gitignore = os.path.join(self.cec, ".gitignore")
-        self.removed = os.path.join(self.cec, "removed")
-        self.creation = os.path.join(self.cec, ".create.json")
-        self.stamp = os.path.join(self.cec, ".sync.json")
-        self.python_version = os.path.join(self.cec, ".python-version")
+        inside = os.path.join(self.cec, "")
+        self.manifest = inside + "pyproject.toml"
+        self.cache = inside + ".manifest.json"
+        self.complete = inside + ".complete"
+        self.state = inside + ".comfyui.state"
+        self.last_run = inside + ".comfyui.last"
+        self.lock = inside + ".comfyui.lock"
+        self.content_lock = inside + ".content.lock"
+        self.gitignore = inside + ".gitignore"
+        self.removed = inside + "removed"
+        self.creation = inside + ".create.json"
+        self.stamp = inside + ".sync.json"
+        self.python_version = inside + ".python-version"
         self.venv = os.path.join(root, ".venv")
         self.partial = os.path.join(root, "ComfyUI.partial")
         self.comfyui = os.path.join(root, "ComfyUI")
@@ -704,10 +769,21 @@ def read_text(path: str) -> str:
         return ""
 
 
+# The first place of sys.path is, as for a script, the folder of the file, and not the one we stand in.
+IMPORTED = "import sys; sys.path[0] = sys.argv.pop(1); from {} import main; sys.exit(main())"
+
+
 def own_command() -> list[str]:
-    """Return the words that start this very file: a .pyz archive is started as a whole."""
+    """Return the words that start this very file, as a module: then Python need not compile it anew (0.2 s) each time.
+
+    A .pyz archive is started as a whole, and a file whose name is no module's as a script.
+    """
     here = os.path.abspath(__file__)
-    return [sys.executable, here if os.path.isfile(here) else os.path.dirname(here)]
+    if not os.path.isfile(here):
+        return [sys.executable, os.path.dirname(here)]
+    folder, file = os.path.split(here)
+    name = file.removesuffix(".py")
+    return [sys.executable, "-c", IMPORTED.format(name), folder] if name.isidentifier() else [sys.executable, here]
 
 
 def on_path(program: str) -> bool:
@@ -2803,7 +2879,7 @@ def fetch_json(url: str, limit: int = 16 * MEGABYTE) -> Any:
 
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 LOG_LIMIT = 10 * 1024 * 1024
-BLOCK = 1 << 16
+BLOCK = 1 << 16  # bytes; what a pipe of Linux holds, so that reader and writer work side by side
 LOG_HEAD = 160  # bytes: the session header, which tells one log from another
 LEFTOVER_AGE = 60.0
 
@@ -3088,7 +3164,7 @@ def _last_byte(path: str, size: int) -> bytes:
 def copy_bytes(source: "BinaryIO", write: Callable[[bytes], object], count: int) -> None:
     """Hand `count` bytes of `source` to `write`, a block at a time (fewer when the file is shorter)."""
     while count > 0:
-        piece = source.read(min(count, 1 << 20))
+        piece = source.read(min(count, BLOCK))
         if not piece:
             return
         write(piece)
@@ -3141,23 +3217,37 @@ def find_session(file: "BinaryIO", end: int) -> int:
     return 0
 
 
+def file_mark(path: str) -> str:
+    """Size and time of a file, which change with its content; empty where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+
+
 class LogFollower:
     """Hands on what is appended to a log, each byte once, through every kind of rotation.
 
     `position` is the offset of the next byte. `head` is how the log begins: each begins with a header of its own, so
     another beginning means that the log was rotated, and what was not yet read of the former one is in `.old`.
+    `exhausted` is the mark of the log (file_mark) in which there was nothing new.
     """
 
     def __init__(self, path: str, position: int) -> None:
         self.path = path
         self.position = position
         self.head = b""
+        self.exhausted = ""
 
     def read(self) -> bytes:
         """What is new, at most 1 MiB; empty when there is nothing. Raises OSError."""
+        mark = file_mark(self.path)
+        if mark and mark == self.exhausted:
+            return b""
         try:
             with open(self.path, "rb", buffering=0) as log:
-                return self._read_from(log)
+                return self._read_from(log, mark)
         except FileNotFoundError:
             return b""
         except PermissionError:
@@ -3165,7 +3255,7 @@ class LogFollower:
                 raise
             return b""  # Windows, in the moment of a rotation
 
-    def _read_from(self, log: "IO[bytes]") -> bytes:
+    def _read_from(self, log: "IO[bytes]", mark: str) -> bytes:
         head = self._head_of(log)
         if not head.startswith(self.head):
             return self._rest_of_former(head)
@@ -3175,6 +3265,7 @@ class LogFollower:
             return b""
         self.head = head
         self.position += len(piece)
+        self.exhausted = "" if piece else mark
         return piece
 
     def _rest_of_former(self, head: bytes) -> bytes:
@@ -3878,17 +3969,22 @@ def read_manifest(paths: EnvironmentPaths, python: Optional[str] = None) -> Mani
     So run, stop, status and logs need no TOML reader; `python` is for parse_toml. Raises CDEnvironmentError: code
     "manifest" when it cannot be read or is broken (with the line), or "no-toml".
     """
-    import hashlib
+    return manifest_of(manifest_text(paths), paths.manifest, paths.cache, python)
 
-    text = manifest_text(paths)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    cached = read_json(paths.cache)
-    if cached.get("sha256") == digest and isinstance(cached.get("settings"), dict):
+
+@lru_cache(1024)
+def manifest_of(text: str, path: str, cache: str, python: Optional[str]) -> Manifest:
+    """The manifest that reads `text`: a command looks at it a dozen times. For the other parameters see read_manifest.
+
+    The text is the key of the JSON: it is short, and hashlib takes longer to import than the rest of `status`.
+    """
+    cached = read_json(cache)
+    if cached.get("text") == text and isinstance(cached.get("settings"), dict):
         return Manifest(cached["settings"], cached.get("groups", {}))
-    manifest = manifest_from(parse_toml(text, paths.manifest, python))
-    record = {"sha256": digest, "settings": manifest.settings, "groups": manifest.groups}
+    manifest = manifest_from(parse_toml(text, path, python))
+    record = {"text": text, "settings": manifest.settings, "groups": manifest.groups}
     try:
-        write_atomic(paths.cache, json.dumps(record, default=str).encode())
+        write_atomic(cache, json.dumps(record, default=str).encode())
     except OSError:
         pass  # a read-only workspace is read all the same
     return manifest
@@ -4602,14 +4698,14 @@ class GitSource:
             hint = f"comfydock node remove {info.name}"
             raise CDEnvironmentError(f"the manifest names no repository for {info.name}", hint, "not-found")
         clone(info.repository, info.version, folder)
-        return replace(info, version=git(["rev-parse", "HEAD"], folder))
+        return info.altered(version=git(["rev-parse", "HEAD"], folder))
 
     def newest(self, info: NodeInfo, tell: Tell) -> NodeInfo:
         """The newest commit of the default branch."""
         url = info.repository or ""
         check_repository(url)
         answer = git(["ls-remote", "--", url, "HEAD"], url=url).split()
-        return replace(info, version=answer[0]) if answer else info
+        return info.altered(version=answer[0]) if answer else info
 
     def version_in(self, folder: str) -> Optional[str]:
         """The commit that a folder is at."""
@@ -4897,7 +4993,7 @@ class NodeManager:
         source = self.source_of(info)
         if source is None:
             raise CDEnvironmentError(f"nobody recorded where {info.name} comes from", "comfydock repair", "not-found")
-        newest = replace(source.newest(info, self.tell), name=info.name, registry_id=info.registry_id)
+        newest = source.newest(info, self.tell).altered(name=info.name, registry_id=info.registry_id)
         versions = (info.name, str(info.version), str(newest.version))
         is_newest = newest.version == info.version
         if is_newest and info.source != "development":
@@ -5078,7 +5174,7 @@ class NodeManager:
             if not force and not version_asked and os.path.isdir(self.folder_of(old)):
                 hint = f"comfydock node {'update' if info.source == old.source else 'remove'} {key}"
                 raise CDNodeConflictError(f"{key} is already here ({old.source} {old.version})", hint, "conflict")
-            return key, info if info.source == "development" else replace(info, name=old.name)
+            return key, info if info.source == "development" else info.altered(name=old.name)
         return info.registry_id or info.name, info
 
     def prepare(self, change: NodeChange, key: str, info: NodeInfo, source: Any, force: bool) -> NodeInfo:
@@ -5191,15 +5287,6 @@ class NodeManager:
         marks = [f"{path} {file_mark(path)}" for path in watched]
         facts = [manifest_text(self.paths), *marks, *self.folders(), *self.interrupted()]
         return hashlib.sha256("\0".join(facts).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def file_mark(path: str) -> str:
-    """Size and time of a file, which change with its content."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return ""
-    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 # Creating and deleting an environment
@@ -7717,10 +7804,8 @@ SIGNS = {  # sign -> (in ASCII, colour)
     "🔍": (">", None),
 }
 PLAIN = str.maketrans({sign: plain for sign, (plain, _) in SIGNS.items()})
-TYPED = (
-    r"\bcomfydock (?=(?:run|stop|restart|status|list|logs|node|use|create|delete|init|repair|completion|help)(?:\W|$)"
-    r"|-e |--workspace )"
-)
+WORDS = "run|stop|restart|status|list|logs|node|use|create|delete|init|repair|completion|help|COMMAND"
+TYPED = rf"\bcomfydock (?=(?:{WORDS})(?:\W|$)|-e |--workspace )"  # a command that a line shows
 ONE_ENVIRONMENT = ("run", "stop", "restart", "status", "logs", "repair", "node")
 
 
@@ -7740,8 +7825,8 @@ class Report:
 class Console:
     """The one who speaks: words on `out`, warnings and errors on `err`, questions on a terminal alone.
 
-    In JSON mode nothing is said but the one object at the end. `call` is how comfydock was called,
-    and replaces the name "comfydock" wherever a line shows a command; `where` is the `--workspace DIR`
+    In JSON mode nothing is said but the one object at the end. `call` tells how comfydock was called,
+    which replaces the name "comfydock" wherever a line shows a command; `where` is the `--workspace DIR`
     and `chosen` the `-e NAME` that such a line needs. A line that cannot be written (a full disk,
     a reader who left) must not keep ComfyUI from being stopped: `unheard` holds the error until `flush`
     raises it. `quiet` leaves out all but results, warnings and errors; `colour` is one of COLOUR_CHOICES. `drawn` is
@@ -7749,7 +7834,14 @@ class Console:
     writing into the middle of something.
     """
 
-    def __init__(self, out: "Any", err: "Any", source: "Any", json_mode: bool = False, call: str = "comfydock") -> None:
+    def __init__(
+        self,
+        out: "Any",
+        err: "Any",
+        source: "Any",
+        json_mode: bool = False,
+        call: "Callable[[], str]" = lambda: "comfydock",
+    ) -> None:
         self.out = out
         self.err = err
         self.source = source
@@ -7952,12 +8044,14 @@ class Console:
         if "comfydock " not in text:
             return text
 
-        def call(match: "re.Match[str]") -> str:
+        called = self.call()
+
+        def as_typed(match: "re.Match[str]") -> str:
             following = text[match.end() :].split(None, 1)[0].strip("'\"`.,")
             where = self.where if following not in ("--workspace", "init", "help") else ""
-            return f"{self.call}{where}{self.chosen if following in ONE_ENVIRONMENT else ''} "
+            return f"{called}{where}{self.chosen if following in ONE_ENVIRONMENT else ''} "
 
-        return re.sub(TYPED, call, text)
+        return re.sub(TYPED, as_typed, text)
 
 
 def as_sentence(text: str) -> str:
@@ -9856,20 +9950,20 @@ def is_comfyuis(words: list[str], index: int, has_begun: bool) -> bool:
     return has_level or has_begun and flag in ("-h", "--help", "-v", "--verbose")
 
 
-def parse(words: list[str], call: str) -> "tuple[Command, argparse.Namespace]":
+def parse(words: list[str]) -> "tuple[Command, argparse.Namespace]":
     """The command and its arguments. Raises CDEnvironmentError with code "usage"."""
     command, rest = find_command(words)
     if command is None:
         command = COMMANDS[-1]
     ours, theirs = split_words(rest, command)
-    parser = build_parser(command, call)
+    parser = build_parser(command)
     if not command.passes_on:
         theirs = take_operands(command, theirs)
     args = parser.parse_args(ours)
     if not command.passes_on:
         set_operands(args, command, theirs)
     args.comfyui_args = theirs
-    return finish(command, args, call)
+    return finish(command, args)
 
 
 def take_operands(command: Command, words: list[str]) -> list[str]:
@@ -9895,7 +9989,7 @@ def set_operands(args: "argparse.Namespace", command: Command, words: list[str])
         args.__dict__["ids" if plain == "id" else plain] = words if "..." in name else words[0] if words else None
 
 
-def finish(command: Command, args: "argparse.Namespace", call: str) -> "tuple[Command, argparse.Namespace]":
+def finish(command: Command, args: "argparse.Namespace") -> "tuple[Command, argparse.Namespace]":
     """What depends on more than one word: help, version, things that exclude each other."""
     by_name = {entry.name: entry for entry in COMMANDS}
     if args.version:
@@ -9904,7 +9998,7 @@ def finish(command: Command, args: "argparse.Namespace", call: str) -> "tuple[Co
         topic = " ".join(args.command) if command.name == "help" else command.name
         if topic and topic not in by_name:
             raise unknown_command(topic)
-        args.help_text = build_parser(by_name[topic], call).format_help().rstrip() if topic else overview(call)
+        args.help_text = build_parser(by_name[topic]).format_help().rstrip() if topic else overview()
         return by_name["help"], args
     for name, _ in command.operands:
         if not name.startswith("[") and not args.comfyui_args:
@@ -9943,7 +10037,7 @@ def refuse_together(command: Command, args: "argparse.Namespace", one: str, othe
         raise CDEnvironmentError(f"{flags} exclude each other.", f"comfydock help {command.name}", "usage")
 
 
-def build_parser(command: Command, call: str) -> "argparse.ArgumentParser":
+def build_parser(command: Command) -> "argparse.ArgumentParser":
     """The parser of one command; the others' are never built."""
     import argparse
 
@@ -9951,14 +10045,17 @@ def build_parser(command: Command, call: str) -> "argparse.ArgumentParser":
         def error(self, message: str) -> "Any":
             raise CDEnvironmentError(f"'{command.name}': {message}.", f"comfydock help {command.name}", "usage")
 
+    def formatter(prog: str) -> argparse.HelpFormatter:  # made for each option: by itself it would import shutil for it
+        return argparse.RawDescriptionHelpFormatter(prog, width=columns(sys.stdout) - 2)
+
     operands = "".join(f" {name}" for name, _ in command.operands)
     passed_on = " [--] [ComfyUI's arguments]" if command.passes_on else ""
     parser = Parser(
-        prog=f"{call} {command.name}",
-        usage=f"{call} {command.name} [options]{operands}{passed_on}",
+        prog=f"comfydock {command.name}",
+        usage=f"comfydock {command.name} [options]{operands}{passed_on}",
         description=command.summary[0].upper() + command.summary[1:] + ".",
-        epilog="examples:\n" + "\n".join("  " + line.replace("comfydock", call, 1) for line in command.examples),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in command.examples),
+        formatter_class=formatter,
         add_help=False,
         allow_abbrev=False,
     )
@@ -9967,20 +10064,20 @@ def build_parser(command: Command, call: str) -> "argparse.ArgumentParser":
     return parser
 
 
-def overview(call: str) -> str:
+def overview() -> str:
     """The help of the whole, on one screen."""
     lines = [
         f"comfydock {__version__}: run ComfyUI in the background, and know the truth about it",
         "",
-        f"usage: {call} [-e NAME] COMMAND [options]",
+        "usage: comfydock COMMAND [-e NAME] [options]",
         "",
         *(f"  {command.name:12} {command.summary}" for command in COMMANDS),
         "",
         "examples:",
-        f"  {call} run --demo          try everything in a second, without ComfyUI",
-        f"  {call} run                 in a ComfyUI folder: adopt it and start it",
-        f"  {call} logs -f             watch the log",
-        f"  {call} help run            all options of a command",
+        "  comfydock run --demo          try everything in a second, without ComfyUI",
+        "  comfydock run                 in a ComfyUI folder: adopt it and start it",
+        "  comfydock logs -f             watch the log",
+        "  comfydock help run            all options of a command",
     ]
     return "\n".join(lines)
 
@@ -10002,7 +10099,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     if words[:1] == ["--names"]:
         return show_names(words[1:])
     own_words = words[: words.index("--")] if "--" in words else words
-    console = Console(sys.stdout, sys.stderr, sys.stdin, "--json" in own_words, how_called(sys.argv))
+    console = Console(sys.stdout, sys.stderr, sys.stdin, "--json" in own_words, lambda: how_called(sys.argv))
     try:
         return answer(console, words)
     except BrokenPipeError:  # `logs | head`: the reader has seen enough
@@ -10033,7 +10130,7 @@ def hidden(words: list[str]) -> int:
 
 def answer(console: Console, words: list[str]) -> int:
     """Do what `words` ask for and show the report; returns the exit code."""
-    command, args = parse(words, console.call)
+    command, args = parse(words)
     console.quiet, console.colour = args.quiet, args.color
     console.where = f" --workspace {as_word(args.workspace)}" if args.workspace else ""
     streams = not command.has_json or args.__dict__.get("foreground")

@@ -9,6 +9,7 @@ import ast
 import atexit
 import builtins
 import contextlib
+import dataclasses
 import dis
 import errno
 import functools
@@ -718,6 +719,59 @@ class TheRecordIsTrustedOnlyWhenItIsOne(unittest.TestCase):
 
     def test_utc_now_is_read_back_as_now(self):
         self.assertAlmostEqual(dock.epoch_of(dock.utc_now()), time.time(), delta=1)
+
+
+class RecordsAreDataclasses(unittest.TestCase):
+    """The module has a stand-in for the decorator, which the real one must not be told from."""
+
+    def records(self):
+        return [kind for kind in vars(dock).values() if isinstance(kind, type) and hasattr(kind, "__match_args__")]
+
+    def test_the_fields_of_each_are_those_that_the_real_decorator_finds(self):
+        self.assertGreater(len(self.records()), 10)
+        for kind in self.records():
+            with self.subTest(kind=kind.__name__):
+                self.assertTrue(dataclasses.is_dataclass(kind))
+                fields = dataclasses.fields(kind)
+                self.assertEqual([field.name for field in fields], list(kind.__annotations__))
+                needed = {
+                    field.name: None
+                    for field in fields
+                    if dataclasses.MISSING is field.default and dataclasses.MISSING is field.default_factory
+                }
+                made = kind(**needed)
+                for field in fields:
+                    default = (
+                        field.default_factory()
+                        if field.name not in needed and field.default is dataclasses.MISSING
+                        else field.default
+                    )
+                    if field.name not in needed and not hasattr(kind, "__post_init__"):
+                        self.assertEqual(getattr(made, field.name), default)
+
+    def test_they_can_be_copied_compared_shown_and_made_into_dicts(self):
+        node = dock.NodeInfo("pack", version="1.0.0")
+        self.assertEqual(dataclasses.replace(node, version="2.0.0"), dock.NodeInfo("pack", version="2.0.0"))
+        self.assertNotEqual(node, dock.NodeInfo("pack"))
+        self.assertNotEqual(dock.ComfyUIConfig(), ("127.0.0.1", 8188, False))
+        self.assertEqual(dataclasses.asdict(dock.ComfyUIConfig()), {"host": "127.0.0.1", "port": 8188, "tls": False})
+        self.assertEqual(repr(dock.ComfyUIConfig(port=1)), "ComfyUIConfig(host='127.0.0.1', port=1, tls=False)")
+        self.assertRaises(TypeError, hash, node)
+
+    def test_a_default_that_can_change_is_made_for_each(self):
+        dock.NodeInfo("one").dependency_sources.append("x")
+        self.assertEqual(dock.NodeInfo("two").dependency_sources, [])
+        self.assertFalse(hasattr(dock.NodeInfo, "dependency_sources"))
+
+    def test_wrong_arguments_are_type_errors_that_name_the_class(self):
+        wrong = [
+            lambda: dock.NodeInfo(),
+            lambda: dock.NodeInfo("a", name="b"),
+            lambda: dock.NodeInfo("a", color="b"),
+            lambda: dock.ComfyUIConfig("a", 1, False, 4),
+        ]
+        for make in wrong:
+            self.assertRaisesRegex(TypeError, "NodeInfo|ComfyUIConfig", make)
 
 
 class WordsForPeople(unittest.TestCase):
@@ -4023,7 +4077,7 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
 
     def test_commands_are_shown_as_they_must_be_typed_here(self):
         out = io.StringIO()
-        console = dock.Console(out, None, None, call="python3 comfydock.py")
+        console = dock.Console(out, None, None, call=lambda: "python3 comfydock.py")
         console.chosen, console.where = " -e dev", " --workspace W"
         console.say("comfydock list, comfydock --workspace X list")
         self.assertEqual(
@@ -4123,7 +4177,7 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
 
 class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
     def parse(self, *words):
-        return dock.parse(list(words), "comfydock")
+        return dock.parse(list(words))
 
     def test_comfyui_gets_its_own_words_untouched(self):
         cases = [
@@ -4193,10 +4247,10 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
 
     def test_every_command_has_help_that_fits_a_screen(self):
         for command in dock.COMMANDS:
-            text = dock.build_parser(command, "comfydock").format_help()
+            text = dock.build_parser(command).format_help()
             self.assertLess(len(text.splitlines()), 40, command.name)
             self.assertIn("examples:", text)
-        self.assertLess(len(dock.overview("comfydock").splitlines()), 40)
+        self.assertLess(len(dock.overview().splitlines()), 40)
 
 
 class CompletionScripts(unittest.TestCase):
@@ -4310,6 +4364,12 @@ class TheHouse(unittest.TestCase):
         for name in dock.__all__:
             self.assertTrue(hasattr(dock, name), name)
             self.assertTrue(getattr(dock, name).__doc__, name)
+
+    def test_importing_costs_little(self):
+        slow = "argparse dataclasses hashlib inspect pathlib shutil signal socket subprocess threading typing urllib.request"
+        code = f"import sys; sys.path.insert(0, {HERE!r}); import comfydock; print(*set({slow!r}.split()) & set(sys.modules))"
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60)
+        self.assertEqual((done.returncode, done.stdout.strip(), done.stderr), (0, "", ""))
 
     def test_importing_is_silent_and_needs_no_entry_in_sys_modules(self):
         code = (
@@ -5941,6 +6001,14 @@ print(environment.is_running(), comfydock.is_process_alive(environment._read_sta
         ),
     }
 
+    def test_what_it_starts_of_itself_takes_nothing_from_the_folder_one_stands_in(self):
+        for name in ("json.py", "comfydock.py"):
+            Path(self.person.home, name).write_text(
+                "raise SystemExit('of the folder one stands in')\n", encoding="utf-8"
+            )
+        done = self.calls(*dock.own_command()[1:], "--version")
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, f"comfydock {dock.__version__}\n", ""))
+
     def test_vendored(self):
         package = os.path.join(self.person.home, "package", "vendor")
         shutil.copytree(self.folder, package)
@@ -7350,7 +7418,9 @@ def bench(names):
 def main():
     """Run the tests that the words of the call ask for; the last line counts them."""
     for name, heard in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
-        number = getattr(signal, name, None)  # a shell without job control, and nohup, start us deaf, and so our children
+        number = getattr(
+            signal, name, None
+        )  # a shell without job control, and nohup, start us deaf, and so our children
         if number is not None and signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, heard)
     names = [word for word in sys.argv[1:] if not word.startswith("--")]
