@@ -5607,6 +5607,7 @@ def delete_environment(paths: EnvironmentPaths) -> None:
 
 LOCK_SECONDS = 10.0
 EARLY_WATCH = EARLY_END_SECONDS
+LEAVING_SECONDS = 3.0  # a clean stop takes up to 2 s
 START_GRACE = 180.0  # first starts with many custom nodes take minutes: until then silence is no fault
 MONITOR_VARIABLE, EVENT_VARIABLE = "COMFYDOCK_MONITOR_TASK", "COMFYDOCK_MONITOR_EVENT"
 DROPPED_VARIABLES = ("__COMFY_CLI_SESSION__", "PYTHONHOME", "PYTHONPATH")
@@ -6167,7 +6168,7 @@ class Environment:
         parse_comfyui_args(words)
         self._require_startable()
         with self._process_lock("run"):
-            self._require_not_running(self.observe(lock_held=True), take_over)
+            self._require_not_running(self._settled(self.observe(lock_held=True)), take_over)
             monitor = self.own_monitor_note() if monitored else None
             if auto_port:
                 return self._start_on_some_port(words, set_env or {}, monitor)
@@ -6192,6 +6193,12 @@ class Environment:
                 else f"comfydock create {self.name}",
                 "missing",
             )
+
+    def _settled(self, sight: Sighting) -> Sighting:
+        """What there is once a ComfyUI has ended that was told to, by a stop that was broken off then."""
+        row, record = sight.row, sight.record
+        is_leaving = row is not None and record is not None and record.wanted == STOPPED
+        return self.observe(lock_held=True) if row and is_leaving and wait_for_exit(row, LEAVING_SECONDS) else sight
 
     def _require_not_running(self, sight: Sighting, take_over: bool) -> None:
         record, row = sight.record, sight.row

@@ -4954,6 +4954,14 @@ class NobodyGetsLost(Journey):
         self.assertIn("a start was interrupted", self.person.types("-e", "a", "status").stdout)
         self.assertEqual(self.person.types("-e", "a", "run", "--port", str(free_port())).returncode, 0)
 
+    def test_what_a_stop_that_was_broken_off_has_told_to_end_is_awaited_by_run(self):
+        data = self.run_demo(COMFYDOCK_DEMO_STOP_SECONDS="1.5")
+        state = dock.read_state(self.person.state_file())
+        state.wanted = "stopped"
+        dock.write_state(self.person.state_file(), state)
+        dock.signal_process(data["pid"], "interrupt")
+        self.assertNotEqual(self.run_demo()["pid"], data["pid"])
+
     def test_a_comfyui_started_by_hand_is_named_and_left_alone(self):
         self.person.environment("a")
         child = self.start_by_hand("a")
