@@ -8395,7 +8395,24 @@ FOLLOW_PATIENCE = 2.0
 SHOWN_ON_FAILURE = 20
 
 
-def selected(console: Console, args: "argparse.Namespace") -> Environment:
+class Arguments:
+    """What was typed, by name: options, operands and `comfyui_args`. What the command does not have is None.
+
+    `help_text` is what `help` and `completion` show.
+    """
+
+    comfyui_args: list[str]
+    set_env: dict[str, str]
+    help_text: str
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        vars(self).update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
+def selected(console: Console, args: Arguments) -> Environment:
     """The environment a command is about; the console learns whether its commands need `-e`."""
     folder = current_folder()
     workspace = select_workspace(args.workspace, args.env is not None, folder)
@@ -8406,15 +8423,15 @@ def selected(console: Console, args: "argparse.Namespace") -> Environment:
     return environment
 
 
-def remember_choice(console: Console, args: "argparse.Namespace", environment: Environment) -> None:
+def remember_choice(console: Console, args: Arguments, environment: Environment) -> None:
     """Let the commands that the console shows reach the same environment."""
     trace(f"environment '{environment.name}' at {environment.paths.root}")
     trace(f"processes are read by {type(process_table()).__name__}")
     console.environment = environment.name
-    console.chosen = f" -e {environment.name}" if args.env or args.__dict__.get("demo") else ""
+    console.chosen = f" -e {environment.name}" if args.env or args.demo else ""
 
 
-def run(console: Console, args: "argparse.Namespace") -> Report:
+def run(console: Console, args: Arguments) -> Report:
     """Start ComfyUI, and stay with it when asked to."""
     environment = environment_to_run(console, args)
     what = "the built-in demo" if environment.manifest.demo else "ComfyUI"
@@ -8472,7 +8489,7 @@ def run_in_foreground(console: Console, environment: Environment, words: list[st
         return stay_in_foreground(console, environment, received)
 
 
-def environment_to_run(console: Console, args: "argparse.Namespace") -> Environment:
+def environment_to_run(console: Console, args: Arguments) -> Environment:
     """As `selected`; the demo is made, and a checkout that nobody has adopted is adopted."""
     folder = current_folder()
     workspace = select_workspace(args.workspace, args.env is not None or args.demo, folder)
@@ -8488,9 +8505,7 @@ def environment_to_run(console: Console, args: "argparse.Namespace") -> Environm
     return environment
 
 
-def adopted_here(
-    console: Console, args: "argparse.Namespace", workspace: Workspace, folder: str
-) -> Optional[Environment]:
+def adopted_here(console: Console, args: Arguments, workspace: Workspace, folder: str) -> Optional[Environment]:
     """The checkout one stands in, adopted now if it was not yet."""
     checkout = checkout_above(os.path.realpath(folder))
     if args.env is not None or checkout is None or workspace.environment_of(folder) is not None:
@@ -8500,13 +8515,13 @@ def adopted_here(
     return environment
 
 
-def is_demo_on_any_port(args: "argparse.Namespace") -> bool:
+def is_demo_on_any_port(args: Arguments) -> bool:
     """Whether the demo may take the next free port: no port was asked for."""
     words = [word.partition("=")[0] for word in args.comfyui_args]
     return bool(args.demo) and not any(_is_flag(word, "--port", "--po") for word in words)
 
 
-def warn_before_start(console: Console, environment: Environment, args: "argparse.Namespace") -> None:
+def warn_before_start(console: Console, environment: Environment, args: Arguments) -> None:
     """What a user should know before ComfyUI is up."""
     for name in environment.dropped_variables():
         console.warn(f"{name} is set here; ComfyUI starts without it.")
@@ -8723,7 +8738,7 @@ def await_successor(environment: Environment, run_id: Optional[str]) -> Optional
     return None
 
 
-def stop(console: Console, args: "argparse.Namespace") -> Report:
+def stop(console: Console, args: Arguments) -> Report:
     """End ComfyUI: the environment's, or the one on a port."""
     if args.port is not None:
         return stop_port(console, args)
@@ -8737,7 +8752,7 @@ def stop(console: Console, args: "argparse.Namespace") -> Report:
     return Report({"name": environment.name, "stopped": stopped, "pid": pid, "cut_off": cut_off}, environment.name)
 
 
-def stop_port(console: Console, args: "argparse.Namespace") -> Report:
+def stop_port(console: Console, args: Arguments) -> Report:
     """End the ComfyUI on a port, once it is proved to be one; an environment that tracks it is told."""
     row = comfyui_on_port(args.port)
     workspace = select_workspace(args.workspace, args.env is not None, current_folder())
@@ -8756,15 +8771,13 @@ def stop_port(console: Console, args: "argparse.Namespace") -> Report:
     return Report({**data, "stopped": True}, data["name"])
 
 
-def settle_queue(
-    console: Console, args: "argparse.Namespace", environment: Environment, verb: str
-) -> Optional[dict[str, int]]:
+def settle_queue(console: Console, args: Arguments, environment: Environment, verb: str) -> Optional[dict[str, int]]:
     """What work an interruption cuts off: a terminal is asked, --when-idle waits, scripts are told.
 
     A ComfyUI that does not answer, and a queue that never drains, hold nobody up for ever. Raises
     CDEnvironmentError when a terminal says no.
     """
-    counts = None if args.__dict__.get("kill") else environment.queue()
+    counts = None if args.kill else environment.queue()
     if counts is not None and any(counts) and args.when_idle is not None:
         counts = wait_until_idle(console, environment, args.when_idle)
     if counts is None or not any(counts):
@@ -8794,7 +8807,7 @@ def wait_until_idle(console: Console, environment: Environment, seconds: float) 
         time.sleep(min(0.25, left))
 
 
-def restart(console: Console, args: "argparse.Namespace") -> Report:
+def restart(console: Console, args: Arguments) -> Report:
     """Stop and start again with the same arguments."""
     environment = selected(console, args)
     cut_off = settle_queue(console, args, environment, "Restart")
@@ -8810,7 +8823,7 @@ def restart(console: Console, args: "argparse.Namespace") -> Report:
     return report
 
 
-def status(console: Console, args: "argparse.Namespace") -> Report:
+def status(console: Console, args: Arguments) -> Report:
     """The truth about one environment."""
     environment = selected(console, args)
     data = environment.report()
@@ -8820,7 +8833,7 @@ def status(console: Console, args: "argparse.Namespace") -> Report:
     return Report(data, environment.name, 3 if data["state"] in (STOPPED, CRASHED) else 0)
 
 
-def list_all(console: Console, args: "argparse.Namespace") -> Report:
+def list_all(console: Console, args: Arguments) -> Report:
     """The truth about all environments."""
     workspace = select_workspace(args.workspace, args.env is not None, current_folder())
     return Report({"workspace": workspace.paths.root, "environments": workspace.reports()})
@@ -8844,7 +8857,7 @@ def difference_of(environment: Environment) -> Optional[dict[str, Any]]:
     }
 
 
-def repair(console: Console, args: "argparse.Namespace") -> Report:
+def repair(console: Console, args: Arguments) -> Report:
     """Clean a stale record, settle orphans, and (without --orphan) bring the environment in line with its manifest."""
     environment = selected(console, args)
     console.say("🔍 Checking for process/state issues...")
@@ -8861,7 +8874,7 @@ def repair(console: Console, args: "argparse.Namespace") -> Report:
     return Report(data, environment.name, 1 if data.get("problems") else 0)
 
 
-def repair_content(console: Console, args: "argparse.Namespace", environment: Environment) -> dict[str, Any]:
+def repair_content(console: Console, args: Arguments, environment: Environment) -> dict[str, Any]:
     """Bring custom nodes and packages in line with the manifest, as far as the user agrees."""
     done: dict[str, Any] = {
         "synced": False,
@@ -8893,7 +8906,7 @@ def repair_content(console: Console, args: "argparse.Namespace", environment: En
     return done
 
 
-def track(console: Console, args: "argparse.Namespace", environment: Environment, name: str) -> bool:
+def track(console: Console, args: Arguments, environment: Environment, name: str) -> bool:
     """Have an untracked node written into the manifest, if the user wants it."""
     if not (args.yes or console.ask(f"   Track {name} in the manifest?", True)):
         return False
@@ -8915,7 +8928,7 @@ def orphan_data(environment: Environment, row: ProcessRow) -> dict[str, Any]:
     return {"pid": row.pid, "age": round(row.age(), 3), "port": port, "command": row.text}
 
 
-def settle_orphan(console: Console, args: "argparse.Namespace", environment: Environment, row: ProcessRow) -> str:
+def settle_orphan(console: Console, args: Arguments, environment: Environment, row: ProcessRow) -> str:
     """Adopt or end an orphan as told, or as a terminal answers; returns what was done."""
     try:
         if args.adopt or (not args.end and console.ask("    Adopt it?", True)):
@@ -8929,13 +8942,13 @@ def settle_orphan(console: Console, args: "argparse.Namespace", environment: Env
     return "left"
 
 
-def use(console: Console, args: "argparse.Namespace") -> Report:
+def use(console: Console, args: Arguments) -> Report:
     """Choose the active environment."""
     environment = select_workspace(args.workspace, True, current_folder()).use(args.name)
     return Report({"name": environment.name}, environment.name)
 
 
-def create(console: Console, args: "argparse.Namespace") -> Report:
+def create(console: Console, args: Arguments) -> Report:
     """Make an environment: of a ComfyUI folder that is there, or with a ComfyUI of its own."""
     workspace = select_workspace(args.workspace, True, current_folder())
     require_new_name(args.name)
@@ -8958,7 +8971,7 @@ def create(console: Console, args: "argparse.Namespace") -> Report:
     return Report(data, environment.name)
 
 
-def delete(console: Console, args: "argparse.Namespace") -> Report:
+def delete(console: Console, args: Arguments) -> Report:
     """Delete an environment, after a question."""
     workspace = select_workspace(args.workspace, True, current_folder())
     environment = workspace.get_environment(args.name)
@@ -8976,14 +8989,14 @@ def delete(console: Console, args: "argparse.Namespace") -> Report:
     return Report({"name": args.name, "deleted": bool(answer)}, args.name)
 
 
-def init(console: Console, args: "argparse.Namespace") -> Report:
+def init(console: Console, args: Arguments) -> Report:
     """Set up a workspace elsewhere."""
-    workspace = Workspace(os.path.expanduser(args.path)) if args.__dict__.get("path") else Workspace(args.workspace)
+    workspace = Workspace(os.path.expanduser(args.path)) if args.path else Workspace(args.workspace)
     made = workspace.initialize()
     return Report({"workspace": workspace.paths.root, "made": made})
 
 
-def node_add(console: Console, args: "argparse.Namespace") -> Report:
+def node_add(console: Console, args: Arguments) -> Report:
     """Add custom nodes, each for itself."""
 
     def add(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
@@ -8993,7 +9006,7 @@ def node_add(console: Console, args: "argparse.Namespace") -> Report:
     return change_nodes_one_by_one(console, args, add)
 
 
-def node_remove(console: Console, args: "argparse.Namespace") -> Report:
+def node_remove(console: Console, args: Arguments) -> Report:
     """Remove custom nodes, each for itself."""
 
     def remove(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
@@ -9003,7 +9016,7 @@ def node_remove(console: Console, args: "argparse.Namespace") -> Report:
     return change_nodes_one_by_one(console, args, remove)
 
 
-def node_update(console: Console, args: "argparse.Namespace") -> Report:
+def node_update(console: Console, args: Arguments) -> Report:
     """Update custom nodes, each for itself; without names all of them."""
 
     def is_wanted(name: str, old: str, new: str) -> bool:
@@ -9018,7 +9031,7 @@ def node_update(console: Console, args: "argparse.Namespace") -> Report:
 
 def change_nodes_one_by_one(
     console: Console,
-    args: "argparse.Namespace",
+    args: Arguments,
     change: "Callable[[Environment, str], tuple[str, Optional[str]]]",
 ) -> Report:
     """Do `change` to each node that is named; one that fails does not keep the others. One restart offer at the end.
@@ -9051,7 +9064,7 @@ def change_nodes_one_by_one(
     return Report(data, environment.name, 0 if all(item["ok"] for item in items) else 1)
 
 
-def stop_for_change(console: Console, args: "argparse.Namespace", environment: Environment) -> bool:
+def stop_for_change(console: Console, args: Arguments, environment: Environment) -> bool:
     """On Windows: stop a running ComfyUI before its files change, if that was asked for or agreed to."""
     if not files_are_locked_in_use() or args.no_restart or not environment.is_running():
         return False
@@ -9059,7 +9072,7 @@ def stop_for_change(console: Console, args: "argparse.Namespace", environment: E
     return bool(args.restart or console.ask(question, True)) and environment.stop_for_restart()
 
 
-def offer_restart(console: Console, args: "argparse.Namespace", environment: Environment, reason: str) -> bool:
+def offer_restart(console: Console, args: Arguments, environment: Environment, reason: str) -> bool:
     """Restart a running ComfyUI for a change: as the flags say, or as a terminal answers; returns whether it was."""
     if not environment.is_running():
         return False
@@ -9082,7 +9095,7 @@ def offer_restart(console: Console, args: "argparse.Namespace", environment: Env
     return False
 
 
-def node_list(console: Console, args: "argparse.Namespace") -> Report:
+def node_list(console: Console, args: Arguments) -> Report:
     """The custom nodes of the manifest."""
     environment = selected(console, args)
     nodes = environment.nodes
@@ -9101,7 +9114,7 @@ def node_list(console: Console, args: "argparse.Namespace") -> Report:
     return Report({"name": environment.name, "nodes": items}, environment.name)
 
 
-def logs(console: Console, args: "argparse.Namespace") -> Report:
+def logs(console: Console, args: Arguments) -> Report:
     """The log of this run, of all runs, or as it grows."""
     environment = selected(console, args)
     path = environment.log_path
@@ -9169,7 +9182,7 @@ def follow_log(console: Console, environment: Environment, tail: int) -> None:
         time.sleep(FOLLOW_PAUSE)
 
 
-def completion(console: Console, args: "argparse.Namespace") -> Report:
+def completion(console: Console, args: Arguments) -> Report:
     """The script that teaches a shell our words; as it is, for a shell takes no other line ends."""
     if not console.json_mode:
         console.raw(args.help_text.encode())
@@ -9198,19 +9211,19 @@ def given_value(words: list[str], *flags: str) -> Optional[str]:
     return None
 
 
-def show_help(console: Console, args: "argparse.Namespace") -> Report:
+def show_help(console: Console, args: Arguments) -> Report:
     """How to use comfydock, or one of its commands."""
     return Report({"text": args.help_text})
 
 
-def show_version(console: Console, args: "argparse.Namespace") -> Report:
+def show_version(console: Console, args: Arguments) -> Report:
     """Which comfydock this is."""
     return Report({"text": f"comfydock {__version__}"})
 
 
 # ====================================================================================================================
 # 15. The command line
-# The only room that names argparse: a literal table of commands, and a parser that walks it.
+# The only room that names argparse: a literal table of commands, and what walks it to read words and to write help.
 
 
 class Option:
@@ -9236,24 +9249,28 @@ class Option:
         self.repeated = repeated
         self.completes = completes  # what a shell offers as its value: see VALUES
 
-    def add_to(self, parser: "argparse.ArgumentParser") -> None:
-        """Declare it to argparse."""
+    @property
+    def name(self) -> str:
+        """What its value is called in Arguments; "from" is a word of Python, so it cannot be that."""
+        name = self.flags[-1].strip("-").replace("-", "_")
+        return "from_dir" if name == "from" else name
+
+    def value_in(self, words: list[str]) -> Any:
+        """Its value, by the word that names it and perhaps the next one. Raises ValueError, which says why."""
+        flag, equals, text = words[0].partition("=")
         if not self.metavar:
-            parser.add_argument(*self.flags, action="store_true", help=self.text)
-            return
-        settings: dict[str, Any] = {
-            "metavar": self.metavar,
-            "type": self.kind,
-            "default": self.default,
-            "help": self.text,
-        }
-        if "--from" in self.flags:  # a word of Python, so it cannot name an attribute
-            settings["dest"] = "from_dir"
-        if self.bare is not None:
-            settings.update(nargs="?", const=self.bare)
-        if self.repeated:
-            settings.update(action="append", default=[])
-        parser.add_argument(*self.flags, **settings)
+            if equals:
+                raise ValueError(f"{flag} takes no value")
+            return True
+        if not equals and len(words) == 1 and self.bare is not None:
+            return self.bare
+        text = text if equals else "".join(words[1:])
+        if not equals and (not text or text.startswith("-") and not is_number(text[1:])):
+            raise ValueError(f"{flag} needs a value, {self.metavar}")
+        try:
+            return self.kind(text)
+        except ValueError:
+            raise ValueError(f"{flag} takes {self.metavar}, not '{text}'") from None
 
 
 class Command:
@@ -9263,7 +9280,7 @@ class Command:
         self,
         name: str,
         summary: str,
-        act: "Callable[[Console, argparse.Namespace], Report]",
+        act: "Callable[[Console, Arguments], Report]",
         words: "Callable[[dict[str, Any]], Iterator[str]]",
         options: "tuple[Option, ...]" = (),
         operands: "tuple[tuple[str, str], ...]" = (),
@@ -9282,6 +9299,11 @@ class Command:
         self.has_json = has_json
         self.examples = examples
         self.completes = completes  # what a shell offers as an operand: see VALUES
+
+
+def is_number(text: str) -> bool:
+    """Whether a word is a number of seconds or lines, and no argument of ComfyUI (such as 1.2.3.4)."""
+    return text.replace(".", "", 1).isdigit()
 
 
 def seconds(text: str) -> float:
@@ -9930,23 +9952,42 @@ def width_of(words: list[str], index: int, options: "tuple[Option, ...]") -> int
     if option.bare is None:
         return 2
     following = words[index + 1] if index + 1 < len(words) else ""
-    return 2 if following.replace(".", "", 1).isdigit() else 1
+    return 2 if is_number(following) else 1
 
 
-def split_words(words: list[str], command: Command) -> "tuple[list[str], list[str]]":
-    """(words of comfydock, words of ComfyUI). The first `--` is dropped, and all after it is ComfyUI's."""
+def read_words(words: list[str], command: Command) -> Arguments:
+    """What the words behind a command say. The first `--` is dropped, and all after it is ComfyUI's.
+
+    Raises CDEnvironmentError with code "usage".
+    """
     options = (*EVERYWHERE, *command.options)
-    ours: list[str] = []
+    values: dict[str, Any] = {option.name: option.default if option.metavar else False for option in options}
+    values.update({option.name: [] for option in options if option.repeated})
     theirs: list[str] = []
     index = 0
-    while index < len(words):
-        if words[index] == "--":
-            return ours, [*theirs, *words[index + 1 :]]
+    while index < len(words) and words[index] != "--":
         width = width_of(words, index, options)
         is_theirs = width == 0 or command.passes_on and is_comfyuis(words, index, bool(theirs))
-        (theirs if is_theirs else ours).extend(words[index : index + max(width, 1)])
+        taken = words[index : index + max(width, 1)]
+        option = None if is_theirs else option_named(taken[0], options)
+        if option is None:
+            theirs += taken
+        else:
+            keep_value(values, command, option, taken)
         index += max(width, 1)
-    return ours, theirs
+    return Arguments({**values, "comfyui_args": theirs + words[index + 1 :]})
+
+
+def keep_value(values: dict[str, Any], command: Command, option: Option, words: list[str]) -> None:
+    """Put what `words` give an option into `values`. Raises CDEnvironmentError with code "usage"."""
+    try:
+        value = option.value_in(words)
+    except ValueError as error:
+        raise CDEnvironmentError(f"'{command.name}': {error}.", f"comfydock help {command.name}", "usage") from None
+    if option.repeated:
+        values[option.name].append(value)
+    else:
+        values[option.name] = value
 
 
 def is_comfyuis(words: list[str], index: int, has_begun: bool) -> bool:
@@ -9957,19 +9998,14 @@ def is_comfyuis(words: list[str], index: int, has_begun: bool) -> bool:
     return has_level or has_begun and flag in ("-h", "--help", "-v", "--verbose")
 
 
-def parse(words: list[str]) -> "tuple[Command, argparse.Namespace]":
+def parse(words: list[str]) -> "tuple[Command, Arguments]":
     """The command and its arguments. Raises CDEnvironmentError with code "usage"."""
     command, rest = find_command(words)
     if command is None:
         command = COMMANDS[-1]
-    ours, theirs = split_words(rest, command)
-    parser = build_parser(command)
+    args = read_words(rest, command)
     if not command.passes_on:
-        theirs = take_operands(command, theirs)
-    args = parser.parse_args(ours)
-    if not command.passes_on:
-        set_operands(args, command, theirs)
-    args.comfyui_args = theirs
+        set_operands(args, command, take_operands(command, args.comfyui_args))
     return finish(command, args)
 
 
@@ -9989,14 +10025,15 @@ def take_operands(command: Command, words: list[str]) -> list[str]:
     return words
 
 
-def set_operands(args: "argparse.Namespace", command: Command, words: list[str]) -> None:
+def set_operands(args: Arguments, command: Command, words: list[str]) -> None:
     """Give each operand its word: NAME one, `ID...` a list, `[...]` perhaps none."""
     for name, _ in command.operands:
         plain = name.strip("[].").lower()
-        args.__dict__["ids" if plain == "id" else plain] = words if "..." in name else words[0] if words else None
+        value = words if "..." in name else words[0] if words else None
+        setattr(args, "ids" if plain == "id" else plain, value)
 
 
-def finish(command: Command, args: "argparse.Namespace") -> "tuple[Command, argparse.Namespace]":
+def finish(command: Command, args: Arguments) -> "tuple[Command, Arguments]":
     """What depends on more than one word: help, version, things that exclude each other."""
     by_name = {entry.name: entry for entry in COMMANDS}
     if args.version:
@@ -10020,7 +10057,7 @@ def finish(command: Command, args: "argparse.Namespace") -> "tuple[Command, argp
     refuse_alone(command, args, "dry_run", "port")
     for other in ("comfyui", "source", "torch_backend", "no_install"):
         refuse_together(command, args, "from_dir", other)
-    if args.json and (not command.has_json or args.__dict__.get("foreground")):
+    if args.json and (not command.has_json or args.foreground):
         what = "run --foreground" if command.has_json else command.name
         raise CDEnvironmentError(f"'{what}' streams a log, so it has no --json.", f"comfydock {what}", "usage")
     if command.name == "run":
@@ -10030,44 +10067,44 @@ def finish(command: Command, args: "argparse.Namespace") -> "tuple[Command, argp
     return command, args
 
 
-def refuse_alone(command: Command, args: "argparse.Namespace", one: str, other: str) -> None:
+def refuse_alone(command: Command, args: Arguments, one: str, other: str) -> None:
     """Raises CDEnvironmentError when the first option was given without the second, which it belongs to."""
-    if args.__dict__.get(one) and args.__dict__.get(other) is None:
+    if getattr(args, one) and getattr(args, other) is None:
         flags = [name.replace("_", "-") for name in (one, other)]
         raise CDEnvironmentError(f"--{flags[0]} needs --{flags[1]}.", f"comfydock help {command.name}", "usage")
 
 
-def refuse_together(command: Command, args: "argparse.Namespace", one: str, other: str) -> None:
+def refuse_together(command: Command, args: Arguments, one: str, other: str) -> None:
     """Raises CDEnvironmentError when both options were given."""
-    if args.__dict__.get(one) and args.__dict__.get(other):
+    if getattr(args, one) and getattr(args, other):
         flags = " and ".join("--" + name.replace("_dir", "").replace("_", "-") for name in (one, other))
         raise CDEnvironmentError(f"{flags} exclude each other.", f"comfydock help {command.name}", "usage")
 
 
 def build_parser(command: Command) -> "argparse.ArgumentParser":
-    """The parser of one command; the others' are never built."""
+    """The parser of one command, which writes its help; the others' are never built.
+
+    What was typed is read by `read_words`: argparse knows no words that belong to another program.
+    """
     import argparse
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> "Any":
-            raise CDEnvironmentError(f"'{command.name}': {message}.", f"comfydock help {command.name}", "usage")
-
-    def formatter(prog: str) -> argparse.HelpFormatter:  # made for each option: by itself it would import shutil for it
+    def formatter(prog: str) -> argparse.HelpFormatter:
         return argparse.RawDescriptionHelpFormatter(prog, width=columns(sys.stdout) - 2)
 
     operands = "".join(f" {name}" for name, _ in command.operands)
     passed_on = " [--] [ComfyUI's arguments]" if command.passes_on else ""
-    parser = Parser(
-        prog=f"comfydock {command.name}",
+    parser = argparse.ArgumentParser(
         usage=f"comfydock {command.name} [options]{operands}{passed_on}",
         description=command.summary[0].upper() + command.summary[1:] + ".",
         epilog="examples:\n" + "\n".join(f"  {line}" for line in command.examples),
         formatter_class=formatter,
         add_help=False,
-        allow_abbrev=False,
     )
     for option in (*command.options, *EVERYWHERE):
-        option.add_to(parser)
+        shown: dict[str, Any] = {"action": "store_true", "help": option.text}
+        if option.metavar:
+            shown.update(action="store", metavar=option.metavar, nargs=None if option.bare is None else "?")
+        parser.add_argument(*option.flags, **shown)
     return parser
 
 
@@ -10140,7 +10177,7 @@ def answer(console: Console, words: list[str]) -> int:
     command, args = parse(words)
     console.quiet, console.colour = args.quiet, args.color
     console.where = f" --workspace {as_word(args.workspace)}" if args.workspace else ""
-    streams = not command.has_json or args.__dict__.get("foreground")
+    streams = not command.has_json or args.foreground
     with traced(console.trace) if args.verbose else nullcontext():
         with nullcontext() if streams else console.ticking(command.name):
             report = command.act(console, args)
