@@ -717,6 +717,11 @@ class TheRecordIsTrustedOnlyWhenItIsOne(unittest.TestCase):
             state.started_at = started
             self.assertTrue(least <= state.get_uptime().total_seconds() < 65, started)
 
+    def test_a_run_id_is_a_random_uuid(self):
+        ids = {uuid.UUID(dock.random_uuid()) for _ in range(1000)}
+        self.assertEqual((len(ids), {(one.version, one.variant) for one in ids}), (1000, {(4, uuid.RFC_4122)}))
+        self.assertEqual({str(one)[19] for one in ids}, set("89ab"))
+
     def test_utc_now_is_read_back_as_now(self):
         self.assertAlmostEqual(dock.epoch_of(dock.utc_now()), time.time(), delta=1)
 
@@ -4161,8 +4166,8 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
     def test_how_it_was_called(self):
         with unittest.mock.patch.object(sys, "orig_argv", ["python3", "comfydock.py", "run"], create=True):
             self.assertEqual(dock.how_called(["comfydock.py"]), "python3 comfydock.py")
-        with unittest.mock.patch.object(dock, "on_path", return_value=True):
-            self.assertEqual(dock.how_called(["/usr/bin/comfydock"]), "comfydock")
+        folder = os.get_exec_path()[0]
+        self.assertEqual(dock.how_called([os.path.join(folder, "comfydock")]), "comfydock")
         self.assertIn(dock.how_called(["/tmp/a link/dock"]), ("'/tmp/a link/dock'", '"/tmp/a link/dock"'))
         with unittest.mock.patch.object(sys, "orig_argv", ["python", "-m", "comfydock"], create=True):
             self.assertEqual(dock.how_called(["/x/comfydock.py"]), "python -m comfydock")
