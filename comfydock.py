@@ -1624,13 +1624,19 @@ SYSTEM_HELPERS = {"conhost.exe"}  # Windows adds it below each process with a co
 PSUTIL_FACTS = ("pid", "ppid", "uids", "status", "create_time", "cmdline", "name")
 
 
+def plain_path(path: str) -> str:
+    """Return an absolute path as it compares: without dots, and in one case where paths have none."""
+    return PATH_RULES.normcase(PATH_RULES.normpath(path))
+
+
+def real_path(path: str) -> str:
+    """Return what is behind all links of a path, as it compares."""
+    return plain_path(PATH_RULES.realpath(path))
+
+
 def same_path(one: str, other: str) -> bool:
     """Tell whether two absolute paths are the same place: by spelling, else behind all links."""
-
-    def plain(path: str) -> str:
-        return PATH_RULES.normcase(PATH_RULES.normpath(path))
-
-    return plain(one) == plain(other) or plain(PATH_RULES.realpath(one)) == plain(PATH_RULES.realpath(other))
+    return plain_path(one) == plain_path(other) or real_path(one) == real_path(other)
 
 
 def is_python(name: str) -> bool:
@@ -1763,23 +1769,26 @@ class ProcessRow:
             return self.start_ticks >= parent.start_ticks
         return self.created is None or parent.created is None or self.created >= parent.created - 1
 
-    def runs(self, script: str, cwd_of: Callable[[int], Optional[str]]) -> bool:
-        """Tell whether this is a Python that runs the file `script` (absolute); `cwd_of` resolves a relative one.
+    def scripts(self, name: str, cwd_of: Callable[[int], Optional[str]]) -> list[str]:
+        """Return the absolute paths of what this Python may run as its script, if that is a file called `name`.
 
         Options such as -s, -u, -X utf8 may stand before the script. An editor of it, or another script that is given it
-        as an argument, does not count.
+        as an argument, does not count. `cwd_of` resolves relative paths.
         """
 
         def plain_name(path: str) -> str:
             return PATH_RULES.normcase(PATH_RULES.basename(path))
 
+        found = []
         for path in possible_scripts(self.command, self.joined):
-            if plain_name(path) != plain_name(script):
-                continue
-            folder = "" if PATH_RULES.isabs(path) else cwd_of(self.pid)
-            if folder is not None and same_path(PATH_RULES.join(folder, path), script):
-                return True
-        return False
+            if plain_name(path) == plain_name(name):
+                folder = "" if PATH_RULES.isabs(path) else cwd_of(self.pid)
+                found += [PATH_RULES.join(folder, path)] if folder is not None else []
+        return found
+
+    def runs(self, script: str, cwd_of: Callable[[int], Optional[str]]) -> bool:
+        """Tell whether this is a Python that runs the file `script` (absolute); see `scripts`."""
+        return any(same_path(path, script) for path in self.scripts(script, cwd_of))
 
 
 def parse_stat(
@@ -2449,23 +2458,30 @@ def family_of(row: ProcessRow, run_id: Optional[str]) -> list[ProcessRow]:
     return sorted(members, key=lambda one: (one.start_ticks or one.created or 0, one.pid))
 
 
-def scan_for_comfyui() -> list[ProcessRow]:
-    """Return the live processes that have a main.py in their command line, of whatever program."""
-    return [row for row in process_table().rows(containing="main.py") if row.state != "zombie"]
+Scan = dict[str, list[ProcessRow]]  # the live processes that run a main.py, by its real path
 
 
-def comfyui_processes(comfyui_path: str, scanned: Optional[list[ProcessRow]] = None) -> list[ProcessRow]:
-    """Return the live processes that run main.py of one checkout, among `scanned` or all that there are.
+def scan_for_comfyui() -> Scan:
+    """Return the live Pythons that run a file called main.py, by its real path."""
+    table = process_table()
+    found: Scan = {}
+    for row in table.rows(containing="main.py"):
+        for script in set(map(real_path, row.scripts("main.py", table.cwd))) if row.state != "zombie" else ():
+            found.setdefault(script, []).append(row)
+    return found
+
+
+def comfyui_processes(comfyui_path: str, scan: Optional[Scan] = None) -> list[ProcessRow]:
+    """Return the live processes that run main.py of one checkout, by `scan` or a new one.
 
     Forked workers show the same command line as their parent, and so does the child of a venv's python.exe on Windows:
     a candidate below a candidate is left out.
     """
-    table, script = process_table(), main_script(comfyui_path)
-    candidates = scan_for_comfyui() if scanned is None else scanned
-    found = {row.pid: row for row in candidates if row.runs(script, table.cwd)}
+    scan = scan_for_comfyui() if scan is None else scan
+    found = {row.pid: row for row in scan.get(real_path(main_script(comfyui_path)), [])} if scan else {}
     if len(found) < 2:
         return list(found.values())
-    rows = {row.pid: row for row in table.rows()}
+    rows = {row.pid: row for row in process_table().rows()}
     return [row for pid, row in found.items() if not ancestors_of(pid, rows) & found.keys()]
 
 
@@ -5883,49 +5899,47 @@ class Environment:
 
     # Looking -------------------------------------------------------------------------
 
-    def observe(self, scanned: "Optional[list[ProcessRow]]" = None, lock_held: bool = False) -> Sighting:
+    def observe(self, scan: Optional[Scan] = None, lock_held: bool = False) -> Sighting:
         """What is there now; changes nothing. Raises CDEnvironmentError for a broken manifest, OSError.
 
-        `scanned` are the rows of one `scan_for_comfyui`, when many environments are looked at.
+        `scan` is one `scan_for_comfyui` for all, when many environments are looked at.
         Whoever holds the process lock says so: then no starter can be at work. For others the
         record may change between the look at it and the look at the processes: then they look again.
         """
         for _ in range(10):
             found = look_up_state(self.paths.state)
-            sight = self._observe(*found, scanned, lock_held)
+            sight = self._observe(*found, scan, lock_held)
             if lock_held or look_up_state(self.paths.state) == found:
                 break
-            scanned = None
+            scan = None
         return sight
 
     def _observe(
         self,
         record: Optional[ProcessState],
         is_damaged: bool,
-        scanned: "Optional[list[ProcessRow]]",
+        scan: Optional[Scan],
         lock_held: bool,
     ) -> Sighting:
         if record is None:
-            return self._unrecorded(None, STOPPED, "damaged" if is_damaged else "", scanned)
+            return self._unrecorded(None, STOPPED, "damaged" if is_damaged else "", scan)
         place = place_of(record.identity if record.pid else record.starter.get("identity", {}))
         if place == "foreign":
             return Sighting(FOREIGN, record)
         if record.pid is None:
-            return self._intended(record, place, scanned, lock_held)
+            return self._intended(record, place, scan, lock_held)
         row = find_process(record.pid, record.identity, self._script) if place == "here" else None
         if row is not None:
             return Sighting(RUNNING, record, row)
-        return self._unrecorded(record, *self._ending(record, place), scanned)
+        return self._unrecorded(record, *self._ending(record, place), scan)
 
-    def _intended(
-        self, record: ProcessState, place: str, scanned: "Optional[list[ProcessRow]]", lock_held: bool
-    ) -> Sighting:
+    def _intended(self, record: ProcessState, place: str, scan: Optional[Scan], lock_held: bool) -> Sighting:
         """An intent without a PID: somebody is starting ComfyUI, or was killed while starting it."""
         starter = record.starter
         is_alive = place == "here" and find_process(starter.get("pid"), starter.get("identity", {})) is not None
         if is_alive and not lock_held:
             return Sighting(STARTING, record)
-        return self._unrecorded(record, STOPPED, "interrupted", scanned)
+        return self._unrecorded(record, STOPPED, "interrupted", scan)
 
     @staticmethod
     def _ending(record: ProcessState, place: str) -> "tuple[str, str]":
@@ -5935,11 +5949,9 @@ class Environment:
         ended_well = record.wanted == STOPPED or (record.last_exit or {}).get("code") == 0
         return (STOPPED if ended_well else CRASHED), ""
 
-    def _unrecorded(
-        self, record: Optional[ProcessState], state: str, note: str, scanned: "Optional[list[ProcessRow]]"
-    ) -> Sighting:
+    def _unrecorded(self, record: Optional[ProcessState], state: str, note: str, scan: Optional[Scan]) -> Sighting:
         """A live ComfyUI of this checkout that the record does not name, else `state` and `note`."""
-        rows = comfyui_processes(self._checkout, scanned)
+        rows = comfyui_processes(self._checkout, scan)
         return Sighting(RUNNING, record, rows[0], "untracked") if rows else Sighting(state, record, None, note)
 
     def is_running(self) -> bool:
@@ -7408,8 +7420,8 @@ class Workspace:
     def reports(self, timeout: float = 0.5) -> list[dict[str, Any]]:
         """What `list` tells: each environment described, with one look at the processes and all probes at once."""
         environments = self.list_environments()
-        scanned = scan_for_comfyui()
-        sights = [observe_or_say(environment, scanned) for environment in environments]
+        scan = scan_for_comfyui()
+        sights = [observe_or_say(environment, scan) for environment in environments]
         alive = [index for index, sight in enumerate(sights) if sight.row is not None]
         configs = [environments[index].config_of(sights[index]) for index in alive]
         answers = dict(zip(alive, probe_all(configs, timeout)))
@@ -7433,7 +7445,7 @@ class Workspace:
     def tracker_of(self, pid: int) -> Optional[Environment]:
         """The environment whose record names the living process `pid`, or None."""
         for environment in self.list_environments():
-            sight = environment.observe(scanned=[])
+            sight = environment.observe(scan={})
             if sight.row is not None and sight.row.pid == pid:
                 return environment
         return None
@@ -7480,10 +7492,10 @@ class Workspace:
             write_atomic(self.paths.settings, (json.dumps(settings, indent=2) + "\n").encode())
 
 
-def observe_or_say(environment: Environment, scanned: "list[ProcessRow]") -> Sighting:
+def observe_or_say(environment: Environment, scan: Scan) -> Sighting:
     """What is there of one of many environments; one whose files are closed to us does not hide the others."""
     try:
-        return environment.observe(scanned)
+        return environment.observe(scan)
     except OSError:
         return Sighting(STOPPED, note="unreadable")
 
