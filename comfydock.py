@@ -2410,18 +2410,21 @@ def stands_still(row: ProcessRow) -> bool:
     return all(state in b"TtZX" for state in states)
 
 
-def wait_for_exit(row: ProcessRow, seconds: float, meanwhile: Optional[Callable[[], bool]] = None) -> bool:
+def wait_for_exit(
+    row: ProcessRow, seconds: float, meanwhile: Optional[Callable[[], bool]] = None, pause: float = 0.05
+) -> bool:
     """Wait up to `seconds` for the end of a process; True when it has ended (a zombie has).
 
-    `meanwhile` is called every 20 to 50 ms; when it returns True the wait is broken off, and the answer is False.
+    `meanwhile` is called every `pause` seconds at most; when it returns True the wait is broken off, and the answer is
+    False. Where the system cannot tell of an end, the process is looked at twice as often.
     """
     deadline = time.monotonic() + seconds
     while still_runs(row):
         left = deadline - time.monotonic()
         if left <= 0 or meanwhile is not None and meanwhile():
             return False
-        if wait_handle(row.pid, min(left, 0.05)) is None:
-            time.sleep(min(left, 0.02))
+        if wait_handle(row.pid, min(left, pause)) is None:
+            time.sleep(min(left, pause / 2))
     return True
 
 
@@ -6608,6 +6611,8 @@ class Environment:
             end_all([row])
 
     def _want_stopped(self, record: ProcessState) -> None:
+        if record.wanted == STOPPED:
+            return
         record.wanted = STOPPED
         try:
             self._write_state(record)
@@ -6638,8 +6643,9 @@ class Environment:
             self._require_restartable(sight)
             if sight.row is not None:
                 self._require_port_for_restart(sight)
-                if sight.record is not None:  # a full disk shows now, not when ComfyUI is down already
-                    self._write_state(sight.record)
+                if sight.record is not None and sight.note != "untracked":
+                    sight.record.wanted = STOPPED
+                    self._write_state(sight.record)  # a full disk shows now, not when ComfyUI is down already
                 self._stop_seen(sight, timeout)
             record = self._read_state() or read_state(self.paths.last_run)
             if record is None:
@@ -6727,9 +6733,9 @@ class Environment:
         record, row = sight.record, sight.row
         if record is None or row is None or not is_port_bound(record.port, host=record.host):
             return
-        own = {row.pid, *(member.pid for member in family_of(row, record.run_id))}
         holders = process_table().listeners(record.port)
-        if holders and not own.intersection(holders):
+        is_its_own = row.pid in holders or any(member.pid in holders for member in family_of(row, record.run_id))
+        if holders and not is_its_own:
             raise self._port_in_use(ComfyUIConfig(record.host, record.port), {})
 
     @staticmethod
@@ -7628,7 +7634,8 @@ class Monitor:
         """
         while self.record is not None and self.record.pid is not None:
             self._become_sleeper(self.record.pid)
-            if not wait_handle_or_sleep(self.record.pid, HEALTH_PAUSE):
+            row = process_table().row(self.record.pid)
+            if row is not None and not wait_for_exit(row, HEALTH_PAUSE, pause=0.5):
                 self.look_after()
                 continue
             if not self.goes_on(exit_code_of(self.record.pid)):
@@ -7788,20 +7795,6 @@ def wait_beside() -> None:  # noqa: C901 (a whole program)
         if is_news or now - began > float(longest) or os.path.exists(log) and os.path.getsize(log) > int(limit):
             wake("look")
     wake("ended:" + code_of_child())
-
-
-def wait_handle_or_sleep(pid: int, seconds: float) -> bool:
-    """Whether a process ended within `seconds`; where the system cannot tell, look every half second."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        ended = wait_handle(pid, deadline - time.monotonic())
-        if ended is not None:
-            return ended
-        row = process_table().row(pid)
-        if row is None or row.state == "zombie":
-            return True
-        time.sleep(0.5)
-    return False
 
 
 HIDDEN_ENTRIES = {"--console-interrupt": console_interrupt_entry, "--monitor": monitor_entry}

@@ -310,6 +310,11 @@ def has(program):
     return shutil.which(program) is not None
 
 
+def has_module(name):
+    """Whether a module can be imported."""
+    return importlib.util.find_spec(name) is not None
+
+
 def can_link():
     """Whether links can be made: not under Wine, and on Windows only with a right that few have."""
     with tempfile.TemporaryDirectory() as folder:
@@ -4270,6 +4275,20 @@ class CompletionScripts(unittest.TestCase):
                         shown = f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}"
                         self.assertIn(shown if shell == "fish" else flag, script, shell)
 
+    @unittest.skipUnless(
+        has_module("tree_sitter_powershell"), "no grammar of PowerShell: pip install tree-sitter-powershell"
+    )
+    def test_the_script_for_powershell_is_powershell(self):
+        import tree_sitter
+        import tree_sitter_powershell
+
+        parser = tree_sitter.Parser(tree_sitter.Language(tree_sitter_powershell.language()))
+        self.assertTrue(parser.parse(b"if ($x { y }").root_node.has_error)
+        with unittest.mock.patch.object(
+            dock, "own_command", return_value=["/it's here/py $x", "-c", "a; b", 'say "x"']
+        ):
+            self.assertFalse(parser.parse(dock.completion_script("powershell").encode()).root_node.has_error)
+
     def test_every_kind_of_value_is_known(self):
         known = {"", "environments", "nodes", "folders", "files", "commands", *dock.VALUES}
         for thing in (*dock.COMMANDS, *dock.EVERYWHERE, *(one for command in dock.COMMANDS for one in command.options)):
@@ -7348,6 +7367,7 @@ def sleeping_monitor(bench):
     """The PID of a monitor that has nothing to do."""
     bench.starts("--monitor")
     pid = bench.person.state()["monitor"]["pid"]
+    eventually(lambda: bench.person.state()["health"]["status"] == "healthy")  # it wakes once more to note that
     eventually(lambda: "wait_beside" in dock.process_table().row(pid).text)
     time.sleep(1)
     return pid
