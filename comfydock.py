@@ -9075,22 +9075,29 @@ def change_nodes_one_by_one(
     return Report(data, environment.name, 0 if all(item["ok"] for item in items) else 1)
 
 
+def is_at_work(console: Console, environment: Environment) -> bool:
+    """Whether ComfyUI has queued work, which is said: it is not thrown away for a change of nodes."""
+    counts = environment.queue()
+    if counts is None or not any(counts):
+        return False
+    console.say(f"\n⚠️  ComfyUI is at work: {queue_words(*counts)}.")
+    return True
+
+
 def stop_for_change(console: Console, args: Arguments, environment: Environment) -> bool:
     """On Windows: stop a running ComfyUI before its files change, if that was asked for or agreed to."""
     if not files_are_locked_in_use() or args.no_restart or not environment.is_running():
         return False
+    busy = is_at_work(console, environment)
     question = "ComfyUI is running and locks its files. Stop it, make the change, and start it again?"
-    return bool(args.restart or console.ask(question, True)) and environment.stop_for_restart()
+    return bool(args.restart and not busy or console.ask(question, not busy)) and environment.stop_for_restart()
 
 
 def offer_restart(console: Console, args: Arguments, environment: Environment, reason: str) -> bool:
     """Restart a running ComfyUI for a change: as the flags say, or as a terminal answers; returns whether it was."""
     if not environment.is_running():
         return False
-    counts = environment.queue()
-    busy = counts is not None and any(counts)
-    if busy and counts is not None:
-        console.say(f"\n⚠️  ComfyUI is at work: {queue_words(*counts)}.")
+    busy = is_at_work(console, environment)
     if args.restart and not busy:
         console.say("\n🔄 ComfyUI is running. Restarting to apply changes...")
         return environment.restart()

@@ -5664,6 +5664,19 @@ class QueuedWork(Journey):
         code, said = self.person.at_a_terminal("stop", answers=[b"y\n"])
         self.assertEqual((code, alive(data["pid"])), (0, False), said)
 
+    def test_where_files_are_locked_in_use_work_is_not_cut_off_for_a_change_of_nodes(self):
+        data = self.busy_demo()
+        environment = dock.Workspace(self.person.workspace).get_environment("demo")
+        args = dock.Arguments({"restart": True, "no_restart": False})
+        with unittest.mock.patch.object(dock, "files_are_locked_in_use", return_value=True):
+            self.assertFalse(dock.stop_for_change(dock.Console(None, None, None), args, environment))
+            self.assertTrue(alive(data["pid"]))
+            post(data["port"], "/queue", {"clear": True})
+            post(data["port"], "/interrupt", {})
+            eventually(lambda: environment.queue() == (0, 0))
+            self.assertTrue(dock.stop_for_change(dock.Console(None, None, None), args, environment))
+        self.assertFalse(alive(data["pid"]))
+
     def test_force_does_not_ask(self):
         data = self.busy_demo()
         self.assertEqual(self.person.types("stop", "--force").returncode, 0)
