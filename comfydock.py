@@ -149,16 +149,15 @@ if not TYPE_CHECKING:
         """Stands for dataclasses.dataclass, which writes and compiles the methods of each class at every start."""
         names = tuple(kind.__annotations__)
         defaults = {name: value for name, value in vars(kind).items() if name in names}
+        made_anew = {name: value.default_factory for name, value in defaults.items() if isinstance(value, field)}
+        known = frozenset(names)
+        needed = known - defaults.keys()
 
         def __init__(self, *values, **named):
             given = {**dict(zip(names, values)), **named}
-            if len(given) < len(values) + len(named) or not given.keys() <= set(names):
-                raise TypeError(f"{kind.__name__} takes each of {', '.join(names)} once")
-            for name in names:
-                if name not in given and name not in defaults:
-                    raise TypeError(f"{kind.__name__} needs {name}")
-                value = given[name] if name in given else defaults[name]
-                setattr(self, name, value.default_factory() if isinstance(value, field) else value)
+            if len(given) < len(values) + len(named) or not needed <= given.keys() <= known:
+                raise TypeError(f"{kind.__name__}({', '.join(names)}): an argument is missing, unknown or given twice")
+            vars(self).update({**defaults, **{name: make() for name, make in made_anew.items()}, **given})
             if hasattr(kind, "__post_init__"):
                 self.__post_init__()
 
@@ -171,7 +170,7 @@ if not TYPE_CHECKING:
         def __repr__(self):
             return f"{kind.__name__}({', '.join(f'{name}={value!r}' for name, value in zip(names, values_of(self)))})"
 
-        for name in [name for name, value in defaults.items() if isinstance(value, field)]:
+        for name in made_anew:
             delattr(kind, name)
         kind.__init__, kind.__eq__, kind.__hash__, kind.__repr__ = __init__, __eq__, None, __repr__
         kind.__match_args__, kind.__dataclass_fields__ = names, FieldsOnDemand(defaults)
@@ -2481,7 +2480,7 @@ def comfyui_processes(comfyui_path: str, scan: Optional[Scan] = None) -> list[Pr
     a candidate below a candidate is left out.
     """
     scan = scan_for_comfyui() if scan is None else scan
-    found = {row.pid: row for row in scan.get(real_path(main_script(comfyui_path)), [])} if scan else {}
+    found = {row.pid: row for row in scan.get(real_path(main_script(comfyui_path)), [])}
     if len(found) < 2:
         return list(found.values())
     rows = {row.pid: row for row in process_table().rows()}
@@ -5954,7 +5953,7 @@ class Environment:
 
     def _unrecorded(self, record: Optional[ProcessState], state: str, note: str, scan: Optional[Scan]) -> Sighting:
         """A live ComfyUI of this checkout that the record does not name, else `state` and `note`."""
-        rows = comfyui_processes(self._checkout, scan)
+        rows = comfyui_processes(self._checkout, scan) if scan != {} else []
         return Sighting(RUNNING, record, rows[0], "untracked") if rows else Sighting(state, record, None, note)
 
     def is_running(self) -> bool:
