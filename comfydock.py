@@ -25,8 +25,8 @@ is a process as the system shows it; a sighting is both together; a report is wh
 To follow `comfydock run`: main (16) -> answer -> run (14) -> Environment.run -> _start (9) ->
 create_background_process (3). To vendor it: `comfydock.Workspace().get_environment("main").run(["--port", "8190"])`.
 
-The file is read downward: a definition uses only what stands above it. Two programs live here as guests, exempt from
-the rules at the doors: the demo (10) and the monitor's sleeper (`wait_beside`, 12).
+The file is read downward: a room uses only itself and what stands above it. Two programs live here as guests, exempt
+from the rules at the doors: the demo (10) and the monitor's sleeper (`wait_beside`, 12).
 
     1. Words                         what the others speak of
     2. Places                        the layout on disk
@@ -130,23 +130,28 @@ if not TYPE_CHECKING:
     class FieldsOnDemand:
         """The `__dataclass_fields__` of a record: who asks (asdict, replace, is_dataclass ...) gets the real ones."""
 
-        def __init__(self, defaults):
-            self.defaults = defaults
+        def __init__(self, kind, defaults):
+            self.kind, self.defaults = kind, defaults
 
-        def __get__(self, record, kind):
+        def __get__(self, record, asker):  # the asker may be a class derived from the record's
             import dataclasses
 
             columns = []
-            for name, type_ in kind.__annotations__.items():
+            for name, type_ in self.kind.__annotations__.items():
                 default = self.defaults.get(name, dataclasses.MISSING)
                 if isinstance(default, field):
                     default = dataclasses.field(default_factory=default.default_factory)
                 columns.append((name, type_) if default is dataclasses.MISSING else (name, type_, default))
-            kind.__dataclass_fields__ = dataclasses.make_dataclass(kind.__name__, columns).__dataclass_fields__
-            return kind.__dataclass_fields__
+            real = dataclasses.make_dataclass(self.kind.__name__, columns)
+            for name in ("__dataclass_params__", "__dataclass_fields__"):
+                setattr(self.kind, name, getattr(real, name))
+            return real.__dataclass_fields__
 
     def dataclass(kind):
-        """Stands for dataclasses.dataclass, which writes and compiles the methods of each class at every start."""
+        """Stands for dataclasses.dataclass, which writes and compiles the methods of each class at every start.
+
+        Not offered: inheritance among records, and what nobody here needs (order, frozen, slots, copy.replace).
+        """
         names = tuple(kind.__annotations__)
         defaults = {name: value for name, value in vars(kind).items() if name in names}
         made_anew = {name: value.default_factory for name, value in defaults.items() if isinstance(value, field)}
@@ -156,7 +161,8 @@ if not TYPE_CHECKING:
         def __init__(self, *values, **named):
             given = {**dict(zip(names, values)), **named}
             if len(given) < len(values) + len(named) or not needed <= given.keys() <= known:
-                raise TypeError(f"{kind.__name__}({', '.join(names)}): an argument is missing, unknown or given twice")
+                wrong = sorted(given.keys() - known) or sorted(needed - given.keys()) or "given twice"
+                raise TypeError(f"{kind.__name__}({', '.join(names)}): unknown, missing or repeated: {wrong}")
             vars(self).update({**defaults, **{name: make() for name, make in made_anew.items()}, **given})
             if hasattr(kind, "__post_init__"):
                 self.__post_init__()
@@ -165,7 +171,7 @@ if not TYPE_CHECKING:
             return [getattr(record, name) for name in names]
 
         def __eq__(self, other):
-            return values_of(self) == values_of(other) if type(other) is kind else NotImplemented
+            return values_of(self) == values_of(other) if type(other) is type(self) else NotImplemented
 
         def __repr__(self):
             return f"{kind.__name__}({', '.join(f'{name}={value!r}' for name, value in zip(names, values_of(self)))})"
@@ -173,7 +179,7 @@ if not TYPE_CHECKING:
         for name in made_anew:
             delattr(kind, name)
         kind.__init__, kind.__eq__, kind.__hash__, kind.__repr__ = __init__, __eq__, None, __repr__
-        kind.__match_args__, kind.__dataclass_fields__ = names, FieldsOnDemand(defaults)
+        kind.__match_args__, kind.__dataclass_fields__ = names, FieldsOnDemand(kind, defaults)
         return kind
 
 
@@ -637,7 +643,12 @@ class WorkspacePaths:
 
 
 class EnvironmentPaths:
-    """Where an environment keeps its things, all as absolute str."""
+    """Where an environment keeps its things, all as absolute str. IGNORED is what is no part of its history in git."""
+
+    IGNORED = (
+        ".comfyui.state .comfyui.state.damaged .comfyui.last .comfyui.lock .content.lock .complete "
+        ".create.json .manifest.json .sync.json removed/ *.tmp"
+    ).split()
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -678,6 +689,11 @@ def rotation_draft(log_path: str) -> str:
 def main_script(comfyui_path: str) -> str:
     """The file that starts ComfyUI in a checkout."""
     return os.path.join(comfyui_path, "main.py")
+
+
+def custom_nodes_of(comfyui_path: str) -> str:
+    """The folder of a checkout that ComfyUI loads nodes from."""
+    return os.path.join(comfyui_path, "custom_nodes")
 
 
 def current_folder() -> str:
@@ -781,8 +797,9 @@ def own_command() -> list[str]:
     if not os.path.isfile(here):
         return [sys.executable, os.path.dirname(here)]
     folder, file = os.path.split(here)
-    name = file.removesuffix(".py")
-    return [sys.executable, "-c", IMPORTED.format(name), folder] if name.isidentifier() else [sys.executable, here]
+    name, suffix = os.path.splitext(file)
+    is_module = suffix == ".py" and name.isidentifier()
+    return [sys.executable, "-c", IMPORTED.format(name), folder] if is_module else [sys.executable, here]
 
 
 def random_uuid() -> str:
@@ -1426,8 +1443,6 @@ def traced(tell: Tell) -> Iterator[None]:
 def trace(line: str) -> None:
     """Tell a line to those who want to know; what stands before the @ of an address may be a password."""
     if TRACERS:
-        import re
-
         line = re.sub(r"://[^/@\s]+@", "://***@", line)
     for tell in TRACERS:
         tell(line)
@@ -1505,7 +1520,7 @@ def ignore_interrupts() -> None:
 def noted_signals() -> Iterator[list[str]]:
     """Yield a list to which SIGINT, SIGTERM and SIGHUP add "interrupt", "terminate", "hangup" instead of acting.
 
-    Off the main thread, where handlers cannot be set, the list stays empty.
+    Off the main thread, where handlers cannot be set, the list stays empty. A SIGHUP ignored by nohup stays so.
     """
     import signal
 
@@ -1515,7 +1530,8 @@ def noted_signals() -> Iterator[list[str]]:
     try:
         for name, word in words.items():
             number = getattr(signal, name, None)
-            if number is not None:
+            is_deaf = name == "SIGHUP" and number is not None and signal.getsignal(number) is signal.SIG_IGN
+            if number is not None and not is_deaf:
                 before[number] = signal.signal(number, lambda *_, word=word: received.append(word))
     except ValueError:
         pass
@@ -1523,7 +1539,7 @@ def noted_signals() -> Iterator[list[str]]:
         yield received
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def pumped_lines(process: "subprocess.Popen[str]", deadline: Optional[float]) -> Iterator[tuple[str, str]]:
@@ -1563,7 +1579,7 @@ def run_command(
     cwd: Optional[str] = None,
     env: Optional[dict[str, str]] = None,
     timeout: Optional[float] = None,
-    tell: Optional[Callable[[str], None]] = None,
+    tell: Tell = say_nothing,
 ) -> "subprocess.CompletedProcess[str]":
     """Run a command to its end and return its code and output (text; bytes that are not UTF-8 are replaced).
 
@@ -1594,8 +1610,7 @@ def run_command(
     try:
         for name, line in pumped_lines(process, deadline):
             output[name].append(line)
-            if tell is not None:
-                tell(line.rstrip("\n"))
+            tell(line.rstrip("\n"))
         code = process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
     except BaseException as error:
         end_group(process)
@@ -2404,7 +2419,7 @@ def stands_still(row: ProcessRow) -> bool:
         threads = os.listdir(folder)
     except OSError:
         now = process_table().row(row.pid)
-        return now is None or now.state != "running" or files_are_locked_in_use()
+        return now is None or now.state != "running" or IS_WINDOWS  # which tells no such state
     states = (read_bytes(f"{folder}/{thread}/stat").rpartition(b") ")[2][:1] for thread in threads)
     return all(state in b"TtZX" for state in states)
 
@@ -2458,6 +2473,11 @@ def family_of(row: ProcessRow, run_id: Optional[str]) -> list[ProcessRow]:
     family |= {pid for pid in rows if run_id and markers.get(pid) == run_id}
     members = (rows[pid] for pid in family - spared if rows[pid].name.lower() not in SYSTEM_HELPERS)
     return sorted(members, key=lambda one: (one.start_ticks or one.created or 0, one.pid))
+
+
+def run_id_of(row: ProcessRow) -> Optional[str]:
+    """Return the run id that a process bears in its environment, None where it has none or does not tell."""
+    return process_table().markers().get(row.pid)
 
 
 Scan = dict[str, list[ProcessRow]]  # the live processes that run a main.py, by its real path
@@ -2534,15 +2554,33 @@ def http_get(config: ComfyUIConfig, path: str, timeout: float, limit: int = ANSW
 
 @contextmanager
 def _connected(config: ComfyUIConfig, host: str, deadline: float) -> "Iterator[Any]":
-    import socket
-
-    with socket.create_connection((plain_host(host), config.port), _remaining(deadline)) as plain:
+    with connected_socket(host, config.port, deadline) as plain:
         plain.settimeout(_remaining(deadline))
         if not config.tls:
             yield plain
             return
         with _loopback_tls().wrap_socket(plain) as secured:
             yield secured
+
+
+def connected_socket(host: str, port: int, deadline: float) -> Any:
+    """A TCP connection to the first address of a host that takes one. Raises OSError; TimeoutError at the deadline.
+
+    socket.create_connection would give each address the whole time.
+    """
+    import socket
+
+    problem: OSError = ConnectionRefusedError(f"{host} has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(plain_host(host), port, type=socket.SOCK_STREAM):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(_remaining(deadline))
+            connection.connect(address)
+            return connection
+        except OSError as error:
+            connection.close()
+            problem = error
+    raise problem
 
 
 def _loopback_tls() -> "Any":
@@ -2696,7 +2734,7 @@ def _can_bind(name: str, port: int) -> bool:
 
     try:
         places = socket.getaddrinfo(plain_host(name) or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError:
+    except (OSError, UnicodeError):
         return True  # ComfyUI itself will say that the name does not resolve
     for family, kind, protocol, _, address in places:
         try:
@@ -2721,12 +2759,10 @@ def _bind_as_comfyui_does(trial: "Any", address: "Any") -> None:
 
 
 def _accepts(host: str, port: int) -> bool:
-    import socket
-
     try:
-        with socket.create_connection((plain_host(host), port), 0.2):
-            return True
-    except OSError:
+        connected_socket(host, port, time.monotonic() + 0.2).close()
+        return True
+    except (OSError, UnicodeError):
         return False
 
 
@@ -2907,7 +2943,7 @@ def fetch_json(url: str, limit: int = 16 * MEGABYTE) -> Any:
 # The only room that creates, replaces, renames or deletes.
 
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
-LOG_LIMIT = 10 * 1024 * 1024
+LOG_LIMIT = 10 * MEGABYTE
 BLOCK = 1 << 16  # bytes; what a pipe of Linux holds, so that reader and writer work side by side
 LOG_HEAD = 160  # bytes: the session header, which tells one log from another
 LEFTOVER_AGE = 60.0
@@ -2951,7 +2987,7 @@ def replace_file(source: str, target: str, seconds: float = 2.0) -> None:
         try:
             return os.replace(source, target)
         except PermissionError:
-            if os.name != "nt" or time.monotonic() > deadline:
+            if not files_are_locked_in_use() or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
 
@@ -3054,9 +3090,14 @@ def locked(path: str, seconds: float, purpose: str) -> Iterator[None]:
 def _lock_by(path: str, deadline: float) -> int:
     while True:
         handle = _open_lock(path)
-        if lock_handle(handle) and _is_still_at(handle, path):
+        is_ours = False
+        try:
+            is_ours = lock_handle(handle) and _is_still_at(handle, path)
+        finally:
+            if not is_ours:
+                os.close(handle)
+        if is_ours:
             return handle
-        os.close(handle)
         if time.monotonic() > deadline:
             raise _locked_out(path)
         time.sleep(0.01)
@@ -3098,7 +3139,7 @@ def _locked_out(path: str) -> CDEnvironmentError:
         pid, purpose = "", ""
     holder = f" ('comfydock {purpose}', PID {pid})" if pid.isdigit() else ""
     return CDEnvironmentError(
-        f"Another comfydock command{holder} is busy with this environment.",
+        f"Another comfydock command{holder} is busy here.",
         "wait until it is done, then try again",
         "locked",
     )
@@ -3123,9 +3164,14 @@ def shift_old_logs(path: str, keep: int) -> None:
 
 def old_logs(path: str) -> list[str]:
     """The rotated logs that are there, oldest first."""
-    numbers = range(1, 1000)
-    present = [name for name in (older_log(path, number) for number in numbers) if os.path.exists(name)]
-    return present[::-1]
+    first = rotated(path)
+    try:
+        names = os.listdir(os.path.dirname(path))
+    except OSError:
+        return []
+    ends = [name[len(os.path.basename(first)) :] for name in names if name.startswith(os.path.basename(first))]
+    numbers = [int(end[1:] or 1) for end in ends if not end or end[0] == "." and end[1:].isdigit()]
+    return [older_log(path, number) for number in sorted(numbers, reverse=True)]
 
 
 def copy_log(path: str, target: str, start: int, spare: int) -> int:
@@ -4002,18 +4048,19 @@ def read_manifest(paths: EnvironmentPaths, python: Optional[str] = None) -> Mani
 
 
 @lru_cache(1024)
-def manifest_of(text: str, path: str, cache: str, python: Optional[str]) -> Manifest:
-    """The manifest that reads `text`: a command looks at it a dozen times. For the other parameters see read_manifest.
+def manifest_of(text: str, path: str, cache_path: str, python: Optional[str]) -> Manifest:
+    """The manifest that reads `text`, made once, for a command looks at it a dozen times: nobody changes it.
 
-    The text is the key of the JSON: it is short, and hashlib takes longer to import than the rest of `status`.
+    The parameters are those of read_manifest. The text is the key of the JSON: it is short, and hashlib takes longer to
+    import than the rest of `status`.
     """
-    cached = read_json(cache)
+    cached = read_json(cache_path)
     if cached.get("text") == text and isinstance(cached.get("settings"), dict):
         return Manifest(cached["settings"], cached.get("groups", {}))
     manifest = manifest_from(parse_toml(text, path, python))
     record = {"text": text, "settings": manifest.settings, "groups": manifest.groups}
     try:
-        write_atomic(cache, json.dumps(record, default=str).encode())
+        write_atomic(cache_path, json.dumps(record, default=str).encode())
     except OSError:
         pass  # a read-only workspace is read all the same
     return manifest
@@ -4264,11 +4311,7 @@ def same_repository(one: Optional[str], other: Optional[str]) -> bool:
 class GitManager:
     """The git repository of an environment's .cec folder: the history of its manifest."""
 
-    IGNORED = (
-        ".comfyui.state .comfyui.state.damaged .comfyui.last .comfyui.lock .content.lock .complete "
-        ".create.json .manifest.json .sync.json removed/ *.tmp"
-    ).split()
-    GITIGNORE = "\n".join(["# ComfyUI process state (runtime only, not configuration)", *IGNORED, ""])
+    GITIGNORE = "\n".join(["# ComfyUI process state (runtime only, not configuration)", *EnvironmentPaths.IGNORED, ""])
 
     def __init__(self, repo_path: str) -> None:
         self.repo_path = str(repo_path)
@@ -4306,7 +4349,7 @@ class GitManager:
         exclude = os.path.join(self.git_folder, "info", "exclude")
         known = read_any_text(self.ignore).splitlines() if os.path.isfile(self.ignore) else []
         excluded = read_any_text(exclude).splitlines() if os.path.isfile(exclude) else []
-        lacking = [line for line in self.IGNORED if line not in known + excluded]
+        lacking = [line for line in EnvironmentPaths.IGNORED if line not in known + excluded]
         if lacking:
             make_folder(os.path.dirname(exclude))
             write_atomic(exclude, "\n".join([*excluded, *lacking, ""]).encode(), 0o644)
@@ -4445,14 +4488,12 @@ def detect_torch_backend() -> str:
 
     CUDA 13 needs driver 580 or later and CUDA 12.8 driver 570 (NVIDIA's release notes).
     """
-    import shutil
-
-    if shutil.which("nvidia-smi"):
+    if on_path("nvidia-smi"):
         answer = run_command(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], timeout=30.0)
         driver = re.match(r"\s*(\d+)", answer.stdout)
         if answer.returncode == 0 and driver:
             return "cu130" if int(driver.group(1)) >= 580 else "cu128" if int(driver.group(1)) >= 570 else "cu126"
-    return "rocm6.4" if shutil.which("rocminfo") else "cpu"
+    return "rocm6.4" if on_path("rocminfo") else "cpu"
 
 
 def requirement_lines(text: str) -> list[str]:
@@ -4898,7 +4939,7 @@ class NodeManager:
     @property
     def custom_nodes(self) -> str:
         """The folder that ComfyUI loads nodes from."""
-        return os.path.join(self.comfyui, "custom_nodes")
+        return custom_nodes_of(self.comfyui)
 
     def folder_of(self, info: NodeInfo) -> str:
         """A node's folder. Raises CDEnvironmentError (code "name") when its name is none.
@@ -5168,8 +5209,8 @@ class NodeManager:
         make_folder(change.old)
         try:
             yield change
-        except BaseException:
-            self.undo(change)
+        except BaseException:  # Ctrl-C may come when the manifest was just replaced
+            (self.finish if change.holds(self.manifest) else self.undo)(change)
             raise
         self.finish(change)
 
@@ -5336,16 +5377,7 @@ class CreateOptions:
     no_install: bool = False
 
 
-@dataclass
-class CreateReport:
-    """What `create` made."""
-
-    comfyui_version: Optional[str] = None
-    commit: Optional[str] = None
-    python: Optional[str] = None
-
-
-def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Tell) -> CreateReport:
+def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Tell) -> None:
     """Make an environment; run again after a failure or a kill it goes on with the first stage that is not done.
 
     Raises CDEnvironmentError: code "exists" when there is a complete environment or a folder of somebody else; else as
@@ -5363,7 +5395,7 @@ def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Te
             creation.stage("requirements", creation.install_requirements)
         creation.stage("manifest", creation.write_manifest)
         creation.stage("git", creation.start_history)
-        return creation.finish()
+        creation.finish()
 
 
 def claim_place(paths: EnvironmentPaths) -> None:
@@ -5430,7 +5462,7 @@ class Creation:
             self.save()
             move(self.paths.partial, self.paths.comfyui)
         self.facts = code_facts(self.paths.comfyui, self.facts.get("comfyui_version"))
-        make_folder(os.path.join(self.paths.comfyui, "custom_nodes"))
+        make_folder(custom_nodes_of(self.paths.comfyui))
 
     def make_venv(self) -> None:
         """A new venv with pip in it, as ComfyUI-Manager needs it."""
@@ -5467,12 +5499,10 @@ class Creation:
         """The manifest's git repository, where git is."""
         GitManager(self.paths.cec).initialize_environment_repo(CREATE_MESSAGE)
 
-    def finish(self) -> CreateReport:
+    def finish(self) -> None:
         """The last stage: from here on it is an environment."""
         write_atomic(self.paths.complete, b"", 0o644)
         remove_file(self.paths.creation)
-        python = None if self.options.no_install else self.python
-        return CreateReport(self.facts["comfyui_version"], self.facts["comfyui_commit_sha"], python)
 
 
 def fetch_comfyui(options: CreateOptions, folder: str, tell: Tell) -> Optional[str]:
@@ -5583,6 +5613,7 @@ def adopt_environment(paths: EnvironmentPaths, name: str, comfyui: str, python: 
         raise CDEnvironmentError(f"{comfyui} holds no ComfyUI: there is no main.py", "name another folder", "not-found")
     claim_place(paths)
     with locked(paths.content_lock, 5.0, f"create {name}"):
+        claim_place(paths)  # another command may have completed it meanwhile
         settings = {**code_facts(comfyui), "comfyui_path": comfyui, "python_path": python}
         write_atomic(paths.manifest, first_manifest(name, settings, [], []).encode(), 0o644)
         found = NodeManager(paths, python, tell).folders()
@@ -5603,8 +5634,8 @@ def write_demo_manifest(paths: EnvironmentPaths, name: str, python: str) -> None
     write_atomic(paths.complete, b"", 0o644)
 
 
-def delete_environment(paths: EnvironmentPaths) -> None:
-    """Delete an environment's folder. Links and junctions out of it are cut; an adopted checkout stays.
+def delete_environment(paths: EnvironmentPaths, idle: Any) -> None:
+    """Delete an environment's folder inside the context `idle`. Links and junctions out of it are cut.
 
     `.complete` goes first, so that a deletion that breaks off leaves nothing that looks whole; `.cec` goes last. Raises
     CDEnvironmentError: code "locked", "mounted", "in-use" as the steps do, or "adopted" when the checkout that was
@@ -5617,13 +5648,13 @@ def delete_environment(paths: EnvironmentPaths) -> None:
     if adopted and os.path.realpath(adopted).startswith(os.path.join(os.path.realpath(paths.root), "")):
         message = f"{adopted} was adopted and lies inside {paths.root}"
         raise CDEnvironmentError(message, "move it out first", "adopted")
-    with locked(paths.content_lock, 5.0, "delete the environment"):
+    with locked(paths.content_lock, 5.0, "delete the environment"), idle:
         refuse_mounts(paths.root)
         remove_file(paths.complete)
         for name in os.listdir(paths.root):
             if os.path.join(paths.root, name) != paths.cec:
                 remove_tree(os.path.join(paths.root, name))
-    remove_tree(paths.root)  # Windows deletes no file that is open, as the lock is until here
+    remove_tree(paths.root)  # Windows deletes no file that is open, as the locks are until here
 
 
 # ====================================================================================================================
@@ -5631,7 +5662,6 @@ def delete_environment(paths: EnvironmentPaths) -> None:
 # Returns or raises; never prints, asks or exits. The only room that decides to end a process.
 
 LOCK_SECONDS = 10.0
-EARLY_WATCH = EARLY_END_SECONDS
 LEAVING_SECONDS = 3.0  # a clean stop takes up to 2 s
 START_GRACE = 180.0  # first starts with many custom nodes take minutes: until then silence is no fault
 MONITOR_VARIABLE, EVENT_VARIABLE = "COMFYDOCK_MONITOR_TASK", "COMFYDOCK_MONITOR_EVENT"
@@ -5659,7 +5689,7 @@ def end_politely(
     meanwhile: "Optional[Callable[[], bool]]" = None,
     ignores_interrupt: bool = False,
 ) -> None:
-    """End one process: interrupt, terminate 3 s before the deadline, kill at `timeout` seconds.
+    """End one process: interrupt, terminate 3 s before the deadline (or half-way), kill at `timeout` seconds.
 
     `meanwhile` is called while waiting, and True from it kills at once. Raises CDEnvironmentError when the process is
     another user's or does not end.
@@ -5690,6 +5720,13 @@ def end_all(rows: "list[ProcessRow]") -> None:
         for row in rows:
             wait_for_exit(row, max(0.0, deadline - time.monotonic()))
             reap(row.pid)
+
+
+def end_with_family(row: ProcessRow, timeout: float) -> None:
+    """End a process that nobody recorded, and what belongs to it. Raises as `end_politely`."""
+    family = family_of(row, run_id_of(row))
+    end_politely(row, timeout)
+    end_all(family)
 
 
 def wake(row: ProcessRow) -> None:
@@ -5768,9 +5805,7 @@ def comfyui_on_port(port: int) -> ProcessRow:
 def stop_on_port(port: int, timeout: float) -> int:
     """End the ComfyUI on `port`, whoever started it, with its family; returns its PID. Raises as `comfyui_on_port`."""
     row = comfyui_on_port(port)
-    family = family_of(row, process_table().markers().get(row.pid))
-    end_politely(row, timeout)
-    end_all(family)
+    end_with_family(row, timeout)
     return row.pid
 
 
@@ -5890,9 +5925,6 @@ class Environment:
             sweep_folder(self.paths.cec)
             yield
 
-    def _parse_comfyui_args(self, args: list[str]) -> ComfyUIConfig:
-        return parse_comfyui_args(args)
-
     def folder_open_to_others(self) -> Optional[str]:
         """The first folder of ours in which every user of this machine may plant files, None when there is none."""
         shared, logs = self.workspace_paths, os.path.dirname(self.log_path)
@@ -5902,7 +5934,7 @@ class Environment:
     # Looking -------------------------------------------------------------------------
 
     def observe(self, scan: Optional[Scan] = None, lock_held: bool = False) -> Sighting:
-        """What is there now; changes nothing. Raises CDEnvironmentError for a broken manifest, OSError.
+        """What is there now; changes nothing. Raises CDEnvironmentError where no process table works, OSError.
 
         `scan` is one `scan_for_comfyui` for all, when many environments are looked at.
         Whoever holds the process lock says so: then no starter can be at work. For others the
@@ -6066,18 +6098,23 @@ class Environment:
 
     def note_health(self, status: str) -> None:
         """Record a health check. Left undone when another command is at work, for it is only a note."""
-        self._note(lambda record: _set_health(record, status))
+        self._note(0.5, last_health_check=utc_now(), health_status=status)
 
     def note_exit(self, run_id: Optional[str], code: Optional[int]) -> None:
         """Record how the run `run_id` ended, unless another has begun."""
-        self._note(lambda record: _set_exit(record, code) if record.run_id == run_id else None, LOCK_SECONDS)
+        self._note(LOCK_SECONDS, run_id, last_exit=exit_note(code))
 
-    def _note(self, change: "Callable[[ProcessState], None]", seconds: float = 0.5) -> None:
+    def note_monitor(self, run_id: Optional[str], note: dict[str, Any]) -> None:
+        """Record what the monitor of the run `run_id` has to tell, unless another has begun."""
+        self._note(LOCK_SECONDS, run_id, monitor=note)
+
+    def _note(self, seconds: float, run_id: Optional[str] = None, **fields: Any) -> None:
+        """Set fields of the record, of that run if one is named; `seconds` is the patience for the lock."""
         try:
             with self._process_lock("note", seconds):
                 record = self._read_state()
-                if record is not None and record.pid is not None:
-                    change(record)
+                if record is not None and record.pid is not None and run_id in (None, record.run_id):
+                    vars(record).update(fields)
                     self._write_state(record)
         except (CDEnvironmentError, OSError):
             pass
@@ -6110,11 +6147,13 @@ class Environment:
             path = self.log_path
             if not os.path.exists(path) or os.path.getsize(path) == 0:
                 return False
-            if sight.row is None or sight.record is None or sight.note == "untracked":
+            if sight.state == FOREIGN:
+                raise self._foreign(sight)
+            if sight.row is None:
                 shift_old_logs(path, keep)
                 replace_file(path, rotated(path))
-                return True
-            self._rotate_in_use(sight.row, sight.record, keep)
+            else:
+                self._rotate_in_use(sight.row, self._own_record(sight.row, sight), keep)
             return True
 
     def _rotate_in_use(self, row: ProcessRow, record: ProcessState, keep: int) -> None:
@@ -6189,7 +6228,7 @@ class Environment:
         parse_comfyui_args(words)
         self._require_startable()
         with self._process_lock("run"):
-            self._require_not_running(self._settled(self.observe(lock_held=True)), take_over)
+            self._require_not_running(self._after_leaving(self.observe(lock_held=True)), take_over)
             monitor = self.own_monitor_note() if monitored else None
             if auto_port:
                 return self._start_on_some_port(words, set_env or {}, monitor)
@@ -6215,11 +6254,12 @@ class Environment:
                 "missing",
             )
 
-    def _settled(self, sight: Sighting) -> Sighting:
+    def _after_leaving(self, sight: Sighting) -> Sighting:
         """What there is once a ComfyUI has ended that was told to, by a stop that was broken off then."""
-        row, record = sight.row, sight.record
-        is_leaving = row is not None and record is not None and record.wanted == STOPPED
-        return self.observe(lock_held=True) if row and is_leaving and wait_for_exit(row, LEAVING_SECONDS) else sight
+        is_told = sight.record is not None and sight.record.wanted == STOPPED and sight.note != "untracked"
+        if sight.row is not None and is_told and wait_for_exit(sight.row, LEAVING_SECONDS):
+            return self.observe(lock_held=True)
+        return sight
 
     def _require_not_running(self, sight: Sighting, take_over: bool) -> None:
         record, row = sight.record, sight.row
@@ -6382,13 +6422,13 @@ class Environment:
 
         The run is then recorded as a crash; but when it refused its arguments (code 2), nothing has changed.
         """
-        code = exit_code_within(process, EARLY_WATCH)
+        code = exit_code_within(process, EARLY_END_SECONDS)
         if code is None:
             release(process)
             self._process = process
             return
         reason = self.last_error()
-        _set_exit(record, code)
+        record.last_exit = exit_note(code)
         self._put_back(previous if code == 2 else record)
         raise CDEndedError(
             f"ComfyUI ended at once ({exit_words(code)})" + (f": {reason}" if reason else "."),
@@ -6396,9 +6436,15 @@ class Environment:
             code,
         )
 
+    def _own_record(self, row: ProcessRow, sight: Sighting) -> ProcessState:
+        """The record of a process that is seen; of an untracked one of ours it is written now."""
+        if sight.record is None or sight.note == "untracked":
+            return self._adopt(row, sight.record)
+        return sight.record
+
     def _adopt(self, row: ProcessRow, record: Optional[ProcessState]) -> ProcessState:
         """Record a live ComfyUI of ours that has no record. Raises CDEnvironmentError when it is somebody else's."""
-        run_id = process_table().markers().get(row.pid)
+        run_id = run_id_of(row)
         if not self._is_ours(run_id, record):
             raise CDEnvironmentError(
                 f"PID {row.pid} runs this ComfyUI ({self._checkout}), but environment '{self.name}' did not start it.",
@@ -6451,7 +6497,9 @@ class Environment:
         """
         hint = f"comfydock -e {self.name} run --no-sync  (starts it as it is)"
         try:
-            report = self.nodes.bring_in_line()
+            if self.nodes.is_in_line() or self.is_running():  # what runs is not changed: `run` will refuse
+                return SyncReport()
+            report = self.nodes.bring_in_line(force=True)
         except CDEnvironmentError as error:
             raise CDEnvironmentError(f"The environment is not in line: {error.message}", hint, "sync") from error
         if report.problems:
@@ -6478,14 +6526,12 @@ class Environment:
                 )
             if not still_runs(row):
                 raise CDEnvironmentError(f"PID {row.pid} has ended meanwhile.", "comfydock status", "ended")
-            return self.adopt(row, sight.record, process_table().markers().get(row.pid))
+            return self.adopt(row, sight.record, run_id_of(row))
 
     def end_orphan(self, row: ProcessRow, timeout: float = 10) -> None:
         """End an orphan and what it started. Raises CDEnvironmentError when it is another user's or does not end."""
         with self._process_lock("repair", timeout):
-            family = family_of(row, process_table().markers().get(row.pid))
-            end_politely(row, timeout)
-            end_all(family)
+            end_with_family(row, timeout)
 
     def clean_stale(self) -> bool:
         """Clear a record of what no longer runs here; whether there was one. Damaged ones are kept beside it."""
@@ -6590,11 +6636,10 @@ class Environment:
 
     def _stop_seen(self, sight: Sighting, timeout: float, meanwhile: "Optional[Callable[[], bool]]" = None) -> None:
         """End the process of a sighting and its family. The caller holds the process lock."""
-        row, record = sight.row, sight.record
+        row = sight.row
         if row is None:
             return
-        if record is None or sight.note == "untracked":
-            record = self._adopt(row, record)
+        record = self._own_record(row, sight)
         self._want_stopped(record)
         family = family_of(row, record.run_id)
         end_politely(row, timeout, meanwhile, bool(record.starter.get("interrupt_ignored")))
@@ -6673,8 +6718,7 @@ class Environment:
                     f"comfydock -e {self.name} restart",
                     "running",
                 )
-            if record is None or sight.note == "untracked":
-                record = self._adopt(row, record)
+            record = self._own_record(row, sight)
             record.monitor = note or self.own_monitor_note()
             self._write_state(record)
             return True
@@ -6708,10 +6752,6 @@ class Environment:
             self._await_port(record)
             self._start(record.args, record.env, previous=record, monitor=note)
             return True
-
-    def note_monitor(self, run_id: Optional[str], note: dict[str, Any]) -> None:
-        """Record what the monitor of the run `run_id` has to tell."""
-        self._note(lambda record: _set_monitor(record, note) if record.run_id == run_id else None, LOCK_SECONDS)
 
     def _require_restartable(self, sight: Sighting) -> None:
         if sight.state == FOREIGN:
@@ -6758,7 +6798,7 @@ def is_own_argv(argv: Optional[list[str]], script: str) -> bool:
     """Whether the command line that a server says it has can be of a ComfyUI started from `script`."""
     if not argv or not os.path.isabs(argv[0]):
         return True
-    return os.path.realpath(argv[0]) == os.path.realpath(script)
+    return same_path(argv[0], script)
 
 
 def exit_code_of(pid: int) -> Optional[int]:
@@ -6769,14 +6809,6 @@ def exit_code_of(pid: int) -> Optional[int]:
             return code
         time.sleep(0.01)
     return None
-
-
-def _set_health(record: ProcessState, status: str) -> None:
-    record.last_health_check, record.health_status = utc_now(), status
-
-
-def _set_monitor(record: ProcessState, note: dict[str, Any]) -> None:
-    record.monitor = note
 
 
 def parse_reply(said: bytes) -> dict[str, Any]:
@@ -6794,8 +6826,9 @@ def parse_reply(said: bytes) -> dict[str, Any]:
         }
 
 
-def _set_exit(record: ProcessState, code: Optional[int]) -> None:
-    record.last_exit = {"code": code, "at": utc_now()}
+def exit_note(code: Optional[int]) -> dict[str, Any]:
+    """What the record says of an end that was seen just now."""
+    return {"code": code, "at": utc_now()}
 
 
 def _health_word(state: str) -> str:
@@ -7347,22 +7380,14 @@ class Workspace:
         environment = self._environment(name)
         if os.path.isdir(environment.paths.cec) and (present is None or present.name != name):
             raise CDEnvironmentError(f"Environment '{name}' exists already.", f"comfydock -e {name} status", "exists")
-        interpreter = os.path.abspath(os.path.expanduser(python)) if python else find_checkout_python(checkout)
-        if not runs_python(interpreter):
-            raise CDEnvironmentError(
-                f"There is no Python at {interpreter}.", "give the path of an interpreter", "missing"
-            )
+        interpreter = working_python(python or find_checkout_python(checkout))
         self._change_settings()
         adopt_environment(environment.paths, name, checkout, interpreter, environment.tell)
         return environment
 
     def _with_python(self, environment: Environment, python: str) -> Environment:
         """Give an adopted environment another interpreter."""
-        interpreter = os.path.abspath(os.path.expanduser(python))
-        if not runs_python(interpreter):
-            raise CDEnvironmentError(
-                f"There is no Python at {interpreter}.", "give the path of an interpreter", "missing"
-            )
+        interpreter = working_python(python)
         with locked(environment.paths.content_lock, LOCK_SECONDS, "create"):
             change_settings(environment.paths, {"python_path": interpreter}, interpreter)
         return environment
@@ -7381,7 +7406,7 @@ class Workspace:
         self._change_settings()
         source = demo_source().encode()
         script = main_script(environment.paths.comfyui)
-        make_folder(os.path.join(environment.paths.comfyui, "custom_nodes"))
+        make_folder(custom_nodes_of(environment.paths.comfyui))
         sweep_folder(environment.paths.comfyui)
         if _file_differs(script, source):
             write_atomic(script, source, 0o644)
@@ -7404,8 +7429,7 @@ class Workspace:
         Raises CDEnvironmentError when there is none, or while its ComfyUI runs.
         """
         environment = self.get_environment(name)
-        with environment.idle("delete"):
-            delete_environment(environment.paths)
+        delete_environment(environment.paths, environment.idle("delete"))
         if self._settings().get("active_environment") == name:
             self._change_settings(active_environment="")
 
@@ -7517,12 +7541,15 @@ def _folder_title(checkout: str) -> str:
     return os.path.basename(parent) or name if name.lower() == "comfyui" else name
 
 
-def runs_python(path: str) -> bool:
-    """Whether the program at `path` is a Python that works."""
+def working_python(path: str) -> str:
+    """The absolute path of an interpreter. Raises CDEnvironmentError unless there is a Python that works."""
+    path = os.path.abspath(os.path.expanduser(path))
     try:
-        return run_command([path, "-c", "print(6 * 7)"], timeout=60).stdout.strip() == "42"
+        if run_command([path, "-c", "print(6 * 7)"], timeout=60).stdout.strip() == "42":
+            return path
     except CDEnvironmentError:
-        return False
+        pass
+    raise CDEnvironmentError(f"There is no Python at {path}.", "give the path of an interpreter", "missing")
 
 
 def find_checkout_python(checkout: str) -> str:
@@ -7581,9 +7608,10 @@ def monitor_entry(words: list[str]) -> int:
     """
     task = json.loads(os.environ[MONITOR_VARIABLE])
     event, _, code = os.environ.get(EVENT_VARIABLE, "start").partition(":")
-    environment = Workspace(task["workspace"]).get_environment(task["environment"])
-    if event == "start" and not start_and_answer(environment, task):
+    workspace = Workspace(task["workspace"])
+    if event == "start" and not start_and_answer(workspace, task):
         return 1
+    environment = workspace.get_environment(task["environment"])
     monitor = Monitor(environment)
     if event == "look":
         monitor.look_after()
@@ -7592,16 +7620,19 @@ def monitor_entry(words: list[str]) -> int:
     return Monitor(environment).watch()
 
 
-def start_and_answer(environment: Environment, task: dict[str, Any]) -> bool:
+def start_and_answer(workspace: Workspace, task: dict[str, Any]) -> bool:
     """Start ComfyUI or take on the one that runs, and tell the one who waits at our pipe; whether it succeeded."""
     reply: dict[str, Any] = {}
     try:
+        environment = workspace.get_environment(task["environment"])
         if not environment.take_on_as_monitor():
             environment.run(task["args"], monitored=True, **task["options"])
     except CDEnvironmentError as error:
         reply = {"error": {"message": error.message, "hint": error.hint, "code": error.code}}
     except OSError as error:
         reply = {"error": {"message": f"{error.filename}: {error.strerror}", "hint": "", "code": "system"}}
+    except Exception as error:  # who waits at the pipe must hear of it
+        reply = {"error": {"message": f"{type(error).__name__}: {error}", "hint": "", "code": "bug"}}
     answer_and_let_go(json.dumps(reply))
     return not reply
 
@@ -7688,7 +7719,7 @@ class Monitor:
 
     def _is_reborn(self) -> bool:
         """On Windows ComfyUI-Manager restarts it under another PID: found by its marker, and recorded."""
-        deadline = time.monotonic() + (REBORN_PATIENCE if files_are_locked_in_use() else 0)
+        deadline = time.monotonic() + (REBORN_PATIENCE if IS_WINDOWS else 0)
         while time.monotonic() < deadline:
             try:
                 if self.environment.take_on_as_monitor(self.note):
@@ -7704,7 +7735,8 @@ class Monitor:
         recent = [moment for moment in self.note.get("restarts", []) if now - moment < CRASH_WINDOW]
         if len(recent) >= CRASH_LIMIT:
             self.note["gave_up"] = (
-                f"{len(recent) + 1} crashes within {duration_words(CRASH_WINDOW)}, the last with code {code}"
+                f"{len(recent) + 1} crashes within {duration_words(CRASH_WINDOW)}, the last with "
+                + ("an unknown code" if code is None else exit_words(code))
             )
             self.environment.note_monitor(run_id, self.note)
             return False
@@ -8030,8 +8062,9 @@ class Console:
         if self.drawn:
             blanks = " " * len(self.drawn)
             self.drawn = ""
-            self.err.write(f"\r{blanks}\r")
-            self.err.flush()
+            with suppress(OSError):  # the terminal is gone
+                self.err.write(f"\r{blanks}\r")
+                self.err.flush()
 
     def _put(self, stream: "Any", text: str) -> None:
         text = self._coloured(stream, self._typed(text)) if stream is not self.out or not self.json_mode else text
@@ -8109,7 +8142,7 @@ def wants_colour(stream: "Any", choice: str = "auto") -> bool:
     if choice != "auto":
         return choice == "always"
     return (
-        is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and os.name != "nt"
+        is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and not IS_WINDOWS
     )
 
 
@@ -8132,7 +8165,7 @@ def as_word(path: str) -> str:
     """A path as it must be typed: quoted where it has to be, by the rules of the shells of this system."""
     import shlex
 
-    if os.name == "nt":
+    if IS_WINDOWS:
         return f'"{path}"' if " " in path else path
     return shlex.quote(path)
 
@@ -8293,7 +8326,7 @@ def repair_words(data: dict[str, Any]) -> Iterator[str]:
     """What `repair` found and did."""
     if data["cleaned"]:
         yield "🧹 Cleaned a stale process state file"
-    yield from _settled_lines(data["orphans"])
+    yield from _orphan_lines(data["orphans"])
     if data["orphan_only"]:
         yield "✓ Process repair complete (no environment changes made)"
         return
@@ -8311,7 +8344,7 @@ def repair_words(data: dict[str, Any]) -> Iterator[str]:
         yield "✓ No changes to apply"
 
 
-def _settled_lines(orphans: list[dict[str, Any]]) -> Iterator[str]:
+def _orphan_lines(orphans: list[dict[str, Any]]) -> Iterator[str]:
     if not orphans:
         yield "✓ No orphaned processes found"
     for item in orphans:
@@ -8418,8 +8451,20 @@ class Arguments:
     def __init__(self, values: dict[str, Any]) -> None:
         vars(self).update(values)
 
-    def __getattr__(self, name: str) -> Any:
-        return None
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+def made_known(console: Console, args: Arguments, environment: Environment) -> Environment:
+    """The environment, healed and telling the console, whose own commands from now on reach the same one."""
+    environment.tell = console.work
+    environment.heal()
+    trace(f"environment '{environment.name}' at {environment.paths.root}")
+    trace(f"processes are read by {type(process_table()).__name__}")
+    console.environment = environment.name
+    console.chosen = f" -e {environment.name}" if args.env or args.demo else ""
+    return environment
 
 
 def selected(console: Console, args: Arguments) -> Environment:
@@ -8427,18 +8472,7 @@ def selected(console: Console, args: Arguments) -> Environment:
     folder = current_folder()
     workspace = select_workspace(args.workspace, args.env is not None, folder)
     environment = workspace.select(args.env, folder)
-    environment.tell = console.work
-    environment.heal()
-    remember_choice(console, args, environment)
-    return environment
-
-
-def remember_choice(console: Console, args: Arguments, environment: Environment) -> None:
-    """Let the commands that the console shows reach the same environment."""
-    trace(f"environment '{environment.name}' at {environment.paths.root}")
-    trace(f"processes are read by {type(process_table()).__name__}")
-    console.environment = environment.name
-    console.chosen = f" -e {environment.name}" if args.env or args.demo else ""
+    return made_known(console, args, environment)
 
 
 def run(console: Console, args: Arguments) -> Report:
@@ -8509,10 +8543,7 @@ def environment_to_run(console: Console, args: Arguments) -> Environment:
         environment = workspace.demo()
     else:
         environment = adopted_here(console, args, workspace, folder) or workspace.select(args.env, folder)
-    environment.heal()
-    environment.tell = console.work
-    remember_choice(console, args, environment)
-    return environment
+    return made_known(console, args, environment)
 
 
 def adopted_here(console: Console, args: Arguments, workspace: Workspace, folder: str) -> Optional[Environment]:
@@ -8585,7 +8616,7 @@ def wait_until_ready(console: Console, environment: Environment, seconds: float)
             return waited
         if data["pid"] is None:
             console.progress("")
-            raise ended_while_waiting(console, environment, data)
+            raise ended_while_waiting(console, environment)
         if waited > seconds:
             console.progress("")
             raise CDEnvironmentError(
@@ -8597,7 +8628,7 @@ def wait_until_ready(console: Console, environment: Environment, seconds: float)
         time.sleep(0.1)
 
 
-def ended_while_waiting(console: Console, environment: Environment, data: dict[str, Any]) -> CDEnvironmentError:
+def ended_while_waiting(console: Console, environment: Environment) -> CDEnvironmentError:
     """The last lines of the log go to the error stream; the sentence names the one that matters."""
     show_last_lines(console, environment)
     reason = environment.last_error()
@@ -9208,7 +9239,7 @@ def completion(console: Console, args: Arguments) -> Report:
 
 def known_names(what: str, words: list[str]) -> list[str]:
     """The "environments" or "nodes" that an unfinished command line of these words may be about."""
-    name, folder = given_value(words, "-e", "--env"), os.getcwd()
+    name, folder = given_value(words, "-e", "--env"), current_folder()
     workspace = select_workspace(given_value(words, "--workspace"), name is not None, folder)
     if what == "environments":
         names = [environment.name for environment in workspace.list_environments()]
@@ -9281,7 +9312,7 @@ class Option:
             return True
         if not equals and len(words) == 1 and self.bare is not None:
             return self.bare
-        text = text if equals else "".join(words[1:])
+        text = text if equals else words[1] if len(words) > 1 else ""
         if not equals and (not text or text.startswith("-") and not is_number(text[1:])):
             raise ValueError(f"{flag} needs a value, {self.metavar}")
         try:
@@ -9323,7 +9354,7 @@ def is_number(text: str) -> bool:
     return text.replace(".", "", 1).isdigit()
 
 
-def seconds(text: str) -> float:
+def as_seconds(text: str) -> float:
     """A length of time in seconds. Raises ValueError."""
     value = float(text)
     if not 0 <= value < 1e8:
@@ -9331,10 +9362,18 @@ def seconds(text: str) -> float:
     return value
 
 
-def count(text: str) -> int:
+def as_count(text: str) -> int:
     """A number of lines. Raises ValueError."""
     value = int(text)
     if value < 0:
+        raise ValueError(text)
+    return value
+
+
+def port_number(text: str) -> int:
+    """A port. Raises ValueError."""
+    value = int(text)
+    if not is_port(value):
         raise ValueError(text)
     return value
 
@@ -9374,9 +9413,9 @@ EVERYWHERE = (
     Option("--version", "the version of comfydock"),
 )
 QUEUE_OPTIONS = (
-    Option("--timeout", "seconds until it is killed (default: 10)", "SECONDS", seconds, 10.0),
+    Option("--timeout", "seconds until it is killed (default: 10)", "SECONDS", as_seconds, 10.0),
     Option(
-        "--when-idle", "wait until nothing is queued (at most an hour, or SECONDS)", "SECONDS", seconds, bare=3600.0
+        "--when-idle", "wait until nothing is queued (at most an hour, or SECONDS)", "SECONDS", as_seconds, bare=3600.0
     ),
     Option("--force", "do not ask about queued work"),
 )
@@ -9393,7 +9432,7 @@ COMMANDS = (
         (
             Option("-f --foreground", "stay and stream the log; Ctrl-C stops ComfyUI"),
             Option(
-                "--wait", "return only when ComfyUI answers (default: 180 s)", "SECONDS", seconds, bare=READY_SECONDS
+                "--wait", "return only when ComfyUI answers (default: 180 s)", "SECONDS", as_seconds, bare=READY_SECONDS
             ),
             Option("--auto-port", "take the next free port when the port is in use"),
             Option(
@@ -9423,7 +9462,7 @@ COMMANDS = (
         (
             *QUEUE_OPTIONS,
             Option("--kill", "kill it at once"),
-            Option("--port", "end the ComfyUI on this port, whoever started it", "N", count),
+            Option("--port", "end the ComfyUI on this port, whoever started it", "PORT", port_number),
             Option("--dry-run", "with --port: only say what would be ended"),
         ),
         examples=("comfydock stop", "comfydock -e dev stop --timeout 60"),
@@ -9451,10 +9490,10 @@ COMMANDS = (
         text_words,
         (
             Option("-f --follow", "the last 20 lines and what comes"),
-            Option("-n --tail", "the last N lines", "N", count),
+            Option("-n --tail", "the last N lines", "N", as_count),
             Option("--all", "earlier runs too"),
             Option("--rotate", "move the log aside now, while ComfyUI goes on writing"),
-            Option("--keep", "with --rotate: how many old logs stay (default: 1)", "N", count, 1),
+            Option("--keep", "with --rotate: how many old logs stay (default: 1)", "N", as_count, 1),
             Option("--path", "where the log is"),
         ),
         has_json=False,
@@ -9803,6 +9842,11 @@ def valued_options() -> list[Option]:
     return [option for option in options if option.metavar and option.bare is None]
 
 
+def valued_flags() -> list[str]:
+    """Every flag whose next word is its value."""
+    return list(dict.fromkeys(flag for option in valued_options() for flag in option.flags))
+
+
 def values_of(options: list[Option]) -> "dict[str, tuple[tuple[str, ...], str]]":
     """What completes the value of an option -> (all its flags, ...), in the order of the table."""
     flags: dict[str, list[str]] = {}
@@ -9831,7 +9875,7 @@ def bash_script(call: list[str]) -> str:
         choices = " ".join(word for word, _ in place.choices)
         all_flags = " ".join(flag for option in place.options for flag in option.flags)
         lines.append(f"            {patterns}) kind='{place.kind}' words='{choices}' flags='{all_flags}' ;;")
-    valued = " | ".join(flag for option in values_of(valued_options()).values() for flag in option[0])
+    valued = " | ".join(valued_flags())
     return filled(BASH_SCRIPT, VALUED=valued, VALUES="\n".join(values), LINES="\n".join(lines), CALL=join(call))
 
 
@@ -9851,7 +9895,7 @@ def zsh_script(call: list[str]) -> str:
         lines.append(f"            ({patterns}) kind='{place.kind}'")
         lines.append(f"                choices=({described(place.choices)})")
         lines.append(f"                flags=({flags_told}) ;;")
-    valued = "|".join(flag for option in values_of(valued_options()).values() for flag in option[0])
+    valued = "|".join(valued_flags())
     return filled(ZSH_SCRIPT, VALUED=valued, VALUES="\n".join(values), LINES="\n".join(lines), CALL=join(call))
 
 
@@ -9887,7 +9931,7 @@ def fish_script(call: list[str]) -> str:
         if place.kind:
             lines.append(where + FISH_VALUES[place.kind].replace("-x ", "").replace("-r ", ""))
         lines += [where + fish_option(option) for option in place.options if option not in EVERYWHERE]
-    valued = " ".join(flag for option in values_of(valued_options()).values() for flag in option[0])
+    valued = " ".join(valued_flags())
     return filled(FISH_SCRIPT, VALUED=valued, LINES="\n".join(lines), CALL=" ".join(map(fish_quote, call)))
 
 
@@ -9972,26 +10016,37 @@ def width_of(words: list[str], index: int, options: "tuple[Option, ...]") -> int
     return 2 if is_number(following) else 1
 
 
+def known_attributes() -> Iterator[str]:
+    """Every name of Arguments, whatever command it belongs to."""
+    for command in COMMANDS:
+        yield from (option.name for option in command.options)
+        yield from (operand_attribute(name) for name, _ in command.operands)
+
+
+def operand_attribute(name: str) -> str:
+    """The name in Arguments of an operand: NAME is name, `[ID...]` is ids."""
+    plain = name.strip("[].").lower()
+    return "ids" if plain == "id" else plain
+
+
 def read_words(words: list[str], command: Command) -> Arguments:
     """What the words behind a command say. The first `--` is dropped, and all after it is ComfyUI's.
 
     Raises CDEnvironmentError with code "usage".
     """
     options = (*EVERYWHERE, *command.options)
-    values: dict[str, Any] = {option.name: option.default if option.metavar else False for option in options}
-    values.update({option.name: [] for option in options if option.repeated})
+    values: dict[str, Any] = dict.fromkeys(known_attributes())
+    for option in options:
+        values[option.name] = [] if option.repeated else option.default if option.metavar else False
     theirs: list[str] = []
     index = 0
     while index < len(words) and words[index] != "--":
-        width = width_of(words, index, options)
-        is_theirs = width == 0 or command.passes_on and is_comfyuis(words, index, bool(theirs))
-        taken = words[index : index + max(width, 1)]
-        option = None if is_theirs else option_named(taken[0], options)
-        if option is None:
-            theirs += taken
+        named, width = option_named(words[index], options), max(width_of(words, index, options), 1)
+        if named is None or command.passes_on and is_comfyuis(words, index, bool(theirs)):
+            theirs += words[index : index + width]
         else:
-            keep_value(values, command, option, taken)
-        index += max(width, 1)
+            keep_value(values, command, named, words[index : index + width])
+        index += width
     return Arguments({**values, "comfyui_args": theirs + words[index + 1 :]})
 
 
@@ -10045,9 +10100,17 @@ def take_operands(command: Command, words: list[str]) -> list[str]:
 def set_operands(args: Arguments, command: Command, words: list[str]) -> None:
     """Give each operand its word: NAME one, `ID...` a list, `[...]` perhaps none."""
     for name, _ in command.operands:
-        plain = name.strip("[].").lower()
-        value = words if "..." in name else words[0] if words else None
-        setattr(args, "ids" if plain == "id" else plain, value)
+        setattr(args, operand_attribute(name), words if "..." in name else words[0] if words else None)
+
+
+EXCLUDE_EACH_OTHER = (
+    ("quiet", "verbose"),
+    ("adopt", "end"),
+    ("restart", "no_restart"),
+    ("foreground", "monitor"),
+    ("foreground", "wait"),
+    *(("from_dir", other) for other in ("comfyui", "source", "torch_backend", "no_install")),
+)
 
 
 def finish(command: Command, args: Arguments) -> "tuple[Command, Arguments]":
@@ -10066,14 +10129,9 @@ def finish(command: Command, args: Arguments) -> "tuple[Command, Arguments]":
             raise CDEnvironmentError(
                 f"'{command.name}' needs {name.rstrip('.')}.", f"comfydock help {command.name}", "usage"
             )
-    refuse_together(command, args, "quiet", "verbose")
-    refuse_together(command, args, "adopt", "end")
-    refuse_together(command, args, "restart", "no_restart")
-    refuse_together(command, args, "foreground", "monitor")
-    refuse_together(command, args, "foreground", "wait")
+    for one, other in EXCLUDE_EACH_OTHER:
+        refuse_together(command, args, one, other)
     refuse_alone(command, args, "dry_run", "port")
-    for other in ("comfyui", "source", "torch_backend", "no_install"):
-        refuse_together(command, args, "from_dir", other)
     if args.json and (not command.has_json or args.foreground):
         what = "run --foreground" if command.has_json else command.name
         raise CDEnvironmentError(f"'{what}' streams a log, so it has no --json.", f"comfydock {what}", "usage")
@@ -10117,6 +10175,7 @@ def build_parser(command: Command) -> "argparse.ArgumentParser":
         formatter_class=formatter,
         add_help=False,
     )
+    vars(parser)["color"] = False  # from 3.14 on argparse has colours of its own
     for option in (*command.options, *EVERYWHERE):
         shown: dict[str, Any] = {"action": "store_true", "help": option.text}
         if option.metavar:

@@ -768,6 +768,13 @@ class RecordsAreDataclasses(unittest.TestCase):
         self.assertEqual(repr(dock.ComfyUIConfig(port=1)), "ComfyUIConfig(host='127.0.0.1', port=1, tls=False)")
         self.assertRaises(TypeError, hash, node)
 
+    def test_a_class_may_be_derived_from_a_record(self):
+        more = dataclasses.dataclass(type("More", (dock.NodeInfo,), {"__annotations__": {"stars": int}, "stars": 0}))
+        self.assertEqual(list(dataclasses.asdict(more("pack", stars=5)))[-2:], ["dependency_sources", "stars"])
+        plain = type("Plain", (dock.NodeInfo,), {})
+        self.assertEqual(plain("pack"), plain("pack"))
+        self.assertNotEqual(plain("pack"), dock.NodeInfo("pack"))
+
     def test_a_default_that_can_change_is_made_for_each(self):
         dock.NodeInfo("one").dependency_sources.append("x")
         self.assertEqual(dock.NodeInfo("two").dependency_sources, [])
@@ -1978,6 +1985,11 @@ class PortsAreAskedAsComfyUIBindsThem(unittest.TestCase):
         client.close()
         self.assertFalse(dock.is_port_bound(port))
 
+    def test_a_host_that_can_be_no_name_is_nobodys(self):
+        for host in ("\u00f6..b", "a" * 70 + "\u00f6"):
+            self.assertFalse(dock.is_port_bound(free_port(), host=host))
+            self.assertFalse(dock.check_http_health(host, 8188, 0.5))
+
     def test_the_next_free_port_leaves_out_what_others_have_claimed(self):
         with listening() as port:
             found = dock.next_free_port(port, "127.0.0.1", {port + 1: "another"})
@@ -2146,6 +2158,14 @@ class LocksExclude(unittest.TestCase):
         self.assertIn(f"'comfydock run', PID {os.getpid()}", caught.exception.message)
         with dock.locked(self.path, 0.1, "stop"):
             pass
+
+    @unittest.skipUnless(LINUX, "reads /proc")
+    def test_a_file_system_without_locks_is_told_and_nothing_stays_open(self):
+        before = os.listdir("/proc/self/fd")
+        with unittest.mock.patch.object(dock, "lock_handle", side_effect=OSError(errno.ENOLCK, "No locks available")):
+            with self.assertRaises(OSError), dock.locked(self.path, 1, "run"):
+                pass
+        self.assertEqual(len(os.listdir("/proc/self/fd")), len(before))
 
     def test_a_replaced_lock_file_is_opened_again(self):
         first = dock._lock_by(self.path, time.monotonic() + 1)
@@ -2691,7 +2711,7 @@ class GitTest(InWorkshop):
         self.assertTrue(
             ignored.startswith("# ComfyUI process state (runtime only, not configuration)\n.comfyui.state\n")
         )
-        for name in dock.GitManager.IGNORED:
+        for name in dock.EnvironmentPaths.IGNORED:
             write(
                 os.path.join(self.cec, name.rstrip("/").replace("*", "x"), "a" if name.endswith("/") else ""), ""
             ) if name.endswith("/") else write(os.path.join(self.cec, name.replace("*", "x")), "")
@@ -2777,10 +2797,10 @@ class CreateTest(InWorkshop):
         return dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
 
     def make(self, paths, **options):
+        """Create an environment; returns its manifest and what was said."""
         said = []
-        return dock.create_environment(
-            paths, dock.CreateOptions("env", **{"no_install": True, **options}), said.append
-        ), said
+        dock.create_environment(paths, dock.CreateOptions("env", **{"no_install": True, **options}), said.append)
+        return dock.read_manifest(paths), said
 
     def test_a_whole_environment_with_its_venv(self):
         paths = shared_environment()
@@ -2816,8 +2836,8 @@ class CreateTest(InWorkshop):
         ):
             with self.subTest(source=source, reference=reference):
                 paths = self.paths()
-                report, _ = self.make(paths, source=source, comfyui=reference)
-                self.assertEqual(report.comfyui_version, version or reference)
+                manifest, _ = self.make(paths, source=source, comfyui=reference)
+                self.assertEqual(manifest.comfyui_version, version or reference)
                 self.assertTrue(os.path.isfile(os.path.join(paths.comfyui, "main.py")))
                 self.assertTrue(os.path.exists(paths.complete))
 
@@ -2835,7 +2855,7 @@ class CreateTest(InWorkshop):
             unittest.mock.patch.object(dock, "git_path", return_value=None),
             unittest.mock.patch.object(dock, "download", fake),
         ):
-            report, _ = self.make(paths)
+            manifest, _ = self.make(paths)
         self.assertEqual(
             asked,
             [
@@ -2843,7 +2863,7 @@ class CreateTest(InWorkshop):
                 "https://github.com/Comfy-Org/ComfyUI/archive/v0.10.0.tar.gz",
             ],
         )
-        self.assertEqual(report.comfyui_version, "v0.10.0")
+        self.assertEqual(manifest.comfyui_version, "v0.10.0")
         self.assertEqual(sorted(os.listdir(paths.root)), [".cec", "ComfyUI"])
 
     def test_a_failed_one_goes_on_where_it_stopped(self):
@@ -2852,18 +2872,18 @@ class CreateTest(InWorkshop):
             self.assertRaises(dock.CDEnvironmentError, self.make, paths, source=Workshop.comfyui)
         self.assertFalse(os.path.exists(paths.complete))
         with unittest.mock.patch.object(dock, "clone", side_effect=AssertionError("cloned again")):
-            report, said = self.make(paths, source=Workshop.comfyui)
+            manifest, said = self.make(paths, source=Workshop.comfyui)
         self.assertTrue(os.path.exists(paths.complete))
-        self.assertEqual(report.comfyui_version, "v0.10.0")
+        self.assertEqual(manifest.comfyui_version, "v0.10.0")
         self.assertNotIn("ComfyUI ...", said)
 
     def test_other_options_start_over(self):
         paths = self.paths()
         with unittest.mock.patch.object(dock, "first_manifest", side_effect=dock.CDEnvironmentError("disk full")):
             self.assertRaises(dock.CDEnvironmentError, self.make, paths, source=Workshop.comfyui)
-        report, _ = self.make(paths, source=Workshop.comfyui, comfyui="v0.9.0")
-        self.assertEqual(report.comfyui_version, "v0.9.0")
-        self.assertEqual(report.commit, git(Workshop.comfyui, "rev-parse", "v0.9.0"))
+        manifest, _ = self.make(paths, source=Workshop.comfyui, comfyui="v0.9.0")
+        self.assertEqual(manifest.comfyui_version, "v0.9.0")
+        self.assertEqual(manifest.settings["comfyui_commit_sha"], git(Workshop.comfyui, "rev-parse", "v0.9.0"))
 
     def test_killed_at_any_step_it_is_never_complete_and_resumes(self):
         for step in range(1, 40):
@@ -2949,7 +2969,7 @@ class DeleteTest(InWorkshop):
             paths, dock.CreateOptions("env", source=Workshop.comfyui, no_install=True), lambda line: None
         )
         os.symlink(os.path.join(root, "models"), os.path.join(paths.comfyui, "models"))
-        dock.delete_environment(paths)
+        dock.delete_environment(paths, contextlib.nullcontext())
         self.assertEqual(tree(root), {"models/x": b"years"})
 
     @needs_git
@@ -2970,23 +2990,46 @@ class DeleteTest(InWorkshop):
         self.assertEqual(git(checkout, "status", "--porcelain"), "?? custom_nodes/mine/")
         self.assertEqual(manager.track("mine").source, "development")
         self.assertEqual(manager.compare().found_nodes, [])
-        dock.delete_environment(paths)
+        dock.delete_environment(paths, contextlib.nullcontext())
         self.assertFalse(os.path.exists(paths.root))
         self.assertEqual(tree(checkout), before)
+
+    def test_of_two_that_adopt_under_one_name_the_second_is_refused(self):
+        paths = dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
+        caught, looked, real = [], threading.Event(), dock.claim_place
+
+        def look(*words):
+            real(*words)
+            looked.set()
+
+        def adopt():
+            try:
+                dock.adopt_environment(paths, "env", self.checkout(), sys.executable, lambda line: None)
+            except dock.CDEnvironmentError as error:
+                caught.append(error.code)
+
+        write(paths.creation, "{}")
+        with unittest.mock.patch.object(dock, "claim_place", look), dock.locked(paths.content_lock, 1, "create env"):
+            second = threading.Thread(target=adopt)
+            second.start()
+            self.assertTrue(looked.wait(20))
+            write(paths.complete, "")
+        second.join()
+        self.assertEqual(caught, ["exists"])
 
     @needs_git
     def test_a_checkout_inside_the_environment_is_not_deleted(self):
         paths = dock.EnvironmentPaths(tempfile.mkdtemp(dir=Workshop.root))
         shutil.copytree(Workshop.comfyui, os.path.join(paths.root, "code"))
         write(paths.manifest, f'[tool.comfydock]\ncomfyui_path = "{paths.root}/code"\n')
-        self.assertRaisesRegex(dock.CDEnvironmentError, "was adopted", dock.delete_environment, paths)
+        self.assertRaisesRegex(dock.CDEnvironmentError, "was adopted", dock.delete_environment, paths, None)
 
     @needs_links
     def test_an_environment_that_is_a_link_is_unlinked(self):
         root = tempfile.mkdtemp(dir=Workshop.root)
         write(os.path.join(root, "elsewhere", ".cec", "x"), "x")
         os.symlink(os.path.join(root, "elsewhere"), os.path.join(root, "env"))
-        dock.delete_environment(dock.EnvironmentPaths(os.path.join(root, "env")))
+        dock.delete_environment(dock.EnvironmentPaths(os.path.join(root, "env")), contextlib.nullcontext())
         self.assertEqual(tree(root), {"elsewhere/.cec/x": b"x"})
 
 
@@ -3019,6 +3062,20 @@ class AddTest(NodeCase):
         info = self.manager.add_node(f"{outer}@v1").node_info
         self.assertEqual((info.name, info.version, info.source), ("Outer-Node", version, "git"))
         self.assertIn("sub/a.txt", tree(os.path.join(self.nodes, "Outer-Node")))
+        self.assertTrue(self.manager.compare().is_synced)
+
+    def test_ctrl_c_once_the_manifest_is_written_leaves_the_node_whole(self):
+        work = os.path.join(Workshop.root, f"late{self.counter}", "late-node")
+        write(os.path.join(work, "__init__.py"), "")
+        real = dock.change_nodes
+
+        def then_interrupted(*words):
+            real(*words)
+            raise KeyboardInterrupt
+
+        with unittest.mock.patch.object(dock, "change_nodes", then_interrupted), self.assertRaises(KeyboardInterrupt):
+            self.manager.add_node(work, is_development=True)
+        self.assertIn("late-node", self.manager.list_nodes())
         self.assertTrue(self.manager.compare().is_synced)
 
     def test_a_development_node_is_linked_disabled_and_never_deleted(self):
@@ -4168,6 +4225,14 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
             time.sleep(1.5)
         self.assertEqual(log.getvalue(), "")
 
+    def test_a_terminal_that_is_gone_while_progress_is_shown_keeps_nobody_from_work(self):
+        err = Terminal()
+        console = dock.Console(out := io.StringIO(), err, None)
+        console.progress("   working")
+        with unittest.mock.patch.object(err, "write", side_effect=OSError(errno.EIO, "Input/output error")):
+            console.say("done")
+        self.assertEqual(out.getvalue(), "done\n")
+
     def test_how_it_was_called(self):
         with unittest.mock.patch.object(sys, "orig_argv", ["python3", "comfydock.py", "run"], create=True):
             self.assertEqual(dock.how_called(["comfydock.py"]), "python3 comfydock.py")
@@ -4231,7 +4296,7 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
             ["frobnicate"], ["stauts"], ["stop", "--timeout", "x"], ["stop", "--timeout", "-1"], ["stop", "--timeout"],
             ["logs", "-n", "-5"], ["logs", "-n5"], ["logs", "--json"], ["run", "--foreground", "--json"], ["status", "x"],
             ["status", "--fol"], ["use"], ["use", "a", "b"], ["create", "x", "--from", "d", "--no-install"], ["node"], ["node", "frob"], ["node", "add"], ["repair", "--adopt", "--end"], ["node", "add", "x", "--restart", "--no-restart"], ["run", "--set-env", "A"], ["help", "nothing"],
-            ["stop", "--kil"], ["-e"], ["run", "-e"], ["logs", "-fn", "5"],
+            ["stop", "--kil"], ["stop", "--port", "0"], ["stop", "--port", "99999"], ["-e"], ["run", "-e"], ["logs", "-fn", "5"],
         ]  # fmt: skip
         for words in cases:
             with self.subTest(words=words), self.assertRaises(dock.CDEnvironmentError) as caught:
@@ -4689,7 +4754,7 @@ class Foreground(Journey):
             self.assertEqual(self.person.processes(), [])
 
     def test_comfyuis_own_end_is_handed_on(self):
-        later = 2 * dock.EARLY_WATCH + 0.1  # past the time in which `run` itself watches
+        later = 2 * dock.EARLY_END_SECONDS + 0.1  # past the time in which `run` itself watches
         cases = [(f"later:3:{later}", 3), (f"later:0:{later}", 0)]
         cases += [] if WINDOWS else [(f"later:segv:{later}", 139)]
         for fault, code in cases:
@@ -4713,6 +4778,19 @@ class Foreground(Journey):
         self.assertIsNone(child.poll())
         self.assertEqual(self.person.types("stop").returncode, 0)
         self.assertEqual(child.wait(30), 0)
+
+    @unittest.skipIf(WINDOWS, "no SIGHUP on Windows")
+    def test_under_nohup_a_hangup_ends_nothing(self):
+        deaf = (
+            "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        self.person.prefix = [sys.executable, "-c", deaf]
+        child = self.person.starts("run", "--demo", "--foreground", "--port", str(free_port()))
+        self.person.prefix = []
+        read_until(child, "To see the GUI go to")
+        child.send_signal(signal.SIGHUP)
+        child.send_signal(signal.SIGTERM)
+        self.assertEqual(child.wait(30), 143)
 
     @unittest.skipUnless(LINUX and has("unshare") and not os.geteuid(), "needs root and unshare for a PID namespace")
     def test_as_pid_1_it_stays_reaps_and_hands_on_sigterm(self):
@@ -4977,6 +5055,13 @@ class NobodyGetsLost(Journey):
         self.intent("a", "the-run")
         self.assertIn("a start was interrupted", self.person.types("-e", "a", "status").stdout)
         self.assertEqual(self.person.types("-e", "a", "run", "--port", str(free_port())).returncode, 0)
+
+    def test_what_runs_is_not_brought_in_line(self):
+        self.run_demo()
+        environment = dock.Workspace(self.person.workspace).get_environment("demo")
+        self.assertFalse(environment.nodes.is_in_line())
+        with unittest.mock.patch.object(dock.NodeManager, "bring_in_line", side_effect=AssertionError):
+            self.assertFalse(environment.bring_in_line().checked)
 
     def test_what_a_stop_that_was_broken_off_has_told_to_end_is_awaited_by_run(self):
         data = self.run_demo(COMFYDOCK_DEMO_STOP_SECONDS="1.5")
@@ -5741,6 +5826,23 @@ class RotatingWhileItRuns(Journey):
                         seen += 1
         self.assertEqual(seen, 2048 * 1000)
 
+    def test_a_comfyui_that_lost_its_record_is_recorded_and_its_log_rotates_in_use(self):
+        data = self.run_demo()
+        os.unlink(self.person.state_file())
+        done = self.person.types("-e", "demo", "logs", "--rotate")
+        self.assertEqual((done.returncode, self.person.state()["pid"]), (0, data["pid"]), done.stderr)
+        post(data["port"], "/prompt", {})
+        eventually(lambda: "got prompt" in self.person.log())
+        self.assertEqual(self.person.types("stop").returncode, 0)
+
+    def test_the_log_of_another_machine_is_left_alone(self):
+        self.run_demo()
+        state = self.person.state()
+        state["identity"]["machine"] = "elsewhere"
+        Path(self.person.state_file()).write_text(json.dumps(state), encoding="utf-8")
+        self.assertClear(self.person.types("logs", "--rotate"), 1, "on another machine")
+        self.assertEqual(len(self.old_names()), 1)
+
     def test_keep_says_how_many_old_logs_stay(self):
         self.run_demo(COMFYDOCK_DEMO_SPAM="100")
         for _ in range(4):
@@ -6045,6 +6147,13 @@ print(environment.is_running(), comfydock.is_process_alive(environment._read_sta
             " comfydock = u.module_from_spec(spec); spec.loader.exec_module(comfydock)"
         ),
     }
+
+    def test_a_copy_that_is_called_as_a_command_starts_itself_as_such(self):
+        path = os.path.join(self.folder, "comfydock")
+        os.rename(path + ".py", path)
+        done = self.calls(path, "run", "--demo", "--monitor", "--wait", "--port", str(free_port()))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(self.calls(path, "stop").returncode, 0)
 
     def test_what_it_starts_of_itself_takes_nothing_from_the_folder_one_stands_in(self):
         for name in ("json.py", "comfydock.py"):
