@@ -841,9 +841,11 @@ if sys.platform == "win32":
 
         kernel, ntdll = ctypes.WinDLL("kernel32", use_last_error=True), ctypes.WinDLL("ntdll")
         handle, dword = wintypes.HANDLE, wintypes.DWORD
-        kernel.OpenProcess.restype = kernel.CreateFileW.restype = handle
+        kernel.OpenProcess.restype = kernel.CreateFileW.restype = kernel.CreateToolhelp32Snapshot.restype = handle
         kernel.OpenProcess.argtypes = [dword, wintypes.BOOL, dword]
         kernel.CloseHandle.argtypes = [handle]
+        kernel.CreateToolhelp32Snapshot.argtypes = [dword, dword]
+        kernel.Process32FirstW.argtypes = kernel.Process32NextW.argtypes = [handle, ctypes.c_void_p]
         kernel.TerminateProcess.argtypes = [handle, wintypes.UINT]
         kernel.WaitForSingleObject.argtypes = [handle, dword]
         kernel.GetExitCodeProcess.argtypes = [handle, ctypes.c_void_p]
@@ -1101,6 +1103,46 @@ if sys.platform == "win32":
         facts.ppid = int(basic[5])
         return int(basic[1])
 
+    def listed_processes() -> list[tuple[int, str]]:
+        """Return (pid, program) of every process from one snapshot of the system, [] where that is refused."""
+        import ctypes
+        from ctypes import wintypes
+
+        class Entry(ctypes.Structure):
+            """PROCESSENTRY32W."""
+
+            _fields_ = [
+                ("size", wintypes.DWORD),
+                ("usage", wintypes.DWORD),
+                ("pid", wintypes.DWORD),
+                ("heap", ctypes.c_size_t),
+                ("counts", wintypes.DWORD * 5),  # module, threads, parent, priority, flags
+                ("program", wintypes.WCHAR * 260),
+            ]
+
+        kernel, entry, found = libraries()[0], Entry(), []
+        entry.size = ctypes.sizeof(entry)
+        snapshot = kernel.CreateToolhelp32Snapshot(2, 0)  # TH32CS_SNAPPROCESS
+        try:
+            there = kernel.Process32FirstW(snapshot, ctypes.byref(entry))
+            while there:
+                found.append((entry.pid, entry.program))
+                there = kernel.Process32NextW(snapshot, ctypes.byref(entry))
+        finally:
+            kernel.CloseHandle(snapshot)
+        return found
+
+    def tcp_listeners(family: int) -> bytes:
+        """Return Windows' table of the TCP sockets that listen (MIB_TCPTABLE_OWNER_PID), b"" where it is refused."""
+        import ctypes
+
+        too_small, listeners = 122, 3  # ERROR_INSUFFICIENT_BUFFER, TCP_TABLE_OWNER_PID_LISTENER
+        library, size, answer = ctypes.WinDLL("iphlpapi"), ctypes.c_ulong(4096), too_small
+        while answer == too_small:
+            buffer = ctypes.create_string_buffer(size.value)
+            answer = library.GetExtendedTcpTable(buffer, ctypes.byref(size), False, family, listeners, 0)
+        return buffer.raw if answer == 0 else b""
+
     def process_facts(pid: int) -> Optional[ProcessFacts]:
         """Return what Windows tells about a process, or None where it may not even be opened.
 
@@ -1332,6 +1374,14 @@ else:
             return bool(poller.poll(max(0.0, seconds * 1000)))
         finally:
             os.close(fd)
+
+    def listed_processes() -> list[tuple[int, str]]:
+        """Return []: only Windows is asked this way."""
+        return []
+
+    def tcp_listeners(family: int) -> bytes:
+        """Return b"": only Windows is asked this way."""
+        return b""
 
     def process_facts(pid: int) -> Optional[ProcessFacts]:
         """Return None: only Windows is asked this way."""
@@ -1901,6 +1951,19 @@ def parse_netstat(text: str, port: int) -> list[int]:
     return sorted(found)
 
 
+# What the families of sockets are called on Windows (AF_INET, AF_INET6), how many numbers of 32 bits a row of their
+# tables has, and which one is the port, in the network's order; the last is the PID.
+TCP_TABLES = ((2, 6, 2), (23, 14, 5))
+
+
+def parse_tcp_listeners(table: bytes, width: int, port_at: int) -> list[tuple[int, int]]:
+    """Return (port, PID) of each row of a table whose first number says how many there are."""
+    count = int.from_bytes(table[:4], "little")
+    rows = (table[start : start + 4 * width] for start in range(4, 4 + 4 * width * count, 4 * width))
+    ports = ((row[4 * port_at : 4 * port_at + 2], row[-4:]) for row in rows)
+    return [(int.from_bytes(port, "big"), int.from_bytes(pid, "little")) for port, pid in ports]
+
+
 def parse_lsof(text: str, letter: str) -> list[str]:
     """Return the fields of one letter from `lsof -F` output: p a PID, n a name."""
     return [line[1:] for line in text.splitlines() if line.startswith(letter)]
@@ -2197,13 +2260,13 @@ class PsTable(ProcessTable):
         return [int(pid) for pid in parse_lsof(text, "p")]
 
 
-class TasklistTable(ProcessTable):
-    """Windows: the list from tasklist, all else from the processes themselves (`process_facts`)."""
+class WindowsTable(ProcessTable):
+    """Windows: the list from a snapshot of the system, all else from the processes themselves (`process_facts`)."""
 
     @classmethod
     def usable(cls) -> bool:
-        """Tell whether there is a tasklist."""
-        return on_path("tasklist")
+        """Tell whether there are snapshots."""
+        return bool(listed_processes())
 
     def make_row(self, pid: int, program: str, facts: Optional[ProcessFacts]) -> Optional[ProcessRow]:
         """Make a row of what the process tells; of a dead one that somebody still holds open, none."""
@@ -2213,16 +2276,16 @@ class TasklistTable(ProcessTable):
         words = split_windows_command(facts.command_line or "") or [program]
         return ProcessRow(pid, facts.ppid or 0, created=facts.created, command=words)
 
-    def listed(self, *filters: str) -> list[tuple[int, str]]:
-        """Return (pid, program) of the processes that tasklist lists."""
-        return parse_tasklist(printed(["tasklist", *filters, "/FO", "CSV", "/NH"]))
+    def listed(self, pid: Optional[int] = None) -> list[tuple[int, str]]:
+        """Return (pid, program) of all processes, or of one."""
+        return [one for one in listed_processes() if pid in (None, one[0])]
 
     def row(self, pid: int) -> Optional[ProcessRow]:
-        """Return one process; tasklist is asked only where the process itself does not tell its command line."""
+        """Return one process; the list is asked only where the process itself does not tell its command line."""
         facts = process_facts(pid)
         if facts is not None and (facts.command_line or not facts.alive):
             return self.make_row(pid, "", facts)
-        rows = [self.make_row(*one, facts) for one in self.listed("/FI", f"PID eq {pid}") if one[0] == pid]
+        rows = [self.make_row(*one, facts) for one in self.listed(pid)]
         return rows[0] if rows else None
 
     def rows(self, containing: str = "") -> list[ProcessRow]:
@@ -2243,12 +2306,33 @@ class TasklistTable(ProcessTable):
 
     def listeners(self, port: int) -> list[int]:
         """Return who listens on `port`."""
+        tables = (parse_tcp_listeners(tcp_listeners(family), width, at) for family, width, at in TCP_TABLES)
+        return sorted({pid for table in tables for one, pid in table if one == port})
+
+
+class TasklistTable(WindowsTable):
+    """Windows without snapshots: the lists from tasklist and netstat, two programs that must start each time."""
+
+    @classmethod
+    def usable(cls) -> bool:
+        """Tell whether there is a tasklist."""
+        return on_path("tasklist")
+
+    def listed(self, pid: Optional[int] = None) -> list[tuple[int, str]]:
+        """Return (pid, program) of all processes, or of one."""
+        chosen = [] if pid is None else ["/FI", f"PID eq {pid}"]
+        found = parse_tasklist(printed(["tasklist", *chosen, "/FO", "CSV", "/NH"]))
+        return [one for one in found if pid in (None, one[0])]
+
+    def listeners(self, port: int) -> list[int]:
+        """Return who listens on `port`."""
         return parse_netstat(printed(["netstat", "-ano"]), port)
 
 
 TABLES: dict[str, type[ProcessTable]] = {
     "proc": ProcTable,
     "psutil": PsutilTable,
+    "windows": WindowsTable,
     "tasklist": TasklistTable,
     "ps": PsTable,
 }

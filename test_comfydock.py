@@ -33,6 +33,7 @@ import socket
 import ssl
 import stat
 import statistics
+import struct
 import subprocess
 import sys
 import tarfile
@@ -1364,6 +1365,13 @@ class ReadingCapturedTexts(unittest.TestCase):
         self.assertEqual(dock.parse_netstat(NETSTAT_GERMAN, 8188), [4321, 4322])
         self.assertEqual(dock.parse_netstat(NETSTAT_ENGLISH, 188), [])
 
+    def test_windows_tables_of_listeners_are_read(self):
+        ipv4 = struct.pack("<I6I", 1, 2, 0x0100007F, 0xFC1F, 0, 0, 4321)  # port 8188 in the network's order
+        ipv6 = struct.pack("<I14I", 1, *[0] * 5, 0xFC1F, *[0] * 6, 2, 4322)
+        for table, (_, width, at), found in zip((ipv4, ipv6), dock.TCP_TABLES, (4321, 4322)):
+            self.assertEqual(dock.parse_tcp_listeners(table + bytes(8), width, at), [(8188, found)])
+            self.assertEqual(dock.parse_tcp_listeners(b"", width, at), [])
+
     def test_lsof_is_read(self):
         self.assertEqual(dock.parse_lsof(LSOF_PIDS, "p"), ["501", "733"])
         self.assertEqual(dock.parse_lsof(LSOF_CWD, "n"), ["/Users/me/Comfy UI"])
@@ -1520,8 +1528,8 @@ class EverySource:
     def test_who_listens_on_a_port_is_found(self):
         if self.source == "ps" and not dock.on_path("lsof"):
             self.skipTest("lsof is not here")
-        if self.source == "tasklist" and not dock.printed(["netstat", "-ano"]).count("TCP"):
-            self.skipTest("netstat shows nothing here (Wine)")
+        if self.source == "tasklist" and WINE:
+            self.skipTest("Wine's netstat shows no PIDs")
         for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
             with self.subTest(address=address), socket.socket(family, socket.SOCK_STREAM) as server:
                 try:
@@ -1575,6 +1583,10 @@ class PsAsSource(EverySource, Stage):
     source = "ps"
 
 
+class WindowsAsSource(EverySource, Stage):
+    source = "windows"
+
+
 class TasklistAsSource(EverySource, Stage):
     source = "tasklist"
 
@@ -1587,7 +1599,7 @@ class ChoosingTheSource(unittest.TestCase):
             with self.subTest(name=name), unittest.mock.patch.dict(os.environ, COMFYDOCK_PROCESS_TABLE=name):
                 with self.assertRaises(dock.CDEnvironmentError) as caught:
                     dock.process_table()
-                self.assertIn("proc, psutil, tasklist, ps", caught.exception.hint)
+                self.assertIn("proc, psutil, windows, tasklist, ps", caught.exception.hint)
 
     def test_where_nothing_works_one_line_says_what_to_install(self):
         with unittest.mock.patch.object(dock, "is_usable", lambda name: False), unittest.mock.patch.dict(os.environ):
@@ -1957,7 +1969,7 @@ class PortsAreAskedAsComfyUIBindsThem(unittest.TestCase):
         with listening() as port:
             self.assertTrue(dock.is_port_bound(port))
             self.assertTrue(dock.is_port_bound(port, host="0.0.0.0,::"))
-            self.assertTrue(WINE or dock.is_port_bound(port, expected_pid=os.getpid()), "Wine's netstat shows no PIDs")
+            self.assertTrue(dock.is_port_bound(port, expected_pid=os.getpid()))
             self.assertFalse(dock.is_port_bound(port, expected_pid=2**22 - 2))
         self.assertFalse(dock.is_port_bound(port))
 
@@ -5865,7 +5877,7 @@ class Monitored(Journey):
 
 
 def shows_listeners():
-    """Whether the system tells who listens on a port (netstat under Wine does not)."""
+    """Whether the system tells who listens on a port (macOS without lsof does not)."""
     with listening() as port:
         return os.getpid() in dock.process_table().listeners(port)
 
