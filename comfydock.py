@@ -7626,7 +7626,7 @@ def select_workspace(chosen: Optional[str], named: bool, folder: str) -> Workspa
 HEALTH_PAUSE, LOOK_PAUSE = 10.0, 300.0
 CRASH_LIMIT, CRASH_WINDOW = 5, 300.0
 LONGEST_BACKOFF = 30.0
-REBORN_PATIENCE = 15.0  # ComfyUI-Manager's restart on Windows: another process, found again within this time
+REBORN_PATIENCE = 5.0  # ComfyUI-Manager's restart on Windows: another process, there before the former has ended
 
 
 def console_interrupt_entry(words: list[str]) -> int:
@@ -7734,7 +7734,7 @@ class Monitor:
         environment, run_id = self.environment, self.record.run_id if self.record else None
         if not self._is_wanted():
             return False
-        if self._is_reborn():
+        if code in (0, None) and self._is_reborn():
             return True
         environment.note_exit(run_id, code)
         if code in (0, 2):  # a good end, or arguments that ComfyUI refuses every time
@@ -7748,7 +7748,7 @@ class Monitor:
         return now is not None and same and now.wanted == "running"
 
     def _is_reborn(self) -> bool:
-        """On Windows ComfyUI-Manager restarts it under another PID: found by its marker, and recorded."""
+        """On Windows ComfyUI-Manager's restart is a good end and another PID: found by its marker, and recorded."""
         deadline = time.monotonic() + (REBORN_PATIENCE if files_are_locked_in_use() else 0)
         while time.monotonic() < deadline:
             try:
