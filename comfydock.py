@@ -5702,8 +5702,8 @@ class Sighting:
     """What there is to see of an environment's ComfyUI without asking it anything.
 
     `state` is starting (an intent whose starter lives), running, stopped, crashed or foreign. `row`
-    is its process, if it has one here; `note` says what is special: untracked, interrupted,
-    rebooted, damaged, or nothing.
+    is its process, if it has one here; `note` says what is special: untracked, moved (it bears the recorded run's
+    marker, and `record` has its PID, which the file has not yet), interrupted, rebooted, damaged, or nothing.
     """
 
     state: str
@@ -6015,9 +6015,18 @@ class Environment:
     def _unrecorded(
         self, record: Optional[ProcessState], state: str, note: str, scanned: "Optional[list[ProcessRow]]"
     ) -> Sighting:
-        """A live ComfyUI of this checkout that the record does not name, else `state` and `note`."""
+        """A live ComfyUI of this checkout that the record does not name, else `state` and `note`.
+
+        On Windows a ComfyUI that restarts itself, as ComfyUI-Manager has it do, goes on under another PID.
+        """
         rows = comfyui_processes(self._checkout, scanned)
-        return Sighting(RUNNING, record, rows[0], "untracked") if rows else Sighting(state, record, None, note)
+        if not rows:
+            return Sighting(state, record, None, note)
+        row = rows[0]
+        if record is None or record.pid is None or process_table().markers().get(row.pid) != record.run_id:
+            return Sighting(RUNNING, record, row, "untracked")
+        moved = ProcessState.from_dict({**record.to_dict(), "pid": row.pid, "identity": identity_of(row)})
+        return Sighting(RUNNING, moved, row, "moved")
 
     def is_running(self) -> bool:
         """Whether a ComfyUI of this environment is alive. Asks only for the process, and changes nothing."""
@@ -6298,7 +6307,7 @@ class Environment:
             set_aside(self.paths.state)
         if row is None:
             return
-        if sight.note == "untracked":
+        if sight.note in ("untracked", "moved"):
             record = self._adopt(row, record)
         raise CDEnvironmentError(
             f"ComfyUI is already running (PID {row.pid}, port {record.port if record else DEFAULT_PORT}).",
@@ -6750,7 +6759,7 @@ class Environment:
         task = {"workspace": self.workspace_paths.root, "environment": self.name, "args": args, "options": options}
         reader, writer = os.pipe()
         with os.fdopen(reader, "rb") as answers, os.fdopen(writer, "wb") as answering:
-            command = [*own_command(), "--monitor"]
+            command = [*own_command(), "--monitor", self.paths.root]  # the word is for people who look at the processes
             variables = {**os.environ, MONITOR_VARIABLE: json.dumps(task)}
             process = create_background_process(command, self.workspace_paths.root, answering, variables)
             answering.close()
@@ -7715,7 +7724,7 @@ class Monitor:
         place = ["", "0"] if config.tls else [connect_host(config.host), str(config.port)]
         known = (self.record.health_status if self.record else None) or ""
         facts = [str(pid), *place, self.environment.log_path, str(LOG_LIMIT), known, str(HEALTH_PAUSE), str(LOOK_PAUSE)]
-        again = [*own_command(), "--monitor"]
+        again = [*own_command(), "--monitor", self.environment.paths.root]
         become([sys.executable, "-I", "-S", "-c", program, EVENT_VARIABLE, *facts, *again], dict(os.environ))
 
     def look_after(self) -> None:
@@ -8285,6 +8294,7 @@ _NOTES = {
     "damaged": " (the state file is damaged)",
     "unreadable": " (its files may not be read)",
     "untracked": " (not tracked: comfydock repair --orphan)",
+    "moved": " (it has restarted itself under another PID)",
 }
 _HEALTH_WORDS = {
     "healthy": "✓ Healthy",
@@ -8731,7 +8741,11 @@ class Foreground:
             if not has_more:
                 time.sleep(FOLLOW_PAUSE)
         self._drain()
-        return self._ended(exit_code_of(pid))
+        code, sight = exit_code_of(pid), self.environment.observe()
+        if sight.note == "moved" and self.record and sight.record and sight.record.run_id == self.record.run_id:
+            self.record = sight.record
+            return self.watch()
+        return self._ended(code)
 
     def _pump(self) -> bool:
         """Show a piece of what is new in the log, and return to where signals are heard; whether there may be more.

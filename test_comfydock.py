@@ -2137,6 +2137,36 @@ class WritingIsAllOrNothing(unittest.TestCase):
         self.assertFalse(os.path.islink(self.path))
 
 
+@unittest.skipUnless(WINDOWS, "only Windows keeps others from files that are open")
+class FilesInUse(unittest.TestCase):
+    def setUp(self):
+        self.path = os.path.join(temporary_folder(self), "file")
+
+    def test_a_replace_waits_for_the_readers(self):
+        Path(self.path).write_bytes(b"old")
+        reader = open(self.path, "rb")
+        with self.assertRaises(PermissionError):
+            dock.replace_file(__file__, self.path, 0.05)
+        closing = threading.Timer(0.2, reader.close)
+        closing.start()
+        dock.write_atomic(self.path, b"new")
+        closing.join()
+        self.assertEqual(Path(self.path).read_bytes(), b"new")
+        self.assertEqual(os.listdir(os.path.dirname(self.path)), ["file"])
+
+    def test_a_log_that_somebody_reads_is_copied_and_emptied(self):
+        Path(self.path).write_bytes(b"earlier\n" * 1000)
+        with open(self.path, "rb"):
+            dock.rotate_at_start(self.path, limit=100)
+            self.assertEqual((os.path.getsize(self.path), os.path.getsize(self.path + ".old")), (0, 8000))
+
+    def test_a_log_that_a_daemon_has_open_is_moved(self):
+        with dock.open_append(self.path) as log:
+            log.write(b"earlier\n" * 1000)
+            dock.rotate_at_start(self.path, limit=100)
+            self.assertEqual((os.path.exists(self.path), os.path.getsize(self.path + ".old")), (False, 8000))
+
+
 class LocksExclude(unittest.TestCase):
     def setUp(self):
         self.path = os.path.join(temporary_folder(self), "lock")
@@ -4417,6 +4447,12 @@ class Journey(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr + done.stdout)
         return json.loads(done.stdout)["data"]
 
+    def manager_restarts(self, port):
+        """Have ComfyUI-Manager restart the demo, and wait until it answers again."""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            post(port, "/manager/reboot", {})
+        eventually(lambda: self.person.log().count("To see the GUI") == 2)
+
     def ends_at_once(self, *words, **variables):
         """Start a demo that ends while `run` watches; on a busy machine, or under Wine, it may only start later."""
         for _ in range(5):
@@ -4693,6 +4729,14 @@ class Foreground(Journey):
         self.assertEqual(self.person.types("stop").returncode, 0)
         self.assertEqual(child.wait(30), 0)
         self.assertIn("stopped from elsewhere", Path(child.said).read_text(encoding="utf-8"))
+
+    def test_a_restart_by_comfyui_manager_is_followed(self):
+        child = self.foreground()
+        self.manager_restarts(self.person.state()["port"])
+        self.assertIsNone(dock.exit_code_within(child, 1))
+        dock.signal_process(child.pid, "interrupt")
+        self.assertEqual(child.wait(30), 0)
+        self.assertEqual((self.person.processes(), self.person.state()), ([], None))
 
     def test_a_restart_from_elsewhere_is_followed(self):
         child = self.foreground()
@@ -5006,15 +5050,15 @@ class NobodyGetsLost(Journey):
         self.assertIn("Cleaned a stale", self.person.types("-e", "a", "repair", "--orphan").stdout)
         self.assertEqual(Path(self.person.state_file("a") + ".damaged").read_bytes(), b"nonsense")
 
-    @unittest.skipUnless(LINUX, "re-exec under the same PID")
     def test_a_restart_by_comfyui_manager_keeps_it_tracked(self):
         data = self.run_demo()
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            post(data["port"], "/manager/reboot", {})
-        eventually(lambda: self.person.log().count("To see the GUI") == 2)
+        self.manager_restarts(data["port"])
         again = self.person.status()
-        self.assertEqual((again["pid"], again["state"], again["note"]), (data["pid"], "running", None))
+        self.assertEqual((again["state"], again["note"]), ("running", "moved" if WINDOWS else None))
+        self.assertEqual(again["pid"] == data["pid"], not WINDOWS, "Windows' exec is another process")
+        self.assertIn("No orphaned processes found", self.person.types("repair", "--orphan").stdout)
         self.assertEqual(self.person.types("stop").returncode, 0)
+        self.assertEqual(self.person.processes(), [])
 
 
 @unittest.skipUnless(LINUX and has("unshare") and not os.geteuid(), "needs root and unshare for namespaces")
@@ -5814,6 +5858,16 @@ class Monitored(Journey):
         self.assertEqual(self.person.types("run", "--demo", "--port", str(free_port())).returncode, 0)
         self.assertEqual(len(self.person.processes()), 1)
 
+    def test_a_restart_by_comfyui_manager_is_no_crash(self):
+        data = self.monitored_demo()
+        self.manager_restarts(data["port"])
+        again = eventually(lambda: (now := self.person.status())["state"] == "running" and now)
+        self.assertEqual(again["pid"] == data["pid"], not WINDOWS, "Windows' exec is another process")
+        eventually(lambda: self.person.state()["pid"] == again["pid"])
+        self.assertEqual((self.person.status()["monitor"]["restarts"], len(self.person.processes())), (0, 2))
+        self.assertEqual(self.person.types("stop").returncode, 0)
+        self.assertEqual(self.person.processes(), [])
+
     def test_what_cannot_start_is_told_by_the_one_who_asked(self):
         with listening() as port:
             self.assertClear(
@@ -6554,6 +6608,7 @@ class TimeAndIdentity(Trouble):
         eventually(lambda: http_status(data["port"]) == 200)
         seen = self.person.status()
         self.assertEqual((seen["pid"], seen["state"], seen["port"]), (again.pid, "running", data["port"]))
+        self.assertIn("(it has restarted itself under another PID)", self.person.types("status").stdout)
         self.assertClear(self.person.types("run", "--demo"), 1, f"already running (PID {again.pid}")
         self.assertEqual(self.person.state()["pid"], again.pid)
         self.assertIsNone(self.person.status()["note"])
