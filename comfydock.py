@@ -974,15 +974,26 @@ if sys.platform == "win32":
             raise ctypes.WinError(ctypes.get_last_error())
         time.sleep(0.1)  # the event is delivered by threads: who leaves the console at once may take it along
 
+    def is_on_our_console(pid: int) -> bool:
+        """Tell whether a Ctrl-C on the console of `pid` would be one for us, too; where that is not known, yes."""
+        import ctypes
+
+        pids = (ctypes.c_ulong * 256)()
+        count = libraries()[0].GetConsoleProcessList(pids, len(pids))
+        return not 0 < count <= len(pids) or pid in pids[:count]
+
     def console_interrupt(pid: int) -> bool:
         """Have a helper process press Ctrl-C on the console of `pid`; True where it could.
 
-        A process can be attached to one console only, hence the helper. Should the console be ours too, we are deaf.
+        A process can be attached to one console only, hence the helper. Should the console be ours too, we are deaf
+        meanwhile; else not, for a second Ctrl-C of the user means something.
         """
         import subprocess
 
         kernel, _ = libraries()
-        kernel.SetConsoleCtrlHandler(None, True)
+        is_deaf = is_on_our_console(pid)
+        if is_deaf:
+            kernel.SetConsoleCtrlHandler(None, True)
         try:
             helper = [*own_command(), "--console-interrupt", str(pid)]
             return (
@@ -999,7 +1010,8 @@ if sys.platform == "win32":
         except (OSError, subprocess.TimeoutExpired):
             return False
         finally:
-            kernel.SetConsoleCtrlHandler(None, False)
+            if is_deaf:
+                kernel.SetConsoleCtrlHandler(None, False)
 
     def suspend_or_resume(pid: int, function: str) -> None:
         """Call NtSuspendProcess or NtResumeProcess; they count, so each pause needs its continue."""

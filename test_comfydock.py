@@ -182,6 +182,7 @@ class Person:
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=subprocess.STDOUT,
+                creationflags=subprocess.CREATE_NO_WINDOW if WINDOWS else 0,  # a console of its own, for Ctrl-C
             )
         child.said = said.name
         self.children.append(child)
@@ -1165,6 +1166,14 @@ class StartingInTheBackground(Stage):
         self.addCleanup(self.end_pid, pid)
         self.assertEqual([str(one.message) for one in seen], [])
         self.assertTrue(dock.is_process_alive(pid))
+
+    @unittest.skipUnless(WINDOWS, "Windows consoles")
+    def test_it_has_a_console_without_a_window(self):
+        self.start(
+            "import ctypes; kernel = ctypes.WinDLL('kernel32'); page = kernel.GetConsoleCP()\n"
+            "print(page > 0, kernel.GetConsoleWindow(), 'ready', flush=True)"
+        ).wait()
+        self.assertEqual(read(self.log), "True 0 ready\n")
 
     @unittest.skipUnless(WINDOWS, "Windows consoles")
     def test_it_has_a_console_that_can_be_interrupted_and_no_new_group(self):
@@ -4667,7 +4676,6 @@ class Running(Journey):
         )
         self.assertEqual(person.types("run", "-e", "b", "--auto-port", "--port", port).returncode, 0)
 
-    @unittest.skipIf(WINDOWS, "needs signals")
     def test_a_log_over_ten_megabytes_becomes_old_at_start(self):
         log = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
         os.makedirs(os.path.dirname(log))
@@ -4684,22 +4692,20 @@ class Foreground(Journey):
         read_until(child, "To see the GUI go to" if "COMFYDOCK_DEMO_START_SECONDS" not in variables else "Streaming")
         return child
 
-    @unittest.skipIf(WINDOWS, "needs signals")
     def test_ctrl_c_stops_comfyui_and_ends_well(self):
         child = self.foreground()
-        child.send_signal(signal.SIGINT)
+        dock.signal_process(child.pid, "interrupt")
         self.assertEqual(child.wait(30), 0)
         self.assertIn("Stopped server", Path(child.said).read_text(encoding="utf-8"))
         self.assertEqual(self.person.processes(), [])
         self.assertIsNone(self.person.state())
 
-    @unittest.skipIf(WINDOWS, "needs signals")
     def test_a_second_ctrl_c_kills(self):
         child = self.foreground(COMFYDOCK_DEMO_IGNORE="INT,TERM")
-        child.send_signal(signal.SIGINT)
+        dock.signal_process(child.pid, "interrupt")
         read_until(child, "Stopping ComfyUI")
         began = time.monotonic()
-        child.send_signal(signal.SIGINT)
+        dock.signal_process(child.pid, "interrupt")
         self.assertEqual(child.wait(30), 130)
         self.assertLess(time.monotonic() - began, 6)
         self.assertEqual(self.person.processes(), [])
@@ -4768,12 +4774,11 @@ class Foreground(Journey):
 
 
 class TellingTheTruth(Journey):
-    @unittest.skipIf(WINDOWS, "needs signals")
     def test_after_a_crash_status_tells_of_it_and_restart_starts_with_the_same_arguments(self):
         data = self.run_demo("--cpu")
         with open(data["log"], "ab") as log:
             log.write(b"RuntimeError: \033]0;CUDA\007 is gone\nbye\n")
-        os.kill(data["pid"], signal.SIGKILL)
+        dock.signal_process(data["pid"], "kill")
         eventually(lambda: not alive(data["pid"]))
         done = self.person.types("status")
         self.assertEqual(done.returncode, 3)
@@ -4802,10 +4807,9 @@ class TellingTheTruth(Journey):
         eventually(lambda: self.person.status()["state"] == "unresponsive")
         self.assertIn("Not responding", self.person.types("status").stdout)
 
-    @unittest.skipIf(WINDOWS, "needs signals")
     def test_a_stopped_process_is_alive_but_not_responding_and_can_be_ended(self):
         data = self.run_demo()
-        os.kill(data["pid"], signal.SIGSTOP)
+        dock.signal_process(data["pid"], "pause")
         self.assertEqual(self.person.status()["state"], "unresponsive")
         self.assertEqual(self.person.types("stop").returncode, 0)
         self.assertFalse(alive(data["pid"]))
@@ -4924,7 +4928,6 @@ class StoppingAndNothingElse(Journey):
         self.assertClear(done, 1, f"PID {data['pid']}", "belongs to another user")
         self.assertTrue(alive(data["pid"]))
 
-    @unittest.skipIf(WINDOWS, "needs signals")
     def test_what_ignores_every_polite_signal_is_killed_in_time_and_its_children_too(self):
         for child in ("yes", "session"):
             with self.subTest(child=child):
@@ -4938,7 +4941,6 @@ class StoppingAndNothingElse(Journey):
                 eventually(lambda pid=pid: not alive(pid), 3)
                 self.assertEqual(self.person.processes(), [])
 
-    @unittest.skipIf(WINDOWS, "needs signals")
     def test_a_clean_stop_is_sigint_and_leaves_the_last_words(self):
         self.run_demo()
         self.assertEqual(self.person.types("stop").returncode, 0)
@@ -6598,7 +6600,7 @@ class TimeAndIdentity(Trouble):
     def test_one_that_goes_on_under_another_pid_is_found_again(self):
         data = self.run_demo()
         state = self.person.state()
-        os.kill(data["pid"], signal.SIGKILL if not WINDOWS else signal.SIGTERM)
+        dock.signal_process(data["pid"], "kill")
         eventually(lambda: not alive(data["pid"]))
         again = subprocess.Popen(
             state["command"], cwd=state["cwd"], env={**self.person.variables, "COMFYDOCK_RUN_ID": state["run_id"]},
@@ -6615,11 +6617,10 @@ class TimeAndIdentity(Trouble):
         self.assertQuiet(self.person.types("stop"), 0)
         self.assertIsNotNone(again.wait(20))
 
-    @unittest.skipIf(WINDOWS, "needs signals")
     def test_another_environments_comfyui_in_the_record_is_never_signalled(self):
         data = self.run_demo()
         self.person.environment("a")
-        for identity in ({}, {**self.person.state()["identity"], "start_ticks": 1}):
+        for identity in ({}, {**self.person.state()["identity"], "start_ticks": 1, "created": 1.0}):
             state = {**self.person.state(), "identity": identity}
             Path(self.person.state_file("a")).write_text(json.dumps(state), encoding="utf-8")
             self.assertQuiet(self.person.types("-e", "a", "status"), 3)
