@@ -61,6 +61,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import subprocess
+    from contextlib import AbstractContextManager
     from dataclasses import dataclass, field
     from datetime import timedelta
     from pathlib import Path
@@ -1054,6 +1055,15 @@ if sys.platform == "win32":
         except OSError:
             return None
 
+    def exit_code_kept(pid: int) -> "AbstractContextManager[Any]":
+        """Have `reap` tell the exit code of a process that is no child: it is known while somebody has it open."""
+        from contextlib import ExitStack
+
+        stack = ExitStack()
+        with suppress(OSError):
+            stack.enter_context(opened_process(pid, SYNCHRONIZE))
+        return stack
+
     def reap_strangers(own: int) -> None:
         """Do nothing: Windows has no zombies."""
 
@@ -1315,6 +1325,10 @@ else:
             return True
         except BlockingIOError:
             return False
+
+    def exit_code_kept(pid: int) -> "AbstractContextManager[Any]":
+        """Do nothing: the system keeps exit codes for parents, and for nobody else."""
+        return nullcontext()
 
     def reap_strangers(own: int) -> None:
         """Reap, as PID 1 of a container must, every ended process but `own`, whose exit code somebody waits for."""
@@ -7716,10 +7730,12 @@ class Monitor:
         """
         while self.record is not None and self.record.pid is not None:
             self._become_sleeper(self.record.pid)
-            if not wait_handle_or_sleep(self.record.pid, HEALTH_PAUSE):
-                self.look_after()
-                continue
-            if not self.goes_on(exit_code_of(self.record.pid)):
+            with exit_code_kept(self.record.pid):
+                if not wait_handle_or_sleep(self.record.pid, HEALTH_PAUSE):
+                    self.look_after()
+                    continue
+                code = exit_code_of(self.record.pid)
+            if not self.goes_on(code):
                 return 0
             self.record = self.environment._read_state()
         return 0
@@ -8744,16 +8760,18 @@ class Foreground:
         """Returns the exit code of the command."""
         pid = self.record.pid if self.record and self.record.pid else 0
         row = process_table().row(pid)
-        while row is not None and still_runs(row):
-            has_more = self._pump()
-            if self.received:
-                return self._stop()
-            if os.getpid() == 1:
-                reap_strangers(pid)
-            if not has_more:
-                time.sleep(FOLLOW_PAUSE)
-        self._drain()
-        code, sight = exit_code_of(pid), self.environment.observe()
+        with exit_code_kept(pid):
+            while row is not None and still_runs(row):
+                has_more = self._pump()
+                if self.received:
+                    return self._stop()
+                if os.getpid() == 1:
+                    reap_strangers(pid)
+                if not has_more:
+                    time.sleep(FOLLOW_PAUSE)
+            self._drain()
+            code = exit_code_of(pid)
+        sight = self.environment.observe()
         if sight.note == "moved" and self.record and sight.record and sight.record.run_id == self.record.run_id:
             self.record = sight.record
             return self.watch()
