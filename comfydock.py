@@ -753,6 +753,8 @@ def files_are_locked_in_use() -> bool:
     return IS_WINDOWS
 
 
+LONGEST_FOLDER = 258  # what Windows lets a process stand in, also where longer paths are allowed
+
 # How `ps` is asked for the environment behind each command: macOS has -E, procps the BSD letter e.
 PS_WITH_ENVIRONMENT = "-axwwE" if sys.platform == "darwin" else "axeww"
 
@@ -798,6 +800,9 @@ def cannot_start(cmd: list[str], cwd: "Optional[Union[str, Path]]", error: OSErr
     """Put into words why `cmd` did not start; code "missing" where the program or its folder is not there."""
     if cwd is not None and not os.path.isdir(cwd):
         return CDEnvironmentError(f"the folder {cwd} is not there, so {cmd[0]} cannot run in it", code="missing")
+    if IS_WINDOWS and cwd is not None and len(os.path.abspath(cwd)) > LONGEST_FOLDER:
+        message = f"{cwd}: on Windows no program starts in a folder with so long a path"
+        return CDEnvironmentError(f"{message} (over {LONGEST_FOLDER} characters)", "move it to a shorter one", "path")
     named_only = not os.path.dirname(cmd[0])  # one closed folder on PATH turns "not found" into "permission denied"
     if isinstance(error, FileNotFoundError) or named_only and not on_path(cmd[0]):
         return CDEnvironmentError(f"{cmd[0]} was not found", "install it, or put its folder on PATH", "missing")
@@ -4157,7 +4162,7 @@ class Draft:
                 "write each node as its own table [tool.comfydock.nodes.NAME]",
                 "manifest",
             )
-        real = os.path.realpath(self.path)
+        real = os.path.realpath(self.path) if is_link(self.path) else self.path
         write_atomic(real, self.text.encode(), os.stat(real).st_mode & 0o777)
 
 
@@ -8063,8 +8068,7 @@ class Console:
                 sink.write(data)
                 sink.flush()
         except OSError as error:
-            error.filename = "the output"
-            raise
+            raise output_error(error) from error
 
     def can_ask(self) -> bool:
         """Whether a terminal is there to answer."""
@@ -8156,8 +8160,7 @@ class Console:
             stream.write(text)
             stream.flush()
         except OSError as error:
-            error.filename = "the output"
-            self.unheard = self.unheard or error
+            self.unheard = self.unheard or output_error(error)
 
     def _coloured(self, stream: "Any", text: str) -> str:
         if not wants_colour(stream, self.colour):
@@ -8187,6 +8190,16 @@ def as_sentence(text: str) -> str:
     first = text.split(" ", 1)[0]
     opened = text[:1].upper() + text[1:] if first.isalpha() and first.islower() else text
     return opened if opened.endswith((".", "!", "?", ":")) or "\n" in opened else f"{opened}."
+
+
+def output_error(error: OSError) -> OSError:
+    """What went wrong with the output: a pipe that nobody reads is to Windows an invalid argument."""
+    import errno
+
+    if error.errno == errno.EINVAL:
+        return BrokenPipeError(errno.EPIPE, "nobody reads it", "the output")
+    error.filename = "the output"
+    return error
 
 
 def forget_output() -> None:

@@ -5245,6 +5245,23 @@ class WhichEnvironment(Journey):
         self.assertFalse(os.path.exists(self.person.workspace))
         self.assertEqual(self.person.types("stop", COMFYDOCK_HOME=other).returncode, 0)
 
+    def test_a_workspace_may_lie_deep_and_bear_any_name(self):
+        person = self.person
+        person.workspace = os.path.join(person.home, *["fünf Örter ☃ " + "x" * 40] * 5)
+        self.assertGreater(len(person.workspace), 260)
+        person.variables["COMFYDOCK_HOME"] = person.workspace
+        person.environment("a")
+        done = person.types("run", "--wait", "--port", str(free_port()))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(person.types("logs", "--rotate").returncode, 0)
+        self.assertIn("Running", person.types("status").stdout)
+        self.assertEqual(person.types("stop").returncode, 0)
+        self.assertIn("Stopped server", person.log("a"))
+        self.assertIn("To see the GUI", person.types("logs", "--all").stdout)
+        if WINDOWS:
+            done = person.types("run", "--demo", "--port", str(free_port()))
+            self.assertClear(done, 1, "no program starts in a folder with so long a path")
+
     def test_bad_input_is_one_clear_line_and_changes_nothing(self):
         person = self.person
         checkout = person.checkout()
