@@ -61,6 +61,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import subprocess
+    from contextlib import AbstractContextManager
     from dataclasses import dataclass, field
     from datetime import timedelta
     from pathlib import Path
@@ -767,6 +768,8 @@ def files_are_locked_in_use() -> bool:
     return IS_WINDOWS
 
 
+LONGEST_FOLDER = 258  # what Windows lets a process stand in, also where longer paths are allowed
+
 # How `ps` is asked for the environment behind each command: macOS has -E, procps the BSD letter e.
 PS_WITH_ENVIRONMENT = "-axwwE" if sys.platform == "darwin" else "axeww"
 
@@ -819,6 +822,9 @@ def cannot_start(cmd: list[str], cwd: "Optional[Union[str, Path]]", error: OSErr
     """Put into words why `cmd` did not start; code "missing" where the program or its folder is not there."""
     if cwd is not None and not os.path.isdir(cwd):
         return CDEnvironmentError(f"the folder {cwd} is not there, so {cmd[0]} cannot run in it", code="missing")
+    if IS_WINDOWS and cwd is not None and len(os.path.abspath(cwd)) > LONGEST_FOLDER:
+        message = f"{cwd}: on Windows no program starts in a folder with so long a path"
+        return CDEnvironmentError(f"{message} (over {LONGEST_FOLDER} characters)", "move it to a shorter one", "path")
     named_only = not os.path.dirname(cmd[0])  # one closed folder on PATH turns "not found" into "permission denied"
     if isinstance(error, FileNotFoundError) or named_only and not on_path(cmd[0]):
         return CDEnvironmentError(f"{cmd[0]} was not found", "install it, or put its folder on PATH", "missing")
@@ -863,9 +869,11 @@ if sys.platform == "win32":
 
         kernel, ntdll = ctypes.WinDLL("kernel32", use_last_error=True), ctypes.WinDLL("ntdll")
         handle, dword = wintypes.HANDLE, wintypes.DWORD
-        kernel.OpenProcess.restype = kernel.CreateFileW.restype = handle
+        kernel.OpenProcess.restype = kernel.CreateFileW.restype = kernel.CreateToolhelp32Snapshot.restype = handle
         kernel.OpenProcess.argtypes = [dword, wintypes.BOOL, dword]
         kernel.CloseHandle.argtypes = [handle]
+        kernel.CreateToolhelp32Snapshot.argtypes = [dword, dword]
+        kernel.Process32FirstW.argtypes = kernel.Process32NextW.argtypes = [handle, ctypes.c_void_p]
         kernel.TerminateProcess.argtypes = [handle, wintypes.UINT]
         kernel.WaitForSingleObject.argtypes = [handle, dword]
         kernel.GetExitCodeProcess.argtypes = [handle, ctypes.c_void_p]
@@ -994,15 +1002,26 @@ if sys.platform == "win32":
             raise ctypes.WinError(ctypes.get_last_error())
         time.sleep(0.1)  # the event is delivered by threads: who leaves the console at once may take it along
 
+    def is_on_our_console(pid: int) -> bool:
+        """Tell whether a Ctrl-C on the console of `pid` would be one for us, too; where that is not known, yes."""
+        import ctypes
+
+        pids = (ctypes.c_ulong * 256)()
+        count = libraries()[0].GetConsoleProcessList(pids, len(pids))
+        return not 0 < count <= len(pids) or pid in pids[:count]
+
     def console_interrupt(pid: int) -> bool:
         """Have a helper process press Ctrl-C on the console of `pid`; True where it could.
 
-        A process can be attached to one console only, hence the helper. Should the console be ours too, we are deaf.
+        A process can be attached to one console only, hence the helper. Should the console be ours too, we are deaf
+        meanwhile; else not, for a second Ctrl-C of the user means something.
         """
         import subprocess
 
         kernel, _ = libraries()
-        kernel.SetConsoleCtrlHandler(None, True)
+        is_deaf = is_on_our_console(pid)
+        if is_deaf:
+            kernel.SetConsoleCtrlHandler(None, True)
         try:
             helper = [*own_command(), "--console-interrupt", str(pid)]
             return (
@@ -1019,7 +1038,8 @@ if sys.platform == "win32":
         except (OSError, subprocess.TimeoutExpired):
             return False
         finally:
-            kernel.SetConsoleCtrlHandler(None, False)
+            if is_deaf:
+                kernel.SetConsoleCtrlHandler(None, False)
 
     def suspend_or_resume(pid: int, function: str) -> None:
         """Call NtSuspendProcess or NtResumeProcess; they count, so each pause needs its continue."""
@@ -1061,6 +1081,15 @@ if sys.platform == "win32":
                 return code.value if known else None
         except OSError:
             return None
+
+    def exit_code_kept(pid: int) -> "AbstractContextManager[Any]":
+        """Have `reap` tell the exit code of a process that is no child: it is known while somebody has it open."""
+        from contextlib import ExitStack
+
+        stack = ExitStack()
+        with suppress(OSError):
+            stack.enter_context(opened_process(pid, SYNCHRONIZE))
+        return stack
 
     def reap_strangers(own: int) -> None:
         """Do nothing: Windows has no zombies."""
@@ -1122,6 +1151,46 @@ if sys.platform == "win32":
             return 0
         facts.ppid = int(basic[5])
         return int(basic[1])
+
+    def listed_processes() -> list[tuple[int, str]]:
+        """Return (pid, program) of every process from one snapshot of the system, [] where that is refused."""
+        import ctypes
+        from ctypes import wintypes
+
+        class Entry(ctypes.Structure):
+            """PROCESSENTRY32W."""
+
+            _fields_ = [
+                ("size", wintypes.DWORD),
+                ("usage", wintypes.DWORD),
+                ("pid", wintypes.DWORD),
+                ("heap", ctypes.c_size_t),
+                ("counts", wintypes.DWORD * 5),  # module, threads, parent, priority, flags
+                ("program", wintypes.WCHAR * 260),
+            ]
+
+        kernel, entry, found = libraries()[0], Entry(), []
+        entry.size = ctypes.sizeof(entry)
+        snapshot = kernel.CreateToolhelp32Snapshot(2, 0)  # TH32CS_SNAPPROCESS
+        try:
+            there = kernel.Process32FirstW(snapshot, ctypes.byref(entry))
+            while there:
+                found.append((entry.pid, entry.program))
+                there = kernel.Process32NextW(snapshot, ctypes.byref(entry))
+        finally:
+            kernel.CloseHandle(snapshot)
+        return found
+
+    def tcp_listeners(family: int) -> bytes:
+        """Return Windows' table of the TCP sockets that listen (MIB_TCPTABLE_OWNER_PID), b"" where it is refused."""
+        import ctypes
+
+        too_small, listeners = 122, 3  # ERROR_INSUFFICIENT_BUFFER, TCP_TABLE_OWNER_PID_LISTENER
+        library, size, answer = ctypes.WinDLL("iphlpapi"), ctypes.c_ulong(4096), too_small
+        while answer == too_small:
+            buffer = ctypes.create_string_buffer(size.value)
+            answer = library.GetExtendedTcpTable(buffer, ctypes.byref(size), False, family, listeners, 0)
+        return buffer.raw if answer == 0 else b""
 
     def process_facts(pid: int) -> Optional[ProcessFacts]:
         """Return what Windows tells about a process, or None where it may not even be opened.
@@ -1284,6 +1353,10 @@ else:
         except BlockingIOError:
             return False
 
+    def exit_code_kept(pid: int) -> "AbstractContextManager[Any]":
+        """Do nothing: the system keeps exit codes for parents, and for nobody else."""
+        return nullcontext()
+
     def reap_strangers(own: int) -> None:
         """Reap, as PID 1 of a container must, every ended process but `own`, whose exit code somebody waits for."""
         if not hasattr(os, "waitid"):  # macOS, where nothing runs as PID 1 of a container
@@ -1354,6 +1427,14 @@ else:
             return bool(poller.poll(max(0.0, seconds * 1000)))
         finally:
             os.close(fd)
+
+    def listed_processes() -> list[tuple[int, str]]:
+        """Return []: only Windows is asked this way."""
+        return []
+
+    def tcp_listeners(family: int) -> bytes:
+        """Return b"": only Windows is asked this way."""
+        return b""
 
     def process_facts(pid: int) -> Optional[ProcessFacts]:
         """Return None: only Windows is asked this way."""
@@ -1930,6 +2011,19 @@ def parse_netstat(text: str, port: int) -> list[int]:
     return sorted(found)
 
 
+# What the families of sockets are called on Windows (AF_INET, AF_INET6), how many numbers of 32 bits a row of their
+# tables has, and which one is the port, in the network's order; the last is the PID.
+TCP_TABLES = ((2, 6, 2), (23, 14, 5))
+
+
+def parse_tcp_listeners(table: bytes, width: int, port_at: int) -> list[tuple[int, int]]:
+    """Return (port, PID) of each row of a table whose first number says how many there are."""
+    count = int.from_bytes(table[:4], "little")
+    rows = (table[start : start + 4 * width] for start in range(4, 4 + 4 * width * count, 4 * width))
+    ports = ((row[4 * port_at : 4 * port_at + 2], row[-4:]) for row in rows)
+    return [(int.from_bytes(port, "big"), int.from_bytes(pid, "little")) for port, pid in ports]
+
+
 def parse_lsof(text: str, letter: str) -> list[str]:
     """Return the fields of one letter from `lsof -F` output: p a PID, n a name."""
     return [line[1:] for line in text.splitlines() if line.startswith(letter)]
@@ -2226,13 +2320,13 @@ class PsTable(ProcessTable):
         return [int(pid) for pid in parse_lsof(text, "p")]
 
 
-class TasklistTable(ProcessTable):
-    """Windows: the list from tasklist, all else from the processes themselves (`process_facts`)."""
+class WindowsTable(ProcessTable):
+    """Windows: the list from a snapshot of the system, all else from the processes themselves (`process_facts`)."""
 
     @classmethod
     def usable(cls) -> bool:
-        """Tell whether there is a tasklist."""
-        return on_path("tasklist")
+        """Tell whether there are snapshots."""
+        return bool(listed_processes())
 
     def make_row(self, pid: int, program: str, facts: Optional[ProcessFacts]) -> Optional[ProcessRow]:
         """Make a row of what the process tells; of a dead one that somebody still holds open, none."""
@@ -2242,16 +2336,16 @@ class TasklistTable(ProcessTable):
         words = split_windows_command(facts.command_line or "") or [program]
         return ProcessRow(pid, facts.ppid or 0, created=facts.created, command=words)
 
-    def listed(self, *filters: str) -> list[tuple[int, str]]:
-        """Return (pid, program) of the processes that tasklist lists."""
-        return parse_tasklist(printed(["tasklist", *filters, "/FO", "CSV", "/NH"]))
+    def listed(self, pid: Optional[int] = None) -> list[tuple[int, str]]:
+        """Return (pid, program) of all processes, or of one."""
+        return [one for one in listed_processes() if pid in (None, one[0])]
 
     def row(self, pid: int) -> Optional[ProcessRow]:
-        """Return one process; tasklist is asked only where the process itself does not tell its command line."""
+        """Return one process; the list is asked only where the process itself does not tell its command line."""
         facts = process_facts(pid)
         if facts is not None and (facts.command_line or not facts.alive):
             return self.make_row(pid, "", facts)
-        rows = [self.make_row(*one, facts) for one in self.listed("/FI", f"PID eq {pid}") if one[0] == pid]
+        rows = [self.make_row(*one, facts) for one in self.listed(pid)]
         return rows[0] if rows else None
 
     def rows(self, containing: str = "") -> list[ProcessRow]:
@@ -2272,12 +2366,33 @@ class TasklistTable(ProcessTable):
 
     def listeners(self, port: int) -> list[int]:
         """Return who listens on `port`."""
+        tables = (parse_tcp_listeners(tcp_listeners(family), width, at) for family, width, at in TCP_TABLES)
+        return sorted({pid for table in tables for one, pid in table if one == port})
+
+
+class TasklistTable(WindowsTable):
+    """Windows without snapshots: the lists from tasklist and netstat, two programs that must start each time."""
+
+    @classmethod
+    def usable(cls) -> bool:
+        """Tell whether there is a tasklist."""
+        return on_path("tasklist")
+
+    def listed(self, pid: Optional[int] = None) -> list[tuple[int, str]]:
+        """Return (pid, program) of all processes, or of one."""
+        chosen = [] if pid is None else ["/FI", f"PID eq {pid}"]
+        found = parse_tasklist(printed(["tasklist", *chosen, "/FO", "CSV", "/NH"]))
+        return [one for one in found if pid in (None, one[0])]
+
+    def listeners(self, port: int) -> list[int]:
+        """Return who listens on `port`."""
         return parse_netstat(printed(["netstat", "-ano"]), port)
 
 
 TABLES: dict[str, type[ProcessTable]] = {
     "proc": ProcTable,
     "psutil": PsutilTable,
+    "windows": WindowsTable,
     "tasklist": TasklistTable,
     "ps": PsTable,
 }
@@ -4123,7 +4238,7 @@ class Draft:
                 "write each node as its own table [tool.comfydock.nodes.NAME]",
                 "manifest",
             )
-        real = os.path.realpath(self.path)
+        real = os.path.realpath(self.path) if is_link(self.path) else self.path
         write_atomic(real, self.text.encode(), os.stat(real).st_mode & 0o777)
 
 
@@ -5673,8 +5788,8 @@ class Sighting:
     """What there is to see of an environment's ComfyUI without asking it anything.
 
     `state` is starting (an intent whose starter lives), running, stopped, crashed or foreign. `row`
-    is its process, if it has one here; `note` says what is special: untracked, interrupted,
-    rebooted, damaged, or nothing.
+    is its process, if it has one here; `note` says what is special: untracked, moved (it bears the recorded run's
+    marker, and `record` has its PID, which the file has not yet), interrupted, rebooted, damaged, or nothing.
     """
 
     state: str
@@ -5984,9 +6099,18 @@ class Environment:
         return (STOPPED if ended_well else CRASHED), ""
 
     def _unrecorded(self, record: Optional[ProcessState], state: str, note: str, scan: Optional[Scan]) -> Sighting:
-        """A live ComfyUI of this checkout that the record does not name, else `state` and `note`."""
+        """A live ComfyUI of this checkout that the record does not name, else `state` and `note`.
+
+        On Windows a ComfyUI that restarts itself, as ComfyUI-Manager has it do, goes on under another PID.
+        """
         rows = comfyui_processes(self._checkout, scan) if scan != {} else []
-        return Sighting(RUNNING, record, rows[0], "untracked") if rows else Sighting(state, record, None, note)
+        if not rows:
+            return Sighting(state, record, None, note)
+        row = rows[0]
+        if record is None or record.pid is None or not record.run_id or run_id_of(row) != record.run_id:
+            return Sighting(RUNNING, record, row, "untracked")
+        moved = ProcessState.from_dict({**record.to_dict(), "pid": row.pid, "identity": identity_of(row)})
+        return Sighting(RUNNING, moved, row, "moved")
 
     def is_running(self) -> bool:
         """Whether a ComfyUI of this environment is alive. Asks only for the process, and changes nothing."""
@@ -6275,7 +6399,7 @@ class Environment:
             set_aside(self.paths.state)
         if row is None:
             return
-        if sight.note == "untracked":
+        if sight.note in ("untracked", "moved"):
             record = self._adopt(row, record)
         raise CDEnvironmentError(
             f"ComfyUI is already running (PID {row.pid}, port {record.port if record else DEFAULT_PORT}).",
@@ -6732,7 +6856,7 @@ class Environment:
         task = {"workspace": self.workspace_paths.root, "environment": self.name, "args": args, "options": options}
         reader, writer = os.pipe()
         with os.fdopen(reader, "rb") as answers, os.fdopen(writer, "wb") as answering:
-            command = [*own_command(), "--monitor"]
+            command = [*own_command(), "--monitor", self.paths.root]  # the word is for people who look at the processes
             variables = {**os.environ, MONITOR_VARIABLE: json.dumps(task)}
             process = create_background_process(command, self.workspace_paths.root, answering, variables)
             answering.close()
@@ -7591,7 +7715,7 @@ def select_workspace(chosen: Optional[str], named: bool, folder: str) -> Workspa
 HEALTH_PAUSE, LOOK_PAUSE = 10.0, 300.0
 CRASH_LIMIT, CRASH_WINDOW = 5, 300.0
 LONGEST_BACKOFF = 30.0
-REBORN_PATIENCE = 15.0  # ComfyUI-Manager's restart on Windows: another process, found again within this time
+REBORN_PATIENCE = 15.0  # ComfyUI-Manager's restart on Windows: another process, there before the former has ended
 
 
 def console_interrupt_entry(words: list[str]) -> int:
@@ -7665,10 +7789,12 @@ class Monitor:
         while self.record is not None and self.record.pid is not None:
             self._become_sleeper(self.record.pid)
             row = process_table().row(self.record.pid)
-            if row is not None and not wait_for_exit(row, HEALTH_PAUSE, pause=0.5):
-                self.look_after()
-                continue
-            if not self.goes_on(exit_code_of(self.record.pid)):
+            with exit_code_kept(self.record.pid):
+                if row is not None and not wait_for_exit(row, HEALTH_PAUSE, pause=0.5):
+                    self.look_after()
+                    continue
+                code = exit_code_of(self.record.pid)
+            if not self.goes_on(code):
                 return 0
             self.record = self.environment._read_state()
         return 0
@@ -7685,7 +7811,7 @@ class Monitor:
         place = ["", "0"] if config.tls else [connect_host(config.host), str(config.port)]
         known = (self.record.health_status if self.record else None) or ""
         facts = [str(pid), *place, self.environment.log_path, str(LOG_LIMIT), known, str(HEALTH_PAUSE), str(LOOK_PAUSE)]
-        again = [*own_command(), "--monitor"]
+        again = [*own_command(), "--monitor", self.environment.paths.root]
         become([sys.executable, "-I", "-S", "-c", program, EVENT_VARIABLE, *facts, *again], dict(os.environ))
 
     def look_after(self) -> None:
@@ -7704,7 +7830,7 @@ class Monitor:
         environment, run_id = self.environment, self.record.run_id if self.record else None
         if not self._is_wanted():
             return False
-        if self._is_reborn():
+        if code in (0, None) and self._is_reborn():
             return True
         environment.note_exit(run_id, code)
         if code in (0, 2):  # a good end, or arguments that ComfyUI refuses every time
@@ -7718,7 +7844,7 @@ class Monitor:
         return now is not None and same and now.wanted == "running"
 
     def _is_reborn(self) -> bool:
-        """On Windows ComfyUI-Manager restarts it under another PID: found by its marker, and recorded."""
+        """On Windows ComfyUI-Manager's restart is a good end and another PID: found by its marker, and recorded."""
         deadline = time.monotonic() + (REBORN_PATIENCE if IS_WINDOWS else 0)
         while time.monotonic() < deadline:
             try:
@@ -7983,8 +8109,7 @@ class Console:
                 sink.write(data)
                 sink.flush()
         except OSError as error:
-            error.filename = "the output"
-            raise
+            raise output_error(error) from error
 
     def can_ask(self) -> bool:
         """Whether a terminal is there to answer."""
@@ -8077,8 +8202,7 @@ class Console:
             stream.write(text)
             stream.flush()
         except OSError as error:
-            error.filename = "the output"
-            self.unheard = self.unheard or error
+            self.unheard = self.unheard or output_error(error)
 
     def _coloured(self, stream: "Any", text: str) -> str:
         if not wants_colour(stream, self.colour):
@@ -8108,6 +8232,16 @@ def as_sentence(text: str) -> str:
     first = text.split(" ", 1)[0]
     opened = text[:1].upper() + text[1:] if first.isalpha() and first.islower() else text
     return opened if opened.endswith((".", "!", "?", ":")) or "\n" in opened else f"{opened}."
+
+
+def output_error(error: OSError) -> OSError:
+    """What went wrong with the output: a pipe that nobody reads is to Windows an invalid argument."""
+    import errno
+
+    if error.errno == errno.EINVAL:
+        return BrokenPipeError(errno.EPIPE, "nobody reads it", "the output")
+    error.filename = "the output"
+    return error
 
 
 def forget_output() -> None:
@@ -8244,6 +8378,7 @@ _NOTES = {
     "damaged": " (the state file is damaged)",
     "unreadable": " (its files may not be read)",
     "untracked": " (not tracked: comfydock repair --orphan)",
+    "moved": " (it has restarted itself under another PID)",
 }
 _HEALTH_WORDS = {
     "healthy": "✓ Healthy",
@@ -8694,16 +8829,22 @@ class Foreground:
         """Returns the exit code of the command."""
         pid = self.record.pid if self.record and self.record.pid else 0
         row = process_table().row(pid)
-        while row is not None and still_runs(row):
-            has_more = self._pump()
-            if self.received:
-                return self._stop()
-            if os.getpid() == 1:
-                reap_strangers(pid)
-            if not has_more:
-                time.sleep(FOLLOW_PAUSE)
-        self._drain()
-        return self._ended(exit_code_of(pid))
+        with exit_code_kept(pid):
+            while row is not None and still_runs(row):
+                has_more = self._pump()
+                if self.received:
+                    return self._stop()
+                if os.getpid() == 1:
+                    reap_strangers(pid)
+                if not has_more:
+                    time.sleep(FOLLOW_PAUSE)
+            self._drain()
+            code = exit_code_of(pid)
+        sight = self.environment.observe()
+        if sight.note == "moved" and self.record and sight.record and sight.record.run_id == self.record.run_id:
+            self.record = sight.record
+            return self.watch()
+        return self._ended(code)
 
     def _pump(self) -> bool:
         """Show a piece of what is new in the log, and return to where signals are heard; whether there may be more.
