@@ -1277,10 +1277,6 @@ else:
     def attach_and_interrupt(pid: int) -> None:
         """Do nothing: only Windows presses Ctrl-C through a console."""
 
-    def console_interrupt(pid: int) -> bool:
-        """Return False: only Windows presses Ctrl-C through a console."""
-        return False
-
     def signal_process(pid: int, how: str) -> None:
         """Send a signal to one process: "interrupt", "terminate", "kill", "pause" or "continue".
 
@@ -2922,7 +2918,7 @@ def replace_file(source: str, target: str, seconds: float = 2.0) -> None:
         try:
             return os.replace(source, target)
         except PermissionError:
-            if os.name != "nt" or time.monotonic() > deadline:
+            if not files_are_locked_in_use() or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
 
@@ -3211,8 +3207,6 @@ def find_session(file: "BinaryIO", end: int) -> int:
         at = block.rfind(b"\n" + mark)
         if at >= 0:
             return start + at + 1
-        if start == 0 and block.startswith(mark):
-            return 0
         position, after = start, block[: len(mark) + 1]
     return 0
 
