@@ -44,6 +44,7 @@ import tracemalloc
 import types
 import unittest
 import unittest.mock
+import urllib.request
 import uuid
 import warnings
 import zipfile
@@ -804,6 +805,11 @@ class WordsForPeople(unittest.TestCase):
         for name in ("ComfyUI", "my folder", "..", "", "logs", "été", "x" * 200, "-_-", "a."):
             self.assertTrue(dock.is_new_name(dock.made_valid(name)), name)
 
+    def test_what_is_no_time_is_a_value_error(self):
+        for stamp in (None, 7, "", "yesterday"):
+            with self.subTest(stamp=stamp), self.assertRaises(ValueError):
+                dock.epoch_of(stamp)
+
     def test_the_line_that_says_why(self):
         cases = [
             (
@@ -849,6 +855,12 @@ class FindingTheWorkspace(unittest.TestCase):
         self.assertEqual(dock.default_workspace(), older)
         os.makedirs(os.path.join(self.home, ".comfydock", "environments"))
         self.assertEqual(dock.default_workspace(), os.path.join(self.home, ".comfydock"))
+
+    def test_without_a_home_folder_it_must_be_named(self):
+        os.environ["HOME"] = os.environ["USERPROFILE"] = ""
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            dock.default_workspace()
+        self.assertEqual(caught.exception.hint, "set COMFYDOCK_HOME")
 
     def test_the_environment_above_a_folder(self):
         inside = os.path.join(self.home, "ws", "environments", "dev", "ComfyUI", "custom_nodes")
@@ -1063,6 +1075,25 @@ class RunningACommand(Stage):
         self.assertEqual(caught.exception.code, "missing")
         self.assertIn("nowhere", str(caught.exception))
 
+    def test_a_file_that_is_no_program_is_not_called_missing(self):
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            dock.run_command([self.write("text")])
+        self.assertEqual(caught.exception.code, "failed")
+        self.assertIn("main.py cannot be started: ", str(caught.exception))
+
+    def test_who_breaks_off_while_it_runs_leaves_nothing_behind(self):
+        told = []
+
+        def tell(line):
+            told.append(int(line))
+            raise KeyboardInterrupt
+
+        with self.assertRaises(KeyboardInterrupt):
+            dock.run_command(
+                [sys.executable, "-c", "import os,time; print(os.getpid(), flush=True); time.sleep(600)"], tell=tell
+            )
+        self.assertFalse(alive(told[0]))
+
     def test_when_the_time_is_up_its_children_are_ended_too(self):
         self.write(
             f"import subprocess,sys,time\n"
@@ -1145,6 +1176,25 @@ class StartingInTheBackground(Stage):
             signal.signal(signal.SIGINT, before)
         self.assertEqual(answers, [False, True])
 
+    @unittest.skipIf(WINDOWS, "POSIX signals")
+    def test_off_the_main_thread_it_starts_all_the_same(self):
+        self.write("print('ready')")
+        codes = []
+
+        def start():
+            with dock.open_append(self.log) as log:
+                codes.append(dock.create_background_process([sys.executable, self.script], self.folder, log).wait())
+
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            thread = threading.Thread(target=start)
+            thread.start()
+            thread.join()
+            ours = signal.getsignal(signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self.assertEqual((codes, read(self.log), ours), ([0], "ready\n", signal.SIG_IGN))
+
     def test_a_missing_program_is_named(self):
         with open(self.log, "wb") as log, self.assertRaises(dock.CDEnvironmentError) as caught:
             dock.create_background_process([os.path.join(self.folder, "nopython")], self.folder, log)
@@ -1216,6 +1266,21 @@ class HandlesAndLocks(Stage):
         holder.wait()
         self.assertTrue(eventually(lambda: dock.lock_handle(fd)))
 
+    def test_the_file_starts_itself_in_whatever_way_it_is_kept(self):
+        program = self.write("", "comfydock.py")
+        cases = (
+            (program, ["-c", dock.IMPORTED.format("comfydock"), self.folder]),
+            (self.write("", "my-dock.py"), [os.path.join(self.folder, "my-dock.py")]),
+            (os.path.join(self.write("", "dock.pyz"), "comfydock.py"), [os.path.join(self.folder, "dock.pyz")]),
+        )
+        for file, words in cases:
+            with self.subTest(file=file), unittest.mock.patch.object(dock, "__file__", file):
+                self.assertEqual(dock.own_command(), [sys.executable, *words])
+
+    def test_a_file_that_cannot_be_read_has_no_text(self):
+        self.assertEqual(dock.read_text(self.write(" text\n")), "text")
+        self.assertEqual((dock.read_text(self.folder), dock.read_text(self.log)), ("", ""))
+
     def test_a_venv_keeps_its_python_in_its_own_place(self):
         expected = os.path.join("v", "Scripts", "python.exe") if WINDOWS else os.path.join("v", "bin", "python")
         self.assertEqual(dock.venv_python("v"), expected)
@@ -1252,6 +1317,50 @@ class Signalling(Stage):
         for pid in (True, False, 0, 1, -1, -4242, 2**31, 2**40, "7", None, 7.0):
             with self.subTest(pid=pid), self.assertRaises(ProcessLookupError):
                 dock.signal_process(pid, "kill")
+
+    @unittest.skipIf(WINDOWS, "POSIX groups")
+    def test_a_group_that_has_ended_needs_no_end(self):
+        process = self.start()
+        self.end(process)
+        dock.end_group(process)
+
+    @unittest.skipIf(WINDOWS, "POSIX zombies")
+    def test_the_first_process_of_a_container_reaps_strangers_and_leaves_its_own(self):
+        code = (
+            f"import os, subprocess, sys; sys.path.insert(0, {HERE!r}); import comfydock as m\n"
+            "stranger = subprocess.Popen([sys.executable, '-c', ''])\n"
+            "os.waitid(os.P_PID, stranger.pid, os.WEXITED | os.WNOWAIT)\n"
+            "own = subprocess.Popen([sys.executable, '-c', 'raise SystemExit(3)'])\n"
+            "os.waitid(os.P_PID, own.pid, os.WEXITED | os.WNOWAIT)\n"
+            "m.reap_strangers(own.pid)\n"
+            "print(m.process_table().row(stranger.pid), m.reap(own.pid))\n"
+            "m.reap_strangers(own.pid)"
+        )
+        done = dock.run_command([sys.executable, "-c", code])
+        self.assertEqual((done.stdout, done.stderr), ("None 3\n", ""))
+
+    def test_off_the_main_thread_no_handler_is_set_and_nothing_raises(self):
+        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        heard = []
+
+        def work():
+            dock.ignore_interrupts()
+            with dock.noted_signals() as received:
+                heard.append(list(received))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        self.assertEqual(heard, [[]])
+        self.assertEqual([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], before)
+
+    def test_exit_codes_are_put_into_words(self):
+        cases = ((0, "code 0"), (3, "code 3"), (-2, "signal 2 (SIGINT)"), (-99, "signal 99"))
+        self.assertEqual([dock.exit_words(code) for code, _ in cases], [words for _, words in cases])
+
+    def test_where_no_process_can_become_another_program_it_goes_on(self):
+        with unittest.mock.patch.object(dock, "IS_WINDOWS", True):
+            self.assertIsNone(dock.become(["/bin/false"], {}))
 
     def test_a_dead_process_raises_process_lookup_error(self):
         process = self.start()
@@ -1299,6 +1408,32 @@ class Signalling(Stage):
         )
         said = dock.run_command([sys.executable, "-c", code]).stdout.strip()
         self.assertEqual(said, f"{dock.machine_id()} {dock.boot_id()} {dock.pid_namespace()}")
+
+    @unittest.skipIf(WINDOWS, "names of macOS and Linux")
+    def test_a_mac_is_named_by_two_functions_of_its_library(self):
+        class Library:
+            def gethostuuid(self, buffer, wait):
+                buffer.raw = bytes(range(16)) + buffer.raw[16:]
+                return 0
+
+            def sysctlbyname(self, name, buffer, size, new, new_size):
+                buffer.value = b"boot of " + name
+                return 0
+
+        with unittest.mock.patch("ctypes.CDLL", lambda name: Library()):
+            self.assertEqual(dock.mac_text("gethostuuid"), "00010203-0405-0607-0809-0a0b0c0d0e0f")
+            self.assertEqual(dock.mac_text("sysctlbyname", b"kern.x"), "boot of kern.x")
+        if sys.platform != "darwin":
+            self.assertIsNone(dock.mac_text("gethostuuid"))
+        with unittest.mock.patch.object(dock, "read_text", lambda path: ""):
+            with unittest.mock.patch.object(sys, "platform", "darwin"):
+                self.assertIn(dock.machine_id.__wrapped__(), (os.uname().nodename, dock.mac_text("gethostuuid")))
+                self.assertEqual(dock.boot_id.__wrapped__(), dock.mac_text("sysctlbyname", b"kern.bootsessionuuid"))
+
+    @unittest.skipIf(WINDOWS, "names of POSIX")
+    def test_a_system_without_namespaces_has_none(self):
+        with unittest.mock.patch.object(os, "readlink", side_effect=FileNotFoundError):
+            self.assertIsNone(dock.pid_namespace.__wrapped__())
 
 
 # ======================================================================================================================
@@ -1350,6 +1485,11 @@ class ReadingCapturedTexts(unittest.TestCase):
         for text in ("Mi. 29 Juli 15:37:10 2026", "Tue 15 Sep 23:54:57 2026", "", "Wed Jul 29 25:00:00 2026"):
             with self.subTest(text=text):
                 self.assertIsNone(dock.parse_ps_date(text))
+
+    def test_lines_that_ps_has_not_written_are_passed_over(self):
+        self.assertEqual(
+            dock.parse_ps("  PID  PPID   UID STAT                 STARTED COMMAND\n\nerror: no such option\n"), []
+        )
 
     def test_tasklist_is_read_with_commas_and_any_thousands_sign_and_without_rows(self):
         self.assertEqual(
@@ -1619,6 +1759,51 @@ class ChoosingTheSource(unittest.TestCase):
             self.assertIsNone(table.row(4012))
             self.assertEqual(table.row(0).command, ["System Idle Process"])
 
+    def test_a_psutil_that_fails_is_not_usable(self):
+        for trouble in (ImportError("none"), RuntimeError("no /proc here")):
+            with unittest.mock.patch.object(dock, "psutil_module", side_effect=trouble):
+                self.assertFalse(dock.PsutilTable.usable())
+
+    def test_where_psutil_may_not_ask_for_all_connections_lsof_is_asked(self):
+        class Psutil:
+            class Error(Exception):
+                pass
+
+            def net_connections(self, kind):
+                raise self.Error
+
+        with (
+            unittest.mock.patch.object(dock, "psutil_module", Psutil),
+            unittest.mock.patch.object(dock, "printed", lambda words: LSOF_PIDS if "-iTCP:8188" in words else ""),
+        ):
+            self.assertEqual(dock.PsutilTable().listeners(8188), [501, 733])
+
+    def test_a_first_process_that_never_hears_of_orphans_is_known_by_its_signals(self):
+        child = 1 << 16  # SIGCHLD
+        cases = (
+            ("python3", 1, 0, False),
+            ("python3", 1, child, True),
+            ("python3", 2, 0, True),
+            ("bash", 1, 0, True),
+            ("systemd", 1, child | 2, True),
+        )
+        for name, threads, caught, heard in cases:
+            text = f"Name:\t{name}\nThreads:\t{threads}\nSigBlk:\t0\nSigIgn:\t2\nSigCgt:\t{caught:016x}\n"
+            with self.subTest(text=text):
+                self.assertEqual(dock.hears_of_orphans(text), heard)
+                with unittest.mock.patch.object(dock, "read_text", lambda path, text=text: text):
+                    self.assertEqual(dock.careless_init() is None, heard)
+        self.assertTrue(dock.hears_of_orphans(""))
+
+    def test_files_are_read_whole_and_what_is_none_reads_as_nothing(self):
+        self.assertEqual(dock.read_bytes(MODULE, 4096), read_bytes(MODULE))
+        self.assertEqual((dock.read_bytes(HERE), dock.read_bytes(os.path.join(HERE, "nowhere"))), (b"", b""))
+
+    @unittest.skipUnless(LINUX, "reads /proc")
+    def test_a_process_that_ends_while_it_is_looked_at_is_none(self):
+        with unittest.mock.patch.object(os, "read", side_effect=ProcessLookupError):
+            self.assertIsNone(dock.proc_row(os.getpid(), 0.0, 1))
+
     def test_a_tool_that_is_missing_prints_nothing(self):
         self.assertEqual(dock.printed(["no-such-program-here"]), "")
 
@@ -1688,6 +1873,23 @@ class TheSameProcess(Stage):
             self.assertFalse(dock.wait_for_exit(self.row, 0.05))
             dock.signal_process(self.pid, "kill")
             self.assertTrue(dock.wait_for_exit(self.row, 20))
+
+    @unittest.skipIf(WINDOWS, "POSIX stops")
+    def test_a_process_stands_still_once_it_is_paused_or_gone(self):
+        self.assertFalse(dock.stands_still(self.row))
+        dock.signal_process(self.pid, "pause")
+        dock.await_standstill([self.row], 20)
+        self.assertTrue(dock.stands_still(self.row))
+        dock.signal_process(self.pid, "kill")
+        eventually(lambda: dock.reap(self.pid) is not None)
+        self.assertTrue(dock.stands_still(self.row))
+
+    def test_without_ticks_two_seconds_tell_one_start_from_another(self):
+        for created, same in ((101.9, True), (102.1, False), (None, True)):
+            with self.subTest(created=created):
+                self.assertEqual(
+                    dock.ProcessRow(9, created=100.0).is_as_old_as(dock.ProcessRow(9, created=created)), same
+                )
 
     def test_a_row_of_an_earlier_process_has_ended_already(self):
         other = dock.ProcessRow(
@@ -1952,6 +2154,33 @@ class ProbesKnowWhatAnswers(unittest.TestCase):
         self.assertEqual({answer.kind for answer in answers}, {dock.SILENT})
 
 
+class TheQueueIsCounted(unittest.TestCase):
+    def counts(self, *answers):
+        """What is counted at a server that says each of `answers` once, then nothing."""
+        left = list(answers)
+
+        def answer(connection):
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + left.pop(0) if left else b"")
+
+        with listening(answer=answer) as port:
+            return dock.queue_counts(dock.ComfyUIConfig("127.0.0.1", port), 5)
+
+    def test_running_and_waiting_prompts_are_told_apart(self):
+        self.assertEqual(self.counts(b'{"queue_running": [1], "queue_pending": [2, 3]}'), (1, 2))
+
+    def test_where_the_queue_cannot_be_read_its_length_is_asked(self):
+        for remaining, counts in ((0, (0, 0)), (1, (1, 0)), (5, (1, 4))):
+            with self.subTest(remaining=remaining):
+                self.assertEqual(self.counts(b"{}", b'{"exec_info": {"queue_remaining": %d}}' % remaining), counts)
+        with unittest.mock.patch.object(dock, "QUEUE_LIMIT", 100):
+            self.assertEqual(self.counts(b" " * 200, b'{"exec_info": {"queue_remaining": 2}}'), (1, 1))
+
+    def test_a_server_that_tells_neither_has_no_counts(self):
+        self.assertIsNone(self.counts(b"{}", b"{}"))
+        self.assertIsNone(self.counts(b"[]"))
+
+
 class PortsAreAskedAsComfyUIBindsThem(unittest.TestCase):
     def test_a_listening_port_is_bound_on_loopback_and_for_every_address(self):
         with listening() as port:
@@ -1967,6 +2196,28 @@ class PortsAreAskedAsComfyUIBindsThem(unittest.TestCase):
             eventually(lambda: client.recv(1) == b"")
         client.close()
         self.assertFalse(dock.is_port_bound(port))
+
+    def test_an_address_that_is_not_ours_or_unknown_is_no_port_in_use(self):
+        port = free_port()
+        self.assertFalse(dock.is_port_bound(port, host="192.0.2.1"))
+        with unittest.mock.patch.object(socket, "getaddrinfo", side_effect=socket.gaierror("no such host")):
+            self.assertFalse(dock.is_port_bound(port, host="no-such-host"))
+
+    def test_a_port_of_one_internet_protocol_is_free_in_the_other(self):
+        with contextlib.ExitStack() as stack:
+            try:
+                server = stack.enter_context(socket.create_server(("::1", 0), family=socket.AF_INET6))
+            except OSError:
+                self.skipTest("no IPv6 here")
+            port = server.getsockname()[1]
+            self.assertTrue(dock.is_port_bound(port, host="::1"))
+            self.assertFalse(dock.is_port_bound(port, host="127.0.0.1"))
+        with socket.create_server(("0.0.0.0", 0)) as server:
+            self.assertFalse(dock.is_port_bound(server.getsockname()[1], host="::"))
+
+    def test_where_all_ports_are_taken_it_is_said(self):
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "No free port from 65535 on"):
+            dock.next_free_port(65535, "127.0.0.1", {65535: "another"})
 
     def test_the_next_free_port_leaves_out_what_others_have_claimed(self):
         with listening() as port:
@@ -2060,6 +2311,37 @@ class DownloadTest(InWorkshop):
             self.get("/away")
         self.assertEqual(self.get("/here"), b"x")
 
+    def test_a_redirect_from_https_does_not_end_on_this_machine_without_it(self):
+        opener = dock.url_opener("https://example.org/")
+        redirects = next(one for one in opener.handlers if hasattr(one, "redirect_request"))
+        request = urllib.request.Request("https://example.org/")
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "redirects to an address that is not https"):
+            redirects.redirect_request(request, None, 302, "Found", {}, "http://127.0.0.1/")
+
+    def test_a_file_that_changed_between_two_tries_is_not_pieced_together(self):
+        body = b"x" * 300_000
+        self.registry.answers["/other"] = [(200, {"cut": 100_000}, body), (200, {"no_ranges": 1}, body + b"more")]
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "changed while it was downloaded"):
+            self.get("/other")
+
+    def test_progress_is_told_with_the_size_where_it_is_known(self):
+        told = []
+        transfer = dock.Transfer("https://example.org/", 10 * dock.MEGABYTE, 0.0, told.append)
+        for length in ("", str(4 * dock.MEGABYTE)):
+            transfer.note_total(length, 0)
+            transfer.told -= 1
+            transfer.counted(b"x" * dock.MEGABYTE)
+            transfer.counted(b"")
+        self.assertEqual(told, ["downloaded 1.0 MB", "downloaded 2.0 of 5.0 MB"])
+
+    def test_a_certificate_that_does_not_hold_is_called_one(self):
+        trouble = ssl.SSLCertVerificationError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate has expired")
+        error = dock.network_error("https://example.org/x", trouble)
+        self.assertIn("the TLS certificate of example.org cannot be verified", error.message)
+        self.assertIn("SSL_CERT_FILE", error.hint)
+        with self.assertRaises(dock.CDEnvironmentError):  # trying again would not help
+            dock.Transfer("https://example.org/", 1, time.monotonic() + 60, print).pause_after(trouble, 1.0)
+
     def test_a_network_that_is_down_is_one_clear_line(self):
         with self.assertRaises(dock.CDEnvironmentError) as caught:
             dock.fetch_json("http://127.0.0.1:1/")
@@ -2105,6 +2387,55 @@ class WritingIsAllOrNothing(unittest.TestCase):
         self.assertEqual(Path(self.path).read_bytes(), b"old")
         self.assertEqual(os.listdir(self.folder), ["state"])
 
+    def test_a_write_that_is_broken_off_leaves_nothing_either(self):
+        with unittest.mock.patch.object(dock, "replace_file", side_effect=KeyboardInterrupt):
+            with self.assertRaises(KeyboardInterrupt):
+                dock.write_atomic(self.path, b"new")
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_an_error_names_the_file_and_not_its_draft(self):
+        path = os.path.join(self.folder, "nowhere", "state")
+        with self.assertRaises(FileNotFoundError) as caught:
+            dock.write_atomic(path, b"x")
+        self.assertEqual(caught.exception.filename, path)
+        with self.assertRaises(OSError) as caught:
+            dock.read_small(self.folder)
+        self.assertEqual(caught.exception.filename, self.folder)
+
+    def test_a_folder_that_cannot_be_synced_is_no_failure(self):
+        with unittest.mock.patch.object(os, "fsync", side_effect=OSError("not here")):
+            dock._sync_folder(self.folder)
+        dock._sync_folder(os.path.join(self.folder, "nowhere"))
+
+    def test_a_target_that_a_reader_has_open_on_windows_is_waited_for(self):
+        refusals = [PermissionError("in use")] * 2
+        replace = os.replace
+
+        def replace_once_let(source, target):
+            if refusals:
+                raise refusals.pop()
+            replace(source, target)
+
+        Path(self.path).write_bytes(b"new")
+        with unittest.mock.patch.object(os, "replace", replace_once_let):
+            if not WINDOWS:
+                with self.assertRaises(PermissionError):
+                    dock.replace_file(self.path, self.path + "2")
+            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
+                dock.replace_file(self.path, self.path + "2")
+        self.assertEqual(os.listdir(self.folder), ["state2"])
+
+    def test_of_a_folder_that_several_write_into_only_old_drafts_are_swept(self):
+        for name in ("a.12-0123abcd.tmp", "b.12-0123abcd.tmp", "c.tmp", "d.x-0123abcd.tmp"):
+            Path(self.folder, name).write_bytes(b"x")
+            os.utime(os.path.join(self.folder, name), (0, 0))
+        os.utime(os.path.join(self.folder, "b.12-0123abcd.tmp"))
+        os.mkdir(os.path.join(self.folder, "e.12-0123abcd.tmp"))  # of whatever kind: it is no draft of ours
+        os.utime(os.path.join(self.folder, "e.12-0123abcd.tmp"), (0, 0))
+        dock.sweep_folder(self.folder)
+        left = ["b.12-0123abcd.tmp", "c.tmp", "d.x-0123abcd.tmp", "e.12-0123abcd.tmp"]
+        self.assertEqual(sorted(os.listdir(self.folder)), left)
+
     def test_leftovers_of_killed_writers_are_swept(self):
         Path(self.folder, "state.123-abcd.tmp").write_text("x", encoding="utf-8")
         Path(self.folder, "other.tmp").write_text("x", encoding="utf-8")
@@ -2146,6 +2477,24 @@ class LocksExclude(unittest.TestCase):
                     self.assertTrue(os.path.exists(self.path))
         finally:
             os.close(first)
+
+    def test_who_waits_for_a_lock_file_that_is_deleted_opens_the_next_one(self):
+        handle = dock._open_lock(self.path)
+        self.addCleanup(os.close, handle)
+        self.assertTrue(dock._is_still_at(handle, self.path))
+        if not WINDOWS:
+            os.unlink(self.path)
+            self.assertFalse(dock._is_still_at(handle, self.path))
+            Path(self.path).touch()
+            self.assertFalse(dock._is_still_at(handle, self.path))
+
+    def test_a_lock_that_cannot_be_signed_is_held_all_the_same(self):
+        with unittest.mock.patch.object(os, "ftruncate", side_effect=OSError(errno.ENOSPC, "full")):
+            with dock.locked(self.path, 1, "run"):
+                with self.assertRaises(dock.CDEnvironmentError) as caught, dock.locked(self.path, 0, "stop"):
+                    pass
+        self.assertIn("Another comfydock command is busy", caught.exception.message)
+        self.assertIn("Another comfydock command is busy", dock._locked_out(self.path + ".gone").message)
 
     def test_the_lock_ends_with_its_holder(self):
         code = (
@@ -2219,6 +2568,21 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
         self.assertEqual(os.path.getsize(self.path + ".old"), 100)
         self.assertFalse(os.path.exists(self.path))
 
+    def test_a_log_in_use_that_cannot_be_moved_is_copied_and_emptied_on_windows(self):
+        Path(self.path).write_bytes(b"x" * 100)
+        with unittest.mock.patch.object(os, "replace", side_effect=PermissionError("in use")):
+            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: False):
+                self.assertRaises(PermissionError, dock._move_log, self.path)
+            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
+                dock._move_log(self.path)
+        self.assertEqual((read_bytes(self.path), read_bytes(self.path + ".old")), (b"", b"x" * 100))
+
+    @unittest.skipUnless(LINUX, "needs /dev/full")
+    def test_a_full_disk_names_the_log(self):
+        with self.assertRaises(OSError) as caught:
+            dock.begin_session("/dev/full", "=== header\n")
+        self.assertEqual((caught.exception.errno, caught.exception.filename), (errno.ENOSPC, "/dev/full"))
+
     def test_a_start_never_fails_for_rotation(self):
         Path(self.path).write_bytes(b"x" * 100)
         with unittest.mock.patch.object(dock, "_move_log", side_effect=OSError("no")):
@@ -2251,6 +2615,35 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
         Path(self.path + ".old").write_bytes(b"=== first\na\nb\n")
         Path(self.path).write_bytes(b"=== second\n" + b"c\n" * 100)
         self.assertEqual(self.drained(follower), b"b\n=== second\n" + b"c\n" * 100)
+
+    def test_a_log_that_is_just_being_rotated_on_windows_is_looked_at_again(self):
+        follower = dock.LogFollower(self.path, 0)
+        Path(self.path).write_bytes(b"one\n")
+        with unittest.mock.patch.object(builtins, "open", side_effect=PermissionError("in use")):
+            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
+                self.assertEqual(follower.read(), b"")
+            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: False):
+                self.assertRaises(PermissionError, follower.read)
+        self.assertEqual(self.drained(follower), b"one\n")
+
+    def test_a_former_log_that_is_gone_is_not_waited_for(self):
+        Path(self.path).write_bytes(b"=== first\n")
+        follower = dock.LogFollower(self.path, 0)
+        self.assertEqual(self.drained(follower), b"=== first\n")
+        Path(self.path).write_bytes(b"=== second\n")
+        self.assertEqual(self.drained(follower), b"=== second\n")
+
+    def test_what_is_rotated_between_two_looks_is_read_once(self):
+        Path(self.path).write_bytes(b"=== first\na\n")
+        follower = dock.LogFollower(self.path, 0)
+        self.assertEqual(self.drained(follower), b"=== first\na\n")
+        heads = iter([b"=== first\na\n", b"=== second\n"])
+        with unittest.mock.patch.object(follower, "_head_of", lambda log: next(heads)):
+            Path(self.path).write_bytes(b"=== first\na\nb\n")
+            self.assertEqual(follower.read(), b"")
+        os.rename(self.path, self.path + ".old")
+        Path(self.path).write_bytes(b"=== second\n")
+        self.assertEqual(self.drained(follower), b"b\n=== second\n")
 
     def test_a_log_that_is_not_there_yet_is_waited_for(self):
         follower = dock.LogFollower(self.path, 0)
@@ -4044,6 +4437,189 @@ class DemoRestarts(DemoCase):
         self.assertEqual(demo.wait(), 0)
         self.assertEqual(os.path.getsize(prefix + ".reboot"), 0)
         self.assertIn("Restarting...", demo.log())
+
+
+# ======================================================================================================================
+# 12. Hidden entries
+# ======================================================================================================================
+
+
+class Woken(Exception):
+    """The sleeper would become the monitor now."""
+
+
+class TheSleeper(Stage):
+    """`wait_beside` called here, where it may not become another program."""
+
+    def event(self, pid, port=None, log_limit=100, known="healthy", pause=0.05, longest=60.0):
+        """The event with which it wakes the monitor."""
+        place = ["127.0.0.1", str(port)] if port else ["", "0"]
+        words = [
+            "-c",
+            "DOCK_EVENT",
+            str(pid),
+            *place,
+            self.log,
+            str(log_limit),
+            known,
+            str(pause),
+            str(longest),
+            "again",
+        ]
+        with unittest.mock.patch.object(sys, "argv", words):
+            with unittest.mock.patch.object(os, "execve", side_effect=Woken) as become:
+                self.assertRaises(Woken, dock.wait_beside)
+        program, again, variables = become.call_args[0]
+        self.assertEqual((program, again), ("again", ["again"]))
+        self.addCleanup(os.environ.pop, "DOCK_EVENT", None)
+        return variables["DOCK_EVENT"]
+
+    def child(self, code="import time; time.sleep(20)"):
+        process = subprocess.Popen([sys.executable, "-c", code])
+        self.addCleanup(self.end, process)
+        return process
+
+    def stranger(self):
+        """The PID of a process that is not our child and ends when the returned one is told to."""
+        code = "import subprocess,sys; p=subprocess.Popen([sys.executable,'-c','import sys; sys.stdin.read()']); print(p.pid, flush=True); p.wait()"
+        parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(parent.stdout.close)
+        self.addCleanup(self.end, parent)
+        self.addCleanup(parent.stdin.close)
+        return int(parent.stdout.readline()), parent
+
+    @unittest.skipIf(WINDOWS, "a sleeper is a process that became one")
+    def test_the_end_of_its_child_is_told_with_the_exit_code(self):
+        self.assertEqual(self.event(self.child("raise SystemExit(3)").pid), "ended:3")
+        killed = self.child()
+        killed.kill()
+        self.assertEqual(self.event(killed.pid), "ended:-9")
+
+    @unittest.skipIf(WINDOWS, "a sleeper is a process that became one")
+    def test_of_a_stranger_only_the_end_is_known(self):
+        pid, parent = self.stranger()
+        parent.stdin.close()
+        self.assertEqual(self.event(pid), "ended:")
+
+    @unittest.skipIf(WINDOWS, "a sleeper is a process that became one")
+    def test_where_the_system_gives_no_handle_it_looks_now_and_then(self):
+        with unittest.mock.patch.object(os, "pidfd_open", side_effect=OSError("refused"), create=True):
+            self.assertEqual(self.event(self.child("raise SystemExit(4)").pid), "ended:4")
+            pid, parent = self.stranger()
+            self.assertEqual(self.event(pid, longest=0.01), "look")
+            parent.stdin.close()
+            self.assertEqual(self.event(pid), "ended:")
+
+    @unittest.skipIf(WINDOWS, "a sleeper is a process that became one")
+    def test_it_wakes_the_monitor_for_news_a_long_log_or_after_a_long_time(self):
+        pid = self.child().pid
+        Path(self.log).write_bytes(b"x" * 100)
+        self.assertEqual(self.event(pid, port=free_port()), "look")
+        with listening(answer=saying(stats())) as port:
+            self.assertEqual(self.event(pid, port=port, known="unhealthy"), "look")
+        self.assertEqual(self.event(pid, log_limit=99), "look")
+        self.assertEqual(self.event(pid, longest=0.01), "look")
+
+    @unittest.skipIf(WINDOWS, "a sleeper is a process that became one")
+    def test_it_sleeps_on_while_comfyui_is_well(self):
+        process = self.child()
+        answers = []
+
+        def answer(connection):
+            saying(stats())(connection)
+            answers.append(1)
+            if len(answers) == 3:
+                process.kill()
+
+        with listening(answer=answer) as port:
+            self.assertEqual(self.event(process.pid, port=port), "ended:-9")
+        self.assertEqual(len(answers), 3)
+
+    def test_where_no_process_can_become_it_the_monitor_waits_itself(self):
+        process = self.child()
+        self.assertFalse(dock.wait_handle_or_sleep(process.pid, 0.05))
+        with unittest.mock.patch.object(dock, "wait_handle", lambda pid, seconds: None):
+            self.assertFalse(dock.wait_handle_or_sleep(process.pid, 0.05))
+            process.kill()
+            self.assertTrue(dock.wait_handle_or_sleep(process.pid, 20))
+        self.assertTrue(dock.wait_handle_or_sleep(process.pid, 20))
+
+
+class Watched:
+    """An environment as the monitor needs it, whose ComfyUI starts as often as `starts` says."""
+
+    def __init__(self, *starts, restarts=()):
+        self.starts, self.notes, self.exits = list(starts), [], []
+        self.record = dock.ProcessState(77, "127.0.0.1", 8188, [], "2026-01-01T00:00:00+00:00", "/log", run_id="a")
+        self.record.monitor = {"restarts": [time.time() - age for age in restarts]}
+
+    def _read_state(self):
+        return self.record
+
+    def note_exit(self, run_id, code):
+        self.exits.append((run_id, code))
+
+    def note_monitor(self, run_id, note):
+        self.notes.append((run_id, note))
+
+    def restart_after_crash(self, run_id, note):
+        started = self.starts.pop(0)
+        if isinstance(started, Exception):
+            raise started
+        return started
+
+    def take_on_as_monitor(self, note):
+        return self.restart_after_crash("", note)
+
+
+class AfterACrash(unittest.TestCase):
+    def setUp(self):
+        patch = unittest.mock.patch.object(dock, "LONGEST_BACKOFF", 0.0)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_comfyui_is_started_again_and_the_time_is_noted(self):
+        watched = Watched(True, restarts=(10, 1000))
+        monitor = dock.Monitor(watched)
+        self.assertTrue(monitor.goes_on(1))
+        self.assertEqual((watched.exits, watched.notes), ([("a", 1)], []))
+        ages = [time.time() - moment for moment in monitor.note["restarts"]]
+        self.assertEqual([age < 5 for age in ages], [False, True])  # the one of long ago counts no more
+
+    def test_an_end_that_a_restart_would_repeat_or_that_was_wanted_is_none(self):
+        for code in (0, 2):
+            self.assertFalse(dock.Monitor(Watched(True)).goes_on(code))
+        watched = Watched(True)
+        monitor = dock.Monitor(watched)
+        watched.record = watched.record.from_dict({**watched.record.to_dict(), "wanted": "stopped"})
+        self.assertFalse(monitor.goes_on(1))
+        self.assertEqual(watched.exits, [])
+
+    def test_too_many_crashes_are_given_up_with_the_reason(self):
+        watched = Watched(restarts=(10, 20, 30, 40, 50))
+        self.assertFalse(dock.Monitor(watched).goes_on(3))
+        self.assertEqual(watched.notes[0][1]["gave_up"], "6 crashes within 5m, the last with code 3")
+
+    def test_a_start_that_ends_at_once_is_a_crash_like_any_other(self):
+        ended = [dock.CDEndedError("it ended", "", 1) for _ in range(2)]
+        self.assertTrue(dock.Monitor(Watched(*ended, True)).goes_on(1))
+        watched = Watched(*ended, restarts=(10, 20, 30))
+        self.assertFalse(dock.Monitor(watched).goes_on(1))
+        self.assertIn("6 crashes", watched.notes[0][1]["gave_up"])
+
+    def test_what_cannot_start_is_given_up_with_the_reason(self):
+        for trouble in (dock.CDEnvironmentError("port 8188 is in use"), OSError("port 8188 is in use")):
+            watched = Watched(trouble)
+            self.assertFalse(dock.Monitor(watched).goes_on(1))
+            self.assertIn("port 8188 is in use", watched.notes[0][1]["gave_up"])
+
+    def test_on_windows_a_comfyui_that_restarted_itself_is_found_again(self):
+        with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
+            watched = Watched(dock.CDEnvironmentError("busy"), True)
+            self.assertTrue(dock.Monitor(watched).goes_on(0))
+            self.assertEqual(watched.exits, [])
+            with unittest.mock.patch.object(dock, "REBORN_PATIENCE", 0.01):
+                self.assertFalse(dock.Monitor(Watched(False)).goes_on(0))
 
 
 # ======================================================================================================================
