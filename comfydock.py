@@ -7219,11 +7219,14 @@ class Workspace:
         self.paths = WorkspacePaths(path if path is not None else default_workspace())
 
     def list_environments(self) -> list[Environment]:
-        """All environments by name, unfinished ones too (`is_complete` tells). Raises OSError when it cannot look."""
+        """All environments by name, unfinished ones too (`is_complete` tells).
+
+        Raises CDEnvironmentError when the workspace is no folder, OSError when it cannot look.
+        """
+        self._require_folder()
         try:
             names = sorted(os.listdir(self.paths.environments), key=str.lower)
         except FileNotFoundError:
-            self._require_folder()
             return []
         environments = [self._environment(name) for name in names]
         return [environment for environment in environments if os.path.isdir(environment.paths.cec)]
