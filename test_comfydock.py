@@ -2750,6 +2750,18 @@ class UnpackTest(InWorkshop):
         with self.assertRaisesRegex(dock.CDEnvironmentError, "cannot be unpacked"):
             dock.unpack(self.archive(whole.replace(b"print(1)", b"print(2)")), self.target, 1000)
 
+    def test_only_a_folder_that_is_around_all_is_left_out(self):
+        cases = (
+            ({"./": "", "a-1/": "", "a-1/x": "1", "a-1/b/y": "2"}, {"x": b"1", "b/y": b"2"}),
+            ({"a/x": "1", "b/y": "2"}, {"a/x": b"1", "b/y": b"2"}),
+            ({"x": "1"}, {"x": b"1"}),
+        )
+        for number, (files, unpacked) in enumerate(cases):
+            target = self.target + str(number)
+            with self.subTest(files=files):
+                dock.unpack(self.archive(zipped(files)), target, 100, strip=True)
+                self.assertEqual(tree(target), unpacked)
+
 
 class RemovalTest(InWorkshop):
     """Deleting and moving aside."""
@@ -2771,6 +2783,66 @@ class RemovalTest(InWorkshop):
         dock.remove_tree(top)
         self.assertEqual(os.listdir(self.folder), ["models"])
         self.assertEqual(read_bytes(self.precious), b"years")
+
+    def test_a_file_that_may_not_be_deleted_is_made_deletable_first(self):
+        file = os.path.join(self.folder, "object")
+        write(file, "x")
+        refusal = PermissionError("read-only")
+        with self.assertRaises(PermissionError):  # a listing is tried again by who asked for the removal
+            dock.unlock_and_retry(os.scandir, self.folder, refusal)
+        with self.assertRaises(OSError):
+            dock.unlock_and_retry(os.unlink, file, OSError(errno.EIO, "broken"))
+        os.chmod(file, 0)
+        dock.unlock_and_retry(os.unlink, file, refusal)
+        self.assertFalse(os.path.exists(file))
+        dock.unlock_and_retry(os.unlink, file, FileNotFoundError())
+
+    @needs_links
+    def test_to_delete_a_link_nothing_is_changed_behind_it(self):
+        link = os.path.join(self.folder, "link")
+        os.symlink(self.precious, link)
+        os.chmod(self.precious, 0o444)
+        with self.assertRaises(PermissionError):
+            dock.unlock_and_retry(os.unlink, link, PermissionError("no"))
+        self.assertEqual(stat.S_IMODE(os.stat(self.precious).st_mode), 0o444)
+
+    def test_a_file_in_use_is_tried_again_and_then_named(self):
+        tries = []
+
+        def rename():
+            tries.append(1)
+            if len(tries) != 2:
+                raise OSError(errno.EBUSY, "in use")
+
+        with unittest.mock.patch.object(dock, "BUSY_RETRIES", 2):
+            dock.persist(rename, self.precious)
+            self.assertEqual(len(tries), 2)
+            with self.assertRaises(dock.CDEnvironmentError) as caught:
+                dock.persist(rename, self.precious)
+        self.assertIn(f"{self.precious} cannot be changed: in use", caught.exception.message)
+        self.assertEqual((caught.exception.code, len(tries)), ("in-use", 4))
+
+    def test_nothing_is_moved_or_linked_over_what_is_there(self):
+        other = os.path.join(self.folder, "other")
+        write(other, "x")
+        for function, source in ((dock.move, self.precious), (dock.link_folder, os.path.dirname(self.precious))):
+            with self.subTest(function=function.__name__), self.assertRaises(dock.CDEnvironmentError):
+                function(source, other)
+        self.assertEqual((read_bytes(other), read_bytes(self.precious)), (b"x", b"years"))
+
+    def test_what_is_carried_over_is_copied_where_there_are_no_hard_links(self):
+        new = os.path.join(self.folder, "new")
+        os.mkdir(new)
+        with unittest.mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here")):
+            dock.carry_over(os.path.dirname(self.precious), new, set())
+        self.assertEqual(tree(new), {"x.safetensors": b"years"})
+
+    @needs_links
+    def test_the_digest_of_a_link_is_of_where_it_points(self):
+        link = os.path.join(self.folder, "link")
+        os.symlink("nowhere", link)
+        self.assertEqual(dock.file_digest(link), hashlib.sha256(b"nowhere").hexdigest())
+        self.assertEqual(dock.file_digest(self.precious), hashlib.sha256(b"years").hexdigest())
 
     def test_a_junction_is_known_by_its_tag(self):
         status = unittest.mock.Mock(st_mode=stat.S_IFDIR, st_reparse_tag=0xA0000003)
@@ -3878,6 +3950,85 @@ class KilledTest(NodeCase):
             dock.find_installer(Workshop.python).uninstall(["brand"])
 
 
+class OddMachines(unittest.TestCase):
+    """What differs from machine to machine, and damage."""
+
+    def setUp(self):
+        self.folder = temporary_folder(self)
+
+    @unittest.skipIf(WINDOWS, "a script as a program")
+    def test_the_backend_of_pytorch_follows_the_graphics_card_and_its_driver(self):
+        program = os.path.join(self.folder, "nvidia-smi")
+        with unittest.mock.patch.dict(os.environ, PATH=self.folder):
+            self.assertEqual(dock.detect_torch_backend(), "cpu")
+            for says, backend in (
+                ("echo 580.65.06", "cu130"),
+                ("echo 570.1", "cu128"),
+                ("echo 535.1", "cu126"),
+                ("echo 'no devices were found'", "cpu"),
+                ("echo 580; exit 9", "cpu"),
+            ):
+                write(program, f"#!/bin/sh\n{says}\n")
+                os.chmod(program, 0o755)
+                with self.subTest(says=says):
+                    self.assertEqual(dock.detect_torch_backend(), backend)
+            os.rename(program, os.path.join(self.folder, "rocminfo"))
+            self.assertEqual(dock.detect_torch_backend(), "rocm6.4")
+
+    def test_without_git_only_github_is_read(self):
+        self.assertEqual(dock.github_name("https://github.com/Comfy-Org/ComfyUI.git"), "Comfy-Org/ComfyUI")
+        for url in ("https://example.org/a/b", "https://github.com/only-owner", "git@github.com:a/b"):
+            with self.subTest(url=url), self.assertRaises(dock.CDEnvironmentError) as caught:
+                dock.github_name(url)
+            self.assertEqual(caught.exception.code, "missing")
+
+    def test_what_the_registry_thinks_of_a_node_is_told_or_obeyed(self):
+        said = []
+        for status in ("NodeStatusBanned", "NodeVersionStatusDeleted"):
+            with self.subTest(status=status), self.assertRaises(dock.CDEnvironmentError) as caught:
+                dock.RegistrySource().judge("x", {"status": status}, said.append)
+            self.assertEqual(caught.exception.code, "banned")
+        for record in ({"status": "NodeVersionStatusFlagged"}, {"status": "NodeVersionStatusPending"}):
+            dock.RegistrySource().judge("x", record, said.append)
+        dock.RegistrySource().judge("x", {"status": "NodeStatusActive", "deprecated": True}, said.append)
+        words = ("flagged by the registry's security scan", "not been checked", "deprecated by its author")
+        self.assertEqual([word in line for word, line in zip(words, said)], [True] * 3)
+        self.assertEqual(len(said), 3)
+
+    def test_a_node_without_an_address_or_archive_is_said(self):
+        folder, info = os.path.join(self.folder, "x"), dock.NodeInfo("x", version="1")
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "names no repository for x"):
+            dock.GitSource().fetch(info, folder, print)
+        with unittest.mock.patch.object(dock, "fetch_json", return_value={}):
+            with self.assertRaisesRegex(dock.CDEnvironmentError, "no archive of x 1"):
+                dock.RegistrySource().fetch(info, folder, print)
+        with unittest.mock.patch.object(dock, "fetch_json", return_value=[]):
+            with self.assertRaisesRegex(dock.CDEnvironmentError, "answered nothing usable about x"):
+                dock.RegistrySource().fetch(info, folder, print)
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_a_change_whose_journal_is_damaged_is_not_tidied_away(self):
+        change = dock.NodeChange(self.folder)
+        self.assertFalse(change.read())
+        change.keeps = ["a"]
+        change.write_down()
+        again = dock.NodeChange(self.folder)
+        self.assertTrue(again.read())
+        self.assertEqual(again.keeps, ["a"])
+        for damage in ("{", "[]", '{"before": {}}'):
+            write(change.journal, damage)
+            with self.subTest(damage=damage), self.assertRaises(dock.CDEnvironmentError) as caught:
+                change.read()
+            self.assertIn(self.folder, caught.exception.hint)
+
+    def test_a_manifest_is_read_where_nothing_can_be_written_beside_it(self):
+        with unittest.mock.patch.object(dock, "write_atomic", side_effect=OSError(errno.EROFS, "read-only")):
+            manifest = dock.manifest_of(
+                "[tool.comfydock]\ndemo = true\n", "x", os.path.join(self.folder, "cache"), None
+            )
+        self.assertTrue(manifest.demo)
+
+
 class UvTest(InWorkshop):
     """The same with uv, where TEST_UV names a folder that holds it: a venv by uv, then one without pip as 1.0.x has it."""
 
@@ -3955,6 +4106,61 @@ for name in ("write_atomic", "move", "remove_file", "remove_tree", "make_folder"
     if done.returncode not in (0, -signal.SIGKILL):
         raise AssertionError(done.stderr)
     return done.returncode != 0
+
+
+# ======================================================================================================================
+# 9. Environment
+# ======================================================================================================================
+
+
+class EndingAProcess(Stage):
+    def setUp(self):
+        super().setUp()
+        self.process = self.start()
+        self.row = dock.process_table().row(self.process.pid)
+
+    def test_one_that_survives_even_the_kill_is_told(self):
+        signals = []
+        with unittest.mock.patch.object(dock, "signal_process", lambda pid, how: signals.append(how)):
+            with unittest.mock.patch.object(dock, "wait_for_exit", lambda row, seconds, meanwhile: False):
+                with self.assertRaisesRegex(dock.CDEnvironmentError, "did not end, not even when killed"):
+                    dock.end_politely(self.row, 4)
+        self.assertEqual([how for how in signals if how != "continue"], ["interrupt", "terminate", "kill"])
+
+    def test_one_of_another_user_is_left_alone_and_told(self):
+        with unittest.mock.patch.object(dock, "signal_process", side_effect=PermissionError):
+            self.assertFalse(dock.signal_row(self.row, "interrupt"))
+            with self.assertRaises(dock.CDEnvironmentError) as caught:
+                dock.end_politely(self.row, 0)
+            dock.wake(self.row)
+        self.assertEqual(caught.exception.code, "permission")
+        self.assertIn(f"PID {self.process.pid}", caught.exception.message)
+
+    def test_one_that_ends_by_itself_meanwhile_is_ended(self):
+        with unittest.mock.patch.object(dock, "signal_process", side_effect=ProcessLookupError):
+            self.assertTrue(dock.signal_row(self.row, "kill"))
+            with dock.paused([self.row]):
+                pass
+        self.assertTrue(alive(self.process.pid))
+
+    def test_the_exit_code_is_told_once_it_is_there(self):
+        self.process.kill()
+        self.assertTrue(dock.wait_for_exit(self.row, 20))
+        self.assertEqual(dock.exit_code_of(self.process.pid), 1 if WINDOWS else -9)
+        if not WINDOWS:
+            self.assertIsNone(dock.exit_code_of(self.process.pid))
+
+    def test_what_a_monitor_answers_is_read_and_what_is_no_answer_is_shown(self):
+        self.assertEqual(dock.parse_reply(b"warning\n{}\n"), {})
+        for said, words in ((b"", "it said nothing"), (b"Segmentation fault\n", "Segmentation fault"), (b"[1]", "[1]")):
+            error = dock.parse_reply(said)["error"]
+            self.assertIn(words, error["message"])
+            dock.CDEnvironmentError(**error)
+
+    def test_a_server_elsewhere_is_not_ours(self):
+        for argv, ours in ((None, True), (["main.py"], True), ([self.script], True), ([self.script + "x"], False)):
+            with self.subTest(argv=argv):
+                self.assertEqual(dock.is_own_argv(argv, self.script), ours)
 
 
 # ======================================================================================================================
@@ -4440,6 +4646,65 @@ class DemoRestarts(DemoCase):
 
 
 # ======================================================================================================================
+# 11. Workspace
+# ======================================================================================================================
+
+
+class MakingAWorkspace(unittest.TestCase):
+    def setUp(self):
+        self.folder = temporary_folder(self)
+
+    def refusal(self, function, *words):
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            function(*words)
+        return caught.exception.message
+
+    def test_it_is_made_once_and_only_of_an_empty_folder(self):
+        empty = dock.Workspace(os.path.join(self.folder, "new"))
+        self.assertEqual([empty.initialize(), empty.initialize()], [True, False])
+        self.assertEqual(empty.list_environments(), [])
+        other = os.path.join(self.folder, "other")
+        write(os.path.join(other, "file"), "")
+        self.assertIn("is not empty and no workspace", self.refusal(dock.Workspace(other).initialize))
+        self.assertEqual(os.listdir(other), ["file"])
+        for method in ("initialize", "list_environments"):
+            self.assertIn("is no folder", self.refusal(getattr(dock.Workspace(os.path.join(other, "file")), method)))
+
+    def checkout(self):
+        folder = os.path.join(self.folder, "a", "ComfyUI")
+        for name in ("main.py", "nodes.py", "folder_paths.py"):
+            write(os.path.join(folder, name), "")
+        return folder
+
+    def test_the_python_of_an_adopted_checkout_can_be_changed_for_one_that_works(self):
+        workspace = dock.Workspace(os.path.join(self.folder, "ws"))
+        for python in (self.folder, os.path.join(self.folder, "nowhere")):
+            self.assertIn("There is no Python at", self.refusal(workspace.adopt, self.checkout(), None, python))
+        self.assertEqual(workspace.list_environments(), [])
+        environment = workspace.adopt(self.checkout(), None, sys.executable)
+        self.assertEqual(environment.name, "a")
+        self.assertIn("There is no Python at", self.refusal(workspace.adopt, self.checkout(), None, self.folder))
+        self.assertEqual(workspace.get_environment("a").manifest.python_path, sys.executable)
+        if not WINDOWS:
+            other = os.path.join(self.folder, "python")
+            write(other, f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+            os.chmod(other, 0o755)
+            workspace.adopt(self.checkout(), None, other)
+            self.assertEqual(workspace.get_environment("a").manifest.python_path, other)
+
+    @unittest.skipIf(WINDOWS, "a python in bin")
+    def test_the_python_of_a_checkout_is_its_venv_or_that_of_conda(self):
+        checkout = self.checkout()
+        with unittest.mock.patch.dict(os.environ, CONDA_PREFIX=os.path.join(self.folder, "conda")):
+            self.assertIn("No Python was found for", self.refusal(dock.find_checkout_python, checkout))
+            for folder in ("conda", os.path.join("a", "venv"), os.path.join("a", "ComfyUI", ".venv")):
+                python = os.path.join(self.folder, folder, "bin", "python")
+                write(python, "")
+                os.chmod(python, 0o755)
+                self.assertEqual(dock.find_checkout_python(checkout), python)
+
+
+# ======================================================================================================================
 # 12. Hidden entries
 # ======================================================================================================================
 
@@ -4543,6 +4808,17 @@ class TheSleeper(Stage):
             process.kill()
             self.assertTrue(dock.wait_handle_or_sleep(process.pid, 20))
         self.assertTrue(dock.wait_handle_or_sleep(process.pid, 20))
+
+
+class TheEntriesAreNoCommands(unittest.TestCase):
+    def test_typed_by_a_person_they_say_nothing_and_fail(self):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), unittest.mock.patch.dict(os.environ):
+            os.environ.pop("COMFYDOCK_DEBUG", None)
+            self.assertEqual([dock.main(["--console-interrupt", "x"]), dock.main(["--monitor"])], [1, 1])
+            os.environ["COMFYDOCK_DEBUG"] = "1"
+            self.assertRaises(ValueError, dock.main, ["--console-interrupt", "x"])
+        self.assertEqual(out.getvalue(), "")
 
 
 class Watched:
@@ -4690,6 +4966,11 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
             self.assertIs(dock.Console(Terminal(), None, Terminal(typed)).ask("Sure?", default), answer)
         self.assertIs(dock.Console(Terminal(), None, Terminal("")).ask("Sure?", True), False)
 
+    def test_a_closed_stream_is_no_terminal(self):
+        closed = io.StringIO()
+        closed.close()
+        self.assertEqual([dock.is_terminal(one) for one in (closed, None, Terminal())], [False, False, True])
+
     def test_missing_streams_are_no_fault(self):
         console = dock.Console(None, None, None)
         console.say("x")
@@ -4811,6 +5092,17 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
             self.assertEqual(caught.exception.code, "usage")
             self.assertTrue(caught.exception.hint)
 
+    def test_options_that_need_or_exclude_another_say_so(self):
+        cases = (
+            (["stop", "--dry-run"], "--dry-run needs --port."),
+            (["node", "add", "x", "--restart", "--no-restart"], "--restart and --no-restart exclude each other."),
+            (["create", "x", "--from", "d", "--comfyui", "v1"], "--from and --comfyui exclude each other."),
+        )
+        for words, message in cases:
+            with self.subTest(words=words), self.assertRaises(dock.CDEnvironmentError) as caught:
+                self.parse(*words)
+            self.assertEqual((caught.exception.message, caught.exception.code), (message, "usage"))
+
     def test_help_may_stand_behind_an_operand(self):
         self.assertEqual(self.parse("use", "dev", "--help")[0].name, "help")
 
@@ -4865,6 +5157,16 @@ class TheFrontDoorNeverShowsATraceback(unittest.TestCase):
             self.assertEqual(dock.main(["status"]), 1)
         self.assertIn("This is a fault of comfydock: KeyError: 'x'", err.getvalue())
         self.assertNotIn("Traceback", err.getvalue())
+
+    def test_who_looks_for_the_fault_is_shown_it(self):
+        with unittest.mock.patch.object(dock, "answer", side_effect=KeyError("x")):
+            with unittest.mock.patch.dict(os.environ, COMFYDOCK_DEBUG="1"):
+                self.assertRaises(KeyError, dock.main, ["status"])
+
+    def test_a_second_ctrl_c_does_not_break_off_the_last_words(self):
+        with unittest.mock.patch.object(dock, "complain", side_effect=[KeyboardInterrupt, 130]) as complain:
+            self.assertEqual(dock.interrupted(dock.Console(None, None, None), ["status"], is_program=False), 130)
+        self.assertEqual(complain.call_count, 2)
 
     def test_ctrl_c_is_130(self):
         with unittest.mock.patch.object(dock, "answer", side_effect=KeyboardInterrupt):
