@@ -1372,10 +1372,6 @@ else:
     def attach_and_interrupt(pid: int) -> None:
         """Do nothing: only Windows presses Ctrl-C through a console."""
 
-    def console_interrupt(pid: int) -> bool:
-        """Return False: only Windows presses Ctrl-C through a console."""
-        return False
-
     def signal_process(pid: int, how: str) -> None:
         """Send a signal to one process: "interrupt", "terminate", "kill", "pause" or "continue".
 
@@ -3401,8 +3397,6 @@ def find_session(file: "BinaryIO", end: int) -> int:
         at = block.rfind(b"\n" + mark)
         if at >= 0:
             return start + at + 1
-        if start == 0 and block.startswith(mark):
-            return 0
         position, after = start, block[: len(mark) + 1]
     return 0
 
@@ -7404,11 +7398,14 @@ class Workspace:
         self.paths = WorkspacePaths(path if path is not None else default_workspace())
 
     def list_environments(self) -> list[Environment]:
-        """All environments by name, unfinished ones too (`is_complete` tells). Raises OSError when it cannot look."""
+        """All environments by name, unfinished ones too (`is_complete` tells).
+
+        Raises CDEnvironmentError when the workspace is no folder, OSError when it cannot look.
+        """
+        self._require_folder()
         try:
             names = sorted(os.listdir(self.paths.environments), key=str.lower)
         except FileNotFoundError:
-            self._require_folder()
             return []
         environments = [self._environment(name) for name in names]
         return [environment for environment in environments if os.path.isdir(environment.paths.cec)]

@@ -45,6 +45,7 @@ import tracemalloc
 import types
 import unittest
 import unittest.mock
+import urllib.request
 import uuid
 import warnings
 import zipfile
@@ -829,6 +830,11 @@ class WordsForPeople(unittest.TestCase):
         for name in ("ComfyUI", "my folder", "..", "", "logs", "été", "x" * 200, "-_-", "a."):
             self.assertTrue(dock.is_new_name(dock.made_valid(name)), name)
 
+    def test_what_is_no_time_is_a_value_error(self):
+        for stamp in (None, 7, "", "yesterday"):
+            with self.subTest(stamp=stamp), self.assertRaises(ValueError):
+                dock.epoch_of(stamp)
+
     def test_the_line_that_says_why(self):
         cases = [
             (
@@ -874,6 +880,12 @@ class FindingTheWorkspace(unittest.TestCase):
         self.assertEqual(dock.default_workspace(), older)
         os.makedirs(os.path.join(self.home, ".comfydock", "environments"))
         self.assertEqual(dock.default_workspace(), os.path.join(self.home, ".comfydock"))
+
+    def test_without_a_home_folder_it_must_be_named(self):
+        os.environ["HOME"] = os.environ["USERPROFILE"] = ""
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            dock.default_workspace()
+        self.assertEqual(caught.exception.hint, "set COMFYDOCK_HOME")
 
     def test_the_environment_above_a_folder(self):
         inside = os.path.join(self.home, "ws", "environments", "dev", "ComfyUI", "custom_nodes")
@@ -1088,6 +1100,25 @@ class RunningACommand(Stage):
         self.assertEqual(caught.exception.code, "missing")
         self.assertIn("nowhere", str(caught.exception))
 
+    def test_a_file_that_is_no_program_is_not_called_missing(self):
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            dock.run_command([self.write("text")])
+        self.assertEqual(caught.exception.code, "failed")
+        self.assertIn("main.py cannot be started: ", str(caught.exception))
+
+    def test_who_breaks_off_while_it_runs_leaves_nothing_behind(self):
+        told = []
+
+        def tell(line):
+            told.append(int(line))
+            raise KeyboardInterrupt
+
+        with self.assertRaises(KeyboardInterrupt):
+            dock.run_command(
+                [sys.executable, "-c", "import os,time; print(os.getpid(), flush=True); time.sleep(600)"], tell=tell
+            )
+        self.assertFalse(alive(told[0]))
+
     def test_when_the_time_is_up_its_children_are_ended_too(self):
         self.write(
             f"import subprocess,sys,time\n"
@@ -1170,6 +1201,25 @@ class StartingInTheBackground(Stage):
             signal.signal(signal.SIGINT, before)
         self.assertEqual(answers, [False, True])
 
+    @unittest.skipIf(WINDOWS, "POSIX signals")
+    def test_off_the_main_thread_it_starts_all_the_same(self):
+        self.write("print('ready')")
+        codes = []
+
+        def start():
+            with dock.open_append(self.log) as log:
+                codes.append(dock.create_background_process([sys.executable, self.script], self.folder, log).wait())
+
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            thread = threading.Thread(target=start)
+            thread.start()
+            thread.join()
+            ours = signal.getsignal(signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self.assertEqual((codes, read(self.log), ours), ([0], "ready\n", signal.SIG_IGN))
+
     def test_a_missing_program_is_named(self):
         with open(self.log, "wb") as log, self.assertRaises(dock.CDEnvironmentError) as caught:
             dock.create_background_process([os.path.join(self.folder, "nopython")], self.folder, log)
@@ -1249,6 +1299,21 @@ class HandlesAndLocks(Stage):
         holder.wait()
         self.assertTrue(eventually(lambda: dock.lock_handle(fd)))
 
+    def test_the_file_starts_itself_in_whatever_way_it_is_kept(self):
+        program = self.write("", "comfydock.py")
+        cases = (
+            (program, ["-c", dock.IMPORTED.format("comfydock"), self.folder]),
+            (self.write("", "my-dock.py"), [os.path.join(self.folder, "my-dock.py")]),
+            (os.path.join(self.write("", "dock.pyz"), "comfydock.py"), [os.path.join(self.folder, "dock.pyz")]),
+        )
+        for file, words in cases:
+            with self.subTest(file=file), unittest.mock.patch.object(dock, "__file__", file):
+                self.assertEqual(dock.own_command(), [sys.executable, *words])
+
+    def test_a_file_that_cannot_be_read_has_no_text(self):
+        self.assertEqual(dock.read_text(self.write(" text\n")), "text")
+        self.assertEqual((dock.read_text(self.folder), dock.read_text(self.log)), ("", ""))
+
     def test_a_venv_keeps_its_python_in_its_own_place(self):
         expected = os.path.join("v", "Scripts", "python.exe") if WINDOWS else os.path.join("v", "bin", "python")
         self.assertEqual(dock.venv_python("v"), expected)
@@ -1285,6 +1350,50 @@ class Signalling(Stage):
         for pid in (True, False, 0, 1, -1, -4242, 2**31, 2**40, "7", None, 7.0):
             with self.subTest(pid=pid), self.assertRaises(ProcessLookupError):
                 dock.signal_process(pid, "kill")
+
+    @unittest.skipIf(WINDOWS, "POSIX groups")
+    def test_a_group_that_has_ended_needs_no_end(self):
+        process = self.start()
+        self.end(process)
+        dock.end_group(process)
+
+    @unittest.skipIf(WINDOWS, "POSIX zombies")
+    def test_the_first_process_of_a_container_reaps_strangers_and_leaves_its_own(self):
+        code = (
+            f"import os, subprocess, sys; sys.path.insert(0, {HERE!r}); import comfydock as m\n"
+            "stranger = subprocess.Popen([sys.executable, '-c', ''])\n"
+            "os.waitid(os.P_PID, stranger.pid, os.WEXITED | os.WNOWAIT)\n"
+            "own = subprocess.Popen([sys.executable, '-c', 'raise SystemExit(3)'])\n"
+            "os.waitid(os.P_PID, own.pid, os.WEXITED | os.WNOWAIT)\n"
+            "m.reap_strangers(own.pid)\n"
+            "print(m.process_table().row(stranger.pid), m.reap(own.pid))\n"
+            "m.reap_strangers(own.pid)"
+        )
+        done = dock.run_command([sys.executable, "-c", code])
+        self.assertEqual((done.stdout, done.stderr), ("None 3\n", ""))
+
+    def test_off_the_main_thread_no_handler_is_set_and_nothing_raises(self):
+        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        heard = []
+
+        def work():
+            dock.ignore_interrupts()
+            with dock.noted_signals() as received:
+                heard.append(list(received))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        self.assertEqual(heard, [[]])
+        self.assertEqual([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], before)
+
+    def test_exit_codes_are_put_into_words(self):
+        cases = ((0, "code 0"), (3, "code 3"), (-2, "signal 2 (SIGINT)"), (-99, "signal 99"))
+        self.assertEqual([dock.exit_words(code) for code, _ in cases], [words for _, words in cases])
+
+    def test_where_no_process_can_become_another_program_it_goes_on(self):
+        with unittest.mock.patch.object(dock, "IS_WINDOWS", True):
+            self.assertIsNone(dock.become(["/bin/false"], {}))
 
     def test_a_dead_process_raises_process_lookup_error(self):
         process = self.start()
@@ -1332,6 +1441,32 @@ class Signalling(Stage):
         )
         said = dock.run_command([sys.executable, "-c", code]).stdout.strip()
         self.assertEqual(said, f"{dock.machine_id()} {dock.boot_id()} {dock.pid_namespace()}")
+
+    @unittest.skipIf(WINDOWS, "names of macOS and Linux")
+    def test_a_mac_is_named_by_two_functions_of_its_library(self):
+        class Library:
+            def gethostuuid(self, buffer, wait):
+                buffer.raw = bytes(range(16)) + buffer.raw[16:]
+                return 0
+
+            def sysctlbyname(self, name, buffer, size, new, new_size):
+                buffer.value = b"boot of " + name
+                return 0
+
+        with unittest.mock.patch("ctypes.CDLL", lambda name: Library()):
+            self.assertEqual(dock.mac_text("gethostuuid"), "00010203-0405-0607-0809-0a0b0c0d0e0f")
+            self.assertEqual(dock.mac_text("sysctlbyname", b"kern.x"), "boot of kern.x")
+        if sys.platform != "darwin":
+            self.assertIsNone(dock.mac_text("gethostuuid"))
+        with unittest.mock.patch.object(dock, "read_text", lambda path: ""):
+            with unittest.mock.patch.object(sys, "platform", "darwin"):
+                self.assertIn(dock.machine_id.__wrapped__(), (os.uname().nodename, dock.mac_text("gethostuuid")))
+                self.assertEqual(dock.boot_id.__wrapped__(), dock.mac_text("sysctlbyname", b"kern.bootsessionuuid"))
+
+    @unittest.skipIf(WINDOWS, "names of POSIX")
+    def test_a_system_without_namespaces_has_none(self):
+        with unittest.mock.patch.object(os, "readlink", side_effect=FileNotFoundError):
+            self.assertIsNone(dock.pid_namespace.__wrapped__())
 
 
 # ======================================================================================================================
@@ -1383,6 +1518,11 @@ class ReadingCapturedTexts(unittest.TestCase):
         for text in ("Mi. 29 Juli 15:37:10 2026", "Tue 15 Sep 23:54:57 2026", "", "Wed Jul 29 25:00:00 2026"):
             with self.subTest(text=text):
                 self.assertIsNone(dock.parse_ps_date(text))
+
+    def test_lines_that_ps_has_not_written_are_passed_over(self):
+        self.assertEqual(
+            dock.parse_ps("  PID  PPID   UID STAT                 STARTED COMMAND\n\nerror: no such option\n"), []
+        )
 
     def test_tasklist_is_read_with_commas_and_any_thousands_sign_and_without_rows(self):
         self.assertEqual(
@@ -1663,6 +1803,51 @@ class ChoosingTheSource(unittest.TestCase):
             self.assertIsNone(table.row(4012))
             self.assertEqual(table.row(0).command, ["System Idle Process"])
 
+    def test_a_psutil_that_fails_is_not_usable(self):
+        for trouble in (ImportError("none"), RuntimeError("no /proc here")):
+            with unittest.mock.patch.object(dock, "psutil_module", side_effect=trouble):
+                self.assertFalse(dock.PsutilTable.usable())
+
+    def test_where_psutil_may_not_ask_for_all_connections_lsof_is_asked(self):
+        class Psutil:
+            class Error(Exception):
+                pass
+
+            def net_connections(self, kind):
+                raise self.Error
+
+        with (
+            unittest.mock.patch.object(dock, "psutil_module", Psutil),
+            unittest.mock.patch.object(dock, "printed", lambda words: LSOF_PIDS if "-iTCP:8188" in words else ""),
+        ):
+            self.assertEqual(dock.PsutilTable().listeners(8188), [501, 733])
+
+    def test_a_first_process_that_never_hears_of_orphans_is_known_by_its_signals(self):
+        child = 1 << 16  # SIGCHLD
+        cases = (
+            ("python3", 1, 0, False),
+            ("python3", 1, child, True),
+            ("python3", 2, 0, True),
+            ("bash", 1, 0, True),
+            ("systemd", 1, child | 2, True),
+        )
+        for name, threads, caught, heard in cases:
+            text = f"Name:\t{name}\nThreads:\t{threads}\nSigBlk:\t0\nSigIgn:\t2\nSigCgt:\t{caught:016x}\n"
+            with self.subTest(text=text):
+                self.assertEqual(dock.hears_of_orphans(text), heard)
+                with unittest.mock.patch.object(dock, "read_text", lambda path, text=text: text):
+                    self.assertEqual(dock.careless_init() is None, heard)
+        self.assertTrue(dock.hears_of_orphans(""))
+
+    def test_files_are_read_whole_and_what_is_none_reads_as_nothing(self):
+        self.assertEqual(dock.read_bytes(MODULE, 4096), read_bytes(MODULE))
+        self.assertEqual((dock.read_bytes(HERE), dock.read_bytes(os.path.join(HERE, "nowhere"))), (b"", b""))
+
+    @unittest.skipUnless(LINUX, "reads /proc")
+    def test_a_process_that_ends_while_it_is_looked_at_is_none(self):
+        with unittest.mock.patch.object(os, "read", side_effect=ProcessLookupError):
+            self.assertIsNone(dock.proc_row(os.getpid(), 0.0, 1))
+
     def test_a_tool_that_is_missing_prints_nothing(self):
         self.assertEqual(dock.printed(["no-such-program-here"]), "")
 
@@ -1732,6 +1917,23 @@ class TheSameProcess(Stage):
             self.assertFalse(dock.wait_for_exit(self.row, 0.05))
             dock.signal_process(self.pid, "kill")
             self.assertTrue(dock.wait_for_exit(self.row, 20))
+
+    @unittest.skipIf(WINDOWS, "POSIX stops")
+    def test_a_process_stands_still_once_it_is_paused_or_gone(self):
+        self.assertFalse(dock.stands_still(self.row))
+        dock.signal_process(self.pid, "pause")
+        dock.await_standstill([self.row], 20)
+        self.assertTrue(dock.stands_still(self.row))
+        dock.signal_process(self.pid, "kill")
+        eventually(lambda: dock.reap(self.pid) is not None)
+        self.assertTrue(dock.stands_still(self.row))
+
+    def test_without_ticks_two_seconds_tell_one_start_from_another(self):
+        for created, same in ((101.9, True), (102.1, False), (None, True)):
+            with self.subTest(created=created):
+                self.assertEqual(
+                    dock.ProcessRow(9, created=100.0).is_as_old_as(dock.ProcessRow(9, created=created)), same
+                )
 
     def test_a_row_of_an_earlier_process_has_ended_already(self):
         other = dock.ProcessRow(
@@ -1996,6 +2198,33 @@ class ProbesKnowWhatAnswers(unittest.TestCase):
         self.assertEqual({answer.kind for answer in answers}, {dock.SILENT})
 
 
+class TheQueueIsCounted(unittest.TestCase):
+    def counts(self, *answers):
+        """What is counted at a server that says each of `answers` once, then nothing."""
+        left = list(answers)
+
+        def answer(connection):
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + left.pop(0) if left else b"")
+
+        with listening(answer=answer) as port:
+            return dock.queue_counts(dock.ComfyUIConfig("127.0.0.1", port), 5)
+
+    def test_running_and_waiting_prompts_are_told_apart(self):
+        self.assertEqual(self.counts(b'{"queue_running": [1], "queue_pending": [2, 3]}'), (1, 2))
+
+    def test_where_the_queue_cannot_be_read_its_length_is_asked(self):
+        for remaining, counts in ((0, (0, 0)), (1, (1, 0)), (5, (1, 4))):
+            with self.subTest(remaining=remaining):
+                self.assertEqual(self.counts(b"{}", b'{"exec_info": {"queue_remaining": %d}}' % remaining), counts)
+        with unittest.mock.patch.object(dock, "QUEUE_LIMIT", 100):
+            self.assertEqual(self.counts(b" " * 200, b'{"exec_info": {"queue_remaining": 2}}'), (1, 1))
+
+    def test_a_server_that_tells_neither_has_no_counts(self):
+        self.assertIsNone(self.counts(b"{}", b"{}"))
+        self.assertIsNone(self.counts(b"[]"))
+
+
 class PortsAreAskedAsComfyUIBindsThem(unittest.TestCase):
     def test_a_listening_port_is_bound_on_loopback_and_for_every_address(self):
         with listening() as port:
@@ -2016,6 +2245,28 @@ class PortsAreAskedAsComfyUIBindsThem(unittest.TestCase):
         for host in ("\u00f6..b", "a" * 70 + "\u00f6"):
             self.assertFalse(dock.is_port_bound(free_port(), host=host))
             self.assertFalse(dock.check_http_health(host, 8188, 0.5))
+
+    def test_an_address_that_is_not_ours_or_unknown_is_no_port_in_use(self):
+        port = free_port()
+        self.assertFalse(dock.is_port_bound(port, host="192.0.2.1"))
+        with unittest.mock.patch.object(socket, "getaddrinfo", side_effect=socket.gaierror("no such host")):
+            self.assertFalse(dock.is_port_bound(port, host="no-such-host"))
+
+    def test_a_port_of_one_internet_protocol_is_free_in_the_other(self):
+        with contextlib.ExitStack() as stack:
+            try:
+                server = stack.enter_context(socket.create_server(("::1", 0), family=socket.AF_INET6))
+            except OSError:
+                self.skipTest("no IPv6 here")
+            port = server.getsockname()[1]
+            self.assertTrue(dock.is_port_bound(port, host="::1"))
+            self.assertFalse(dock.is_port_bound(port, host="127.0.0.1"))
+        with socket.create_server(("0.0.0.0", 0)) as server:
+            self.assertFalse(dock.is_port_bound(server.getsockname()[1], host="::"))
+
+    def test_where_all_ports_are_taken_it_is_said(self):
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "No free port from 65535 on"):
+            dock.next_free_port(65535, "127.0.0.1", {65535: "another"})
 
     def test_the_next_free_port_leaves_out_what_others_have_claimed(self):
         with listening() as port:
@@ -2109,6 +2360,37 @@ class DownloadTest(InWorkshop):
             self.get("/away")
         self.assertEqual(self.get("/here"), b"x")
 
+    def test_a_redirect_from_https_does_not_end_on_this_machine_without_it(self):
+        opener = dock.url_opener("https://example.org/")
+        redirects = next(one for one in opener.handlers if hasattr(one, "redirect_request"))
+        request = urllib.request.Request("https://example.org/")
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "redirects to an address that is not https"):
+            redirects.redirect_request(request, None, 302, "Found", {}, "http://127.0.0.1/")
+
+    def test_a_file_that_changed_between_two_tries_is_not_pieced_together(self):
+        body = b"x" * 300_000
+        self.registry.answers["/other"] = [(200, {"cut": 100_000}, body), (200, {"no_ranges": 1}, body + b"more")]
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "changed while it was downloaded"):
+            self.get("/other")
+
+    def test_progress_is_told_with_the_size_where_it_is_known(self):
+        told = []
+        transfer = dock.Transfer("https://example.org/", 10 * dock.MEGABYTE, 0.0, told.append)
+        for length in ("", str(4 * dock.MEGABYTE)):
+            transfer.note_total(length, 0)
+            transfer.told -= 1
+            transfer.counted(b"x" * dock.MEGABYTE)
+            transfer.counted(b"")
+        self.assertEqual(told, ["downloaded 1.0 MB", "downloaded 2.0 of 5.0 MB"])
+
+    def test_a_certificate_that_does_not_hold_is_called_one(self):
+        trouble = ssl.SSLCertVerificationError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate has expired")
+        error = dock.network_error("https://example.org/x", trouble)
+        self.assertIn("the TLS certificate of example.org cannot be verified", error.message)
+        self.assertIn("SSL_CERT_FILE", error.hint)
+        with self.assertRaises(dock.CDEnvironmentError):  # trying again would not help
+            dock.Transfer("https://example.org/", 1, time.monotonic() + 60, print).pause_after(trouble, 1.0)
+
     def test_a_network_that_is_down_is_one_clear_line(self):
         with self.assertRaises(dock.CDEnvironmentError) as caught:
             dock.fetch_json("http://127.0.0.1:1/")
@@ -2153,6 +2435,55 @@ class WritingIsAllOrNothing(unittest.TestCase):
             dock.write_atomic(self.path, b"new")
         self.assertEqual(Path(self.path).read_bytes(), b"old")
         self.assertEqual(os.listdir(self.folder), ["state"])
+
+    def test_a_write_that_is_broken_off_leaves_nothing_either(self):
+        with unittest.mock.patch.object(dock, "replace_file", side_effect=KeyboardInterrupt):
+            with self.assertRaises(KeyboardInterrupt):
+                dock.write_atomic(self.path, b"new")
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_an_error_names_the_file_and_not_its_draft(self):
+        path = os.path.join(self.folder, "nowhere", "state")
+        with self.assertRaises(FileNotFoundError) as caught:
+            dock.write_atomic(path, b"x")
+        self.assertEqual(caught.exception.filename, path)
+        with self.assertRaises(OSError) as caught:
+            dock.read_small(self.folder)
+        self.assertEqual(caught.exception.filename, self.folder)
+
+    def test_a_folder_that_cannot_be_synced_is_no_failure(self):
+        with unittest.mock.patch.object(os, "fsync", side_effect=OSError("not here")):
+            dock._sync_folder(self.folder)
+        dock._sync_folder(os.path.join(self.folder, "nowhere"))
+
+    def test_a_target_that_a_reader_has_open_on_windows_is_waited_for(self):
+        refusals = [PermissionError("in use")] * 2
+        replace = os.replace
+
+        def replace_once_let(source, target):
+            if refusals:
+                raise refusals.pop()
+            replace(source, target)
+
+        Path(self.path).write_bytes(b"new")
+        with unittest.mock.patch.object(os, "replace", replace_once_let):
+            if not WINDOWS:
+                with self.assertRaises(PermissionError):
+                    dock.replace_file(self.path, self.path + "2")
+            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
+                dock.replace_file(self.path, self.path + "2")
+        self.assertEqual(os.listdir(self.folder), ["state2"])
+
+    def test_of_a_folder_that_several_write_into_only_old_drafts_are_swept(self):
+        for name in ("a.12-0123abcd.tmp", "b.12-0123abcd.tmp", "c.tmp", "d.x-0123abcd.tmp"):
+            Path(self.folder, name).write_bytes(b"x")
+            os.utime(os.path.join(self.folder, name), (0, 0))
+        os.utime(os.path.join(self.folder, "b.12-0123abcd.tmp"))
+        os.mkdir(os.path.join(self.folder, "e.12-0123abcd.tmp"))  # of whatever kind: it is no draft of ours
+        os.utime(os.path.join(self.folder, "e.12-0123abcd.tmp"), (0, 0))
+        dock.sweep_folder(self.folder)
+        left = ["b.12-0123abcd.tmp", "c.tmp", "d.x-0123abcd.tmp", "e.12-0123abcd.tmp"]
+        self.assertEqual(sorted(os.listdir(self.folder)), left)
 
     def test_leftovers_of_killed_writers_are_swept(self):
         Path(self.folder, "state.123-abcd.tmp").write_text("x", encoding="utf-8")
@@ -2234,6 +2565,24 @@ class LocksExclude(unittest.TestCase):
         finally:
             os.close(first)
 
+    def test_who_waits_for_a_lock_file_that_is_deleted_opens_the_next_one(self):
+        handle = dock._open_lock(self.path)
+        self.addCleanup(os.close, handle)
+        self.assertTrue(dock._is_still_at(handle, self.path))
+        if not WINDOWS:
+            os.unlink(self.path)
+            self.assertFalse(dock._is_still_at(handle, self.path))
+            Path(self.path).touch()
+            self.assertFalse(dock._is_still_at(handle, self.path))
+
+    def test_a_lock_that_cannot_be_signed_is_held_all_the_same(self):
+        with unittest.mock.patch.object(os, "ftruncate", side_effect=OSError(errno.ENOSPC, "full")):
+            with dock.locked(self.path, 1, "run"):
+                with self.assertRaises(dock.CDEnvironmentError) as caught, dock.locked(self.path, 0, "stop"):
+                    pass
+        self.assertIn("Another comfydock command is busy", caught.exception.message)
+        self.assertIn("Another comfydock command is busy", dock._locked_out(self.path + ".gone").message)
+
     def test_the_lock_ends_with_its_holder(self):
         code = (
             "import sys, comfydock, time\n"
@@ -2306,6 +2655,21 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
         self.assertEqual(os.path.getsize(self.path + ".old"), 100)
         self.assertFalse(os.path.exists(self.path))
 
+    def test_a_log_in_use_that_cannot_be_moved_is_copied_and_emptied_on_windows(self):
+        Path(self.path).write_bytes(b"x" * 100)
+        with unittest.mock.patch.object(os, "replace", side_effect=PermissionError("in use")):
+            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: False):
+                self.assertRaises(PermissionError, dock._move_log, self.path)
+            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
+                dock._move_log(self.path)
+        self.assertEqual((read_bytes(self.path), read_bytes(self.path + ".old")), (b"", b"x" * 100))
+
+    @unittest.skipUnless(LINUX, "needs /dev/full")
+    def test_a_full_disk_names_the_log(self):
+        with self.assertRaises(OSError) as caught:
+            dock.begin_session("/dev/full", "=== header\n")
+        self.assertEqual((caught.exception.errno, caught.exception.filename), (errno.ENOSPC, "/dev/full"))
+
     def test_a_start_never_fails_for_rotation(self):
         Path(self.path).write_bytes(b"x" * 100)
         with unittest.mock.patch.object(dock, "_move_log", side_effect=OSError("no")):
@@ -2338,6 +2702,35 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
         Path(self.path + ".old").write_bytes(b"=== first\na\nb\n")
         Path(self.path).write_bytes(b"=== second\n" + b"c\n" * 100)
         self.assertEqual(self.drained(follower), b"b\n=== second\n" + b"c\n" * 100)
+
+    def test_a_log_that_is_just_being_rotated_on_windows_is_looked_at_again(self):
+        follower = dock.LogFollower(self.path, 0)
+        Path(self.path).write_bytes(b"one\n")
+        with unittest.mock.patch.object(builtins, "open", side_effect=PermissionError("in use")):
+            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
+                self.assertEqual(follower.read(), b"")
+            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: False):
+                self.assertRaises(PermissionError, follower.read)
+        self.assertEqual(self.drained(follower), b"one\n")
+
+    def test_a_former_log_that_is_gone_is_not_waited_for(self):
+        Path(self.path).write_bytes(b"=== first\n")
+        follower = dock.LogFollower(self.path, 0)
+        self.assertEqual(self.drained(follower), b"=== first\n")
+        Path(self.path).write_bytes(b"=== second\n")
+        self.assertEqual(self.drained(follower), b"=== second\n")
+
+    def test_what_is_rotated_between_two_looks_is_read_once(self):
+        Path(self.path).write_bytes(b"=== first\na\n")
+        follower = dock.LogFollower(self.path, 0)
+        self.assertEqual(self.drained(follower), b"=== first\na\n")
+        heads = iter([b"=== first\na\n", b"=== second\n"])
+        with unittest.mock.patch.object(follower, "_head_of", lambda log: next(heads)):
+            Path(self.path).write_bytes(b"=== first\na\nb\n")
+            self.assertEqual(follower.read(), b"")
+        os.rename(self.path, self.path + ".old")
+        Path(self.path).write_bytes(b"=== second\n")
+        self.assertEqual(self.drained(follower), b"b\n=== second\n")
 
     def test_a_log_that_is_not_there_yet_is_waited_for(self):
         follower = dock.LogFollower(self.path, 0)
@@ -2444,6 +2837,18 @@ class UnpackTest(InWorkshop):
         with self.assertRaisesRegex(dock.CDEnvironmentError, "cannot be unpacked"):
             dock.unpack(self.archive(whole.replace(b"print(1)", b"print(2)")), self.target, 1000)
 
+    def test_only_a_folder_that_is_around_all_is_left_out(self):
+        cases = (
+            ({"./": "", "a-1/": "", "a-1/x": "1", "a-1/b/y": "2"}, {"x": b"1", "b/y": b"2"}),
+            ({"a/x": "1", "b/y": "2"}, {"a/x": b"1", "b/y": b"2"}),
+            ({"x": "1"}, {"x": b"1"}),
+        )
+        for number, (files, unpacked) in enumerate(cases):
+            target = self.target + str(number)
+            with self.subTest(files=files):
+                dock.unpack(self.archive(zipped(files)), target, 100, strip=True)
+                self.assertEqual(tree(target), unpacked)
+
 
 class RemovalTest(InWorkshop):
     """Deleting and moving aside."""
@@ -2465,6 +2870,66 @@ class RemovalTest(InWorkshop):
         dock.remove_tree(top)
         self.assertEqual(os.listdir(self.folder), ["models"])
         self.assertEqual(read_bytes(self.precious), b"years")
+
+    def test_a_file_that_may_not_be_deleted_is_made_deletable_first(self):
+        file = os.path.join(self.folder, "object")
+        write(file, "x")
+        refusal = PermissionError("read-only")
+        with self.assertRaises(PermissionError):  # a listing is tried again by who asked for the removal
+            dock.unlock_and_retry(os.scandir, self.folder, refusal)
+        with self.assertRaises(OSError):
+            dock.unlock_and_retry(os.unlink, file, OSError(errno.EIO, "broken"))
+        os.chmod(file, 0)
+        dock.unlock_and_retry(os.unlink, file, refusal)
+        self.assertFalse(os.path.exists(file))
+        dock.unlock_and_retry(os.unlink, file, FileNotFoundError())
+
+    @needs_links
+    def test_to_delete_a_link_nothing_is_changed_behind_it(self):
+        link = os.path.join(self.folder, "link")
+        os.symlink(self.precious, link)
+        os.chmod(self.precious, 0o444)
+        with self.assertRaises(PermissionError):
+            dock.unlock_and_retry(os.unlink, link, PermissionError("no"))
+        self.assertEqual(stat.S_IMODE(os.stat(self.precious).st_mode), 0o444)
+
+    def test_a_file_in_use_is_tried_again_and_then_named(self):
+        tries = []
+
+        def rename():
+            tries.append(1)
+            if len(tries) != 2:
+                raise OSError(errno.EBUSY, "in use")
+
+        with unittest.mock.patch.object(dock, "BUSY_RETRIES", 2):
+            dock.persist(rename, self.precious)
+            self.assertEqual(len(tries), 2)
+            with self.assertRaises(dock.CDEnvironmentError) as caught:
+                dock.persist(rename, self.precious)
+        self.assertIn(f"{self.precious} cannot be changed: in use", caught.exception.message)
+        self.assertEqual((caught.exception.code, len(tries)), ("in-use", 4))
+
+    def test_nothing_is_moved_or_linked_over_what_is_there(self):
+        other = os.path.join(self.folder, "other")
+        write(other, "x")
+        for function, source in ((dock.move, self.precious), (dock.link_folder, os.path.dirname(self.precious))):
+            with self.subTest(function=function.__name__), self.assertRaises(dock.CDEnvironmentError):
+                function(source, other)
+        self.assertEqual((read_bytes(other), read_bytes(self.precious)), (b"x", b"years"))
+
+    def test_what_is_carried_over_is_copied_where_there_are_no_hard_links(self):
+        new = os.path.join(self.folder, "new")
+        os.mkdir(new)
+        with unittest.mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here")):
+            dock.carry_over(os.path.dirname(self.precious), new, set())
+        self.assertEqual(tree(new), {"x.safetensors": b"years"})
+
+    @needs_links
+    def test_the_digest_of_a_link_is_of_where_it_points(self):
+        link = os.path.join(self.folder, "link")
+        os.symlink("nowhere", link)
+        self.assertEqual(dock.file_digest(link), hashlib.sha256(b"nowhere").hexdigest())
+        self.assertEqual(dock.file_digest(self.precious), hashlib.sha256(b"years").hexdigest())
 
     def test_a_junction_is_known_by_its_tag(self):
         status = unittest.mock.Mock(st_mode=stat.S_IFDIR, st_reparse_tag=0xA0000003)
@@ -3609,6 +4074,85 @@ class KilledTest(NodeCase):
             dock.find_installer(Workshop.python).uninstall(["brand"])
 
 
+class OddMachines(unittest.TestCase):
+    """What differs from machine to machine, and damage."""
+
+    def setUp(self):
+        self.folder = temporary_folder(self)
+
+    @unittest.skipIf(WINDOWS, "a script as a program")
+    def test_the_backend_of_pytorch_follows_the_graphics_card_and_its_driver(self):
+        program = os.path.join(self.folder, "nvidia-smi")
+        with unittest.mock.patch.dict(os.environ, PATH=self.folder):
+            self.assertEqual(dock.detect_torch_backend(), "cpu")
+            for says, backend in (
+                ("echo 580.65.06", "cu130"),
+                ("echo 570.1", "cu128"),
+                ("echo 535.1", "cu126"),
+                ("echo 'no devices were found'", "cpu"),
+                ("echo 580; exit 9", "cpu"),
+            ):
+                write(program, f"#!/bin/sh\n{says}\n")
+                os.chmod(program, 0o755)
+                with self.subTest(says=says):
+                    self.assertEqual(dock.detect_torch_backend(), backend)
+            os.rename(program, os.path.join(self.folder, "rocminfo"))
+            self.assertEqual(dock.detect_torch_backend(), "rocm6.4")
+
+    def test_without_git_only_github_is_read(self):
+        self.assertEqual(dock.github_name("https://github.com/Comfy-Org/ComfyUI.git"), "Comfy-Org/ComfyUI")
+        for url in ("https://example.org/a/b", "https://github.com/only-owner", "git@github.com:a/b"):
+            with self.subTest(url=url), self.assertRaises(dock.CDEnvironmentError) as caught:
+                dock.github_name(url)
+            self.assertEqual(caught.exception.code, "missing")
+
+    def test_what_the_registry_thinks_of_a_node_is_told_or_obeyed(self):
+        said = []
+        for status in ("NodeStatusBanned", "NodeVersionStatusDeleted"):
+            with self.subTest(status=status), self.assertRaises(dock.CDEnvironmentError) as caught:
+                dock.RegistrySource().judge("x", {"status": status}, said.append)
+            self.assertEqual(caught.exception.code, "banned")
+        for record in ({"status": "NodeVersionStatusFlagged"}, {"status": "NodeVersionStatusPending"}):
+            dock.RegistrySource().judge("x", record, said.append)
+        dock.RegistrySource().judge("x", {"status": "NodeStatusActive", "deprecated": True}, said.append)
+        words = ("flagged by the registry's security scan", "not been checked", "deprecated by its author")
+        self.assertEqual([word in line for word, line in zip(words, said)], [True] * 3)
+        self.assertEqual(len(said), 3)
+
+    def test_a_node_without_an_address_or_archive_is_said(self):
+        folder, info = os.path.join(self.folder, "x"), dock.NodeInfo("x", version="1")
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "names no repository for x"):
+            dock.GitSource().fetch(info, folder, print)
+        with unittest.mock.patch.object(dock, "fetch_json", return_value={}):
+            with self.assertRaisesRegex(dock.CDEnvironmentError, "no archive of x 1"):
+                dock.RegistrySource().fetch(info, folder, print)
+        with unittest.mock.patch.object(dock, "fetch_json", return_value=[]):
+            with self.assertRaisesRegex(dock.CDEnvironmentError, "answered nothing usable about x"):
+                dock.RegistrySource().fetch(info, folder, print)
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_a_change_whose_journal_is_damaged_is_not_tidied_away(self):
+        change = dock.NodeChange(self.folder)
+        self.assertFalse(change.read())
+        change.keeps = ["a"]
+        change.write_down()
+        again = dock.NodeChange(self.folder)
+        self.assertTrue(again.read())
+        self.assertEqual(again.keeps, ["a"])
+        for damage in ("{", "[]", '{"before": {}}'):
+            write(change.journal, damage)
+            with self.subTest(damage=damage), self.assertRaises(dock.CDEnvironmentError) as caught:
+                change.read()
+            self.assertIn(self.folder, caught.exception.hint)
+
+    def test_a_manifest_is_read_where_nothing_can_be_written_beside_it(self):
+        with unittest.mock.patch.object(dock, "write_atomic", side_effect=OSError(errno.EROFS, "read-only")):
+            manifest = dock.manifest_of(
+                "[tool.comfydock]\ndemo = true\n", "x", os.path.join(self.folder, "cache"), None
+            )
+        self.assertTrue(manifest.demo)
+
+
 class UvTest(InWorkshop):
     """The same with uv, where TEST_UV names a folder that holds it: a venv by uv, then one without pip as 1.0.x has it."""
 
@@ -3689,6 +4233,61 @@ for name in ("write_atomic", "move", "remove_file", "remove_tree", "make_folder"
 
 
 # ======================================================================================================================
+# 9. Environment
+# ======================================================================================================================
+
+
+class EndingAProcess(Stage):
+    def setUp(self):
+        super().setUp()
+        self.process = self.start()
+        self.row = dock.process_table().row(self.process.pid)
+
+    def test_one_that_survives_even_the_kill_is_told(self):
+        signals = []
+        with unittest.mock.patch.object(dock, "signal_process", lambda pid, how: signals.append(how)):
+            with unittest.mock.patch.object(dock, "wait_for_exit", lambda row, seconds, meanwhile: False):
+                with self.assertRaisesRegex(dock.CDEnvironmentError, "did not end, not even when killed"):
+                    dock.end_politely(self.row, 4)
+        self.assertEqual([how for how in signals if how != "continue"], ["interrupt", "terminate", "kill"])
+
+    def test_one_of_another_user_is_left_alone_and_told(self):
+        with unittest.mock.patch.object(dock, "signal_process", side_effect=PermissionError):
+            self.assertFalse(dock.signal_row(self.row, "interrupt"))
+            with self.assertRaises(dock.CDEnvironmentError) as caught:
+                dock.end_politely(self.row, 0)
+            dock.wake(self.row)
+        self.assertEqual(caught.exception.code, "permission")
+        self.assertIn(f"PID {self.process.pid}", caught.exception.message)
+
+    def test_one_that_ends_by_itself_meanwhile_is_ended(self):
+        with unittest.mock.patch.object(dock, "signal_process", side_effect=ProcessLookupError):
+            self.assertTrue(dock.signal_row(self.row, "kill"))
+            with dock.paused([self.row]):
+                pass
+        self.assertTrue(alive(self.process.pid))
+
+    def test_the_exit_code_is_told_once_it_is_there(self):
+        self.process.kill()
+        self.assertTrue(dock.wait_for_exit(self.row, 20))
+        self.assertEqual(dock.exit_code_of(self.process.pid), 1 if WINDOWS else -9)
+        if not WINDOWS:
+            self.assertIsNone(dock.exit_code_of(self.process.pid))
+
+    def test_what_a_monitor_answers_is_read_and_what_is_no_answer_is_shown(self):
+        self.assertEqual(dock.parse_reply(b"warning\n{}\n"), {})
+        for said, words in ((b"", "it said nothing"), (b"Segmentation fault\n", "Segmentation fault"), (b"[1]", "[1]")):
+            error = dock.parse_reply(said)["error"]
+            self.assertIn(words, error["message"])
+            dock.CDEnvironmentError(**error)
+
+    def test_a_server_elsewhere_is_not_ours(self):
+        for argv, ours in ((None, True), (["main.py"], True), ([self.script], True), ([self.script + "x"], False)):
+            with self.subTest(argv=argv):
+                self.assertEqual(dock.is_own_argv(argv, self.script), ours)
+
+
+# ======================================================================================================================
 # 10. The demo
 # ======================================================================================================================
 
@@ -3764,8 +4363,13 @@ class Demo:
         return self.process.wait(5)
 
     def end(self):
-        self.process.kill()
-        self.process.wait()
+        """End it, by a signal first that lets coverage write down what it saw."""
+        self.process.terminate()
+        try:
+            self.process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 SLEEP = {"1": {"class_type": "DemoSleep", "inputs": {"seconds": 60}}}
@@ -3783,8 +4387,9 @@ class DemoCase(unittest.TestCase):
     def setUpClass(cls):
         cls.folder = tempfile.mkdtemp(prefix="demo-test-")
         cls.addClassCleanup(shutil.rmtree, cls.folder, True)
-        with open(os.path.join(cls.folder, "main.py"), "w", encoding="utf-8") as main:
-            main.write(load().demo_source())
+        # Not the program written out, which the journeys start: of the function itself coverage can be measured.
+        program = f"import sys\n\nsys.path.insert(0, {HERE!r})\nfrom comfydock import demo_server\n\ndemo_server()\n"
+        Path(cls.folder, "main.py").write_text(program, encoding="utf-8")
 
     def demo(self, *args, **more):
         demo = Demo(self.folder, *args, **more)
@@ -4165,6 +4770,259 @@ class DemoRestarts(DemoCase):
 
 
 # ======================================================================================================================
+# 11. Workspace
+# ======================================================================================================================
+
+
+class MakingAWorkspace(unittest.TestCase):
+    def setUp(self):
+        self.folder = temporary_folder(self)
+
+    def refusal(self, function, *words):
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            function(*words)
+        return caught.exception.message
+
+    def test_it_is_made_once_and_only_of_an_empty_folder(self):
+        empty = dock.Workspace(os.path.join(self.folder, "new"))
+        self.assertEqual([empty.initialize(), empty.initialize()], [True, False])
+        self.assertEqual(empty.list_environments(), [])
+        other = os.path.join(self.folder, "other")
+        write(os.path.join(other, "file"), "")
+        self.assertIn("is not empty and no workspace", self.refusal(dock.Workspace(other).initialize))
+        self.assertEqual(os.listdir(other), ["file"])
+        for method in ("initialize", "list_environments"):
+            self.assertIn("is no folder", self.refusal(getattr(dock.Workspace(os.path.join(other, "file")), method)))
+
+    def checkout(self):
+        folder = os.path.join(self.folder, "a", "ComfyUI")
+        for name in ("main.py", "nodes.py", "folder_paths.py"):
+            write(os.path.join(folder, name), "")
+        return folder
+
+    def test_the_python_of_an_adopted_checkout_can_be_changed_for_one_that_works(self):
+        workspace = dock.Workspace(os.path.join(self.folder, "ws"))
+        for python in (self.folder, os.path.join(self.folder, "nowhere")):
+            self.assertIn("There is no Python at", self.refusal(workspace.adopt, self.checkout(), None, python))
+        self.assertEqual(workspace.list_environments(), [])
+        environment = workspace.adopt(self.checkout(), None, sys.executable)
+        self.assertEqual(environment.name, "a")
+        self.assertIn("There is no Python at", self.refusal(workspace.adopt, self.checkout(), None, self.folder))
+        self.assertEqual(workspace.get_environment("a").manifest.python_path, sys.executable)
+        if not WINDOWS:
+            other = os.path.join(self.folder, "python")
+            write(other, f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+            os.chmod(other, 0o755)
+            workspace.adopt(self.checkout(), None, other)
+            self.assertEqual(workspace.get_environment("a").manifest.python_path, other)
+
+    @unittest.skipIf(WINDOWS, "a python in bin")
+    def test_the_python_of_a_checkout_is_its_venv_or_that_of_conda(self):
+        checkout = self.checkout()
+        with unittest.mock.patch.dict(os.environ, CONDA_PREFIX=os.path.join(self.folder, "conda")):
+            self.assertIn("No Python was found for", self.refusal(dock.find_checkout_python, checkout))
+            for folder in ("conda", os.path.join("a", "venv"), os.path.join("a", "ComfyUI", ".venv")):
+                python = os.path.join(self.folder, folder, "bin", "python")
+                write(python, "")
+                os.chmod(python, 0o755)
+                self.assertEqual(dock.find_checkout_python(checkout), python)
+
+
+# ======================================================================================================================
+# 12. Hidden entries
+# ======================================================================================================================
+
+
+class Woken(Exception):
+    """The sleeper would become the monitor now."""
+
+
+class TheSleeper(Stage):
+    """`wait_beside` called here, where it may not become another program."""
+
+    def event(self, pid, port=None, log_limit=100, known="healthy", pause=0.05, longest=60.0):
+        """The event with which it wakes the monitor."""
+        place = ["127.0.0.1", str(port)] if port else ["", "0"]
+        words = [
+            "-c",
+            "DOCK_EVENT",
+            str(pid),
+            *place,
+            self.log,
+            str(log_limit),
+            known,
+            str(pause),
+            str(longest),
+            "again",
+        ]
+        with unittest.mock.patch.object(sys, "argv", words):
+            with unittest.mock.patch.object(os, "execve", side_effect=Woken) as become:
+                self.assertRaises(Woken, dock.wait_beside)
+        program, again, variables = become.call_args[0]
+        self.assertEqual((program, again), ("again", ["again"]))
+        self.addCleanup(os.environ.pop, "DOCK_EVENT", None)
+        return variables["DOCK_EVENT"]
+
+    def child(self, code="import time; time.sleep(20)"):
+        process = subprocess.Popen([sys.executable, "-c", code])
+        self.addCleanup(self.end, process)
+        return process
+
+    def stranger(self):
+        """The PID of a process that is not our child and ends when the returned one is told to."""
+        code = "import subprocess,sys; p=subprocess.Popen([sys.executable,'-c','import sys; sys.stdin.read()']); print(p.pid, flush=True); p.wait()"
+        parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(parent.stdout.close)
+        self.addCleanup(self.end, parent)
+        self.addCleanup(parent.stdin.close)
+        return int(parent.stdout.readline()), parent
+
+    @unittest.skipIf(WINDOWS, "a sleeper is a process that became one")
+    def test_the_end_of_its_child_is_told_with_the_exit_code(self):
+        self.assertEqual(self.event(self.child("raise SystemExit(3)").pid), "ended:3")
+        killed = self.child()
+        killed.kill()
+        self.assertEqual(self.event(killed.pid), "ended:-9")
+
+    @unittest.skipIf(WINDOWS, "a sleeper is a process that became one")
+    def test_of_a_stranger_only_the_end_is_known(self):
+        pid, parent = self.stranger()
+        parent.stdin.close()
+        self.assertEqual(self.event(pid), "ended:")
+
+    @unittest.skipIf(WINDOWS, "a sleeper is a process that became one")
+    def test_where_the_system_gives_no_handle_it_looks_now_and_then(self):
+        with unittest.mock.patch.object(os, "pidfd_open", side_effect=OSError("refused"), create=True):
+            self.assertEqual(self.event(self.child("raise SystemExit(4)").pid), "ended:4")
+            pid, parent = self.stranger()
+            self.assertEqual(self.event(pid, longest=0.01), "look")
+            parent.stdin.close()
+            self.assertEqual(self.event(pid), "ended:")
+
+    @unittest.skipIf(WINDOWS, "a sleeper is a process that became one")
+    def test_it_wakes_the_monitor_for_news_a_long_log_or_after_a_long_time(self):
+        pid = self.child().pid
+        Path(self.log).write_bytes(b"x" * 100)
+        self.assertEqual(self.event(pid, port=free_port()), "look")
+        with listening(answer=saying(stats())) as port:
+            self.assertEqual(self.event(pid, port=port, known="unhealthy"), "look")
+        self.assertEqual(self.event(pid, log_limit=99), "look")
+        self.assertEqual(self.event(pid, longest=0.01), "look")
+
+    @unittest.skipIf(WINDOWS, "a sleeper is a process that became one")
+    def test_it_sleeps_on_while_comfyui_is_well(self):
+        process = self.child()
+        answers = []
+
+        def answer(connection):
+            saying(stats())(connection)
+            answers.append(1)
+            if len(answers) == 3:
+                process.kill()
+
+        with listening(answer=answer) as port:
+            self.assertEqual(self.event(process.pid, port=port), "ended:-9")
+        self.assertEqual(len(answers), 3)
+
+    def test_where_no_process_can_become_it_the_monitor_waits_itself(self):
+        process = self.child()
+        self.assertFalse(dock.wait_handle_or_sleep(process.pid, 0.05))
+        with unittest.mock.patch.object(dock, "wait_handle", lambda pid, seconds: None):
+            self.assertFalse(dock.wait_handle_or_sleep(process.pid, 0.05))
+            process.kill()
+            self.assertTrue(dock.wait_handle_or_sleep(process.pid, 20))
+        self.assertTrue(dock.wait_handle_or_sleep(process.pid, 20))
+
+
+class TheEntriesAreNoCommands(unittest.TestCase):
+    def test_typed_by_a_person_they_say_nothing_and_fail(self):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), unittest.mock.patch.dict(os.environ):
+            os.environ.pop("COMFYDOCK_DEBUG", None)
+            self.assertEqual([dock.main(["--console-interrupt", "x"]), dock.main(["--monitor"])], [1, 1])
+            os.environ["COMFYDOCK_DEBUG"] = "1"
+            self.assertRaises(ValueError, dock.main, ["--console-interrupt", "x"])
+        self.assertEqual(out.getvalue(), "")
+
+
+class Watched:
+    """An environment as the monitor needs it, whose ComfyUI starts as often as `starts` says."""
+
+    def __init__(self, *starts, restarts=()):
+        self.starts, self.notes, self.exits = list(starts), [], []
+        self.record = dock.ProcessState(77, "127.0.0.1", 8188, [], "2026-01-01T00:00:00+00:00", "/log", run_id="a")
+        self.record.monitor = {"restarts": [time.time() - age for age in restarts]}
+
+    def _read_state(self):
+        return self.record
+
+    def note_exit(self, run_id, code):
+        self.exits.append((run_id, code))
+
+    def note_monitor(self, run_id, note):
+        self.notes.append((run_id, note))
+
+    def restart_after_crash(self, run_id, note):
+        started = self.starts.pop(0)
+        if isinstance(started, Exception):
+            raise started
+        return started
+
+    def take_on_as_monitor(self, note):
+        return self.restart_after_crash("", note)
+
+
+class AfterACrash(unittest.TestCase):
+    def setUp(self):
+        patch = unittest.mock.patch.object(dock, "LONGEST_BACKOFF", 0.0)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_comfyui_is_started_again_and_the_time_is_noted(self):
+        watched = Watched(True, restarts=(10, 1000))
+        monitor = dock.Monitor(watched)
+        self.assertTrue(monitor.goes_on(1))
+        self.assertEqual((watched.exits, watched.notes), ([("a", 1)], []))
+        ages = [time.time() - moment for moment in monitor.note["restarts"]]
+        self.assertEqual([age < 5 for age in ages], [False, True])  # the one of long ago counts no more
+
+    def test_an_end_that_a_restart_would_repeat_or_that_was_wanted_is_none(self):
+        for code in (0, 2):
+            self.assertFalse(dock.Monitor(Watched(True)).goes_on(code))
+        watched = Watched(True)
+        monitor = dock.Monitor(watched)
+        watched.record = watched.record.from_dict({**watched.record.to_dict(), "wanted": "stopped"})
+        self.assertFalse(monitor.goes_on(1))
+        self.assertEqual(watched.exits, [])
+
+    def test_too_many_crashes_are_given_up_with_the_reason(self):
+        watched = Watched(restarts=(10, 20, 30, 40, 50))
+        self.assertFalse(dock.Monitor(watched).goes_on(3))
+        self.assertEqual(watched.notes[0][1]["gave_up"], "6 crashes within 5m, the last with code 3")
+
+    def test_a_start_that_ends_at_once_is_a_crash_like_any_other(self):
+        ended = [dock.CDEndedError("it ended", "", 1) for _ in range(2)]
+        self.assertTrue(dock.Monitor(Watched(*ended, True)).goes_on(1))
+        watched = Watched(*ended, restarts=(10, 20, 30))
+        self.assertFalse(dock.Monitor(watched).goes_on(1))
+        self.assertIn("6 crashes", watched.notes[0][1]["gave_up"])
+
+    def test_what_cannot_start_is_given_up_with_the_reason(self):
+        for trouble in (dock.CDEnvironmentError("port 8188 is in use"), OSError("port 8188 is in use")):
+            watched = Watched(trouble)
+            self.assertFalse(dock.Monitor(watched).goes_on(1))
+            self.assertIn("port 8188 is in use", watched.notes[0][1]["gave_up"])
+
+    def test_on_windows_a_comfyui_that_restarted_itself_is_found_again(self):
+        with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
+            watched = Watched(dock.CDEnvironmentError("busy"), True)
+            self.assertTrue(dock.Monitor(watched).goes_on(0))
+            self.assertEqual(watched.exits, [])
+            with unittest.mock.patch.object(dock, "REBORN_PATIENCE", 0.01):
+                self.assertFalse(dock.Monitor(Watched(False)).goes_on(0))
+
+
+# ======================================================================================================================
 # 13. The console
 # ======================================================================================================================
 
@@ -4231,6 +5089,11 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
         ):
             self.assertIs(dock.Console(Terminal(), None, Terminal(typed)).ask("Sure?", default), answer)
         self.assertIs(dock.Console(Terminal(), None, Terminal("")).ask("Sure?", True), False)
+
+    def test_a_closed_stream_is_no_terminal(self):
+        closed = io.StringIO()
+        closed.close()
+        self.assertEqual([dock.is_terminal(one) for one in (closed, None, Terminal())], [False, False, True])
 
     def test_missing_streams_are_no_fault(self):
         console = dock.Console(None, None, None)
@@ -4361,6 +5224,17 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
             self.assertEqual(caught.exception.code, "usage")
             self.assertTrue(caught.exception.hint)
 
+    def test_options_that_need_or_exclude_another_say_so(self):
+        cases = (
+            (["stop", "--dry-run"], "--dry-run needs --port."),
+            (["node", "add", "x", "--restart", "--no-restart"], "--restart and --no-restart exclude each other."),
+            (["create", "x", "--from", "d", "--comfyui", "v1"], "--from and --comfyui exclude each other."),
+        )
+        for words, message in cases:
+            with self.subTest(words=words), self.assertRaises(dock.CDEnvironmentError) as caught:
+                self.parse(*words)
+            self.assertEqual((caught.exception.message, caught.exception.code), (message, "usage"))
+
     def test_help_may_stand_behind_an_operand(self):
         self.assertEqual(self.parse("use", "dev", "--help")[0].name, "help")
 
@@ -4429,6 +5303,16 @@ class TheFrontDoorNeverShowsATraceback(unittest.TestCase):
             self.assertEqual(dock.main(["status"]), 1)
         self.assertIn("This is a fault of comfydock: KeyError: 'x'", err.getvalue())
         self.assertNotIn("Traceback", err.getvalue())
+
+    def test_who_looks_for_the_fault_is_shown_it(self):
+        with unittest.mock.patch.object(dock, "answer", side_effect=KeyError("x")):
+            with unittest.mock.patch.dict(os.environ, COMFYDOCK_DEBUG="1"):
+                self.assertRaises(KeyError, dock.main, ["status"])
+
+    def test_a_second_ctrl_c_does_not_break_off_the_last_words(self):
+        with unittest.mock.patch.object(dock, "complain", side_effect=[KeyboardInterrupt, 130]) as complain:
+            self.assertEqual(dock.interrupted(dock.Console(None, None, None), ["status"], is_program=False), 130)
+        self.assertEqual(complain.call_count, 2)
 
     def test_ctrl_c_is_130(self):
         with unittest.mock.patch.object(dock, "answer", side_effect=KeyboardInterrupt):
