@@ -587,10 +587,14 @@ def made_valid(name: str) -> str:
 
 
 def last_error_line(text: str) -> Optional[str]:
-    """The last line of a log that looks like an error, or None."""
-    lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
-    errors = [line for line in lines if _looks_like_an_error(line)]
-    return printable(errors[-1]) if errors else None
+    """The last line of a log that ends a traceback or looks like an error, or None."""
+    found, in_traceback = None, False
+    for line in filter(str.strip, text.replace("\r", "\n").split("\n")):
+        if line.startswith("Traceback (most recent call last)"):
+            in_traceback = True
+        elif in_traceback and not line[0].isspace() or _looks_like_an_error(line.strip()):
+            found, in_traceback = line.strip(), False
+    return printable(found) if found else None
 
 
 def printable(text: str) -> str:
@@ -809,6 +813,15 @@ def random_uuid() -> str:
     """Return what str(uuid.uuid4()) does (RFC 9562: version 4, variant 10); importing uuid would take 3 ms."""
     digits = f"{int.from_bytes(os.urandom(16), 'big') & ~(0xF << 76 | 3 << 62) | 4 << 76 | 2 << 62:032x}"
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
+def as_word(path: str) -> str:
+    """Return a path as it must be typed: quoted where it has to be, by the rules of the shells of this system."""
+    import shlex
+
+    if IS_WINDOWS:
+        return f'"{path}"' if " " in path else path
+    return shlex.quote(path)
 
 
 def on_path(program: str) -> bool:
@@ -3237,7 +3250,7 @@ def _is_still_at(handle: int, path: str) -> bool:
 def _sign(handle: int, text: str) -> None:
     try:
         os.ftruncate(handle, 0)
-        os.write(handle, text.encode())
+        os.write(handle, text.encode("utf-8", "backslashreplace"))
     except OSError:  # a full disk must not keep anyone from stopping ComfyUI
         pass
 
@@ -3265,14 +3278,6 @@ def rotate_at_start(path: str, limit: int = LOG_LIMIT) -> None:
         pass
 
 
-def shift_old_logs(path: str, keep: int) -> None:
-    """Make room for a new `.old`: each older log moves one place on, and the last of `keep` goes."""
-    for number in range(keep, 1, -1):
-        newer = older_log(path, number - 1)
-        if os.path.exists(newer):
-            replace_file(newer, older_log(path, number))
-
-
 def old_logs(path: str) -> list[str]:
     """The rotated logs that are there, oldest first."""
     first = rotated(path)
@@ -3285,9 +3290,25 @@ def old_logs(path: str) -> list[str]:
     return [older_log(path, number) for number in sorted(numbers, reverse=True)]
 
 
+def shift_old_logs(path: str, keep: Optional[int]) -> None:
+    """Make room for a new `.old`: each older log moves one place on, and all but `keep` go (None: as many stay)."""
+    present = old_logs(path)
+    keep = max(1, len(present)) if keep is None else keep
+    for name in present[: max(0, len(present) - keep + 1)]:
+        remove_file(name)
+    for number in range(keep, 1, -1):
+        newer = older_log(path, number - 1)
+        if os.path.exists(newer):
+            replace_file(newer, older_log(path, number))
+
+
 def copy_log(path: str, target: str, start: int, spare: int) -> int:
     """Append the log from `start` on to `target` until less than `spare` bytes are left; returns how far it came."""
-    with open(path, "rb") as source, open(target, "ab") as sink:
+
+    def private(name: str, flags: int) -> int:
+        return os.open(name, flags, 0o600)
+
+    with open(path, "rb") as source, open(target, "ab", opener=private) as sink:
         source.seek(start)
         while os.fstat(source.fileno()).st_size - source.tell() > spare:
             sink.write(source.read(1 << 20))
@@ -4874,7 +4895,7 @@ class GitSource:
     def fetch(self, info: NodeInfo, folder: str, tell: Tell) -> NodeInfo:
         """Clone into a new folder; the answer has the commit as its version."""
         if not info.repository:
-            hint = f"comfydock node remove {info.name}"
+            hint = f"comfydock node remove {as_word(info.name)}"
             raise CDEnvironmentError(f"the manifest names no repository for {info.name}", hint, "not-found")
         clone(info.repository, info.version, folder)
         return info.altered(version=git(["rev-parse", "HEAD"], folder))
@@ -4934,8 +4955,11 @@ class DevelopmentSource:
     def find(self, identifier: str, tell: Tell) -> NodeInfo:
         """The node; a bare name is a folder of custom_nodes. Raises CDEnvironmentError (code "not-found") for none."""
         inside = os.path.join(self.custom_nodes, identifier)
-        folder = inside if os.path.basename(identifier) == identifier and os.path.isdir(inside) else identifier
+        is_name = os.path.basename(identifier) == identifier and identifier not in (".", "..")
+        folder = inside if is_name and os.path.isdir(inside) else identifier
         self.place = os.path.abspath(os.path.expanduser(folder))
+        if any(same_path(above, self.place) for above in upward(os.path.abspath(self.custom_nodes))):
+            raise CDEnvironmentError(f"{self.place} holds custom_nodes itself", "name the folder of one node", "name")
         if not identifier or not os.path.isdir(self.place):
             raise CDEnvironmentError(f"{self.place} is not a folder", "name a folder with --dev", "not-found")
         name = os.path.basename(self.place)
@@ -5191,8 +5215,8 @@ class NodeManager:
         with self.changing(f"update {info.name}"):
             old = self.manifest.entry(key)
             if old is None or old["table"].get("version") != info.version:
-                message = f"{info.name} was changed by another command meanwhile"
-                raise CDEnvironmentError(message, f"comfydock node update {key}")
+                message = f"node '{info.name}' was changed by another command meanwhile"
+                raise CDEnvironmentError(message, f"comfydock node update {as_word(key)}")
             before, needed = old["requirements"], self.entry(self.folder_of(info), info)["requirements"]
             if newest.version != info.version or needed != before:
                 with self.change() as change:
@@ -5240,7 +5264,7 @@ class NodeManager:
         source = self.source_of(info)
         if source is None or info.source == "development":
             lost = f"{name} is not in custom_nodes, and only you know where it is: put it back"
-            report.problems.append(f"{lost}, or: comfydock node remove {name}")
+            report.problems.append(f"{lost}, or: comfydock node remove {as_word(name)}")
             return
         try:
             with self.change() as change:
@@ -5261,7 +5285,8 @@ class NodeManager:
             info = self.recognised(folder, name)
             key = info.registry_id or info.name
             if key in self.list_nodes():
-                raise CDNodeConflictError(f"the manifest has another {key}", f"comfydock node remove {key}", "conflict")
+                hint = f"comfydock node remove {as_word(key)}"
+                raise CDNodeConflictError(f"the manifest has another {key}", hint, "conflict")
             change_nodes(self.paths, {key: self.entry(folder, info)}, self.python)
         return info
 
@@ -5349,8 +5374,9 @@ class NodeManager:
                 continue
             version_asked = info.source == old.source and "@" in identifier and info.version != old.version
             if not force and not version_asked and os.path.isdir(self.folder_of(old)):
-                hint = f"comfydock node {'update' if info.source == old.source else 'remove'} {key}"
-                raise CDNodeConflictError(f"{key} is already here ({old.source} {old.version})", hint, "conflict")
+                hint = f"comfydock node {'update' if info.source == old.source else 'remove'} {as_word(key)}"
+                message = f"node '{key}' is already here ({old.source} {old.version})"
+                raise CDNodeConflictError(message, hint, "conflict")
             return key, info if info.source == "development" else info.altered(name=old.name)
         return info.registry_id or info.name, info
 
@@ -5383,7 +5409,7 @@ class NodeManager:
         source = self.source_of(old) if old and not is_link(folder) else None
         changes = source.changes(folder, old) if source else None
         if changes and not force:
-            message = f"{name} has local changes ({', '.join(changes[:3])})"
+            message = f"node '{name}' has local changes ({', '.join(changes[:3])})"
             raise CDNodeConflictError(message, "save them, or use --force (they are moved aside)", "local-changes")
         change.moves.append([folder, former])
         if changes is None or changes:
@@ -5618,9 +5644,14 @@ def fetch_comfyui(options: CreateOptions, folder: str, tell: Tell) -> Optional[s
     """Bring ComfyUI's code into a new folder; the version that was chosen, None where only the code itself tells."""
     source, version = options.source or COMFYUI_REPOSITORY, None
     is_folder = os.path.isdir(source)
-    if source.lower().endswith((".zip", ".tar.gz", ".tgz")) and not is_folder:
+    is_archive = source.lower().endswith((".zip", ".tar.gz", ".tgz")) and not is_folder
+    is_plain = is_folder and not os.path.lexists(os.path.join(source, ".git")) and not source.endswith(".git")
+    if options.comfyui and (is_archive or is_plain):
+        message = f"{source} is no repository, so it has no {options.comfyui}"
+        raise CDEnvironmentError(message, "leave --comfyui out", "usage")
+    if is_archive:
         unpack_code(source, folder, tell)
-    elif is_folder and not os.path.lexists(os.path.join(source, ".git")) and not source.endswith(".git"):
+    elif is_plain:
         copy_folder(source, folder)
     else:
         version = fetch_repository(os.path.abspath(source) if is_folder else source, options.comfyui, folder, tell)
@@ -6253,9 +6284,10 @@ class Environment:
             return None
         return record.port, f"environment '{self.name}' (PID {pid})"
 
-    def rotate_log(self, keep: int = 1) -> bool:
+    def rotate_log(self, keep: Optional[int] = None) -> bool:
         """Move the log to `.old` while ComfyUI goes on writing, losing no line; `keep` old ones stay.
 
+        None keeps as many as there are, one at least.
         Most is copied while ComfyUI writes; for the rest its processes stand still for some milliseconds. Returns False
         when there is nothing to rotate. Raises CDEnvironmentError, OSError.
         """
@@ -6274,7 +6306,7 @@ class Environment:
                 self._rotate_in_use(sight.row, self._own_record(sight.row, sight), keep)
             return True
 
-    def _rotate_in_use(self, row: ProcessRow, record: ProcessState, keep: int) -> None:
+    def _rotate_in_use(self, row: ProcessRow, record: ProcessState, keep: Optional[int]) -> None:
         path, draft = self.log_path, rotation_draft(self.log_path)
         remove_file(draft)
         try:
@@ -6366,9 +6398,9 @@ class Environment:
         if not os.access(self.python, os.X_OK):
             raise CDEnvironmentError(
                 f"The Python of environment '{self.name}' is missing: {self.python}",
-                f"comfydock create {self.name} --from {self._checkout} --python PATH"
+                f"comfydock create {self.name} --from {as_word(self._checkout)} --python PATH"
                 if self.manifest.comfyui_path
-                else f"comfydock create {self.name}",
+                else f"make a venv there with what ComfyUI needs, or: comfydock delete {self.name}, and create it anew",
                 "missing",
             )
 
@@ -6810,6 +6842,9 @@ class Environment:
                     self._write_state(sight.record)  # a full disk shows now, not when ComfyUI is down already
                 self._stop_seen(sight, timeout)
             record = self._read_state() or read_state(self.paths.last_run)
+            if sight.row is None and monitor_row(record) is not None and record is not None:
+                self._want_stopped(record)  # its monitor was about to start it again: let it go
+                self._await_monitor(record)
             if record is None:
                 raise CDEnvironmentError("Cannot restart: ComfyUI not running", "comfydock run", "stopped")
             self._await_port(record)
@@ -7455,8 +7490,9 @@ class Workspace:
 
     def _only_one(self) -> Environment:
         environments = self.list_environments()
-        if len(environments) == 1:
-            return environments[0]
+        complete = [environment for environment in environments if environment.is_complete]
+        if len(complete or environments) == 1:
+            return (complete or environments)[0]
         if not environments:
             raise CDEnvironmentError(
                 f"There is no environment in {self.paths.root} yet.", "comfydock run --demo", "unknown"
@@ -7496,10 +7532,14 @@ class Workspace:
         present = self._adopter_of(checkout)
         if present is not None and name in (None, present.name):
             return present if python is None else self._with_python(present, python)
+        if present is not None:  # one process a checkout: two environments would take each other's
+            raise CDEnvironmentError(
+                f"{checkout} is environment '{present.name}' already.", f"comfydock -e {present.name} status", "exists"
+            )
         name = name or self._free_name(made_valid(_folder_title(checkout)))
         require_new_name(name)
         environment = self._environment(name)
-        if os.path.isdir(environment.paths.cec) and (present is None or present.name != name):
+        if os.path.isdir(environment.paths.cec):
             raise CDEnvironmentError(f"Environment '{name}' exists already.", f"comfydock -e {name} status", "exists")
         interpreter = working_python(python or find_checkout_python(checkout))
         self._change_settings()
@@ -7864,6 +7904,8 @@ class Monitor:
             self.environment.note_monitor(run_id, self.note)
             return False
         self._wait_wanted(min(2.0 ** len(recent), LONGEST_BACKOFF))
+        if not self._is_wanted():
+            return False
         self.note["restarts"] = [*recent, time.time()]
         try:
             return self.environment.restart_after_crash(run_id, self.note)
@@ -7976,7 +8018,7 @@ SIGNS = {  # sign -> (in ASCII, colour)
 }
 PLAIN = str.maketrans({sign: plain for sign, (plain, _) in SIGNS.items()})
 WORDS = "run|stop|restart|status|list|logs|node|use|create|delete|init|repair|completion|help|COMMAND"
-TYPED = rf"\bcomfydock (?=(?:{WORDS})(?:\W|$)|-e |--workspace )"  # a command that a line shows
+TYPED = rf"(?<![\w./\\-])comfydock (?=(?:{WORDS})(?:\W|$)|-e |--workspace )"  # a command that a line shows
 ONE_ENVIRONMENT = ("run", "stop", "restart", "status", "logs", "repair", "node")
 
 
@@ -7984,6 +8026,7 @@ ONE_ENVIRONMENT = ("run", "stop", "restart", "status", "logs", "repair", "node")
 class Report:
     """What a command found or did: JSON-ready `data`, the environment it is about, and the exit code.
 
+    `error` is what was not done, for JSON; people were told of it already.
     `is_told` is true when the command has shown all there is to show while it worked.
     """
 
@@ -7991,6 +8034,7 @@ class Report:
     environment: Optional[str] = None
     code: int = 0
     is_told: bool = False
+    error: Optional[CDEnvironmentError] = None
 
 
 class Console:
@@ -8108,6 +8152,18 @@ class Console:
         except OSError as error:
             raise output_error(error) from error
 
+    def is_heard(self) -> bool:
+        """Whether somebody may still read `out`: a pipe tells when its reader has gone, not on Windows."""
+        import select
+
+        poll: Any = getattr(select, "poll", None)
+        try:
+            poller = poll()
+            poller.register(self.out.fileno(), 0)
+            return not poller.poll(0)
+        except (AttributeError, TypeError, OSError, ValueError):
+            return True
+
     def can_ask(self) -> bool:
         """Whether a terminal is there to answer."""
         return not self.json_mode and is_terminal(self.source) and is_terminal(self.out)
@@ -8128,7 +8184,8 @@ class Console:
     def show(self, command: str, report: Report, words: "Callable[[dict[str, Any]], Iterator[str]]") -> None:
         """A report, in words or as the one JSON object."""
         if self.json_mode:
-            self._object(command, report.code in (0, 3), report.environment, report.data, None)
+            problem = self._problem_data(report.error) if report.error is not None else None
+            self._object(command, problem is None, report.environment, report.data, problem)
             return
         for line in [] if report.is_told else words(report.data):
             if not self.quiet or line and not line.startswith("Tip:"):
@@ -8143,13 +8200,15 @@ class Console:
     def fail(self, command: str, error: CDEnvironmentError) -> None:
         """An error: a sentence and a hint on the error stream, or the one JSON object."""
         if self.json_mode:
-            problem = {"message": error.message, "hint": self._typed(error.hint) or None, "code": error.code}
-            self._object(command, False, self.environment, None, problem)
+            self._object(command, False, self.environment, None, self._problem_data(error))
             return
         self._write(self.err, f"comfydock: {as_sentence(error.message)}\n")
         if error.hint:
             indent = "" if "\n" in error.hint else "  "
             self._write(self.err, f"{indent}{error.hint}\n")
+
+    def _problem_data(self, error: CDEnvironmentError) -> dict[str, Any]:
+        return {"message": error.message, "hint": self._typed(error.hint) or None, "code": error.code}
 
     def flush(self) -> None:
         """Send what is still buffered; raises OSError (a closed pipe, a full disk), and for what went unheard."""
@@ -8292,15 +8351,6 @@ def how_called(argv: list[str]) -> str:
     return f"{python} {as_word(script)}"
 
 
-def as_word(path: str) -> str:
-    """A path as it must be typed: quoted where it has to be, by the rules of the shells of this system."""
-    import shlex
-
-    if IS_WINDOWS:
-        return f'"{path}"' if " " in path else path
-    return shlex.quote(path)
-
-
 def environment_title(data: dict[str, Any]) -> str:
     """The name of an environment as reports show it: the demo is always labelled."""
     return f"{data['name']} (the built-in demo)" if data.get("demo") else str(data["name"])
@@ -8420,7 +8470,10 @@ def _crash_lines(data: dict[str, Any]) -> Iterator[str]:
         yield f"   Last known alive: {moment} ({duration_words(time.time() - alive)} ago)"
     if data["last_error"]:
         yield f"   Last error: {data['last_error']}"
-    yield "   Start it again: comfydock restart"
+    if data["monitor"] and data["monitor"]["alive"] and not data["monitor"]["gave_up"]:
+        yield "   Its monitor starts it again in a moment"
+    else:
+        yield "   Start it again: comfydock restart"
 
 
 def list_words(data: dict[str, Any]) -> Iterator[str]:
@@ -8516,7 +8569,7 @@ def create_words(data: dict[str, Any]) -> Iterator[str]:
     """What `create` says."""
     yield f"✓ Environment '{data['name']}' is ready"
     yield f"  ComfyUI: {data['comfyui']}" + (f" ({data['version']})" if data["version"] else "")
-    yield f"  Python: {data['python'] or 'none yet'}"
+    yield f"  Python: {data['python'] or 'none yet: make a venv at ' + data['venv'] + ' before you run it'}"
     yield ""
     yield f"Start it with: comfydock -e {data['name']} run"
 
@@ -8533,7 +8586,7 @@ def delete_words(data: dict[str, Any]) -> Iterator[str]:
 def init_words(data: dict[str, Any]) -> Iterator[str]:
     """What `init` says."""
     yield f"✓ Workspace {data['workspace']}" + ("" if data["made"] else " (it was one already)")
-    yield f"Use it with: comfydock --workspace {data['workspace']} list, or set COMFYDOCK_HOME"
+    yield f"Use it with: comfydock --workspace {as_word(data['workspace'])} list, or set COMFYDOCK_HOME"
 
 
 def node_words(data: dict[str, Any]) -> Iterator[str]:
@@ -8552,7 +8605,7 @@ def node_list_words(data: dict[str, Any]) -> Iterator[str]:
             item["source"], f"v{version}" if version else ""
         )
         missing = "" if item["installed"] else "  ⚠ not installed: comfydock repair"
-        yield f"  • {item['name']} ({item['source']}) {shown}".rstrip() + missing
+        yield printable(f"  • {item['name']} ({item['source']}) {shown}") + missing
 
 
 def text_words(data: dict[str, Any]) -> Iterator[str]:
@@ -8635,8 +8688,13 @@ def run(console: Console, args: Arguments) -> Report:
     report = started_report(environment)
     report.data["only_watched"] = is_watched
     if args.wait is not None:
-        report.data["waited"] = wait_until_ready(console, environment, args.wait)
-        report.data["ready"] = True
+        try:
+            report.data["waited"] = wait_until_ready(console, environment, args.wait)
+        except CDEnvironmentError as error:
+            if not console.json_mode:
+                raise
+            report.error, report.code = error, 1  # a script needs to know the PID all the same
+        report.data["ready"] = report.error is None
     return report
 
 
@@ -9023,9 +9081,13 @@ def difference_of(environment: Environment) -> Optional[dict[str, Any]]:
     if environment.manifest.demo or not environment.is_complete:
         return None
     try:
-        found = environment.nodes.compare()
+        return difference_data(environment.nodes.compare())
     except CDEnvironmentError as error:
         return {"synced": False, "error": error.message}
+
+
+def difference_data(found: EnvironmentComparison) -> dict[str, Any]:
+    """A comparison as reports have it."""
     return {
         "synced": found.is_synced,
         "error": None,
@@ -9050,7 +9112,9 @@ def repair(console: Console, args: Arguments) -> Report:
     data["orphans"] = [item for _, item in found]
     if not args.orphan:
         data.update(repair_content(console, args, environment))
-    return Report(data, environment.name, 1 if data.get("problems") else 0)
+    problems = data.get("problems")
+    error = CDEnvironmentError(" ".join(map(as_sentence, problems)), "", "repair") if problems else None
+    return Report(data, environment.name, 1 if error else 0, error=error)
 
 
 def repair_content(console: Console, args: Arguments, environment: Environment) -> dict[str, Any]:
@@ -9068,7 +9132,7 @@ def repair_content(console: Console, args: Arguments, environment: Environment) 
         report = environment.nodes.bring_in_line(force=True)
         return {**done, "synced": not report.problems, "problems": report.problems}
     console.result("\n⚠️  Environment needs repair:")
-    for line in difference_lines(difference_of(environment) or {}):
+    for line in difference_lines(difference_data(difference)):
         console.say(line)
     if not (args.yes or agreed(console, "Put this right?", "comfydock repair -y")):
         return {**done, "problems": ["Nothing was changed."]}
@@ -9146,6 +9210,7 @@ def create(console: Console, args: Arguments) -> Report:
         "comfyui": str(environment.comfyui_path),
         "version": environment.manifest.comfyui_version,
         "python": environment.python if has_python else None,
+        "venv": environment.paths.venv,
     }
     return Report(data, environment.name)
 
@@ -9165,7 +9230,7 @@ def delete(console: Console, args: Arguments) -> Report:
         )
     if answer:
         workspace.delete(args.name)
-    return Report({"name": args.name, "deleted": bool(answer)}, args.name)
+    return Report({"name": args.name, "deleted": bool(answer)}, args.name, 0 if answer else 1)
 
 
 def init(console: Console, args: Arguments) -> Report:
@@ -9190,7 +9255,8 @@ def node_remove(console: Console, args: Arguments) -> Report:
 
     def remove(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
         result = environment.remove_node(identifier)
-        return f"Removed node: {result.name} ({result.filesystem_action})", result.restart_reason
+        what = {"none": "its folder was not there"}.get(result.filesystem_action, result.filesystem_action)
+        return f"Removed node: {result.name} ({what})", result.restart_reason
 
     return change_nodes_one_by_one(console, args, remove)
 
@@ -9220,7 +9286,7 @@ def change_nodes_one_by_one(
     environment = selected(console, args)
     names = args.ids or list(environment.nodes.list_nodes())
     stopped_for_it = stop_for_change(console, args, environment)
-    items, reasons = [], []
+    items, reasons, first_error = [], [], None
     for name in names:
         try:
             message, reason = change(environment, name)
@@ -9230,6 +9296,7 @@ def change_nodes_one_by_one(
         except CDEnvironmentError as error:
             console.problem(error)
             items.append({"node": name, "ok": False, "message": error.message})
+            first_error = first_error or error
     restarted = (
         environment.restart() if stopped_for_it else reasons and offer_restart(console, args, environment, reasons[0])
     )
@@ -9240,7 +9307,7 @@ def change_nodes_one_by_one(
         "restarted": bool(restarted),
         "pid": record.pid if record else None,
     }
-    return Report(data, environment.name, 0 if all(item["ok"] for item in items) else 1)
+    return Report(data, environment.name, 1 if first_error else 0, error=first_error)
 
 
 def is_at_work(console: Console, environment: Environment) -> bool:
@@ -9307,7 +9374,7 @@ def logs(console: Console, args: Arguments) -> Report:
     if args.path:
         return Report({"text": path}, environment.name)
     if args.rotate:
-        done = environment.rotate_log(max(1, args.keep))
+        done = environment.rotate_log(None if args.keep is None else max(1, args.keep))
         return Report({"text": f"✓ Rotated to {rotated(path)}" if done else "The log is empty."}, environment.name)
     if not os.path.exists(path) and not (args.all and old_logs(path)):
         hint = "comfydock logs --all" if old_logs(path) else "Start ComfyUI with: comfydock run"
@@ -9361,6 +9428,8 @@ def follow_log(console: Console, environment: Environment, tail: int) -> None:
         now = time.monotonic()
         if now >= next_look:
             next_look = now + 0.5
+            if not console.is_heard():
+                raise BrokenPipeError
             last_alive = now if environment.observe().state in LIVE_STATES else last_alive
         if now - last_alive > FOLLOW_PATIENCE:
             console.say("\n⚠️  ComfyUI process exited")
@@ -9553,7 +9622,11 @@ EVERYWHERE = (
 QUEUE_OPTIONS = (
     Option("--timeout", "seconds until it is killed (default: 10)", "SECONDS", as_seconds, 10.0),
     Option(
-        "--when-idle", "wait until nothing is queued (at most an hour, or SECONDS)", "SECONDS", as_seconds, bare=3600.0
+        "--when-idle",
+        "first wait until nothing is queued, an hour or SECONDS at most",
+        "SECONDS",
+        as_seconds,
+        bare=3600.0,
     ),
     Option("--force", "do not ask about queued work"),
 )
@@ -9631,7 +9704,7 @@ COMMANDS = (
             Option("-n --tail", "the last N lines", "N", as_count),
             Option("--all", "earlier runs too"),
             Option("--rotate", "move the log aside now, while ComfyUI goes on writing"),
-            Option("--keep", "with --rotate: how many old logs stay (default: 1)", "N", as_count, 1),
+            Option("--keep", "with --rotate: how many old logs stay (default: as many as there are)", "N", as_count),
             Option("--path", "where the log is"),
         ),
         has_json=False,
@@ -10188,12 +10261,17 @@ def read_words(words: list[str], command: Command) -> Arguments:
     return Arguments({**values, "comfyui_args": theirs + words[index + 1 :]})
 
 
+def help_hint(command: Command) -> str:
+    """How to see what a command takes."""
+    return "comfydock help" if command.name == "help" else f"comfydock help {command.name}"
+
+
 def keep_value(values: dict[str, Any], command: Command, option: Option, words: list[str]) -> None:
     """Put what `words` give an option into `values`. Raises CDEnvironmentError with code "usage"."""
     try:
         value = option.value_in(words)
     except ValueError as error:
-        raise CDEnvironmentError(f"'{command.name}': {error}.", f"comfydock help {command.name}", "usage") from None
+        raise CDEnvironmentError(f"'{command.name}': {error}.", help_hint(command), "usage") from None
     if option.repeated:
         values[option.name].append(value)
     else:
@@ -10213,6 +10291,8 @@ def parse(words: list[str]) -> "tuple[Command, Arguments]":
     command, rest = find_command(words)
     if command is None:
         command = COMMANDS[-1]
+        if "--" in words:
+            raise CDEnvironmentError("No command stands before '--'.", "comfydock help", "usage")
     args = read_words(rest, command)
     if not command.passes_on:
         set_operands(args, command, take_operands(command, args.comfyui_args))
@@ -10223,9 +10303,8 @@ def take_operands(command: Command, words: list[str]) -> list[str]:
     """The words that are no options. Raises CDEnvironmentError when there are more than the command takes."""
     unknown = next((word for word in words if word.startswith("-")), None)
     if unknown is not None:
-        raise CDEnvironmentError(
-            f"'{command.name}' has no option {unknown}.", f"comfydock help {command.name}", "usage"
-        )
+        who = "comfydock" if command.name == "help" else f"'{command.name}'"
+        raise CDEnvironmentError(f"{who} has no option {unknown}.", help_hint(command), "usage")
     takes_many = any("..." in name for name, _ in command.operands)
     if len(words) > len(command.operands) and not takes_many:
         extra = words[len(command.operands)]
@@ -10270,6 +10349,7 @@ def finish(command: Command, args: Arguments) -> "tuple[Command, Arguments]":
     for one, other in EXCLUDE_EACH_OTHER:
         refuse_together(command, args, one, other)
     refuse_alone(command, args, "dry_run", "port")
+    refuse_alone(command, args, "keep", "rotate")
     if args.json and (not command.has_json or args.foreground):
         what = "run --foreground" if command.has_json else command.name
         raise CDEnvironmentError(f"'{what}' streams a log, so it has no --json.", f"comfydock {what}", "usage")
@@ -10282,7 +10362,7 @@ def finish(command: Command, args: Arguments) -> "tuple[Command, Arguments]":
 
 def refuse_alone(command: Command, args: Arguments, one: str, other: str) -> None:
     """Raises CDEnvironmentError when the first option was given without the second, which it belongs to."""
-    if getattr(args, one) and getattr(args, other) is None:
+    if getattr(args, one) not in (None, False) and not getattr(args, other):
         flags = [name.replace("_", "-") for name in (one, other)]
         raise CDEnvironmentError(f"--{flags[0]} needs --{flags[1]}.", f"comfydock help {command.name}", "usage")
 
@@ -10314,7 +10394,7 @@ def build_parser(command: Command) -> "argparse.ArgumentParser":
         add_help=False,
     )
     vars(parser)["color"] = False  # from 3.14 on argparse has colours of its own
-    for option in (*command.options, *EVERYWHERE):
+    for option in (*command.options, *(one for one in EVERYWHERE if command.has_json or one.name != "json")):
         shown: dict[str, Any] = {"action": "store_true", "help": option.text}
         if option.metavar:
             shown.update(action="store", metavar=option.metavar, nargs=None if option.bare is None else "?")
@@ -10452,6 +10532,8 @@ def os_error_sentence(error: OSError) -> str:
     import errno
 
     reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is None and error.errno == errno.ENOENT:
+        return "The folder that you stand in is no longer there: go to another one."
     if error.errno == errno.ELOOP:
         reason = "is a link, which is not followed here"
     return f"{error.filename}: {reason}." if error.filename else f"{reason}."

@@ -801,6 +801,18 @@ class RecordsAreDataclasses(unittest.TestCase):
 
 
 class WordsForPeople(unittest.TestCase):
+    def test_the_last_line_of_a_traceback_is_an_error_whatever_it_is_called(self):
+        begin = "Traceback (most recent call last):\n  File x\n    call()\n"
+        unknown = "socket.gaierror: [Errno -2] Name or service not known"
+        cases = [
+            (f"{begin}{unknown}\n", unknown),
+            (begin + "zipfile.BadZipFile\nbye\n", "zipfile.BadZipFile"),
+            ("OSError: first\n" + begin, "OSError: first"),
+            ("all is well\n", None),
+        ]
+        for text, expected in cases:
+            self.assertEqual(dock.last_error_line(text), expected)
+
     def test_durations(self):
         cases = [(0, "0s"), (59.9, "59s"), (60, "1m"), (3600, "1h 0m"), (3900, "1h 5m"), (90000, "1d 1h"), (-5, "0s")]
         self.assertEqual([dock.duration_words(seconds) for seconds, _ in cases], [words for _, words in cases])
@@ -4926,12 +4938,13 @@ class TheSleeper(Stage):
 
     def test_where_no_process_can_become_it_the_monitor_waits_itself(self):
         process = self.child()
-        self.assertFalse(dock.wait_handle_or_sleep(process.pid, 0.05))
+        row = dock.process_table().row(process.pid)
+        self.assertFalse(dock.wait_for_exit(row, 0.05, pause=0.5))
         with unittest.mock.patch.object(dock, "wait_handle", lambda pid, seconds: None):
-            self.assertFalse(dock.wait_handle_or_sleep(process.pid, 0.05))
+            self.assertFalse(dock.wait_for_exit(row, 0.05, pause=0.5))
             process.kill()
-            self.assertTrue(dock.wait_handle_or_sleep(process.pid, 20))
-        self.assertTrue(dock.wait_handle_or_sleep(process.pid, 20))
+            self.assertTrue(dock.wait_for_exit(row, 20, pause=0.5))
+        self.assertTrue(dock.wait_for_exit(row, 20, pause=0.5))
 
 
 class TheEntriesAreNoCommands(unittest.TestCase):
@@ -5014,7 +5027,7 @@ class AfterACrash(unittest.TestCase):
             self.assertIn("port 8188 is in use", watched.notes[0][1]["gave_up"])
 
     def test_on_windows_a_comfyui_that_restarted_itself_is_found_again(self):
-        with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
+        with unittest.mock.patch.object(dock, "IS_WINDOWS", True):
             watched = Watched(dock.CDEnvironmentError("busy"), True)
             self.assertTrue(dock.Monitor(watched).goes_on(0))
             self.assertEqual(watched.exits, [])
@@ -5443,7 +5456,7 @@ class Journey(unittest.TestCase):
 
     def ends_at_once(self, *words, **variables):
         """Start a demo that ends while `run` watches, which takes longer on a busy machine than `run` usually does."""
-        patient = STUB.replace("sys.exit", "import comfydock\ncomfydock.EARLY_WATCH = 30\nsys.exit")
+        patient = STUB.replace("sys.exit", "import comfydock\ncomfydock.EARLY_END_SECONDS = 30\nsys.exit")
         self.person.program = os.path.join(self.person.home, "patient.py")
         Path(self.person.program).write_text(f"import sys\nsys.path.insert(0, {HERE!r})\n{patient}", encoding="utf-8")
         done = self.person.types("run", "--demo", "--port", str(free_port()), *words, **variables)
@@ -6132,6 +6145,91 @@ print(json.dumps(facts))
         for command in (["run", "--demo", "--wait"], ["status"], ["logs", "-n", "1"], ["stop"]):
             done = self.inside(*words, *command, options=("--mount",), COMFYDOCK_HOME=data)
             self.assertEqual(done.returncode, 0, done.stderr)
+
+
+class WhatUsersMet(Journey):
+    def test_the_demo_can_be_repaired(self):
+        self.start_demo()
+        node = os.path.join(self.person.home, "work", "my node")
+        os.makedirs(node)
+        self.assertEqual(self.person.types("-e", "demo", "node", "add", "--dev", node).returncode, 0)
+        shutil.rmtree(node)
+        done = self.person.types("-e", "demo", "repair", "-y", "--json")
+        said = json.loads(done.stdout)
+        self.assertEqual((done.returncode, said["ok"], said["error"]["code"]), (1, False, "repair"), done.stderr)
+        self.assertIn(f"node remove {dock.as_word('my node')}", said["error"]["message"])
+
+    def test_a_node_is_the_folder_one_stands_in_but_not_what_holds_all_nodes(self):
+        self.start_demo()
+        node = os.path.join(self.person.home, "my-node")
+        os.makedirs(node)
+        self.assertEqual(self.person.types("-e", "demo", "node", "add", "--dev", ".", cwd=node).returncode, 0)
+        listed = json.loads(self.person.types("-e", "demo", "node", "list", "--json").stdout)["data"]["nodes"]
+        self.assertEqual([item["name"] for item in listed], ["my-node"])
+        nodes = os.path.join(self.person.workspace, "environments", "demo", "ComfyUI", "custom_nodes")
+        for folder in (nodes, os.path.dirname(nodes)):
+            done = self.person.types("-e", "demo", "node", "add", "--dev", folder)
+            self.assertEqual((done.returncode, "holds custom_nodes itself" in done.stderr), (1, True), done.stderr)
+
+    def test_in_json_what_is_not_ok_has_an_error(self):
+        self.start_demo()
+        said = json.loads(self.person.types("-e", "demo", "node", "remove", "nothing", "--json").stdout)
+        self.assertEqual(
+            (said["ok"], said["error"]["code"], said["data"]["nodes"][0]["ok"]), (False, "not-found", False)
+        )
+
+    def test_a_script_that_waits_in_vain_learns_what_was_started(self):
+        words = ("run", "--demo", "--wait", "0.2", "--json", "--port", str(free_port()))
+        done = self.person.types(*words, COMFYDOCK_DEMO_HANG="yes")
+        said = json.loads(done.stdout)
+        self.assertEqual((done.returncode, said["ok"], said["error"]["code"]), (1, False, "timeout"), done.stderr)
+        self.assertEqual((said["data"]["pid"], said["data"]["ready"]), (self.person.state()["pid"], False))
+
+    def test_a_checkout_is_adopted_once(self):
+        self.person.environment("a")
+        again = self.person.types("create", "b", "--from", os.path.join(self.person.home, "a", "ComfyUI"))
+        self.assertClear(again, 1, "is environment 'a' already")
+
+    def test_an_environment_that_was_never_finished_does_not_make_one_choose(self):
+        self.start_demo()
+        self.assertEqual(self.person.types("create", "x", "--source", "/nope.zip", "--no-install").returncode, 1)
+        self.assertEqual(self.person.types("status").returncode, 0)
+
+    def test_a_command_behind_two_dashes_and_options_without_a_command_are_usage_errors(self):
+        for words, said in ((["--", "stop"], "No command stands before"), (["--foo"], "Comfydock has no option --foo")):
+            self.assertClear(self.person.types(*words), 2, said)
+
+    def test_paths_in_hints_are_left_as_they_are_and_quoted_where_they_must_be(self):
+        place = os.path.join(self.person.home, "my comfydock list", ".comfydock")
+        done = self.person.types("init", place)
+        self.assertIn(f"--workspace {dock.as_word(place)} list", done.stdout)
+
+    @unittest.skipIf(WINDOWS, "no modes of files on Windows")
+    def test_a_rotated_log_is_its_owners_to_read(self):
+        self.run_demo()
+        self.assertEqual(self.person.types("logs", "--rotate").returncode, 0)
+        old = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log.old")
+        self.assertEqual(stat.S_IMODE(os.stat(old).st_mode), 0o600)
+
+    @unittest.skipIf(WINDOWS, "a pipe does not tell there that its reader has gone")
+    def test_following_ends_with_its_reader_though_nothing_is_written(self):
+        self.run_demo()
+        child = subprocess.Popen(
+            self.person.command("logs", "-f"), cwd=self.person.home, env=self.person.variables, stdout=subprocess.PIPE
+        )
+        self.person.children.append(child)
+        child.stdout.read(1)
+        child.stdout.close()
+        self.assertEqual(child.wait(20), 0)
+
+    def test_restart_while_the_monitor_waits_to_start_it_again(self):
+        data = self.run_demo("--monitor")
+        dock.signal_process(data["pid"], "kill")
+        eventually(lambda: not alive(data["pid"]))
+        done = self.person.types("restart")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertNotEqual(self.person.state()["pid"], data["pid"])
+        self.assertTrue(alive(self.person.state()["monitor"]["pid"]))
 
 
 class Logs(Journey):
