@@ -20,6 +20,7 @@ import hashlib
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import ntpath
 import os
@@ -7106,7 +7107,7 @@ class Result(unittest.TextTestResult):
         self.passed += 1
 
 
-SHARES = {  # the first three take about as long, each in a process of its own
+SHARES = {  # the first three have a process of its own each; who is done with the others helps with the journeys
     "--journeys": lambda case: isinstance(case, Journey) and not isinstance(case, (FromNothingToANode, Trouble)),
     "--troubles": lambda case: isinstance(case, Trouble),
     "--rest": lambda case: not isinstance(case, Journey) or isinstance(case, FromNothingToANode),
@@ -7123,10 +7124,28 @@ def flattened(suite):
             yield case
 
 
+CLAIMS = "COMFYDOCK_TEST_CLAIMS"
+
+
+class Claimed(unittest.TestSuite):
+    """Tests that several processes share: a class is run by the one that comes to it first."""
+
+    def __iter__(self):
+        for kind, cases in itertools.groupby(list(self._tests), type):
+            try:
+                os.mkdir(os.path.join(os.environ[CLAIMS], kind.__name__))
+            except FileExistsError:
+                continue
+            yield from cases
+
+
 def run_here(names, share):
     """Run the named tests, or a share of all; returns (passed, failed, skipped)."""
     suite = unittest.defaultTestLoader.loadTestsFromNames([f"__main__.{name}" for name in names] or ["__main__"])
-    chosen = unittest.TestSuite(case for case in flattened(suite) if share is None or SHARES[share](case))
+    cases = list(flattened(suite))
+    chosen = unittest.TestSuite(case for case in cases if share is None or SHARES[share](case))
+    if CLAIMS in os.environ:  # helpers begin at the other end
+        chosen = Claimed([*chosen, *filter(SHARES["--journeys"], reversed(cases))])
     result = unittest.TextTestRunner(resultclass=Result, verbosity=2 if "--verbose" in sys.argv else 1).run(chosen)
     failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
     return result.passed, failed, len(result.skipped)
@@ -7138,12 +7157,14 @@ def run_in_thirds():
     totals = [0, 0, 0]
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
+        variables = {**os.environ, CLAIMS: stack.enter_context(tempfile.TemporaryDirectory())}
         thirds = [
             subprocess.Popen(
-                [sys.executable, __file__, share, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file
+                [sys.executable, __file__, share, *words],
+                env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             )
             for share, file in zip(SHARES, said)
-        ]
+        ]  # fmt: skip
         for third, file in zip(thirds, said):
             third.wait()
             file.seek(0)
