@@ -20,6 +20,7 @@ import hashlib
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import ntpath
 import os
@@ -5403,6 +5404,16 @@ class TheHouse(unittest.TestCase):
                 if word in doors and self.room(node.lineno) not in (0, 10):
                     self.assertIn(self.room(node.lineno), doors[word], f"{word} in line {node.lineno}")
 
+    def test_nothing_that_is_started_opens_a_window_on_windows(self):
+        forks = [node for node in self.tree.body if isinstance(node, ast.If) and "win32" in ast.unparse(node.test)]
+        elsewhere = {id(inner) for fork in forks for node in fork.orelse for inner in ast.walk(node)}
+        starts = ("subprocess.run", "subprocess.Popen")
+        for node in ast.walk(self.tree):
+            is_call = isinstance(node, ast.Call) and ast.unparse(node.func) in starts
+            if is_call and id(node) not in elsewhere and self.room(node.lineno) != 10:
+                options = [ast.unparse(one) for one in node.keywords]
+                self.assertTrue({"**group_options()"} & set(options) or "CREATE_NO_WINDOW" in str(options), node.lineno)
+
     def test_everything_public_is_there_and_documented(self):
         for name in dock.__all__:
             self.assertTrue(hasattr(dock, name), name)
@@ -5447,6 +5458,14 @@ class Journey(unittest.TestCase):
         done = self.person.types("run", "--demo", "--json", "--port", str(free_port()), *words, **variables)
         self.assertEqual(done.returncode, 0, done.stderr + done.stdout)
         return json.loads(done.stdout)["data"]
+
+    def environment_of_person(self, name="demo"):
+        return dock.Workspace(self.person.workspace).get_environment(name)
+
+    def comes_to_be(self, state):
+        """Look from here, which is cheaper than by a command, until the demo is in a state; returns the report."""
+        environment = self.environment_of_person()
+        return eventually(lambda: (now := environment.report())["state"] == state and now, 30)
 
     def manager_restarts(self, port, name="demo"):
         """Have ComfyUI-Manager restart the demo, and wait until it answers again."""
@@ -5808,7 +5827,7 @@ class TellingTheTruth(Journey):
         self.assertEqual(done.returncode, 0)
         self.assertEqual(self.person.types("stop").returncode, 0)
         self.start_demo(COMFYDOCK_DEMO_HANG="1")
-        eventually(lambda: self.person.status()["state"] == "unresponsive")
+        self.comes_to_be("unresponsive")
         self.assertIn("Not responding", self.person.types("status").stdout)
 
     def test_a_stopped_process_is_alive_but_not_responding_and_can_be_ended(self):
@@ -6456,21 +6475,24 @@ class TheCommandLine(Journey):
         self.assertEqual(told, ["$ git clone https://***@host/x"])
 
     def test_color_is_obeyed_by_a_real_command(self):
+        self.run_demo()
         for words, variables, coloured in (
             (["--color", "always"], {"NO_COLOR": "1"}, True),
             (["--color=never"], {}, False),
             ([], {}, False),
         ):
-            done = self.person.types("run", "--demo", *words, **variables)
-            self.assertEqual("\x1b[32m" in done.stdout, coloured, done)
-            self.person.types("stop")
+            done = self.person.types("status", *words, **variables)
+            self.assertEqual("\x1b[32m✓\x1b[0m Healthy" in done.stdout, coloured, done)
 
     def test_streams_that_know_no_signs_get_ascii(self):
-        self.person.types("run", "--demo", "--port", str(free_port()))
+        self.run_demo()
         for encoding in ("cp1252", "cp437", "ascii"):
-            done = self.person.types("restart", PYTHONUTF8="0", PYTHONIOENCODING=encoding)
+            done = self.person.types("status", PYTHONUTF8="0", PYTHONIOENCODING=encoding)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
-            self.assertIn("[ok] Restarted", done.stdout)
+            self.assertIn("[ok] Healthy", done.stdout)
+        done = self.person.types("restart", PYTHONUTF8="0", PYTHONIOENCODING="cp437")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("[ok] Restarted", done.stdout)
 
 
 SHELL_CASES = {  # what is typed before Tab -> what stands there then
@@ -6766,14 +6788,17 @@ class FromNothingToANode(Journey):
 
 
 class QueuedWork(Journey):
-    def busy_demo(self, seconds=60, prompts=2, **variables):
+    def busy_demo(self, seconds=60, **variables):
         data = self.run_demo(**variables)
-        for _ in range(prompts):
-            prompt = {"1": {"class_type": "DemoSleep", "inputs": {"seconds": seconds}}}
-            self.assertEqual(post(data["port"], "/prompt", {"prompt": prompt})[0], 200)
-        here = dock.ComfyUIConfig("127.0.0.1", data["port"])
-        eventually(lambda: dock.queue_counts(here, 2.0) == (1, prompts - 1))
+        self.give_work(data["port"], seconds)
         return data
+
+    def give_work(self, port, seconds=60):
+        """Two prompts, the first of which is at work on return."""
+        for _ in range(2):
+            prompt = {"1": {"class_type": "DemoSleep", "inputs": {"seconds": seconds}}}
+            self.assertEqual(post(port, "/prompt", {"prompt": prompt})[0], 200)
+        eventually(lambda: dock.queue_counts(dock.ComfyUIConfig("127.0.0.1", port), 2.0) == (1, 1))
 
     def test_status_and_list_show_what_is_queued(self):
         self.busy_demo()
@@ -6783,17 +6808,18 @@ class QueuedWork(Journey):
         self.assertEqual(listed["queue"], {"running": 1, "pending": 1})
 
     def test_a_script_is_obeyed_and_told_what_it_cut_off(self):
-        self.busy_demo()
+        data = self.busy_demo()
+        done = self.person.types("restart", "--json")
+        self.assertEqual(json.loads(done.stdout)["data"]["cut_off"], {"running": 1, "pending": 1})
+        eventually(lambda: http_status(data["port"]) == 200)
+        self.give_work(data["port"])
         done = self.person.types("stop")
         self.assertEqual(
             (done.returncode, "This cuts off work: 1 running, 1 pending" in done.stderr), (0, True), done.stderr
         )
-        self.busy_demo()
-        done = self.person.types("restart", "--json")
-        self.assertEqual(json.loads(done.stdout)["data"]["cut_off"], {"running": 1, "pending": 1})
 
     def test_when_idle_waits_for_the_work(self):
-        data = self.busy_demo(seconds=2, prompts=2)
+        data = self.busy_demo(seconds=2)
         done = self.person.types("stop", "--when-idle", "30")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertNotIn("cuts off", done.stderr)
@@ -6808,7 +6834,7 @@ class QueuedWork(Journey):
         done = self.person.types("stop", "--when-idle", "1")
         self.assertEqual((done.returncode, "This cuts off work" in done.stderr), (0, True), done.stderr)
         self.start_demo(COMFYDOCK_DEMO_HANG="1")
-        eventually(lambda: self.person.status()["state"] == "unresponsive")
+        self.comes_to_be("unresponsive")
         self.assertEqual(self.person.types("stop", "--when-idle").returncode, 0)
 
     @unittest.skipIf(WINDOWS, "no pseudo-terminals on Windows")
@@ -6961,7 +6987,7 @@ class Monitored(Journey):
     def test_a_crash_is_followed_by_a_restart_with_the_same_arguments(self):
         data = self.monitored_demo()
         self.crash(data["pid"])
-        again = eventually(lambda: (now := self.person.status())["state"] == "running" and now)
+        again = self.comes_to_be("running")
         self.assertNotEqual(again["pid"], data["pid"])
         self.assertEqual(
             (again["port"], again["monitor"]["restarts"], again["monitor"]["alive"]), (data["port"], 1, True)
@@ -6998,7 +7024,7 @@ class Monitored(Journey):
         self.assertTrue(self.person.status()["monitor"]["alive"])
         eventually(lambda: self.is_asleep() or WINDOWS)
         self.crash(data["pid"])
-        eventually(lambda: self.person.status()["state"] == "running")
+        self.comes_to_be("running")
 
     def test_killed_between_a_crash_and_its_restart_it_is_told_and_run_starts_again(self):
         data = self.monitored_demo()
@@ -7014,7 +7040,7 @@ class Monitored(Journey):
     def test_a_restart_by_comfyui_manager_is_no_crash(self):
         data = self.monitored_demo()
         self.manager_restarts(data["port"])
-        again = eventually(lambda: (now := self.person.status())["state"] == "running" and now)
+        again = self.comes_to_be("running")
         self.assertEqual(again["pid"] == data["pid"], not WINDOWS, "Windows' exec is another process")
         eventually(lambda: self.person.state()["pid"] == again["pid"])
         self.assertEqual((self.person.status()["monitor"]["restarts"], len(self.person.processes())), (0, 2))
@@ -7036,7 +7062,7 @@ class Monitored(Journey):
 
     def test_an_end_with_code_0_is_no_crash(self):
         self.run_demo("--monitor", COMFYDOCK_DEMO_EXIT="later:0:1")
-        eventually(lambda: self.person.status()["state"] == "stopped")
+        self.comes_to_be("stopped")
         eventually(lambda: self.person.processes() == [])
 
     @unittest.skipUnless(LINUX, "reads /proc")
@@ -7059,7 +7085,7 @@ class Monitored(Journey):
         if not name:
             self.skipTest("takes 35 s of growing pauses: python3 test_comfydock.py --long")
         self.run_demo("--monitor", COMFYDOCK_DEMO_EXIT="later:3:0.4")
-        eventually(lambda: (self.person.status()["monitor"] or {}).get("gave_up"), 120)
+        eventually(lambda: (self.person.state()["monitor"] or {}).get("gave_up"), 120)
         self.assertIn("gave up: 6 crashes within 5m, the last with code 3", self.person.types("status").stdout)
 
     @unittest.skipUnless("--long" in sys.argv, "fifty kills: python3 test_comfydock.py --long")
@@ -7302,9 +7328,6 @@ class Trouble(Journey):
         self.assertNotIn("fault of comfydock", said)
         self.assertIn(done.returncode, codes, said)
         return said
-
-    def environment_of_person(self, name="demo"):
-        return dock.Workspace(self.person.workspace).get_environment(name)
 
     def own_mounts(self, script, *options):
         """Have all commands of the person run where the shell `script` was run first; returns a PID inside."""
@@ -8234,7 +8257,7 @@ class Result(unittest.TextTestResult):
         self.passed += 1
 
 
-SHARES = {  # the first three take about as long, each in a process of its own
+SHARES = {  # the first three have a process of its own each; who is done with the others helps with the journeys
     "--journeys": lambda case: isinstance(case, Journey) and not isinstance(case, (FromNothingToANode, Trouble)),
     "--troubles": lambda case: isinstance(case, Trouble),
     "--rest": lambda case: not isinstance(case, Journey) or isinstance(case, FromNothingToANode),
@@ -8251,10 +8274,28 @@ def flattened(suite):
             yield case
 
 
+CLAIMS = "COMFYDOCK_TEST_CLAIMS"
+
+
+class Claimed(unittest.TestSuite):
+    """Tests that several processes share: a class is run by the one that comes to it first."""
+
+    def __iter__(self):
+        for kind, cases in itertools.groupby(list(self._tests), type):
+            try:
+                os.mkdir(os.path.join(os.environ[CLAIMS], kind.__name__))
+            except FileExistsError:
+                continue
+            yield from cases
+
+
 def run_here(names, share):
     """Run the named tests, or a share of all; returns (passed, failed, skipped)."""
     suite = unittest.defaultTestLoader.loadTestsFromNames([f"__main__.{name}" for name in names] or ["__main__"])
-    chosen = unittest.TestSuite(case for case in flattened(suite) if share is None or SHARES[share](case))
+    cases = list(flattened(suite))
+    chosen = unittest.TestSuite(case for case in cases if share is None or SHARES[share](case))
+    if CLAIMS in os.environ:  # helpers begin at the other end
+        chosen = Claimed([*chosen, *filter(SHARES["--journeys"], reversed(cases))])
     result = unittest.TextTestRunner(resultclass=Result, verbosity=2 if "--verbose" in sys.argv else 1).run(chosen)
     failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
     return result.passed, failed, len(result.skipped)
@@ -8266,12 +8307,14 @@ def run_in_thirds():
     totals = [0, 0, 0]
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
+        variables = {**os.environ, CLAIMS: stack.enter_context(tempfile.TemporaryDirectory())}
         thirds = [
             subprocess.Popen(
-                [sys.executable, __file__, share, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file
+                [sys.executable, __file__, share, *words],
+                env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             )
             for share, file in zip(SHARES, said)
-        ]
+        ]  # fmt: skip
         for third, file in zip(thirds, said):
             third.wait()
             file.seek(0)
