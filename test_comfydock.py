@@ -5507,6 +5507,9 @@ class FirstContact(Journey):
         self.assertIn("Health: ✓ Healthy", person.types("status").stdout)
         self.assertIn(f"running on http://127.0.0.1:{port}, PID {pid}", person.types("list").stdout)
         self.assertIn("To see the GUI go to", person.types("logs", "-n", "5").stdout)
+        self.assertEqual(person.types("stop").returncode, 0)
+        port = free_port()  # of its own: in the moment of a restart 8188 is free for every other suite that runs here
+        self.assertEqual(person.types("run", "--demo", "--port", str(port)).returncode, 0)
         self.assertEqual(person.types("restart").returncode, 0)
         again = person.status()["pid"]
         self.assertNotEqual(again, pid)
@@ -6110,7 +6113,7 @@ import json, os, signal, subprocess, sys, time
 def comfydock(*words):
     done = subprocess.run([*sys.argv[1:], *words], capture_output=True, text=True)
     return [done.returncode, done.stdout, done.stderr]
-facts = {"run": comfydock("run", "--demo", "--wait", "--json")}
+facts = {"run": comfydock("run", "--demo", "--wait", "--json", "--port", sys.argv.pop(1))}
 pid = json.loads(facts["run"][1])["data"]["pid"]
 os.kill(pid, signal.SIGKILL)
 time.sleep(0.2)
@@ -6121,7 +6124,7 @@ facts["stop"] = comfydock("stop", "--json")
 facts["end"] = comfydock("status", "--json")
 print(json.dumps(facts))
 """
-        done = self.inside(sys.executable, "-c", first, *self.person.command())
+        done = self.inside(sys.executable, "-c", first, str(free_port()), *self.person.command())
         self.assertEqual(done.returncode, 0, done.stderr)
         facts = json.loads(done.stdout)
         self.assertIn("is no init", facts["run"][2])
