@@ -5510,6 +5510,7 @@ class FirstContact(Journey):
         self.assertEqual(person.types("stop").returncode, 0)
         port = free_port()  # of its own: in the moment of a restart 8188 is free for every other suite that runs here
         self.assertEqual(person.types("run", "--demo", "--port", str(port)).returncode, 0)
+        pid = person.status()["pid"]
         self.assertEqual(person.types("restart").returncode, 0)
         again = person.status()["pid"]
         self.assertNotEqual(again, pid)
