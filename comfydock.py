@@ -3495,6 +3495,7 @@ class LogFollower:
 
 
 MOST_MEMBERS = 200_000  # of an archive; ComfyUI has about 1,000
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # PATH_MAX and NAME_MAX of Linux; those of other systems are no larger
 BUSY_RETRIES = 10  # times 0.1 s: virus scanners and dying processes hold files of Windows for a moment
 
 
@@ -3776,6 +3777,8 @@ def member_parts(name: str) -> list[str]:
         raise refused_member(name, "would be written outside of its folder")
     if ":" in path or has_control(path):
         raise refused_member(name, "has a name with a drive letter or a control character")
+    if len(path) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in parts):
+        raise refused_member(name, "has a name that is too long for every file system")
     return parts
 
 

@@ -355,7 +355,7 @@ def write(path, text):
     """Write a file with its folders."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="") as file:
-        file.write(textwrap.dedent(text))
+        file.write(text if "\r" in text else textwrap.dedent(text))  # to Python 3.14 a blank line's \r is indentation
 
 
 def read_bytes(path):
