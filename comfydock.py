@@ -1705,7 +1705,10 @@ def same_path(one: str, other: str) -> bool:
     def plain(path: str) -> str:
         return PATH_RULES.normcase(PATH_RULES.normpath(path))
 
-    return plain(one) == plain(other) or plain(PATH_RULES.realpath(one)) == plain(PATH_RULES.realpath(other))
+    try:
+        return plain(one) == plain(other) or plain(PATH_RULES.realpath(one)) == plain(PATH_RULES.realpath(other))
+    except OSError:  # some drives of Windows cannot say what lies behind a link, and Wine cannot of a long path
+        return False
 
 
 def is_python(name: str) -> bool:
@@ -6860,7 +6863,7 @@ def is_own_argv(argv: Optional[list[str]], script: str) -> bool:
     """Whether the command line that a server says it has can be of a ComfyUI started from `script`."""
     if not argv or not os.path.isabs(argv[0]):
         return True
-    return os.path.realpath(argv[0]) == os.path.realpath(script)
+    return same_path(argv[0], script)
 
 
 def exit_code_of(pid: int) -> Optional[int]:

@@ -1463,6 +1463,11 @@ class WhoRunsTheScript(Stage):
         self.assertFalse(self.runs(["python", "main.py"], cwd=above, script=self.script))
         self.assertFalse(self.runs(["python", "main.py"], cwd=None, script=self.script))
 
+    def test_a_path_that_cannot_be_resolved_is_nobody_elses(self):
+        with unittest.mock.patch.object(dock.PATH_RULES, "realpath", side_effect=OSError("More data available")):
+            self.assertTrue(dock.same_path(self.script, self.script))
+            self.assertFalse(dock.same_path(self.script, self.folder))
+
     def test_windows_paths_ignore_case_and_slashes(self):
         with unittest.mock.patch.object(dock, "PATH_RULES", ntpath):
             script = r"C:\Comfy UI\main.py"
