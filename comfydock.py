@@ -1734,8 +1734,14 @@ def plain_path(path: str) -> str:
 
 
 def real_path(path: str) -> str:
-    """Return what is behind all links of a path, as it compares."""
-    return plain_path(PATH_RULES.realpath(path))
+    """Return what is behind all links of a path, as it compares; one that cannot be resolved is taken as it is written.
+
+    Some drives of Windows cannot say what lies behind a link, and Wine cannot of a long path.
+    """
+    try:
+        return plain_path(PATH_RULES.realpath(path))
+    except OSError:
+        return plain_path(path)
 
 
 def same_path(one: str, other: str) -> bool:

@@ -1632,6 +1632,11 @@ class WhoRunsTheScript(Stage):
         self.assertFalse(self.runs(["python", "main.py"], cwd=above, script=self.script))
         self.assertFalse(self.runs(["python", "main.py"], cwd=None, script=self.script))
 
+    def test_a_path_that_cannot_be_resolved_is_nobody_elses(self):
+        with unittest.mock.patch.object(dock.PATH_RULES, "realpath", side_effect=OSError("More data available")):
+            self.assertTrue(dock.same_path(self.script, self.script))
+            self.assertFalse(dock.same_path(self.script, self.folder))
+
     def test_windows_paths_ignore_case_and_slashes(self):
         with unittest.mock.patch.object(dock, "PATH_RULES", ntpath):
             script = r"C:\Comfy UI\main.py"
@@ -4373,7 +4378,7 @@ class Demo:
         return self.wait()
 
     def wait(self):
-        return self.process.wait(5)
+        return self.process.wait(30)
 
     def end(self):
         """End it, by a signal first that lets coverage write down what it saw."""
@@ -4641,7 +4646,7 @@ class DemoQueue(DemoCase):
         self.assertNotIn("Traceback", demo.log())
 
 
-@unittest.skipUnless(not WINDOWS, "signals of not WINDOWS")
+@unittest.skipIf(WINDOWS, "POSIX signals")
 class DemoSignals(DemoCase):
     def test_sigint_is_a_clean_stop_even_while_busy(self):
         demo = self.demo().ready()
@@ -4761,7 +4766,7 @@ class DemoRestarts(DemoCase):
         with self.assertRaises((http.client.HTTPException, OSError)):  # the connection ends without an answer
             demo.ask("POST", "/manager/reboot")
 
-    @unittest.skipUnless(not WINDOWS, "exec keeps the PID on not WINDOWS only")
+    @unittest.skipIf(WINDOWS, "exec does not keep the PID on Windows")
     def test_without_a_session_it_executes_itself_again_and_during_startup_once_if_asked(self):
         demo = self.demo("--windows-standalone-build", REEXEC=1).ready()
         self.assertEqual(demo.log().count("Restarting to reapply dependency installation."), 1)
@@ -7878,7 +7883,7 @@ class LogsOfAllKinds(Trouble):
         child = self.person.starts(
             "run", "--demo", "--foreground", "--port", str(free_port()), COMFYDOCK_DEMO_SPAM="100000:20000"
         )
-        read_until(child, "spam 9")
+        eventually(lambda: os.path.getsize(child.said) > 1 << 20)  # never read: it may be gigabytes by then
         dock.signal_process(child.pid, "interrupt")
         self.assertEqual(child.wait(60), 0)
         self.assertEqual((self.servers(), self.person.state()), ([], None))
