@@ -7063,7 +7063,7 @@ class Monitored(Journey):
                 1,
                 f"Port {port} is already in use",
             )
-        self.assertEqual(self.person.processes(), [])
+        eventually(lambda: not self.person.processes())  # it has answered, and ends
 
     def test_a_second_monitor_is_refused(self):
         self.monitored_demo()
