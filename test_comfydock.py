@@ -1072,6 +1072,17 @@ class RunningACommand(Stage):
         self.assertEqual(caught.exception.code, "missing")
         self.assertIn("nowhere", str(caught.exception))
 
+    def test_windows_is_not_asked_to_start_a_program_in_a_folder_too_deep_for_it(self):
+        deep = os.path.join(self.folder, *["x" * 50] * 5)
+        with unittest.mock.patch.object(dock, "IS_WINDOWS", True), open(self.log, "wb") as log:
+            for start in (
+                lambda: dock.run_command([sys.executable, "-V"], cwd=deep),
+                lambda: dock.create_background_process([sys.executable, "-V"], deep, log),
+            ):
+                with self.assertRaises(dock.CDEnvironmentError) as caught:
+                    start()
+                self.assertEqual(caught.exception.code, "path")
+
     def test_when_the_time_is_up_its_children_are_ended_too(self):
         self.write(
             f"import subprocess,sys,time\n"
