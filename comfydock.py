@@ -831,13 +831,20 @@ def on_path(program: str) -> bool:
     return which(program) is not None
 
 
+def require_short_path(cwd: "Optional[Union[str, Path]]") -> None:
+    """Raise CDEnvironmentError (code "path") for a folder in which Windows starts no program.
+
+    It is not left to the system to refuse: its error names nothing, and Wine overwrites memory of ours.
+    """
+    if IS_WINDOWS and cwd is not None and len(os.path.abspath(cwd)) > LONGEST_FOLDER:
+        message = f"{cwd}: on Windows no program starts in a folder with so long a path"
+        raise CDEnvironmentError(f"{message} (over {LONGEST_FOLDER} characters)", "move it to a shorter one", "path")
+
+
 def cannot_start(cmd: list[str], cwd: "Optional[Union[str, Path]]", error: OSError) -> CDEnvironmentError:
     """Put into words why `cmd` did not start; code "missing" where the program or its folder is not there."""
     if cwd is not None and not os.path.isdir(cwd):
         return CDEnvironmentError(f"the folder {cwd} is not there, so {cmd[0]} cannot run in it", code="missing")
-    if IS_WINDOWS and cwd is not None and len(os.path.abspath(cwd)) > LONGEST_FOLDER:
-        message = f"{cwd}: on Windows no program starts in a folder with so long a path"
-        return CDEnvironmentError(f"{message} (over {LONGEST_FOLDER} characters)", "move it to a shorter one", "path")
     named_only = not os.path.dirname(cmd[0])  # one closed folder on PATH turns "not found" into "permission denied"
     if isinstance(error, FileNotFoundError) or named_only and not on_path(cmd[0]):
         return CDEnvironmentError(f"{cmd[0]} was not found", "install it, or put its folder on PATH", "missing")
@@ -1556,6 +1563,7 @@ def create_background_process(
     `release` when it no longer watches it. Raises CDEnvironmentError where the program cannot be started.
     """
     trace_command(cmd, cwd)
+    require_short_path(cwd)
     try:
         return detached(cmd, os.fspath(cwd), log_file, dict(os.environ) if env is None else env)
     except OSError as error:
@@ -1680,6 +1688,7 @@ def run_command(
     import subprocess
 
     trace_command(cmd, cwd)
+    require_short_path(cwd)
     began = time.monotonic()
     try:
         process = subprocess.Popen(

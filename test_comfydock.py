@@ -1132,6 +1132,17 @@ class RunningACommand(Stage):
             )
         self.assertFalse(alive(told[0]))
 
+    def test_windows_is_not_asked_to_start_a_program_in_a_folder_too_deep_for_it(self):
+        deep = os.path.join(self.folder, *["x" * 50] * 5)
+        with unittest.mock.patch.object(dock, "IS_WINDOWS", True), open(self.log, "wb") as log:
+            for start in (
+                lambda: dock.run_command([sys.executable, "-V"], cwd=deep),
+                lambda: dock.create_background_process([sys.executable, "-V"], deep, log),
+            ):
+                with self.assertRaises(dock.CDEnvironmentError) as caught:
+                    start()
+                self.assertEqual(caught.exception.code, "path")
+
     def test_when_the_time_is_up_its_children_are_ended_too(self):
         self.write(
             f"import subprocess,sys,time\n"
@@ -8271,6 +8282,7 @@ SHARES = {  # the first three have a process of its own each; who is done with t
     "--troubles": lambda case: isinstance(case, Trouble),
     "--rest": lambda case: not isinstance(case, Journey) or isinstance(case, FromNothingToANode),
     "--units": lambda case: not isinstance(case, Journey),
+    "--rooms": lambda case: not isinstance(case, (Journey, InWorkshop, DemoCase)),
 }
 
 
