@@ -8636,7 +8636,10 @@ def sleeping_monitor(bench):
     """The PID of a monitor that has nothing to do."""
     bench.starts("--monitor")
     pid = bench.person.state()["monitor"]["pid"]
-    eventually(lambda: bench.person.state()["health"]["status"] == "healthy")  # it wakes once more to note that
+    first = bench.person.state()["health"][
+        "last_check"
+    ]  # noted by `run --wait`; the monitor wakes once to note its own
+    eventually(lambda: bench.person.state()["health"]["last_check"] != first)
     eventually(lambda: "wait_beside" in dock.process_table().row(pid).text)
     time.sleep(1)
     return pid
