@@ -3615,15 +3615,20 @@ def move_aside(path: str, shelf: str) -> str:
 
 
 def link_folder(folder: str, link: str) -> None:
-    """Make `link` show what is in `folder`: a symbolic link, on Windows without the right to make one a junction."""
+    """Make `link` show what is in `folder`: a symbolic link, on Windows without the right to make one a junction.
+
+    Raises CDEnvironmentError when something is there already, or the system makes no link.
+    """
     from importlib import import_module
 
+    if os.path.lexists(link):
+        raise CDEnvironmentError(f"{link} already exists", "move it away, then run the command again", "exists")
     try:
         os.symlink(folder, link, target_is_directory=True)
     except OSError as error:
         try:
             import_module("_winapi").CreateJunction(folder, link)
-        except ImportError:
+        except (ImportError, OSError):
             raise CDEnvironmentError(f"cannot make the link {link}: {error.strerror}") from error
 
 

@@ -3545,6 +3545,7 @@ class DeleteTest(InWorkshop):
         self.assertFalse(os.path.exists(paths.root))
         self.assertEqual(tree(checkout), before)
 
+    @needs_git
     def test_of_two_that_adopt_under_one_name_the_second_is_refused(self):
         paths = dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
         caught, looked, real = [], threading.Event(), dock.claim_place
@@ -4732,7 +4733,7 @@ class DemoFaults(DemoCase):
         self.assertEqual(self.talk(0.3, 9, HANG=1), b"")
         dripped = self.talk(0.5, 1000, DRIP=1)
         self.assertTrue(0 < len(dripped) < 6 and b"HTTP/".startswith(dripped), dripped)
-        self.assertGreaterEqual(len(self.talk(5, 5_000_000, ENDLESS=1)), 5_000_000)
+        self.assertGreaterEqual(len(self.talk(60, 5_000_000, ENDLESS=1)), 5_000_000)
         with self.assertRaises((http.client.HTTPException, OSError)):
             self.demo(GARBAGE=1).ready().ask("GET", "/queue")
 
@@ -5017,8 +5018,9 @@ class AfterACrash(unittest.TestCase):
         self.assertEqual([age < 5 for age in ages], [False, True])  # the one of long ago counts no more
 
     def test_an_end_that_a_restart_would_repeat_or_that_was_wanted_is_none(self):
-        for code in (0, 2):
-            self.assertFalse(dock.Monitor(Watched(True)).goes_on(code))
+        with unittest.mock.patch.object(dock, "IS_WINDOWS", False):  # where a good end may be ComfyUI-Manager's restart
+            self.assertFalse(dock.Monitor(Watched(True)).goes_on(0))
+        self.assertFalse(dock.Monitor(Watched(True)).goes_on(2))
         watched = Watched(True)
         monitor = dock.Monitor(watched)
         watched.record = watched.record.from_dict({**watched.record.to_dict(), "wanted": "stopped"})
@@ -6187,6 +6189,7 @@ print(json.dumps(facts))
 
 
 class WhatUsersMet(Journey):
+    @needs_links
     def test_the_demo_can_be_repaired(self):
         self.start_demo()
         node = os.path.join(self.person.home, "work", "my node")
@@ -6198,6 +6201,7 @@ class WhatUsersMet(Journey):
         self.assertEqual((done.returncode, said["ok"], said["error"]["code"]), (1, False, "repair"), done.stderr)
         self.assertIn(f"node remove {dock.as_word('my node')}", said["error"]["message"])
 
+    @needs_links
     def test_a_node_is_the_folder_one_stands_in_but_not_what_holds_all_nodes(self):
         self.start_demo()
         node = os.path.join(self.person.home, "my-node")
