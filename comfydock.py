@@ -3547,10 +3547,15 @@ def persist(action: Callable[[], object], path: str) -> None:
         time.sleep(0.1)
 
 
+def refuse_existing(path: str) -> None:
+    """Raise CDEnvironmentError (code "exists") when something stands where a thing is to be put."""
+    if os.path.lexists(path):
+        raise CDEnvironmentError(f"{path} already exists", "move it away, then run the command again", "exists")
+
+
 def move(source: str, target: str) -> None:
     """Rename, within one file system. Raises CDEnvironmentError when the target exists or a file is in use."""
-    if os.path.lexists(target):
-        raise CDEnvironmentError(f"{target} already exists", "move it away, then run the command again", "exists")
+    refuse_existing(target)
     persist(lambda: os.rename(source, target), source)
 
 
@@ -3621,8 +3626,7 @@ def link_folder(folder: str, link: str) -> None:
     """
     from importlib import import_module
 
-    if os.path.lexists(link):
-        raise CDEnvironmentError(f"{link} already exists", "move it away, then run the command again", "exists")
+    refuse_existing(link)
     try:
         os.symlink(folder, link, target_is_directory=True)
     except OSError as error:
@@ -5367,9 +5371,16 @@ class NodeManager:
         try:
             yield change
         except BaseException:  # Ctrl-C may come when the manifest was just replaced
-            (self.finish if change.holds(self.manifest) else self.undo)(change)
+            (self.finish if self.has_come_true(change) else self.undo)(change)
             raise
         self.finish(change)
+
+    def has_come_true(self, change: NodeChange) -> bool:
+        """Whether the manifest has what a change was to bring; one that cannot be read has not."""
+        try:
+            return change.holds(self.manifest)
+        except CDEnvironmentError:
+            return False
 
     def undo(self, change: NodeChange) -> None:
         """Put folders and packages back; the manifest was not written yet."""
@@ -5805,7 +5816,8 @@ def delete_environment(paths: EnvironmentPaths, idle: Any) -> None:
     adopted lies inside the environment's folder.
     """
     if is_link(paths.root):
-        remove_file(paths.root)
+        with idle:
+            remove_file(paths.root)
         return
     adopted = last_known_manifest(paths).comfyui_path
     if adopted and os.path.realpath(adopted).startswith(os.path.join(os.path.realpath(paths.root), "")):
@@ -6865,11 +6877,11 @@ class Environment:
                     self._write_state(sight.record)  # a full disk shows now, not when ComfyUI is down already
                 self._stop_seen(sight, timeout)
             record = self._read_state() or read_state(self.paths.last_run)
-            if sight.row is None and monitor_row(record) is not None and record is not None:
-                self._want_stopped(record)  # its monitor was about to start it again: let it go
-                self._await_monitor(record)
             if record is None:
                 raise CDEnvironmentError("Cannot restart: ComfyUI not running", "comfydock run", "stopped")
+            if sight.row is None and monitor_row(record) is not None:
+                self._want_stopped(record)  # its monitor was about to start it again: let it go
+                self._await_monitor(record)
             self._await_port(record)
             if record.monitor is None:
                 self._start(record.args, record.env, previous=record)

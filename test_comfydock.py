@@ -3630,6 +3630,21 @@ class AddTest(NodeCase):
         self.assertIn("late-node", self.manager.list_nodes())
         self.assertTrue(self.manager.compare().is_synced)
 
+    def test_a_manifest_that_breaks_meanwhile_takes_the_node_back(self):
+        work = os.path.join(Workshop.root, f"broken{self.counter}", "broken-node")
+        write(os.path.join(work, "__init__.py"), "")
+        before = read_bytes(self.paths.manifest)
+
+        def breaks(*words):
+            write(self.paths.manifest, "[tool\n")
+            raise KeyboardInterrupt
+
+        with unittest.mock.patch.object(dock, "change_nodes", breaks), self.assertRaises(KeyboardInterrupt):
+            self.manager.add_node(work, is_development=True)
+        self.assertNotIn("broken-node", os.listdir(self.nodes))
+        Path(self.paths.manifest).write_bytes(before)
+        self.assertTrue(self.manager.compare().is_synced)
+
     def test_a_development_node_is_linked_disabled_and_never_deleted(self):
         work = os.path.join(Workshop.root, f"work{self.counter}", "my node")
         write(os.path.join(work, "__init__.py"), "")
