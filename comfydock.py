@@ -134,7 +134,8 @@ if not TYPE_CHECKING:
         def __init__(self, kind, defaults):
             self.kind, self.defaults = kind, defaults
 
-        def __get__(self, record, asker):  # the asker may be a class derived from the record's
+        def real(self):
+            """The record as dataclasses makes it."""
             import dataclasses
 
             columns = []
@@ -143,10 +144,24 @@ if not TYPE_CHECKING:
                 if isinstance(default, field):
                     default = dataclasses.field(default_factory=default.default_factory)
                 columns.append((name, type_) if default is dataclasses.MISSING else (name, type_, default))
-            real = dataclasses.make_dataclass(self.kind.__name__, columns)
+            return dataclasses.make_dataclass(self.kind.__name__, columns)
+
+        def __get__(self, record, asker):  # the asker may be a class derived from the record's
+            real = self.real()
             for name in ("__dataclass_params__", "__dataclass_fields__"):
                 setattr(self.kind, name, getattr(real, name))
             return real.__dataclass_fields__
+
+    class SignatureOnDemand:
+        """The `__signature__` of a record's class, for inspect and help()."""
+
+        def __init__(self, fields):
+            self.fields = fields
+
+        def __get__(self, record, asker):
+            import inspect
+
+            return inspect.signature(self.fields.real())
 
     def dataclass(kind):
         """Stands for dataclasses.dataclass, which writes and compiles the methods of each class at every start.
@@ -181,6 +196,7 @@ if not TYPE_CHECKING:
             delattr(kind, name)
         kind.__init__, kind.__eq__, kind.__hash__, kind.__repr__ = __init__, __eq__, None, __repr__
         kind.__match_args__, kind.__dataclass_fields__ = names, FieldsOnDemand(kind, defaults)
+        kind.__signature__ = SignatureOnDemand(kind.__dict__["__dataclass_fields__"])
         return kind
 
 
@@ -257,7 +273,14 @@ class ProcessState:
         data["health"] = {"last_check": self.last_health_check, "status": self.health_status}
         data["schema"] = STATE_SCHEMA
         data.update((key, getattr(self, key)) for key in _OWN_KEYS)
-        return {**self.extra, **data}
+        return {**data, **{key: value for key, value in self.extra.items() if key not in data}}
+
+    @property
+    def holder(self) -> "tuple[Any, dict[str, Any]]":
+        """PID and identity of the process that the record stands on: ComfyUI, or until there is one its starter."""
+        if self.pid is not None:
+            return self.pid, self.identity
+        return self.starter.get("pid"), self.starter.get("identity", {})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ProcessState":
@@ -353,7 +376,8 @@ class NodeInfo:
     """A custom node as the manifest keeps it.
 
     `name` is its directory in custom_nodes; `version` a registry version, a commit, or "dev";
-    `source` one of registry, git, development, unknown.
+    `source` one of registry, git, development, unknown; `branch` the one of a git repository that
+    was asked for, None for its default branch.
     """
 
     name: str
@@ -363,6 +387,7 @@ class NodeInfo:
     download_url: Optional[str] = None
     source: str = "unknown"
     dependency_sources: list[str] = field(default_factory=list)
+    branch: Optional[str] = None
 
     @property
     def identifier(self) -> str:
@@ -563,7 +588,7 @@ def is_new_name(name: str) -> bool:
     """Whether an environment may be made under this name (existing others still open)."""
     plain = name.replace("-", "").replace("_", "").replace(".", "")
     legal = plain.isascii() and plain.isalnum() and name[0].isalnum() and len(name) <= 63 and name[-1] != "."
-    return legal and name.split(".")[0].lower() not in RESERVED_NAMES
+    return legal and is_folder_name(name) and name.split(".")[0].lower() not in RESERVED_NAMES
 
 
 def is_folder_name(name: str) -> bool:
@@ -741,9 +766,10 @@ def upward(folder: str) -> Iterator[str]:
 
 
 def default_workspace() -> str:
-    """COMFYDOCK_HOME, else ~/.comfydock, else a 1.0.x workspace at ~/comfydock.
+    """COMFYDOCK_HOME, else a 1.0.x workspace at ~/comfydock when there is no newer one, else ~/.comfydock.
 
-    Raises CDEnvironmentError when there is no home folder to look in.
+    Where ~/.comfydock is of the comfydock before 1.0, which used Docker, it is left alone. Raises CDEnvironmentError
+    when there is no home folder to look in.
     """
     chosen = os.environ.get("COMFYDOCK_HOME")
     if chosen:
@@ -752,7 +778,7 @@ def default_workspace() -> str:
     if not os.path.isabs(home) or os.environ.get("HOME") == "":  # of an empty HOME expanduser makes the root folder
         raise CDEnvironmentError("No home folder is known, so there is no place for a workspace.", "set COMFYDOCK_HOME")
     ours, older = os.path.join(home, ".comfydock"), os.path.join(home, "comfydock")
-    has_older = os.path.isdir(WorkspacePaths(older).metadata)
+    has_older = os.path.isdir(WorkspacePaths(older).metadata) or os.path.isfile(os.path.join(ours, "environments.json"))
     return older if has_older and not os.path.isdir(WorkspacePaths(ours).environments) else ours
 
 
@@ -2685,7 +2711,8 @@ def http_get(config: ComfyUIConfig, path: str, timeout: float, limit: int = ANSW
     """
     deadline = time.monotonic() + timeout
     host = connect_host(config.host)
-    request = f"GET {path} HTTP/1.0\r\nHost: {host}:{config.port}\r\nAccept: application/json\r\n\r\n"
+    place = local_url(config).partition("//")[2]
+    request = f"GET {path} HTTP/1.0\r\nHost: {place}\r\nAccept: application/json\r\n\r\n"
     with _connected(config, host, deadline) as connection:
         connection.sendall(request.encode("ascii", "replace"))
         return _read_answer(connection, deadline, limit)
@@ -2825,7 +2852,7 @@ def queue_counts(config: ComfyUIConfig, timeout: float) -> Optional[tuple[int, i
         left = max(0.0, deadline - time.monotonic())
         remaining = int(json.loads(http_get(config, "/prompt", left)[1])["exec_info"]["queue_remaining"])
         return min(1, remaining), max(0, remaining - 1)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -3099,7 +3126,7 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
     The temporary file stands beside it under a name of its own; one that a killed writer left
     is removed by `sweep_leftovers`.
     """
-    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    temporary = temporary_name(path)
     try:
         _write_new(temporary, data, mode)
         replace_file(temporary, path)
@@ -3109,6 +3136,11 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
             error.filename, error.filename2 = path, None
         raise
     _sync_folder(os.path.dirname(path))
+
+
+def temporary_name(path: str) -> str:
+    """A new name beside `path`, which `sweep_leftovers` knows."""
+    return f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
 
 
 def _write_new(path: str, data: bytes, mode: int) -> None:
@@ -3174,7 +3206,7 @@ def sweep_folder(folder: str) -> None:
 
 
 def _is_temporary(name: str) -> bool:
-    """Whether a file's name is one that write_atomic makes."""
+    """Whether a file's name is one that temporary_name makes."""
     writer, _, random = name.removesuffix(".tmp").rpartition(".")[2].partition("-")
     return name.endswith(".tmp") and writer.isdigit() and len(random) == 8
 
@@ -3195,17 +3227,21 @@ def set_aside(path: str) -> None:
 def read_small(path: str, limit: int = 1 << 20) -> Optional[bytes]:
     """The content of a small file, None when it is not there.
 
-    Raises OSError, also when the path is a link (ELOOP), and ValueError when it is larger than `limit` bytes.
+    Raises OSError, where the system can tell also when the path is a link (ELOOP), and ValueError when it is larger
+    than `limit` bytes.
     """
     try:
         handle = os.open(path, os.O_RDONLY | NO_FOLLOW | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         return None
     try:
-        with os.fdopen(handle, "rb") as file:  # read() makes room for all it is asked for, so ask for what is there
-            data = file.read(min(limit, os.fstat(handle).st_size) + 1)
+        data, wanted = b"", min(limit, os.fstat(handle).st_size) + 1
+        while len(data) < wanted and (piece := os.read(handle, wanted - len(data))):
+            data += piece
     except OSError as error:  # a folder, for one: the error must name it
         raise OSError(error.errno, error.strerror, path) from error
+    finally:
+        os.close(handle)
     if len(data) > limit:
         raise ValueError("too long")
     return data
@@ -3288,7 +3324,7 @@ def rotate_at_start(path: str, limit: int = LOG_LIMIT) -> None:
     """Move a log over `limit` bytes to `.old`. A start never fails for rotation, so nothing is raised."""
     try:
         if os.lstat(path).st_size > limit:
-            _move_log(path)
+            move_log(path, None)
     except OSError:
         pass
 
@@ -3301,7 +3337,7 @@ def old_logs(path: str) -> list[str]:
     except OSError:
         return []
     ends = [name[len(os.path.basename(first)) :] for name in names if name.startswith(os.path.basename(first))]
-    numbers = [int(end[1:] or 1) for end in ends if not end or end[0] == "." and end[1:].isdigit()]
+    numbers = [int(end[1:] or 1) for end in ends if re.fullmatch(r"(\.([2-9]|[1-9]\d+))?", end, re.ASCII)]
     return [older_log(path, number) for number in sorted(numbers, reverse=True)]
 
 
@@ -3349,7 +3385,9 @@ def start_log_anew(path: str, header: str) -> int:
     return inode
 
 
-def _move_log(path: str) -> None:
+def move_log(path: str, keep: Optional[int]) -> None:
+    """Make a log that nobody of ours writes to the newest old one; of those `keep` stay. Raises OSError."""
+    shift_old_logs(path, keep)
     try:
         os.replace(path, rotated(path))
     except PermissionError:
@@ -3393,13 +3431,13 @@ def copy_bytes(source: "BinaryIO", write: Callable[[bytes], object], count: int)
         count -= len(piece)
 
 
-def last_lines_offset(file: "BinaryIO", count: int, floor: int, end: int) -> int:
-    """Where the last `count` lines before `end` begin, not before `floor`.
+def last_lines_offset(file: "BinaryIO", count: int, floor: int, end: int) -> tuple[int, int]:
+    """Where the last `count` lines before `end` begin, not before `floor`, and how many lines that are.
 
     Reads from the end, a block at a time; a line feed alone ends a line.
     """
-    if count <= 0:
-        return end
+    if count <= 0 or end <= floor:
+        return end, 0
     position, found = end, 0
     while position > floor:
         start = max(floor, position - BLOCK)
@@ -3409,17 +3447,9 @@ def last_lines_offset(file: "BinaryIO", count: int, floor: int, end: int) -> int
         while (stop := block.rfind(b"\n", 0, stop)) >= 0:
             found += 1
             if found == count:
-                return start + stop + 1
+                return start + stop + 1, count
         position = start
-    return floor
-
-
-def count_lines(file: "BinaryIO", start: int, end: int) -> int:
-    """The number of line ends between two offsets."""
-    counts: list[int] = []
-    file.seek(start)
-    copy_bytes(file, lambda piece: counts.append(piece.count(b"\n")), end - start)
-    return sum(counts)
+    return floor, found + 1
 
 
 def find_session(file: "BinaryIO", end: int) -> int:
@@ -3450,7 +3480,7 @@ class LogFollower:
     """Hands on what is appended to a log, each byte once, through every kind of rotation.
 
     `position` is the offset of the next byte. `head` is how the log begins: each begins with a header of its own, so
-    another beginning means that the log was rotated, and what was not yet read of the former one is in `.old`.
+    another beginning means that the log was rotated, and what was not yet read of the former one is in an old log.
     `exhausted` is the mark of the log (file_mark) in which there was nothing new.
     """
 
@@ -3489,20 +3519,26 @@ class LogFollower:
         return piece
 
     def _rest_of_former(self, head: bytes) -> bytes:
-        """What the former log had after `position`; then, when a new one has begun, that is followed."""
-        piece = b""
-        try:
-            with open(rotated(self.path), "rb", buffering=0) as former:
-                if self._head_of(former).startswith(self.head):
-                    former.seek(self.position)
-                    piece = former.read(1 << 20) or b""
-        except FileNotFoundError:
-            pass
-        if piece:
-            self.position += len(piece)
-        elif head:
+        """What the former log had after `position`; when that was all, the log that came after it is followed."""
+        after = head
+        for path in reversed(old_logs(self.path)):  # from the newest on; `after` is how the one that came later begins
+            try:
+                with open(path, "rb", buffering=0) as old:
+                    its_head = self._head_of(old)
+                    old.seek(self.position)
+                    piece = old.read(1 << 20) if its_head.startswith(self.head) else None
+            except FileNotFoundError:
+                return b""  # they are being shifted
+            if piece:
+                self.position += len(piece)
+                return piece
+            if piece is not None:
+                head = after
+                break
+            after = its_head
+        if head:
             self.head, self.position = head, 0
-        return piece
+        return b""
 
     def _head_of(self, log: "IO[bytes]") -> bytes:
         log.seek(0)
@@ -3536,14 +3572,18 @@ def remove_empty(path: str) -> None:
 
 def persist(action: Callable[[], object], path: str) -> None:
     """Do something with files, again for a second while the system says that they are in use."""
+    import errno
+
     for attempt in range(1, BUSY_RETRIES + 1):
         try:
             action()
             return
         except OSError as error:
-            if attempt == BUSY_RETRIES:
+            is_busy = error.errno in (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENOTEMPTY)
+            if attempt == BUSY_RETRIES or not is_busy:
                 message = f"{path} cannot be changed: {error.strerror or error}"
-                raise CDEnvironmentError(message, "stop what uses it, then run the command again", "in-use") from error
+                hint = "stop what uses it, then run the command again" if is_busy else ""
+                raise CDEnvironmentError(message, hint, "in-use" if is_busy else "failed") from error
         time.sleep(0.1)
 
 
@@ -3554,9 +3594,26 @@ def refuse_existing(path: str) -> None:
 
 
 def move(source: str, target: str) -> None:
-    """Rename, within one file system. Raises CDEnvironmentError when the target exists or a file is in use."""
+    """Rename; to another disk copy, and then delete. Raises CDEnvironmentError: the target exists, a file is in use.
+
+    A container's overlay file system is another disk in this: it renames no folder that comes from the image (EXDEV;
+    Linux, Documentation/filesystems/overlayfs). The target is whole when it is there.
+    """
+    import errno
+
     refuse_existing(target)
-    persist(lambda: os.rename(source, target), source)
+    try:
+        persist(lambda: os.rename(source, target), source)
+    except CDEnvironmentError as error:
+        if getattr(error.__cause__, "errno", None) != errno.EXDEV:
+            raise
+        copy = temporary_name(target)
+        try:
+            copy_any(source, copy)
+            os.rename(copy, target)
+        finally:
+            remove_tree(copy)
+        remove_tree(source)
 
 
 def remove_tree(path: str) -> None:
@@ -3566,28 +3623,30 @@ def remove_tree(path: str) -> None:
     file system is mounted inside, as a volume with somebody's models must not be emptied.
     """
     import shutil
+    from functools import partial
 
     def remove() -> None:
         if is_link(path) or not os.path.isdir(path):
             remove_file(path)
         elif sys.version_info >= (3, 12):
-            shutil.rmtree(path, onexc=unlock_and_retry)  # novm
+            shutil.rmtree(path, onexc=partial(unlock_and_retry, path))  # novm
         else:
-            shutil.rmtree(path, onerror=lambda function, inner, trouble: unlock_and_retry(function, inner, trouble[1]))
+            shutil.rmtree(path, onerror=lambda work, inner, trouble: unlock_and_retry(path, work, inner, trouble[1]))
 
     refuse_mounts(path)
     persist(remove, path)
 
 
-def unlock_and_retry(function: Callable[..., Any], path: str, trouble: BaseException) -> None:
-    """For shutil.rmtree: git's object files are read-only, and Windows deletes no such file."""
+def unlock_and_retry(top: str, function: Callable[..., Any], path: str, trouble: BaseException) -> None:
+    """For shutil.rmtree of `top`: Windows deletes no read-only file (git's objects); others look at its folder."""
     import stat
 
     if isinstance(trouble, FileNotFoundError):
         return
     if is_link(path) or not isinstance(trouble, PermissionError):
         raise trouble
-    os.chmod(path, stat.S_IRWXU if os.path.isdir(path) else stat.S_IRUSR | stat.S_IWUSR)
+    for place in (os.path.dirname(path), path) if path != top else (path,):
+        os.chmod(place, stat.S_IRWXU if os.path.isdir(place) else stat.S_IRUSR | stat.S_IWUSR)
     if function not in (os.unlink, os.rmdir):  # listing was refused: the caller's next round walks it again
         raise trouble
     function(path)
@@ -3607,15 +3666,13 @@ def refuse_mounts(path: str) -> None:
 
 def move_aside(path: str, shelf: str) -> str:
     """Move a file or folder into `shelf`/<UTC time>/ and return its new path; the shelf may be on another disk."""
-    import shutil
-
     stamp, number = time.strftime("%Y%m%d-%H%M%S", time.gmtime()), 1
     target = os.path.join(shelf, stamp, os.path.basename(path))
     while os.path.lexists(target):
         number += 1
         target = os.path.join(shelf, f"{stamp}-{number}", os.path.basename(path))
     make_folder(os.path.dirname(target))
-    persist(lambda: shutil.move(path, target), path)
+    move(path, target)
     return target
 
 
@@ -3642,21 +3699,32 @@ def save(path: str, pieces: Iterator[bytes]) -> None:
         file.writelines(pieces)
 
 
-def copy_folder(source: str, target: str) -> None:
-    """Copy a folder as it is: links stay links."""
+def copy_any(source: str, target: str) -> None:
+    """Copy a file, or a folder with all in it, as it is: links stay links. Raises CDEnvironmentError, OSError."""
     import shutil
 
-    shutil.copytree(source, target, symlinks=True)
+    inside = os.path.join(os.path.realpath(source), "")
+    if os.path.realpath(target).startswith(inside):
+        raise CDEnvironmentError(f"{source} cannot be copied into itself ({target})", "name another folder", "usage")
+    if is_link(source) or not os.path.isdir(source):
+        shutil.copy2(source, target, follow_symlinks=False)
+        return
+    try:
+        shutil.copytree(source, target, symlinks=True)
+    except shutil.Error as error:  # it holds all that went wrong, as (source, target, reason)
+        path, _, reason = error.args[0][0]
+        raise CDEnvironmentError(f"{path} cannot be copied: {reason}") from error
 
 
-def carry_over(old: str, new: str, known: set[str]) -> None:
-    """Give a folder's successor the files that are not `known`, unless it has its own of that name.
+def carry_over(old: str, new: str, known: set[str]) -> bool:
+    """Give a folder's successor the files that are not `known`; False when it has its own where one of them was.
 
     By hard link, as they may be gigabytes. Names are relative, with /; links count as files, and are not followed; the
     folder's .git and any __pycache__ stay behind.
     """
     import shutil
 
+    complete, top = True, os.path.realpath(new)
     for here, folders, files in os.walk(old):
         links = [name for name in folders if is_link(os.path.join(here, name))]
         hidden = {".git", "__pycache__"} if here == old else {"__pycache__"}
@@ -3664,13 +3732,28 @@ def carry_over(old: str, new: str, known: set[str]) -> None:
         for source in [os.path.join(here, name) for name in files + links]:
             name = os.path.relpath(source, old)
             target = os.path.join(new, name)
-            if name.replace(os.sep, "/") in known or os.path.lexists(target):
+            if name.replace(os.sep, "/") in known:
                 continue
-            make_folder(os.path.dirname(target))
+            folder = os.path.dirname(os.path.join(top, name))  # never through a link of the successor
+            if os.path.lexists(target) or os.path.realpath(folder) != folder or not _can_be_folder(folder):
+                complete = False
+                continue
+            make_folder(folder)
             try:
                 os.link(source, target, follow_symlinks=False)
             except (OSError, NotImplementedError):  # a file system without hard links
                 shutil.copy2(source, target, follow_symlinks=False)
+    return complete
+
+
+def _can_be_folder(path: str) -> bool:
+    there = next(folder for folder in upward(path) if os.path.lexists(folder))
+    return os.path.isdir(there)
+
+
+def is_file(path: str) -> bool:
+    """Whether there is a regular file, or a link to whatever."""
+    return is_link(path) or os.path.isfile(path)
 
 
 def file_digest(path: str) -> str:
@@ -3811,6 +3894,8 @@ def judged(members: Iterator[Member], archive: str, limit: int) -> list[Member]:
     kept: list[Member] = []
     size = 0
     for member in members:
+        if member.size < 0:
+            raise refused_member("/".join(member.parts), "has a negative size")
         size += member.size
         if size > limit or len(kept) >= MOST_MEMBERS:
             most = f"more than {MOST_MEMBERS} members or {limit // MEGABYTE} MB"
@@ -3955,7 +4040,7 @@ def named_statements(text: str, spans: list[list[int]]) -> list[Statement]:
     for start, end in spans:
         head = re.match(TOML_HEAD, text[start:end])
         keys = re.findall(TOML_KEY, head.group(2)) if head else []
-        name = tuple(json.loads(key) if key.startswith('"') else key.strip("'") for key in keys)
+        name = tuple(key_text(key) for key in keys)
         is_table = bool(head and head.group(1))
         own = Statement(name if is_table else table.name + name, is_table, start, end, end)
         table = own if is_table else table
@@ -3964,17 +4049,32 @@ def named_statements(text: str, spans: list[list[int]]) -> list[Statement]:
     return statements
 
 
+def key_text(key: str) -> str:
+    r"""What a key of TOML reads: a quoted one is nearly JSON, which knows no \UXXXXXXXX and no tab as it is."""
+
+    def as_json(escape: "re.Match[str]") -> str:
+        digits = escape.group(1)
+        return json.dumps(chr(int(digits, 16)))[1:-1] if digits else escape.group()
+
+    quoted = key.startswith('"')
+    return (
+        str(json.loads(re.sub(r"\\(?:U([0-9A-Fa-f]{8})|.)", as_json, key), strict=False)) if quoted else key.strip("'")
+    )
+
+
 def toml_key(key: str) -> str:
     """A key as TOML wants it written."""
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
 def toml_value(value: Any) -> str:
-    """A string, number, boolean, list or dict as TOML on one line. JSON's strings are TOML strings."""
+    """A string, number, boolean, date, list or dict as TOML on one line. JSON's strings are TOML strings."""
     if isinstance(value, dict):
         return "{ " + ", ".join(toml_lines(value)) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(toml_value(inner) for inner in value) + "]"
+    if hasattr(value, "isoformat"):
+        return str(value.isoformat())
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -4088,7 +4188,7 @@ def toml_module() -> Any:
 
 def parse_toml_elsewhere(text: str, path: str, python: Optional[str]) -> Any:
     """What the environment's Python makes of a TOML text. Raises ValueError when it is broken."""
-    draft = f"{path}.{os.getpid()}.tmp"
+    draft = temporary_name(path)
     if python:
         write_atomic(draft, text.encode())
         try:
@@ -4111,7 +4211,7 @@ def broken_manifest(path: str, line: int, reason: str) -> CDEnvironmentError:
 
 def info_from_table(key: str, table: dict[str, Any]) -> NodeInfo:
     """A node as its table has it; a field of the wrong type is left out."""
-    texts = ("registry_id", "repository", "version", "download_url")
+    texts = ("registry_id", "repository", "version", "download_url", "branch")
     sources = table.get("dependency_sources")
     return NodeInfo(
         name=str(table.get("name") or key),
@@ -4123,7 +4223,7 @@ def info_from_table(key: str, table: dict[str, Any]) -> NodeInfo:
 
 def table_from_info(info: NodeInfo, old: Optional[dict[str, Any]] = None) -> dict[str, Any]:
     """The table for a node, in the order of 1.0.x: the old one's unknown keys stay."""
-    names = ("name", "registry_id", "repository", "version", "download_url", "source", "dependency_sources")
+    names = ("name", "registry_id", "repository", "version", "branch", "download_url", "source", "dependency_sources")
     ours = {name: getattr(info, name) for name in names if getattr(info, name)}
     return {**ours, **{key: value for key, value in (old or {}).items() if key not in names}}
 
@@ -4264,22 +4364,29 @@ class Draft:
 
     def change(self, edit: Callable[[str, Name, Any], str], name: Name, value: Any) -> None:
         """Make one edit, with_pair or with_table, in the text and in the data; None takes it out."""
-        self.text = edit(self.text, name, value)
-        inner = self.data
-        for part in name[:-1]:
-            inner = inner.setdefault(part, {})
-        inner.pop(name[-1], None)
-        if value is not None:
-            inner[name[-1]] = value
+        try:
+            self.text = edit(self.text, name, value)
+            inner = self.data
+            for part in name[:-1]:
+                inner = inner.setdefault(part, {})
+            inner.pop(name[-1], None)
+            if value is not None:
+                inner[name[-1]] = value
+        except (ValueError, TypeError, AttributeError):  # a number where a table is meant
+            raise self.unchangeable() from None
+
+    def unchangeable(self) -> CDEnvironmentError:
+        """The error for a text that no edit gets right."""
+        return CDEnvironmentError(
+            f"{self.path} is laid out in a way that cannot be changed piece by piece",
+            "write each node as its own table [tool.comfydock.nodes.NAME]",
+            "manifest",
+        )
 
     def save(self) -> None:
         """Write it to its real path, once it is sure that it says what is expected and nothing else."""
         if plain_data(parse_toml(self.text, self.path, self.python)) != plain_data(self.data):
-            raise CDEnvironmentError(
-                f"{self.path} is laid out in a way that cannot be changed piece by piece",
-                "write each node as its own table [tool.comfydock.nodes.NAME]",
-                "manifest",
-            )
+            raise self.unchangeable()
         real = os.path.realpath(self.path) if is_link(self.path) else self.path
         write_atomic(real, self.text.encode(), os.stat(real).st_mode & 0o777)
 
@@ -4294,6 +4401,15 @@ def plain_data(data: dict[str, Any]) -> str:
     return json.dumps(without_empty(data), sort_keys=True, default=str)
 
 
+def with_values_of(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new table, with the old one's values where they mean the same: JSON has made texts of dates."""
+
+    def same(key: str) -> bool:
+        return key in old and json.dumps(old[key], default=str) == json.dumps(new[key], default=str)
+
+    return {key: old[key] if same(key) else value for key, value in new.items()}
+
+
 def change_nodes(
     paths: EnvironmentPaths, entries: dict[str, Optional[dict[str, Any]]], python: Optional[str] = None
 ) -> None:
@@ -4306,6 +4422,8 @@ def change_nodes(
     for key, entry in entries.items():
         manifest = manifest_from(draft.data)
         old = manifest.entry(key)
+        if old and entry:
+            entry = {**entry, "table": with_values_of(old["table"], entry["table"])}
         groups: dict[str, Any] = {}
         if old:
             groups[manifest.group_name(info_from_table(key, old["table"]))] = None
@@ -4416,14 +4534,19 @@ def clone(url: str, reference: Optional[str], folder: str) -> None:
     """
     check_repository(url)
     check_reference(reference or "HEAD")
-    is_commit = bool(re.fullmatch(COMMIT, reference or ""))
-    depth = ["--no-checkout", "--filter=blob:none"] if is_commit else ["--depth=1"]
-    branch = [f"--branch={reference}"] if reference and not is_commit else []
-    options = ["--quiet", "--recurse-submodules", "--shallow-submodules", *depth, *branch]
-    git(["clone", *options, "--", url, folder], url=url)
-    if is_commit:
-        git(["checkout", "--quiet", "--detach", str(reference), "--"], folder, url)
-        git(["submodule", "--quiet", "update", "--init", "--recursive"], folder, url)
+    options = ["--quiet", "--recurse-submodules", "--shallow-submodules"]
+    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", reference or ""):
+        branch = [f"--branch={reference}"] if reference else []
+        try:
+            git(["clone", *options, "--depth=1", *branch, "--", url, folder], url=url)
+            return
+        except CDEnvironmentError:
+            if not re.fullmatch(COMMIT, reference or ""):  # else it may be a short commit, or a branch 20250101
+                raise
+            remove_tree(folder)
+    git(["clone", *options, "--no-checkout", "--filter=blob:none", "--", url, folder], url=url)
+    git(["checkout", "--quiet", "--detach", str(reference), "--"], folder, url)
+    git(["submodule", "--quiet", "update", "--init", "--recursive"], folder, url)
 
 
 def newest_release(url: str) -> Optional[str]:
@@ -4441,9 +4564,9 @@ def highest_release(tags: list[str]) -> Optional[str]:
 
 
 def version_key(version: str) -> list[tuple[int, str]]:
-    """A sort key that compares versions by their numbers: 1.10.0 is above 1.9.0, and 2.0.0 above 2.0.0-rc1."""
+    """A sort key that compares versions by their numbers: 1.10.0 is above 1.9.0, 2.0.0 between 2.0.0-rc1 and .post1."""
     parts = re.findall(r"\d+|[a-z]+", version.lower().lstrip("v").split("+")[0])
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts] + [(0, "")]
+    return [(int(part), "") if part.isdigit() else (-(part != "post"), part) for part in parts] + [(0, "")]
 
 
 def github_name(url: str) -> str:
@@ -4487,8 +4610,12 @@ class GitManager:
             write_atomic(self.ignore, self.GITIGNORE.encode(), 0o644)
         if git_path() is None:
             return False
-        git(["init", "--quiet"], self.repo_path)
-        self.commit(message)
+        try:
+            git(["init", "--quiet"], self.repo_path)
+            self.commit(message)
+        except CDEnvironmentError:
+            remove_tree(self.git_folder)  # a repository without a commit would look like one of the user's
+            raise
         return True
 
     def commit(self, message: str) -> None:
@@ -4497,7 +4624,7 @@ class GitManager:
             if git_answer(["config", name], self.repo_path) is None:
                 git(["config", name, value], self.repo_path)
         git(["add", "--all"], self.repo_path)
-        git(["-c", "commit.gpgsign=false", "commit", "--quiet", "--no-verify", "-m", message], self.repo_path)
+        git(["commit", "--quiet", "--no-gpg-sign", "--no-verify", "-m", message], self.repo_path)
 
     def hide_runtime_files(self) -> None:
         """See that git ignores our files: what .gitignore lacks goes to .git/info/exclude, which is never committed."""
@@ -4519,7 +4646,6 @@ class PipInstaller:
     """Installs packages with the environment's own pip."""
 
     trying = ["--dry-run", "--quiet"]
-    freezing = ["freeze", "--all"]
     uninstalling = ["uninstall", "--yes"]
     index_policy: list[str] = []
 
@@ -4550,9 +4676,12 @@ class PipInstaller:
         self.run([*self.uninstalling, *names])
 
     def freeze(self) -> list[str]:
-        """What is installed, as requirement lines; pip also prints the options of its configuration."""
-        lines = self.run(self.freezing).splitlines()
-        return [line for line in lines if line and (line.startswith("-e ") or line[0] not in "#-")]
+        """What is installed, as lines NAME==VERSION, wherever it came from.
+
+        `pip freeze` would name the file or folder that a package was built from, which conda's are not there any more.
+        """
+        lines = self.run(["list", "--format=freeze"]).splitlines()
+        return [line for line in lines if re.match(r"[A-Za-z0-9][\w.-]*==", line)]
 
     def run(self, words: list[str], folder: Optional[str] = None, tell: Tell = say_nothing) -> str:
         """What a command prints."""
@@ -4563,7 +4692,6 @@ class UvInstaller(PipInstaller):
     """Installs packages with uv. PyTorch's index holds old copies of other packages: uv must look at both indexes."""
 
     trying = ["--dry-run"]
-    freezing = ["freeze"]
     uninstalling = ["uninstall"]
     index_policy = ["--index-strategy", "unsafe-best-match"]
 
@@ -4595,10 +4723,21 @@ def run_installer(command: list[str], python: str, folder: Optional[str], tell: 
     """Run pip or uv. Raises CDEnvironmentError (code "packages") with its reason when it fails."""
     done = run_command(command, cwd=folder, env=package_environment(python), timeout=INSTALL_SECONDS, tell=tell)
     if "No module named pip" in done.stderr:
-        raise CDEnvironmentError(f"{python} has no pip, and uv is not installed", f"{python} -m ensurepip", "packages")
+        raise CDEnvironmentError(
+            f"{python} has no pip, and uv is not installed", f"{as_word(python)} -m ensurepip", "no-pip"
+        )
     if done.returncode != 0:
         raise CDEnvironmentError(f"packages cannot be installed: {last_words(done)}", code="packages")
     return done.stdout
+
+
+def with_interpreter(variables: dict[str, str], python: str) -> dict[str, str]:
+    """Variables as an activated environment has them: PATH begins with its folder, VIRTUAL_ENV names a venv."""
+    folder = os.path.dirname(python)
+    kept = {key: value for key, value in variables.items() if key != "VIRTUAL_ENV"}
+    kept["PATH"] = os.pathsep.join([folder, kept.get("PATH", os.defpath)])
+    venv = os.path.dirname(folder)
+    return {**kept, "VIRTUAL_ENV": venv} if os.path.exists(os.path.join(venv, "pyvenv.cfg")) else kept
 
 
 def package_environment(python: str) -> dict[str, str]:
@@ -4608,15 +4747,13 @@ def package_environment(python: str) -> dict[str, str]:
     """
     dropped = ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_REQUIRE_VIRTUALENV")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
-    folder = os.path.dirname(python)
-    venv = {"PATH": folder + os.pathsep + kept.get("PATH", ""), "VIRTUAL_ENV": os.path.dirname(folder)}
     quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-    return {**kept, **venv, **quiet, "PYTHONNOUSERSITE": "1", "PYTHONIOENCODING": "utf-8"}
+    return {**with_interpreter(kept, python), **quiet, "PYTHONNOUSERSITE": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 def package_name(line: str) -> str:
     """The normalised package name in a requirement line; the line itself when it has none."""
-    found = re.match(r"(?:-e .*[#&]egg=)?([A-Za-z0-9][A-Za-z0-9._-]*)", line)
+    found = re.match(r"([A-Za-z0-9][A-Za-z0-9._-]*)", line)
     return re.sub(r"[-_.]+", "-", found.group(1)).lower() if found else line
 
 
@@ -4628,8 +4765,9 @@ def held_packages(frozen: list[str]) -> list[str]:
 def held_index(frozen: list[str]) -> Optional[str]:
     """The index that the installed PyTorch is from, by its local version: 2.9.0+cu128 is from .../whl/cu128."""
     for line in frozen:
-        if package_name(line) == "torch" and "+" in line:
-            return torch_index(line.rsplit("+", 1)[1].strip())
+        local = re.fullmatch(r"[^+]*==[^+]*\+(cpu|cu\d+|rocm[\d.]+|xpu)", line)
+        if local and package_name(line) == "torch":
+            return torch_index(local.group(1))
     return None
 
 
@@ -4646,9 +4784,13 @@ def detect_torch_backend() -> str:
     CUDA 13 needs driver 580 or later and CUDA 12.8 driver 570 (NVIDIA's release notes).
     """
     if on_path("nvidia-smi"):
-        answer = run_command(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], timeout=30.0)
-        driver = re.match(r"\s*(\d+)", answer.stdout)
-        if answer.returncode == 0 and driver:
+        question = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            answer = run_command(question, timeout=30.0)
+            driver = re.match(r"\s*(\d+)", answer.stdout) if answer.returncode == 0 else None
+        except CDEnvironmentError:  # it hangs, or is no program for this machine
+            driver = None
+        if driver:
             return "cu130" if int(driver.group(1)) >= 580 else "cu128" if int(driver.group(1)) >= 570 else "cu126"
     return "rocm6.4" if on_path("rocminfo") else "cpu"
 
@@ -4745,7 +4887,7 @@ class Packages:
         """Run a node's install.py, whose own calls of pip are held to the same versions."""
         held = {"PIP_CONSTRAINT": self.constraints, "UV_CONSTRAINT": self.constraints, "COMFYUI_PATH": comfyui}
         variables = {**package_environment(self.python), **held}
-        done = run_command([self.python, "install.py"], folder, variables, GIT_SECONDS, tell)
+        done = run_command([self.python, "install.py"], folder, variables, INSTALL_SECONDS, tell)
         if done.returncode != 0:
             message = f"{os.path.join(folder, 'install.py')} failed: {last_words(done)}"
             raise CDEnvironmentError(message, code="install-script")
@@ -4756,20 +4898,24 @@ class Packages:
 
     def put_back(self, tell: Tell) -> None:
         """Install what was there before and remove what was not; tells the packages, and what could not be done."""
+        from functools import partial
+
         now = self.installer.freeze()
         gone = [line for line in self.before if line not in now]
         kept = {package_name(line) for line in self.before}
         new = [name for name in map(package_name, now) if name not in kept]
-        try:
-            if new:
-                self.installer.uninstall(new)
-            if gone:
-                self.installer.install(["--no-deps", "-r", self.file("before.txt", gone), *self.index])
-        except CDEnvironmentError as error:
-            tell(f"warning: packages could not all be put back ({', '.join(gone + new)}): {error.message}")
-            return
-        if gone or new:
-            tell(f"packages put back: {', '.join(gone + [f'{name} removed' for name in new])}")
+        steps = [(f"{', '.join(new)} removed", partial(self.installer.uninstall, new))] if new else []
+        for line in gone:  # one by one: what no index has any more keeps no other back
+            steps.append((line, partial(self.installer.install, [line, "--no-deps", *self.index])))
+        done = []
+        for what, step in steps:
+            try:
+                step()
+                done.append(what)
+            except CDEnvironmentError as error:
+                tell(f"warning: packages could not all be put back ({what}): {error.message}")
+        if done:
+            tell(f"packages put back: {', '.join(done)}")
 
 
 # Node sources: each can find a node by what was typed, fetch it into a folder, name the newest version, and tell what
@@ -4865,7 +5011,9 @@ class RegistrySource:
         save(archive, download(str(url), CODE_LIMIT, tell=tell))
         files = unpack(archive, folder, UNPACKED_LIMIT)
         remove_file(archive)
-        record = {"version": info.version, "files": {name: file_digest(os.path.join(folder, name)) for name in files}}
+        ours = (NODE_RECORD, ".tracking")
+        digests = {name: file_digest(os.path.join(folder, name)) for name in files if name not in ours}
+        record = {"version": info.version, "files": digests}
         write_atomic(os.path.join(folder, NODE_RECORD), json.dumps(record).encode(), 0o644)
         write_atomic(os.path.join(folder, ".tracking"), "\n".join(files).encode(), 0o644)  # ComfyUI-Manager's list
         return info
@@ -4893,9 +5041,8 @@ class RegistrySource:
         if recorded is None:
             return None
         paths = {name: os.path.join(folder, name) for name in recorded}
-        return [
-            name for name, path in paths.items() if not os.path.lexists(path) or file_digest(path) != recorded[name]
-        ]
+        same = {name for name, path in paths.items() if is_file(path) and file_digest(path) == recorded[name]}
+        return [name for name in recorded if name not in same]
 
     def files(self, folder: str) -> set[str]:
         """The files that came with the node; others are the user's."""
@@ -4925,13 +5072,17 @@ class GitSource:
             hint = f"comfydock node remove {as_word(info.name)}"
             raise CDEnvironmentError(f"the manifest names no repository for {info.name}", hint, "not-found")
         clone(info.repository, info.version, folder)
-        return info.altered(version=git(["rev-parse", "HEAD"], folder))
+        branch = git_answer(["symbolic-ref", "--quiet", "--short", "HEAD"], folder) if info.version else None
+        return info.altered(version=git(["rev-parse", "HEAD"], folder), branch=branch or info.branch)
 
     def newest(self, info: NodeInfo, tell: Tell) -> NodeInfo:
-        """The newest commit of the default branch."""
-        url = info.repository or ""
+        """The newest commit of the branch that was asked for, else of the default one."""
+        url, branch = info.repository or "", info.branch
         check_repository(url)
-        answer = git(["ls-remote", "--", url, "HEAD"], url=url).split()
+        answer = git(["ls-remote", "--", url, f"refs/heads/{branch}" if branch else "HEAD"], url=url).split()
+        if branch and not answer:
+            hint = f"comfydock node add {as_word(url)} --force"
+            raise CDEnvironmentError(f"{url} has no branch {branch} any more", hint, "not-found")
         return info.altered(version=answer[0]) if answer else info
 
     def version_in(self, folder: str) -> Optional[str]:
@@ -5061,8 +5212,13 @@ class NodeChange:
             move(source, target)
 
     def undo_moves(self) -> None:
-        """Those renames that happened, backwards. One happened when its target is there and its source is not."""
+        """Those renames that happened, backwards. One happened when its target is there and its source is not.
+
+        What is in the staging folder is whole: of a copy to it that was killed, only the source's deletion was left.
+        """
         for source, target in reversed(self.moves):
+            if os.path.lexists(target) and target.startswith(os.path.join(self.old, "")):
+                remove_tree(source)
             if os.path.lexists(target) and not os.path.lexists(source):
                 move(target, source)
 
@@ -5139,7 +5295,8 @@ class NodeManager:
                 names = sorted(entry.name for entry in entries if entry.is_dir())
         except OSError:
             return []
-        return [name for name in names if not re.match(r"\.|.*\.disabled$|__pycache__$", name, re.S)]
+        ours = [name for name in names if not re.match(r"\.|.*\.disabled$|__pycache__$", name, re.S)]
+        return [name for name in ours if not has_control(name)]  # no manifest can hold such a name
 
     def compare(self) -> EnvironmentComparison:
         """How custom_nodes differs from the manifest. Changes nothing."""
@@ -5280,8 +5437,7 @@ class NodeManager:
                 self.restore(name, report, report.installed)
             for wrong in difference.version_mismatches if correct_versions else []:
                 self.restore(wrong["name"], report, report.corrected)
-            self.install_requirements()
-            if not report.problems:
+            if self.install_requirements() and not report.problems:
                 write_atomic(self.paths.stamp, json.dumps({"stamp": self.stamp()}).encode())
         return report
 
@@ -5423,7 +5579,8 @@ class NodeManager:
         self.tell(f"fetching {info.name} {info.version or ''}".rstrip())
         info = source.fetch(info, change.new, self.tell)
         if carries and old and not is_link(change.new):
-            carry_over(folder, change.new, self.source_of(old).files(folder))
+            if not carry_over(folder, change.new, self.source_of(old).files(folder)):
+                change.keeps.append(os.path.join(change.old, os.path.basename(folder)))
         change.moves.append([change.new, os.path.join(self.custom_nodes, info.name)])
         return info
 
@@ -5500,13 +5657,23 @@ class NodeManager:
         nodes = [self.folder_of(info) for info in self.list_nodes().values() if self.source_of(info)]
         return [folder for folder in own + nodes if os.path.isdir(folder)]
 
-    def install_requirements(self) -> None:
-        """Install what ComfyUI and the nodes need and is not there."""
+    def install_requirements(self) -> bool:
+        """Install what ComfyUI and the nodes need and is not there; False where nothing can: 1.0.x made venvs by uv.
+
+        Such an environment is taken as it is: it ran before.
+        """
         folders = [folder for folder in self.requirement_folders() if node_requirements(folder, self.python).strip()]
         if not self.python or not folders:
-            return
-        with self.change() as change:
-            Packages(self.python, change.folder).install(folders, self.tell)
+            return True
+        try:
+            with self.change() as change:
+                Packages(self.python, change.folder).install(folders, self.tell)
+        except CDEnvironmentError as error:
+            if error.code != "no-pip":
+                raise
+            self.tell(f"warning: {error.message}, so its packages were not looked at")
+            return False
+        return True
 
     def is_in_line(self) -> bool:
         """Whether nothing changed since the last bring_in_line that found no problem."""
@@ -5552,9 +5719,9 @@ def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Te
     Raises CDEnvironmentError: code "exists" when there is a complete environment or a folder of somebody else; else as
     the stages do. What was made stays for the next try, without `.complete`.
     """
-    claim_place(paths)
+    claim_place(paths, None)
     with locked(paths.content_lock, 5.0, f"create {options.name}"):
-        claim_place(paths)  # another command may have completed it meanwhile
+        claim_place(paths, None)  # another command may have completed it meanwhile
         creation = Creation(paths, options, tell)
         creation.check_space()
         creation.stage("ComfyUI", creation.get_comfyui)
@@ -5567,17 +5734,30 @@ def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Te
         creation.finish()
 
 
-def claim_place(paths: EnvironmentPaths) -> None:
-    """Make the environment's folder, unless there is one that is complete or not ours."""
+def claim_place(paths: EnvironmentPaths, adopts: Optional[str]) -> None:
+    """Make the environment's folder, unless there is one that is complete, not ours, or to become another one.
+
+    `adopts` is the checkout that it is to adopt, None when it gets a ComfyUI of its own.
+    """
     if os.path.exists(paths.complete):
         raise CDEnvironmentError(f"{paths.root} already holds an environment", "choose another name", "exists")
     if os.path.exists(paths.creation):
+        if read_json(paths.creation).get("adopts") != adopts:
+            message = f"{paths.root} is an environment of another kind, whose creation was interrupted"
+            raise CDEnvironmentError(message, command_to_resume(paths), "exists")
         return
     root, cec = (os.listdir(folder) if os.path.isdir(folder) else [] for folder in (paths.root, paths.cec))
     if set(root) - {os.path.basename(paths.cec)} or not all(name.endswith(".tmp") for name in cec):
         raise CDEnvironmentError(f"{paths.root} exists and is no unfinished environment", "use another name", "exists")
     make_folder(paths.cec)
-    write_atomic(paths.creation, b"{}")
+    write_atomic(paths.creation, json.dumps({"adopts": adopts} if adopts else {}).encode())
+
+
+def command_to_resume(paths: EnvironmentPaths) -> str:
+    """What to type to go on with a creation that was interrupted."""
+    adopts = read_json(paths.creation).get("adopts")
+    name = as_word(os.path.basename(paths.root))
+    return f"comfydock create {name}" + (f" --from {as_word(adopts)}" if isinstance(adopts, str) else "")
 
 
 class Creation:
@@ -5617,7 +5797,9 @@ class Creation:
         import shutil
 
         code_only = self.options.no_install or "PyTorch" in self.done
-        needed = DISK_NEEDED["code" if code_only else "cpu" if self.options.torch_backend == "cpu" else "other"]
+        backend = self.options.torch_backend
+        backend = detect_torch_backend() if backend == "auto" and not code_only else backend
+        needed = DISK_NEEDED["code" if code_only else "cpu" if backend == "cpu" else "other"]
         free = shutil.disk_usage(self.paths.root).free // MEGABYTE
         if free < needed:
             message = f"{self.paths.root} has {free} MB free, about {needed} MB are needed"
@@ -5666,12 +5848,20 @@ class Creation:
 
     def start_history(self) -> None:
         """The manifest's git repository, where git is."""
-        GitManager(self.paths.cec).initialize_environment_repo(CREATE_MESSAGE)
+        start_history(self.paths, self.tell)
 
     def finish(self) -> None:
         """The last stage: from here on it is an environment."""
         write_atomic(self.paths.complete, b"", 0o644)
         remove_file(self.paths.creation)
+
+
+def start_history(paths: EnvironmentPaths, tell: Tell) -> None:
+    """Make the manifest's git repository, where there is a git that works: the environment does without."""
+    try:
+        GitManager(paths.cec).initialize_environment_repo(CREATE_MESSAGE)
+    except CDEnvironmentError as error:
+        tell(f"warning: no history is kept of the manifest: {error.message}")
 
 
 def fetch_comfyui(options: CreateOptions, folder: str, tell: Tell) -> Optional[str]:
@@ -5686,7 +5876,7 @@ def fetch_comfyui(options: CreateOptions, folder: str, tell: Tell) -> Optional[s
     if is_archive:
         unpack_code(source, folder, tell)
     elif is_plain:
-        copy_folder(source, folder)
+        copy_any(source, folder)
     else:
         version = fetch_repository(os.path.abspath(source) if is_folder else source, options.comfyui, folder, tell)
     if not os.path.isfile(main_script(folder)):
@@ -5785,14 +5975,17 @@ def adopt_environment(paths: EnvironmentPaths, name: str, comfyui: str, python: 
     comfyui = os.path.realpath(comfyui)
     if not os.path.isfile(main_script(comfyui)):
         raise CDEnvironmentError(f"{comfyui} holds no ComfyUI: there is no main.py", "name another folder", "not-found")
-    claim_place(paths)
+    if has_control(comfyui) or has_control(python):
+        message = f"no manifest can hold such a path: {comfyui!r}, {python!r}"
+        raise CDEnvironmentError(message, "rename the folder", "path")
+    claim_place(paths, comfyui)
     with locked(paths.content_lock, 5.0, f"create {name}"):
-        claim_place(paths)  # another command may have completed it meanwhile
+        claim_place(paths, comfyui)  # another command may have completed it meanwhile
         settings = {**code_facts(comfyui), "comfyui_path": comfyui, "python_path": python}
         write_atomic(paths.manifest, first_manifest(name, settings, [], []).encode(), 0o644)
         found = NodeManager(paths, python, tell).folders()
         change_settings(paths, {"found_nodes": found or None}, python)
-        GitManager(paths.cec).initialize_environment_repo(CREATE_MESSAGE)
+        start_history(paths, tell)
         write_atomic(paths.complete, b"", 0o644)
         remove_file(paths.creation)
     return read_manifest(paths, python)
@@ -5964,10 +6157,9 @@ def comfyui_on_port(port: int) -> ProcessRow:
         raise CDEnvironmentError(
             f"Nobody listens on port {port}, as far as this user may see.", "comfydock list", "stopped"
         )
-    argv = probe(ComfyUIConfig(DEFAULT_HOST, port), 2.0).argv or []
-    for row in holders:
-        says_the_same = bool(argv) and row.text.endswith(" ".join(argv))
-        if says_the_same and is_python(row.name) and os.path.basename(argv[0]) == "main.py":
+    for row in filter(lambda row: is_python(row.name), holders):
+        argv = probe(config_on_port(row, port), 2.0).argv or [""]
+        if os.path.basename(argv[0]) == "main.py" and ends_with_words(row, argv):
             return row
     named = ", ".join(f"{row.name}, PID {row.pid}" for row in holders)
     raise CDEnvironmentError(
@@ -5975,6 +6167,22 @@ def comfyui_on_port(port: int) -> ProcessRow:
         "comfydock list",
         "stranger",
     )
+
+
+def arguments_of(row: ProcessRow) -> list[str]:
+    """What follows main.py on the command line of a process."""
+    words = row.command
+    at = next((i for i, word in enumerate(words) if os.path.basename(word) == "main.py"), len(words))
+    return words[at + 1 :]
+
+
+def config_on_port(row: ProcessRow, port: int) -> ComfyUIConfig:
+    """Where the process that listens on `port` can be asked: its command line tells the address, and whether by TLS."""
+    try:
+        told = parse_comfyui_args(arguments_of(row))
+    except CDEnvironmentError:
+        told = ComfyUIConfig()
+    return ComfyUIConfig(told.host, port, told.tls)
 
 
 def stop_on_port(port: int, timeout: float) -> int:
@@ -6132,7 +6340,7 @@ class Environment:
     ) -> Sighting:
         if record is None:
             return self._unrecorded(None, STOPPED, "damaged" if is_damaged else "", scan)
-        place = place_of(record.identity if record.pid else record.starter.get("identity", {}))
+        place = place_of(record.holder[1])
         if place == "foreign":
             return Sighting(FOREIGN, record)
         if record.pid is None:
@@ -6144,8 +6352,7 @@ class Environment:
 
     def _intended(self, record: ProcessState, place: str, scan: Optional[Scan], lock_held: bool) -> Sighting:
         """An intent without a PID: somebody is starting ComfyUI, or was killed while starting it."""
-        starter = record.starter
-        is_alive = place == "here" and find_process(starter.get("pid"), starter.get("identity", {})) is not None
+        is_alive = place == "here" and find_process(*record.holder) is not None
         if is_alive and not lock_held:
             return Sighting(STARTING, record)
         return self._unrecorded(record, STOPPED, "interrupted", scan)
@@ -6185,38 +6392,36 @@ class Environment:
     def queue(self, timeout: float = 2.0) -> Optional[tuple[int, int]]:
         """(running, pending) prompts; None when nothing runs or it does not answer within `timeout` seconds."""
         sight = self.observe()
-        return queue_counts(self.config_of(sight), timeout) if sight.row is not None else None
+        if sight.row is None:
+            return None
+        config = self.config_of(sight)
+        answer = self._own_answer(sight, config, probe(config, timeout))
+        return queue_counts(config, timeout) if answer.kind == HEALTHY else None
 
     def config_of(self, sight: Sighting) -> ComfyUIConfig:
         """Where the ComfyUI of a sighting listens, by its arguments."""
         if sight.record is not None and sight.note != "untracked":
             args = sight.record.args
         else:
-            args = self._arguments_of(sight.row) if sight.row else []
+            args = arguments_of(sight.row) if sight.row else []
         try:
             return parse_comfyui_args(args)
         except CDEnvironmentError:
             return ComfyUIConfig()
 
-    def _arguments_of(self, row: ProcessRow) -> list[str]:
-        """What follows main.py on the command line of `row`."""
-        words = row.command
-        at = next((i for i, word in enumerate(words) if os.path.basename(word) == "main.py"), len(words))
-        return words[at + 1 :]
-
     def describe(self, sight: Sighting, answer: Answer) -> dict[str, Any]:
         """A sighting and a probe as one JSON-ready object: UTC ISO times, seconds, bytes."""
         record, row = sight.record, sight.row
         config = self.config_of(sight)
-        if row and answer.kind == STRANGER and is_port_bound(config.port, row.pid):
-            answer = Answer(GARBLED)
-        state = _state_word(sight, answer, self._script) if row else sight.state
+        answer = self._own_answer(sight, config, answer)
+        state = _state_word(sight, answer) if row else sight.state
         return {
             "name": self.name,
             "state": state,
             "note": sight.note or None,
             "demo": self.manifest.demo,
             "complete": self.is_complete,
+            "resume": None if self.is_complete else command_to_resume(self.paths),
             "pid": row.pid if row else None,
             "host": config.host if row else None,
             "port": config.port if row else None,
@@ -6229,9 +6434,18 @@ class Environment:
             "started_at": record.started_at if record else None,
             "args": record.args if record else [],
             "log": record.log_path if record else self.log_path,
-            "machine": record.identity.get("machine") if record and state == FOREIGN else None,
+            "machine": record.holder[1].get("machine") if record and state == FOREIGN else None,
             **self._last_words(record if state == CRASHED else None),
         }
+
+    def _own_answer(self, sight: Sighting, config: ComfyUIConfig, answer: Answer) -> Answer:
+        """What a probe met, now that it is known whose answer that is: another ComfyUI on our port is a stranger."""
+        row = sight.row
+        if row is None or answer.kind == HEALTHY and is_own_argv(answer.argv, row, self._script):
+            return answer
+        if answer.kind in (STRANGER, HEALTHY) and is_port_bound(config.port, row.pid):
+            return answer if answer.kind == HEALTHY else Answer(GARBLED)
+        return Answer(STRANGER) if answer.kind == HEALTHY else answer
 
     @staticmethod
     def _monitor_data(record: Optional[ProcessState]) -> Optional[dict[str, Any]]:
@@ -6253,7 +6467,8 @@ class Environment:
 
     def _last_alive(self, record: ProcessState) -> Optional[str]:
         """The last sign of life, a health check or a line in the log, as an ISO time in UTC."""
-        signs = [os.stat(record.log_path).st_mtime] if os.path.exists(record.log_path) else []
+        is_last = self._end_of_session()[1]
+        signs = [os.stat(record.log_path).st_mtime] if is_last and os.path.exists(record.log_path) else []
         try:
             signs.append(epoch_of(record.last_health_check))
         except ValueError:
@@ -6271,14 +6486,24 @@ class Environment:
             return record.log_offset if record and is_recorded else find_session(log, here.st_size)
 
     def last_error(self) -> Optional[str]:
-        """The line of this run's log that most likely says why it ended, looked for in its last 64 KB."""
+        """The line of this run's log that most likely says why it ended, looked for in the log's last 64 KB."""
+        return last_error_line(self._end_of_session()[0].decode("utf-8", "replace"))
+
+    def _end_of_session(self) -> tuple[bytes, bool]:
+        """What the last 64 KB of the log have of this run, and whether no start that was refused follows it."""
         try:
             start = self.session_offset()
             with open(self.log_path, "rb") as log:
-                log.seek(max(start, os.fstat(log.fileno()).st_size - BLOCK))
-                return last_error_line(log.read(BLOCK).decode("utf-8", "replace"))
+                begin = max(start, os.fstat(log.fileno()).st_size - BLOCK)
+                log.seek(begin)
+                piece = log.read(BLOCK)
         except OSError:
-            return None
+            return b"", True
+        mark = SESSION_MARK.encode()
+        if begin > start and piece.startswith(mark):
+            return b"", False
+        own, others, _ = piece.partition(b"\n" + mark)
+        return own, not others
 
     def note_health(self, status: str) -> None:
         """Record a health check. Left undone when another command is at work, for it is only a note."""
@@ -6311,13 +6536,9 @@ class Environment:
             return None
         if record is None:
             return None
-        pid, identity = record.pid, record.identity
-        if pid is None:
-            pid, identity = record.starter.get("pid"), record.starter.get("identity", {})
-        elsewhere = place_of(identity) == "foreign"
-        if not elsewhere and find_process(pid, identity, self._script if record.pid else None) is None:
+        if find_process(*record.holder, self._script if record.pid else None) is None:  # or it is another machine's
             return None
-        return record.port, f"environment '{self.name}' (PID {pid})"
+        return record.port, f"environment '{self.name}' (PID {record.holder[0]})"
 
     def rotate_log(self, keep: Optional[int] = None) -> bool:
         """Move the log to `.old` while ComfyUI goes on writing, losing no line; `keep` old ones stay.
@@ -6335,8 +6556,7 @@ class Environment:
             if sight.state == FOREIGN:
                 raise self._foreign(sight)
             if sight.row is None:
-                shift_old_logs(path, keep)
-                replace_file(path, rotated(path))
+                move_log(path, keep)
             else:
                 self._rotate_in_use(sight.row, self._own_record(sight.row, sight), keep)
             return True
@@ -6389,6 +6609,11 @@ class Environment:
 
     # Starting ------------------------------------------------------------------------
 
+    @staticmethod
+    def _parse_comfyui_args(args: list[str]) -> ComfyUIConfig:
+        """Where ComfyUI will listen, as its arguments say it. Raises CDEnvironmentError for a port that is none."""
+        return parse_comfyui_args(args)
+
     def run(
         self,
         args: Optional[list[str]] = None,
@@ -6398,7 +6623,7 @@ class Environment:
         take_over: bool = False,
         monitored: bool = False,
     ) -> "subprocess.CompletedProcess[str]":
-        """Start ComfyUI as a detached daemon; returns once it has outlived the first 0.25 s.
+        """Start ComfyUI as a detached daemon; returns once it has outlived its first moment (EARLY_END_SECONDS).
 
         `auto_port` takes the next free port when the asked one is in use; `set_env` are variables
         for ComfyUI, kept in the state file and repeated by `restart`; `take_over` drops the record
@@ -6464,16 +6689,16 @@ class Environment:
             record = self._adopt(row, record)
         raise CDEnvironmentError(
             f"ComfyUI is already running (PID {row.pid}, port {record.port if record else DEFAULT_PORT}).",
-            f"comfydock -e {self.name} restart",
+            f"comfydock -e {as_word(self.name)} restart",
             "running",
         )
 
     def _foreign(self, sight: Sighting) -> CDEnvironmentError:
-        machine = sight.record.identity.get("machine") or "unknown" if sight.record else "unknown"
+        machine = sight.record.holder[1].get("machine") or "unknown" if sight.record else "unknown"
         return CDEnvironmentError(
             f"Environment '{self.name}' was started on another machine or in another container ({machine});"
             " whether it still runs there cannot be seen from here.",
-            f"stop it there, or: comfydock -e {self.name} run --take-over",
+            f"stop it there, or: comfydock -e {as_word(self.name)} run --take-over",
             "foreign",
         )
 
@@ -6572,16 +6797,10 @@ class Environment:
     def _variables(self, record: ProcessState) -> dict[str, str]:
         """The environment variables ComfyUI starts with."""
         unwanted = (*DROPPED_VARIABLES, MONITOR_VARIABLE, EVENT_VARIABLE)
-        variables = {key: value for key, value in os.environ.items() if key not in unwanted}
-        folder = os.path.dirname(self.python)
-        variables["PATH"] = os.pathsep.join([folder, variables.get("PATH", os.defpath)])
-        variables["PYTHONIOENCODING"] = "utf-8"
-        variables.pop("VIRTUAL_ENV", None)
-        if os.path.exists(os.path.join(os.path.dirname(folder), "pyvenv.cfg")):
-            variables["VIRTUAL_ENV"] = os.path.dirname(folder)
-        variables.update(record.env)
-        variables[RUN_ID_VARIABLE] = record.run_id or ""
-        return variables
+        inherited = {key: value for key, value in os.environ.items() if key not in unwanted}
+        inherited.pop("PYTHONUNBUFFERED", None)  # ComfyUI wraps its streams: what it prints would be held back longer
+        ours = {"PYTHONIOENCODING": "utf-8", **record.env, RUN_ID_VARIABLE: record.run_id or ""}
+        return {**with_interpreter(inherited, self.python), **ours}
 
     @staticmethod
     def dropped_variables() -> list[str]:
@@ -6617,7 +6836,7 @@ class Environment:
         self._put_back(previous if code == 2 else record)
         raise CDEndedError(
             f"ComfyUI ended at once ({exit_words(code)})" + (f": {reason}" if reason else "."),
-            f"comfydock -e {self.name} logs",
+            f"comfydock -e {as_word(self.name)} logs",
             code,
         )
 
@@ -6633,7 +6852,7 @@ class Environment:
         if not self._is_ours(run_id, record):
             raise CDEnvironmentError(
                 f"PID {row.pid} runs this ComfyUI ({self._checkout}), but environment '{self.name}' did not start it.",
-                f"comfydock -e {self.name} repair --orphan",
+                f"comfydock -e {as_word(self.name)} repair --orphan",
                 "stranger",
             )
         return self.adopt(row, record, run_id)
@@ -6642,7 +6861,7 @@ class Environment:
         """Write the record of a ComfyUI process of this checkout. The caller holds the process lock."""
         if record is None or not run_id or record.run_id != run_id:
             began = utc_words(row.created) if row.created is not None else utc_now()
-            args = self._arguments_of(row)
+            args = arguments_of(row)
             record = ProcessState(row.pid, DEFAULT_HOST, DEFAULT_PORT, args, began, self.log_path, run_id=run_id)
         config = self.config_of(Sighting(RUNNING, record, row))
         record.pid, record.host, record.port = row.pid, config.host, config.port
@@ -6680,7 +6899,7 @@ class Environment:
 
         Raises CDEnvironmentError, with a hint that names --no-sync, when something could not be put right.
         """
-        hint = f"comfydock -e {self.name} run --no-sync  (starts it as it is)"
+        hint = f"comfydock -e {as_word(self.name)} run --no-sync  (starts it as it is)"
         try:
             if self.nodes.is_in_line() or self.is_running():  # what runs is not changed: `run` will refuse
                 return SyncReport()
@@ -6775,7 +6994,7 @@ class Environment:
         except OSError as error:
             raise CDEnvironmentError(
                 f"ComfyUI was stopped, but its record {self.paths.state} cannot be removed: {error.strerror}.",
-                f"comfydock -e {self.name} status",
+                f"comfydock -e {as_word(self.name)} status",
                 "system",
             ) from error
 
@@ -6791,14 +7010,14 @@ class Environment:
         sight = self.observe(lock_held=lock_held)
         if sight.state == STARTING:
             raise CDEnvironmentError(
-                f"ComfyUI starts in environment '{self.name}'.", f"comfydock -e {self.name} stop", "running"
+                f"ComfyUI starts in environment '{self.name}'.", f"comfydock -e {as_word(self.name)} stop", "running"
             )
         if sight.state == FOREIGN:
             raise self._foreign(sight)
         if sight.row is not None:
             raise CDEnvironmentError(
                 f"ComfyUI runs in environment '{self.name}' (PID {sight.row.pid}).",
-                f"comfydock -e {self.name} stop",
+                f"comfydock -e {as_word(self.name)} stop",
                 "running",
             )
 
@@ -6815,7 +7034,7 @@ class Environment:
         """The error of a state file that is no record."""
         return CDEnvironmentError(
             f"The state file of environment '{self.name}' is damaged, its ComfyUI is not running: {self.paths.state}",
-            f"comfydock -e {self.name} run",
+            f"comfydock -e {as_word(self.name)} run",
             "damaged",
         )
 
@@ -6903,7 +7122,7 @@ class Environment:
             if present is not None and present.pid != os.getpid():
                 raise CDEnvironmentError(
                     f"ComfyUI is already running (PID {row.pid}), and a monitor watches it (PID {present.pid}).",
-                    f"comfydock -e {self.name} restart",
+                    f"comfydock -e {as_word(self.name)} restart",
                     "running",
                 )
             record = self._own_record(row, sight)
@@ -6922,11 +7141,14 @@ class Environment:
         with os.fdopen(reader, "rb") as answers, os.fdopen(writer, "wb") as answering:
             command = [*own_command(), "--monitor", self.paths.root]  # the word is for people who look at the processes
             variables = {**os.environ, MONITOR_VARIABLE: json.dumps(task)}
+            variables.pop(RUN_ID_VARIABLE, None)  # in a shell that a ComfyUI started: it is none of that one's family
             process = create_background_process(command, self.workspace_paths.root, answering, variables)
             answering.close()
             release(process)
             said = answers.read()
         reply = parse_reply(said)
+        if "exit_code" in reply:
+            raise CDEndedError(reply["error"]["message"], reply["error"]["hint"], reply["exit_code"])
         if reply.get("error"):
             raise CDEnvironmentError(**reply["error"])
 
@@ -6949,7 +7171,7 @@ class Environment:
         if sight.record is None and sight.row is None and read_state(self.paths.last_run) is None:
             raise CDEnvironmentError(
                 f"Cannot restart: ComfyUI not running in environment '{self.name}', and it never was.",
-                f"comfydock -e {self.name} run",
+                f"comfydock -e {as_word(self.name)} run",
                 "stopped",
             )
         make_folder(os.path.dirname(self.log_path))
@@ -6972,21 +7194,24 @@ class Environment:
             time.sleep(0.02)
 
 
-def _state_word(sight: Sighting, answer: Answer, script: str) -> str:
+def _state_word(sight: Sighting, answer: Answer) -> str:
     """The state of a live process: running once ComfyUI answers, starting while nobody listens yet."""
     row, record = sight.row, sight.record
-    if answer.kind == HEALTHY and is_own_argv(answer.argv, script):
+    if answer.kind == HEALTHY:
         return RUNNING
     was_healthy = record is not None and record.health_status == HEALTHY
     is_young = row is not None and row.age() < START_GRACE and row.state != "stopped"
     return STARTING if is_young and answer.kind not in (SILENT, GARBLED) and not was_healthy else UNRESPONSIVE
 
 
-def is_own_argv(argv: Optional[list[str]], script: str) -> bool:
-    """Whether the command line that a server says it has can be of a ComfyUI started from `script`."""
-    if not argv or not os.path.isabs(argv[0]):
-        return True
-    return same_path(argv[0], script)
+def ends_with_words(row: ProcessRow, words: list[str]) -> bool:
+    """Whether the command line of a process ends with what its server says of it: all that follows the interpreter."""
+    return row.text.endswith(" " + " ".join(words))
+
+
+def is_own_argv(argv: Optional[list[str]], row: ProcessRow, script: str) -> bool:
+    """Whether the command line that a server says it has can be that of our process `row`, started from `script`."""
+    return not argv or ends_with_words(row, argv) or os.path.isabs(argv[0]) and same_path(argv[0], script)
 
 
 def exit_code_of(pid: int) -> Optional[int]:
@@ -7253,6 +7478,8 @@ def demo_server() -> None:  # noqa: C901  # a whole program
 
     def is_foreign(host: str, origin: str) -> bool:
         """Whether a browser page from elsewhere asks a loopback server: ComfyUI's rule; it resolves names, too."""
+        if not origin:
+            return False
         to, by = urllib.parse.urlsplit("//" + host.lower()), urllib.parse.urlsplit(origin.lower())
         asked = (to.hostname if by.port is None else to.netloc) or ""
         asker = (by.hostname if to.port is None else by.netloc) or asked
@@ -7535,7 +7762,8 @@ class Workspace:
         names = ", ".join(environment.name for environment in environments[:8]) + (
             ", ..." if len(environments) > 8 else ""
         )
-        hint = f"comfydock -e {environments[0].name} COMMAND, or choose once: comfydock use {environments[0].name}"
+        first = as_word(environments[0].name)
+        hint = f"comfydock -e {first} COMMAND, or choose once: comfydock use {first}"
         raise CDEnvironmentError(f"Which environment? There are {len(environments)}: {names}.", hint, "unknown")
 
     def environment_of(self, folder: str) -> Optional[Environment]:
@@ -7565,16 +7793,18 @@ class Workspace:
         if not os.path.isfile(main_script(checkout)):
             raise CDEnvironmentError(f"{checkout} is no ComfyUI checkout: it has no main.py.", "", "missing")
         present = self._adopter_of(checkout)
-        if present is not None and name in (None, present.name):
+        if present is not None and present.is_complete and name in (None, present.name):
             return present if python is None else self._with_python(present, python)
-        if present is not None:  # one process a checkout: two environments would take each other's
+        if present is not None and name not in (None, present.name):  # one process a checkout: they would mix theirs up
             raise CDEnvironmentError(
-                f"{checkout} is environment '{present.name}' already.", f"comfydock -e {present.name} status", "exists"
+                f"{checkout} is environment '{present.name}' already.",
+                f"comfydock -e {as_word(present.name)} status",
+                "exists",
             )
-        name = name or self._free_name(made_valid(_folder_title(checkout)))
+        name = name or (present.name if present else self._free_name(made_valid(_folder_title(checkout))))
         require_new_name(name)
         environment = self._environment(name)
-        if os.path.isdir(environment.paths.cec):
+        if os.path.isdir(environment.paths.cec) and not os.path.exists(environment.paths.creation):
             raise CDEnvironmentError(f"Environment '{name}' exists already.", f"comfydock -e {name} status", "exists")
         interpreter = working_python(python or find_checkout_python(checkout))
         self._change_settings()
@@ -7670,7 +7900,7 @@ class Workspace:
     def tracker_of(self, pid: int) -> Optional[Environment]:
         """The environment whose record names the living process `pid`, or None."""
         for environment in self.list_environments():
-            sight = environment.observe(scan={})
+            sight = observe_or_say(environment, {})
             if sight.row is not None and sight.row.pid == pid:
                 return environment
         return None
@@ -7751,7 +7981,7 @@ def working_python(path: str) -> str:
 def find_checkout_python(checkout: str) -> str:
     """The Python of an existing checkout: a venv in or beside it, the portable build's, or the active conda's.
 
-    Raises CDEnvironmentError when there is none.
+    Of several the first that has PyTorch. Raises CDEnvironmentError when there is none.
     """
     parent = os.path.dirname(checkout)
     places = [venv_python(os.path.join(folder, name)) for folder in (checkout, parent) for name in (".venv", "venv")]
@@ -7759,14 +7989,23 @@ def find_checkout_python(checkout: str) -> str:
     conda = os.environ.get("CONDA_PREFIX")
     if conda:
         places += [os.path.join(conda, "bin", "python"), os.path.join(conda, "python.exe")]
-    found = next((place for place in places if os.access(place, os.X_OK)), None)
-    if found is None:
+    found = [place for place in places if os.access(place, os.X_OK)]
+    if not found:
         raise CDEnvironmentError(
             f"No Python was found for {checkout} (looked for .venv, venv, python_embeded and conda).",
-            f"comfydock create NAME --from {checkout} --python PATH",
+            f"comfydock create NAME --from {as_word(checkout)} --python PATH",
             "missing",
         )
-    return found
+    return found[0] if len(found) == 1 else next(filter(has_torch, found), found[0])
+
+
+def has_torch(python: str) -> bool:
+    """Whether an interpreter would find PyTorch; importing it takes seconds."""
+    words = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
+    try:
+        return bool(run_command([python, "-c", words], timeout=60).returncode == 0)
+    except CDEnvironmentError:
+        return False
 
 
 def select_workspace(chosen: Optional[str], named: bool, folder: str) -> Workspace:
@@ -7825,6 +8064,8 @@ def start_and_answer(workspace: Workspace, task: dict[str, Any]) -> bool:
             environment.run(task["args"], monitored=True, **task["options"])
     except CDEnvironmentError as error:
         reply = {"error": {"message": error.message, "hint": error.hint, "code": error.code}}
+        if isinstance(error, CDEndedError):
+            reply["exit_code"] = error.exit_code
     except OSError as error:
         reply = {"error": {"message": f"{error.filename}: {error.strerror}", "hint": "", "code": "system"}}
     except Exception as error:  # who waits at the pipe must hear of it
@@ -7945,6 +8186,10 @@ class Monitor:
         try:
             return self.environment.restart_after_crash(run_id, self.note)
         except CDEndedError as error:  # a crash like any other
+            if error.exit_code == 2:  # the record is then still that of the former run
+                self.note["gave_up"] = f"it could not be started again: {error}"
+                self.environment.note_monitor(run_id, self.note)
+                return False
             self.record = self.environment._read_state()
             return self._restart(self.record.run_id if self.record else None, error.exit_code)
         except (CDEnvironmentError, OSError) as error:
@@ -8051,6 +8296,7 @@ SIGNS = {  # sign -> (in ASCII, colour)
     "🧹": (">", None),
     "🔍": (">", None),
 }
+CONTROLS = {code: " " for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}  # can drive a terminal
 PLAIN = str.maketrans({sign: plain for sign, (plain, _) in SIGNS.items()})
 WORDS = "run|stop|restart|status|list|logs|node|use|create|delete|init|repair|completion|help|COMMAND"
 TYPED = rf"(?<![\w./\\-])comfydock (?=(?:{WORDS})(?:\W|$)|-e |--workspace )"  # a command that a line shows
@@ -8283,6 +8529,7 @@ class Console:
                 self.err.flush()
 
     def _put(self, stream: "Any", text: str) -> None:
+        text = text.translate(CONTROLS)  # names of strangers may be in it
         text = self._coloured(stream, self._typed(text)) if stream is not self.out or not self.json_mode else text
         encoding = getattr(stream, "encoding", None) or "utf-8"
         try:
@@ -8379,7 +8626,8 @@ def how_called(argv: list[str]) -> str:
         is_found = os.path.normcase(folder) in map(os.path.normcase, os.get_exec_path())
         return "comfydock" if is_found and name.startswith("comfydock") else as_word(script)
     original = getattr(sys, "orig_argv", None) or [os.path.basename(sys.executable or "python3")]
-    python = "python3" if len(original[0]) > 20 else original[0]
+    is_short = len(original[0]) <= 20 or IS_WINDOWS or not on_path("python3")  # a venv's path says little, and is long
+    python = as_word(original[0]) if is_short else "python3"
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)  # Python 3.9 has no orig_argv
     if "-m" in original[1:3] or spec is not None and spec.name == "comfydock":
         return f"{python} -m comfydock"
@@ -8439,7 +8687,7 @@ def status_words(data: dict[str, Any]) -> Iterator[str]:
         yield "⚠️  Environment needs repair: comfydock repair"
         yield from difference_lines(data["difference"])
     if not data["complete"]:
-        yield f"⚠ Not complete: its creation was interrupted (comfydock create {data['name']} goes on)."
+        yield f"⚠ Not complete: its creation was interrupted ({data['resume']} goes on)."
 
 
 def _status_line(data: dict[str, Any]) -> str:
@@ -8529,7 +8777,7 @@ def _list_status(item: dict[str, Any]) -> str:
     if state in LIVE_STATES and item["pid"]:
         queue = item["queue"]
         busy = f", {queue_words(queue['running'], queue['pending'])}" if queue and any(queue.values()) else ""
-        watched = ", monitored" if item["monitor"] and item["monitor"]["alive"] else ""
+        watched = {True: ", monitored", False: ", ⚠ its monitor is gone"}.get((item["monitor"] or {}).get("alive"), "")
         sign = "✓" if state == RUNNING else "⚠"
         words = {RUNNING: "running", STARTING: "starting", UNRESPONSIVE: "not responding"}[state]
         return f"({sign} {words} on {item['url']}, PID {item['pid']}{busy}{watched})" + (
@@ -8683,7 +8931,7 @@ def made_known(console: Console, args: Arguments, environment: Environment) -> E
     trace(f"environment '{environment.name}' at {environment.paths.root}")
     trace(f"processes are read by {type(process_table()).__name__}")
     console.environment = environment.name
-    console.chosen = f" -e {environment.name}" if args.env or args.demo else ""
+    console.chosen = f" -e {as_word(environment.name)}" if args.env or args.demo else ""
     return environment
 
 
@@ -8697,6 +8945,8 @@ def selected(console: Console, args: Arguments) -> Environment:
 
 def run(console: Console, args: Arguments) -> Report:
     """Start ComfyUI, and stay with it when asked to."""
+    parse_comfyui_args(args.comfyui_args)  # before anything is made or changed
+    stays = stays_in_foreground(args)
     environment = environment_to_run(console, args)
     what = "the built-in demo" if environment.manifest.demo else "ComfyUI"
     console.say(f"🎮 Starting {what} in environment: {environment.name}")
@@ -8710,7 +8960,7 @@ def run(console: Console, args: Arguments) -> Report:
         "set_env": args.set_env,
         "take_over": args.take_over,
     }
-    if args.foreground or os.getpid() == 1:
+    if stays:
         return run_in_foreground(console, environment, args.comfyui_args, options)
     is_watched = args.monitor and may_only_watch(environment, args.comfyui_args)
     try:
@@ -8733,13 +8983,27 @@ def run(console: Console, args: Arguments) -> Report:
     return report
 
 
+def stays_in_foreground(args: Arguments) -> bool:
+    """Whether `run` streams the log until ComfyUI ends: when told to, and always as PID 1, with which a container ends.
+
+    Raises CDEnvironmentError when PID 1 was given what is for the background.
+    """
+    if os.getpid() != 1:
+        return bool(args.foreground)
+    for name in ("json", "monitor", "wait"):
+        if getattr(args, name) not in (None, False):
+            message = f"As PID 1 'run' stays in the foreground, so it has no --{name}."
+            raise CDEnvironmentError(message, "comfydock run", "usage")
+    return True
+
+
 def may_only_watch(environment: Environment, words: list[str]) -> bool:
     """Whether a monitor would take on a ComfyUI that runs. Raises CDEnvironmentError when it should get `words`."""
     sight = environment.observe()
     if sight.row is not None and words:
         raise CDEnvironmentError(
             f"ComfyUI is already running (PID {sight.row.pid}), so it cannot be given other arguments.",
-            f"comfydock -e {environment.name} run --monitor",
+            f"comfydock -e {as_word(environment.name)} run --monitor",
             "running",
         )
     return sight.row is not None
@@ -8794,7 +9058,7 @@ def warn_before_start(console: Console, environment: Environment, args: Argument
     folder = environment.folder_open_to_others()
     if folder is not None:
         console.warn(f"Other users may write into {folder}, and so change what runs here: chmod o-w '{folder}'")
-    careless = None if args.foreground or os.getpid() == 1 else careless_init()
+    careless = None if stays_in_foreground(args) else careless_init()
     if careless is not None:
         console.warn(
             f"PID 1 here ({careless[:60]}) is no init: ended processes stay listed, and all ends when it does."
@@ -8874,7 +9138,7 @@ def last_lines(environment: Environment, count: int) -> bytes:
         start = environment.session_offset()
         with open(environment.log_path, "rb") as log:
             end = os.fstat(log.fileno()).st_size
-            log.seek(last_lines_offset(log, count, start, end))
+            log.seek(last_lines_offset(log, count, start, end)[0])
             return log.read(1 << 20)
     except OSError:
         return b""
@@ -9163,12 +9427,18 @@ def repair_content(console: Console, args: Arguments, environment: Environment) 
         "problems": [],
     }
     difference = environment.nodes.compare()
+    if not (args.yes or args.remove_untracked) and track_found(console, environment, difference.found_nodes):
+        done["tracked"], difference = difference.found_nodes, environment.nodes.compare()
     if difference.is_synced and not (args.remove_untracked and difference.found_nodes):
         report = environment.nodes.bring_in_line(force=True)
         return {**done, "synced": not report.problems, "problems": report.problems}
     console.result("\n⚠️  Environment needs repair:")
     for line in difference_lines(difference_data(difference)):
         console.say(line)
+    if args.remove_untracked and difference.found_nodes:
+        console.say(
+            f"   • {len(difference.found_nodes)} nodes from before the adoption: {', '.join(difference.found_nodes)}"
+        )
     if not (args.yes or agreed(console, "Put this right?", "comfydock repair -y")):
         return {**done, "problems": ["Nothing was changed."]}
     if difference.interrupted:  # what an addition that was broken off left is no node that somebody put there
@@ -9182,6 +9452,17 @@ def repair_content(console: Console, args: Arguments, environment: Environment) 
     done.update(installed=report.installed, corrected=report.corrected, problems=report.problems)
     offer_restart(console, args, environment, "The environment was repaired")
     return done
+
+
+def track_found(console: Console, environment: Environment, names: list[str]) -> bool:
+    """Have the nodes that were there at the adoption written into the manifest, if a terminal says so."""
+    few = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    question = f"{len(names)} custom nodes are from before the adoption ({few}). Track them in the manifest?"
+    if not names or not console.ask(question, False):
+        return False
+    for name in names:
+        environment.nodes.track(name)
+    return True
 
 
 def track(console: Console, args: Arguments, environment: Environment, name: str) -> bool:
@@ -9270,7 +9551,7 @@ def delete(console: Console, args: Arguments) -> Report:
 
 def init(console: Console, args: Arguments) -> Report:
     """Set up a workspace elsewhere."""
-    workspace = Workspace(os.path.expanduser(args.path)) if args.path else Workspace(args.workspace)
+    workspace = select_workspace(args.path or args.workspace, True, current_folder())
     made = workspace.initialize()
     return Report({"workspace": workspace.paths.root, "made": made})
 
@@ -9437,11 +9718,11 @@ def last_of_spans(spans: "list[tuple[str, int, int]]", count: int) -> "list[tupl
     chosen: "list[tuple[str, int, int]]" = []
     for path, start, end in reversed(spans):
         with open(path, "rb") as log:
-            offset = last_lines_offset(log, count, start, end)
-            chosen.insert(0, (path, offset, end))
-            if offset > start or count <= 0:
-                break
-            count -= count_lines(log, start, end)
+            offset, found = last_lines_offset(log, count, start, end)
+        chosen.insert(0, (path, offset, end))
+        count -= found
+        if count <= 0:
+            break
     return chosen
 
 
@@ -9516,28 +9797,26 @@ def show_version(console: Console, args: Arguments) -> Report:
 # The only room that names argparse: a literal table of commands, and what walks it to read words and to write help.
 
 
+@dataclass
 class Option:
-    """An option of comfydock: a switch without `metavar`, else with a value, which `bare` lets one leave out."""
+    """An option of comfydock: a switch without `metavar`, else with a value, which `bare` lets one leave out.
 
-    def __init__(
-        self,
-        flags: str,
-        text: str,
-        metavar: str = "",
-        kind: "Callable[[str], Any]" = str,
-        default: Any = None,
-        bare: Any = None,
-        repeated: bool = False,
-        completes: str = "",
-    ) -> None:
-        self.flags = flags.split()
-        self.text = text
-        self.metavar = metavar
-        self.kind = kind
-        self.default = default
-        self.bare = bare
-        self.repeated = repeated
-        self.completes = completes  # what a shell offers as its value: see VALUES
+    `spelled` are its flags, `completes` what a shell offers as its value: see VALUES.
+    """
+
+    spelled: str
+    text: str
+    metavar: str = ""
+    kind: Callable[[str], Any] = str
+    default: Any = None
+    bare: Any = None
+    repeated: bool = False
+    completes: str = ""
+
+    @property
+    def flags(self) -> list[str]:
+        """How it may be typed."""
+        return self.spelled.split()
 
     @property
     def name(self) -> str:
@@ -9563,32 +9842,23 @@ class Option:
             raise ValueError(f"{flag} takes {self.metavar}, not '{text}'") from None
 
 
+@dataclass
 class Command:
-    """A command: its name, what runs it, how its report reads, its options, and examples that can be typed."""
+    """A command: its name, what runs it, how its report reads, its options, and examples that can be typed.
 
-    def __init__(
-        self,
-        name: str,
-        summary: str,
-        act: "Callable[[Console, Arguments], Report]",
-        words: "Callable[[dict[str, Any]], Iterator[str]]",
-        options: "tuple[Option, ...]" = (),
-        operands: "tuple[tuple[str, str], ...]" = (),
-        passes_on: bool = False,
-        has_json: bool = True,
-        examples: "tuple[str, ...]" = (),
-        completes: str = "",
-    ) -> None:
-        self.name = name
-        self.summary = summary
-        self.act = act
-        self.words = words
-        self.options = options
-        self.operands = operands
-        self.passes_on = passes_on
-        self.has_json = has_json
-        self.examples = examples
-        self.completes = completes  # what a shell offers as an operand: see VALUES
+    `completes` is what a shell offers as an operand: see VALUES.
+    """
+
+    name: str
+    summary: str
+    act: Callable[[Console, Arguments], Report]
+    words: Callable[[dict[str, Any]], Iterator[str]]
+    options: tuple[Option, ...] = ()
+    operands: tuple[tuple[str, str], ...] = ()
+    passes_on: bool = False
+    has_json: bool = True
+    examples: tuple[str, ...] = ()
+    completes: str = ""
 
 
 def is_number(text: str) -> bool:
@@ -10366,28 +10636,13 @@ EXCLUDE_EACH_OTHER = (
 
 
 def finish(command: Command, args: Arguments) -> "tuple[Command, Arguments]":
-    """What depends on more than one word: help, version, things that exclude each other."""
-    by_name = {entry.name: entry for entry in COMMANDS}
+    """The command that is meant: help and version may stand behind any. Raises CDEnvironmentError with code "usage"."""
     if args.version:
         return Command("version", "", show_version, text_words), args
     if args.help or command.name == "help":
-        topic = " ".join(args.command) if command.name == "help" else command.name
-        if topic and topic not in by_name:
-            raise unknown_command(topic)
-        args.help_text = build_parser(by_name[topic]).format_help().rstrip() if topic else overview()
-        return by_name["help"], args
-    for name, _ in command.operands:
-        if not name.startswith("[") and not args.comfyui_args:
-            raise CDEnvironmentError(
-                f"'{command.name}' needs {name.rstrip('.')}.", f"comfydock help {command.name}", "usage"
-            )
-    for one, other in EXCLUDE_EACH_OTHER:
-        refuse_together(command, args, one, other)
-    refuse_alone(command, args, "dry_run", "port")
-    refuse_alone(command, args, "keep", "rotate")
-    if args.json and (not command.has_json or args.foreground):
-        what = "run --foreground" if command.has_json else command.name
-        raise CDEnvironmentError(f"'{what}' streams a log, so it has no --json.", f"comfydock {what}", "usage")
+        args.help_text = help_text_of(" ".join(args.command) if command.name == "help" else command.name)
+        return COMMANDS[-1], args
+    check(command, args)
     if command.name == "run":
         args.set_env = dict(args.set_env)
     if command.name == "completion":
@@ -10395,18 +10650,48 @@ def finish(command: Command, args: Arguments) -> "tuple[Command, Arguments]":
     return command, args
 
 
+def check(command: Command, args: Arguments) -> None:
+    """Raises CDEnvironmentError with code "usage" for what is missing, or does not go together."""
+    for name, _ in command.operands:
+        if not name.startswith("[") and not args.comfyui_args:
+            raise CDEnvironmentError(f"'{command.name}' needs {name.rstrip('.')}.", help_hint(command), "usage")
+    if args.env is not None and command.name in ("use", "create", "delete"):
+        raise CDEnvironmentError(f"'{command.name}' takes the name without -e.", help_hint(command), "usage")
+    for one, other in EXCLUDE_EACH_OTHER:
+        refuse_together(command, args, one, other)
+    refuse_alone(command, args, "dry_run", "port")
+    refuse_alone(command, args, "keep", "rotate")
+    if args.json and (not command.has_json or args.foreground):
+        what = "run --foreground" if command.has_json else command.name
+        raise CDEnvironmentError(f"'{what}' streams a log, so it has no --json.", f"comfydock {what}", "usage")
+
+
+def help_text_of(topic: str) -> str:
+    """The help of a command, of several that begin with one word, or of the whole. Raises CDEnvironmentError."""
+    if not topic:
+        return overview()
+    command = next((entry for entry in COMMANDS if entry.name == topic), None)
+    if command is not None:
+        return build_parser(command).format_help().rstrip()
+    group = [entry for entry in COMMANDS if entry.name.startswith(f"{topic} ")]
+    if not group:
+        raise unknown_command(topic)
+    lines = [f"  {entry.name:12} {entry.summary}" for entry in group]
+    return "\n".join([*lines, "", f"  comfydock help {group[0].name}   all options of a command"])
+
+
 def refuse_alone(command: Command, args: Arguments, one: str, other: str) -> None:
     """Raises CDEnvironmentError when the first option was given without the second, which it belongs to."""
     if getattr(args, one) not in (None, False) and not getattr(args, other):
         flags = [name.replace("_", "-") for name in (one, other)]
-        raise CDEnvironmentError(f"--{flags[0]} needs --{flags[1]}.", f"comfydock help {command.name}", "usage")
+        raise CDEnvironmentError(f"--{flags[0]} needs --{flags[1]}.", help_hint(command), "usage")
 
 
 def refuse_together(command: Command, args: Arguments, one: str, other: str) -> None:
     """Raises CDEnvironmentError when both options were given."""
     if getattr(args, one) and getattr(args, other):
         flags = " and ".join("--" + name.replace("_dir", "").replace("_", "-") for name in (one, other))
-        raise CDEnvironmentError(f"{flags} exclude each other.", f"comfydock help {command.name}", "usage")
+        raise CDEnvironmentError(f"{flags} exclude each other.", help_hint(command), "usage")
 
 
 def build_parser(command: Command) -> "argparse.ArgumentParser":
@@ -10506,7 +10791,7 @@ def answer(console: Console, words: list[str]) -> int:
     command, args = parse(words)
     console.quiet, console.colour = args.quiet, args.color
     console.where = f" --workspace {as_word(args.workspace)}" if args.workspace else ""
-    streams = not command.has_json or args.foreground
+    streams = args.foreground or not command.has_json and not args.rotate
     with traced(console.trace) if args.verbose else nullcontext():
         with nullcontext() if streams else console.ticking(command.name):
             report = command.act(console, args)

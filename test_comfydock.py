@@ -742,6 +742,14 @@ class TheRecordIsTrustedOnlyWhenItIsOne(unittest.TestCase):
 
 
 class RecordsAreDataclasses(unittest.TestCase):
+    def test_a_record_tells_how_it_is_made(self):
+        import inspect
+
+        parameters = inspect.signature(dock.NodeInfo).parameters
+        self.assertEqual(list(parameters)[:2], ["name", "registry_id"])
+        self.assertIs(parameters["registry_id"].default, None)
+        self.assertIs(parameters["name"].default, inspect.Parameter.empty)
+
     """The module has a stand-in for the decorator, which the real one must not be told from."""
 
     def records(self):
@@ -780,7 +788,7 @@ class RecordsAreDataclasses(unittest.TestCase):
 
     def test_a_class_may_be_derived_from_a_record(self):
         more = dataclasses.dataclass(type("More", (dock.NodeInfo,), {"__annotations__": {"stars": int}, "stars": 0}))
-        self.assertEqual(list(dataclasses.asdict(more("pack", stars=5)))[-2:], ["dependency_sources", "stars"])
+        self.assertEqual(list(dataclasses.asdict(more("pack", stars=5)))[-2:], ["branch", "stars"])
         plain = type("Plain", (dock.NodeInfo,), {})
         self.assertEqual(plain("pack"), plain("pack"))
         self.assertNotEqual(plain("pack"), dock.NodeInfo("pack"))
@@ -799,6 +807,15 @@ class RecordsAreDataclasses(unittest.TestCase):
         ]
         for make in wrong:
             self.assertRaisesRegex(TypeError, "NodeInfo|ComfyUIConfig", make)
+
+
+class WhoARecordStandsOn(unittest.TestCase):
+    def test_it_is_comfyui_or_until_there_is_one_its_starter(self):
+        record = dock.ProcessState.from_dict(PLANS_STATE)
+        record.identity, record.starter = {"machine": "m"}, {"pid": 7, "identity": {"machine": "s"}}
+        self.assertEqual(record.holder, (12345, {"machine": "m"}))
+        record.pid = None
+        self.assertEqual(record.holder, (7, {"machine": "s"}))
 
 
 class WordsForPeople(unittest.TestCase):
@@ -871,6 +888,15 @@ class WordsForPeople(unittest.TestCase):
 
 
 class FindingTheWorkspace(unittest.TestCase):
+    def test_the_folder_of_the_comfydock_that_used_docker_is_left_alone(self):
+        home = temporary_folder(self)
+        write(os.path.join(home, ".comfydock", "environments.json"), "[]")
+        names = {"HOME": home, "USERPROFILE": home, "COMFYDOCK_HOME": ""}
+        with unittest.mock.patch.dict(os.environ, names):
+            self.assertEqual(dock.default_workspace(), os.path.join(home, "comfydock"))
+            os.makedirs(os.path.join(home, ".comfydock", "environments"))
+            self.assertEqual(dock.default_workspace(), os.path.join(home, ".comfydock"))
+
     def setUp(self):
         self.home = temporary_folder(self)
         self.enterContext_(unittest.mock.patch.dict(os.environ, {"HOME": self.home, "USERPROFILE": self.home}))
@@ -2168,6 +2194,19 @@ def stats(argv=None):
 
 
 class ProbesKnowWhatAnswers(unittest.TestCase):
+    def test_an_address_of_ipv6_stands_in_brackets(self):
+        asked = []
+
+        @contextlib.contextmanager
+        def connected(config, host, deadline):
+            asked.append(host)
+            yield unittest.mock.Mock(recv=lambda size: b"", sendall=asked.append)
+
+        with unittest.mock.patch.object(dock, "_connected", connected), self.assertRaises(ValueError):
+            dock.http_get(dock.ComfyUIConfig("::", 8188), "/", 1)
+        self.assertEqual(asked[0], "::1")
+        self.assertIn(b"\r\nHost: [::1]:8188\r\n", asked[1])
+
     def probe(self, answer, timeout=0.5):
         with listening(answer=answer) as port:
             began = time.monotonic()
@@ -2228,6 +2267,12 @@ class ProbesKnowWhatAnswers(unittest.TestCase):
 
 
 class TheQueueIsCounted(unittest.TestCase):
+    def test_what_is_no_number_of_prompts_is_no_answer(self):
+        for number in ("Infinity", "NaN", '"x"', "[]"):
+            body = b'{"exec_info": {"queue_remaining": %s}}' % number.encode()
+            with listening(answer=saying(b"HTTP/1.0 200 OK\r\n\r\n" + body)) as port, self.subTest(number=number):
+                self.assertIsNone(dock.queue_counts(dock.ComfyUIConfig("127.0.0.1", port), 2))
+
     def counts(self, *answers):
         """What is counted at a server that says each of `answers` once, then nothing."""
         left = list(answers)
@@ -2446,6 +2491,14 @@ class DownloadTest(InWorkshop):
 
 
 class WritingIsAllOrNothing(unittest.TestCase):
+    @unittest.skipUnless(LINUX, "needs /proc/self/fd")
+    def test_what_is_no_file_costs_no_handle(self):
+        folder = temporary_folder(self)
+        before = os.listdir("/proc/self/fd")
+        for _ in range(5):
+            self.assertRaises(OSError, dock.read_small, folder)
+        self.assertEqual(len(os.listdir("/proc/self/fd")), len(before))
+
     def setUp(self):
         self.folder = temporary_folder(self)
         self.path = os.path.join(self.folder, "state")
@@ -2634,7 +2687,7 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
     def tail(self, data, count, floor=0):
         Path(self.path).write_bytes(data)
         with open(self.path, "rb") as file:
-            return data[dock.last_lines_offset(file, count, floor, len(data)) :]
+            return data[dock.last_lines_offset(file, count, floor, len(data))[0] :]
 
     def test_last_lines_at_every_block_border(self):
         for size in (1, 7, dock.BLOCK - 1, dock.BLOCK, dock.BLOCK + 1, 3 * dock.BLOCK):
@@ -2688,9 +2741,9 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
         Path(self.path).write_bytes(b"x" * 100)
         with unittest.mock.patch.object(os, "replace", side_effect=PermissionError("in use")):
             with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: False):
-                self.assertRaises(PermissionError, dock._move_log, self.path)
+                self.assertRaises(PermissionError, dock.move_log, self.path, 1)
             with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
-                dock._move_log(self.path)
+                dock.move_log(self.path, 1)
         self.assertEqual((read_bytes(self.path), read_bytes(self.path + ".old")), (b"", b"x" * 100))
 
     @unittest.skipUnless(LINUX, "needs /dev/full")
@@ -2701,13 +2754,50 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
 
     def test_a_start_never_fails_for_rotation(self):
         Path(self.path).write_bytes(b"x" * 100)
-        with unittest.mock.patch.object(dock, "_move_log", side_effect=OSError("no")):
+        with unittest.mock.patch.object(dock, "move_log", side_effect=OSError("no")):
             dock.rotate_at_start(self.path, limit=1)
         self.assertEqual(os.path.getsize(self.path), 100)
 
     def drained(self, follower):
         """All that a follower has to show now; a change of logs costs it a look or two."""
         return b"".join(follower.read() for _ in range(4))
+
+    def test_two_rotations_between_two_looks_lose_nothing(self):
+        Path(self.path).write_bytes(b"=== first\na\n")
+        follower = dock.LogFollower(self.path, 0)
+        self.assertEqual(self.drained(follower), b"=== first\na\n")
+        with open(self.path, "ab") as file:
+            file.write(b"b\n")
+        for text in (b"=== second\n", b"=== third\n"):
+            dock.move_log(self.path, 3)
+            Path(self.path).write_bytes(text)
+        self.assertEqual(self.drained(follower) + self.drained(follower), b"b\n=== second\n=== third\n")
+
+    def test_a_start_keeps_as_many_old_logs_as_there_are(self):
+        for end, text in (("", b"now"), (".old", b"before"), (".old.2", b"long ago")):
+            Path(self.path + end).write_bytes(text)
+        dock.rotate_at_start(self.path, limit=1)
+        self.assertEqual([read_bytes(path) for path in dock.old_logs(self.path)], [b"before", b"now"])
+
+    def test_only_what_a_rotation_names_is_an_old_log(self):
+        for end in ("", ".old", ".old.1", ".old.02", ".old.3", ".old.x", ".older", ".old.\u0662"):
+            Path(self.path + end).write_bytes(b"x")
+        self.assertEqual(dock.old_logs(self.path), [self.path + ".old.3", self.path + ".old"])
+
+    def test_the_last_lines_of_several_logs_are_counted_over_their_borders(self):
+        Path(self.path + ".old").write_bytes(b"1\n2\n3\n")
+        Path(self.path).write_bytes(b"4\n5")
+        spans = [(path, 0, os.path.getsize(path)) for path in (self.path + ".old", self.path)]
+        for count, shown in (
+            (1, b"5"),
+            (2, b"4\n5"),
+            (3, b"3\n4\n5"),
+            (4, b"2\n3\n4\n5"),
+            (9, b"1\n2\n3\n4\n5"),
+            (0, b""),
+        ):
+            parts = [read_bytes(path)[start:end] for path, start, end in dock.last_of_spans(spans, count)]
+            self.assertEqual(b"".join(parts), shown, count)
 
     def test_following_survives_growth_rename_and_truncation(self):
         Path(self.path).write_bytes(b"one\n")
@@ -2900,18 +2990,92 @@ class RemovalTest(InWorkshop):
         self.assertEqual(os.listdir(self.folder), ["models"])
         self.assertEqual(read_bytes(self.precious), b"years")
 
+    @unittest.skipIf(WINDOWS, "folders have no modes there")
+    def test_a_folder_inside_is_made_writable_but_never_the_one_around_all(self):
+        inner = os.path.join(self.folder, "inner")
+        file = os.path.join(inner, "file")
+        write(file, "x")
+        for folder in (inner, self.folder):
+            os.chmod(folder, 0o500)
+        dock.unlock_and_retry(inner, os.unlink, file, PermissionError("no"))
+        self.assertFalse(os.path.exists(file))
+        self.assertTrue(os.stat(inner).st_mode & stat.S_IWUSR)
+        self.assertFalse(os.stat(self.folder).st_mode & stat.S_IWUSR)
+        os.chmod(self.folder, 0o700)
+
+    def test_what_cannot_be_renamed_is_copied_whole_and_then_deleted(self):
+        source, target = os.path.join(self.folder, "source"), os.path.join(self.folder, "target")
+        write(os.path.join(source, "inner", "file"), "x")
+        real = os.rename
+
+        def rename(old, new):
+            if old == source:
+                raise OSError(errno.EXDEV, "another disk")
+            real(old, new)
+
+        with unittest.mock.patch.object(os, "rename", rename):
+            dock.move(source, target)
+            self.assertEqual((tree(target), os.path.lexists(source)), ({"inner/file": b"x"}, False))
+            shelf = os.path.join(self.folder, "shelf")
+            write(os.path.join(source, "file"), "y")
+            self.assertEqual(tree(dock.move_aside(source, shelf)), {"file": b"y"})
+        self.assertEqual(sorted(os.listdir(self.folder)), ["models", "shelf", "target"])
+
+    def test_a_move_that_was_killed_between_copy_and_deletion_is_taken_back(self):
+        change = dock.NodeChange(os.path.join(self.folder, "staging"))
+        node, new = os.path.join(self.folder, "node"), change.new
+        former = os.path.join(change.old, "node")
+        change.moves = [[node, former], [new, node]]
+        write(os.path.join(former, "a"), "whole")
+        write(os.path.join(former, "b"), "whole")
+        write(os.path.join(node, "b"), "left over")
+        write(os.path.join(new, "c"), "new")
+        change.undo_moves()
+        self.assertEqual(tree(node), {"a": b"whole", "b": b"whole"})
+
+    @unittest.skipIf(WINDOWS, "needs mkfifo")
+    def test_what_cannot_be_copied_is_named_in_one_sentence(self):
+        source = os.path.join(self.folder, "source")
+        write(os.path.join(source, "file"), "x")
+        for target, words in (
+            (os.path.join(source, "in"), "into itself"),
+            (os.path.join(self.folder, "t"), "pipe cannot be"),
+        ):
+            if words != "into itself":
+                os.mkfifo(os.path.join(source, "pipe"))
+            with self.assertRaises(dock.CDEnvironmentError) as caught:
+                dock.copy_any(source, target)
+            self.assertIn(words, caught.exception.message)
+            self.assertNotIn("[", caught.exception.message)
+
+    @needs_links
+    def test_files_are_carried_over_beside_what_is_new_and_never_through_its_links(self):
+        old, new, outside = (os.path.join(self.folder, name) for name in ("old", "new", "outside"))
+        for name in ("mine.txt", "theirs.txt", "data/mine.txt", "deep/er/mine.txt"):
+            write(os.path.join(old, name), "mine")
+        write(os.path.join(new, "new.txt"), "new")
+        os.mkdir(outside)
+        self.assertTrue(dock.carry_over(old, new, {"theirs.txt"}))
+        self.assertEqual(sorted(tree(new)), ["data/mine.txt", "deep/er/mine.txt", "mine.txt", "new.txt"])
+        for place in ("data", "deep"):
+            shutil.rmtree(os.path.join(new, place))
+        os.symlink(outside, os.path.join(new, "data"))
+        write(os.path.join(new, "deep", "er"), "a file")
+        self.assertFalse(dock.carry_over(old, new, {"theirs.txt"}))
+        self.assertEqual(os.listdir(outside), [])
+
     def test_a_file_that_may_not_be_deleted_is_made_deletable_first(self):
         file = os.path.join(self.folder, "object")
         write(file, "x")
         refusal = PermissionError("read-only")
         with self.assertRaises(PermissionError):  # a listing is tried again by who asked for the removal
-            dock.unlock_and_retry(os.scandir, self.folder, refusal)
+            dock.unlock_and_retry(self.folder, os.scandir, self.folder, refusal)
         with self.assertRaises(OSError):
-            dock.unlock_and_retry(os.unlink, file, OSError(errno.EIO, "broken"))
+            dock.unlock_and_retry(self.folder, os.unlink, file, OSError(errno.EIO, "broken"))
         os.chmod(file, 0)
-        dock.unlock_and_retry(os.unlink, file, refusal)
+        dock.unlock_and_retry(self.folder, os.unlink, file, refusal)
         self.assertFalse(os.path.exists(file))
-        dock.unlock_and_retry(os.unlink, file, FileNotFoundError())
+        dock.unlock_and_retry(self.folder, os.unlink, file, FileNotFoundError())
 
     @needs_links
     def test_to_delete_a_link_nothing_is_changed_behind_it(self):
@@ -2919,7 +3083,7 @@ class RemovalTest(InWorkshop):
         os.symlink(self.precious, link)
         os.chmod(self.precious, 0o444)
         with self.assertRaises(PermissionError):
-            dock.unlock_and_retry(os.unlink, link, PermissionError("no"))
+            dock.unlock_and_retry(self.folder, os.unlink, link, PermissionError("no"))
         self.assertEqual(stat.S_IMODE(os.stat(self.precious).st_mode), 0o444)
 
     def test_a_file_in_use_is_tried_again_and_then_named(self):
@@ -3248,6 +3412,46 @@ class ManifestTest(InWorkshop):
 
 
 @needs_git
+class OddManifests(unittest.TestCase):
+    """Valid TOML that one seldom sees."""
+
+    def setUp(self):
+        self.paths = dock.EnvironmentPaths(os.path.join(temporary_folder(self), "e"))
+
+    def changed(self, text, info):
+        write(self.paths.manifest, text)
+        table = dock.table_from_info(info, dock.read_manifest(self.paths).tables.get(info.name))
+        dock.change_nodes(self.paths, {info.name: {"table": table, "requirements": []}})
+        return Path(self.paths.manifest).read_text(encoding="utf-8")
+
+    def test_keys_are_read_with_every_escape(self):
+        cases = [
+            ('"a b"', "a b"), ("'a b'", "a b"), ("plain-1", "plain-1"), ('"\\U0001F600"', "\U0001F600"), ('"a\tb"', "a\tb"),
+            ('"\\u00e9"', "\u00e9"), ('"\\\\U0001F600"', "\\U0001F600"),
+        ]  # fmt: skip
+        for key, read in cases:
+            with self.subTest(key=key):
+                self.assertEqual(dock.key_text(key), read)
+                self.assertEqual([item.name for item in dock.toml_statements(f"{key} = 1\n")], [(read,)])
+
+    def test_a_date_of_the_users_stays_one(self):
+        text = (
+            '[tool.comfydock.nodes.pack]\nname = "pack"\nsource = "git"\nversion = "1"\nadded = 2024-05-01T10:00:00Z\n'
+        )
+        if dock.toml_module() is None:
+            self.skipTest("no TOML reader here")
+        said = self.changed(text, dock.NodeInfo("pack", version="2", source="git"))
+        self.assertIn('version = "2"', said)
+        self.assertRegex(said, r"(?m)^added = 2024-05-01T10:00:00(Z|\+00:00)$")
+
+    def test_a_number_where_a_table_is_meant_is_refused_in_one_sentence(self):
+        for text in ("[tool]\ncomfydock = 3\n", "tool = 3\n"):
+            with self.subTest(text=text), self.assertRaises(dock.CDEnvironmentError) as caught:
+                self.changed(text, dock.NodeInfo("pack", source="git"))
+            self.assertEqual(caught.exception.code, "manifest")
+            self.assertEqual(Path(self.paths.manifest).read_text(encoding="utf-8"), text)
+
+
 class GitTest(InWorkshop):
     """GitManager and what git may be given."""
 
@@ -3282,6 +3486,28 @@ class GitTest(InWorkshop):
         self.assertEqual(
             read_bytes(os.path.join(self.cec, ".git", "info", "exclude")).split().count(b".comfyui.state"), 1
         )
+
+    def test_a_git_that_does_not_work_leaves_no_half_of_a_repository(self):
+        with unittest.mock.patch.object(
+            dock.GitManager, "commit", side_effect=dock.CDEnvironmentError("broken .gitconfig")
+        ):
+            said = []
+            dock.start_history(dock.EnvironmentPaths(os.path.dirname(self.cec)), said.append)
+        self.assertIn("broken .gitconfig", said[0])
+        self.assertFalse(os.path.exists(os.path.join(self.cec, ".git")))
+        dock.start_history(dock.EnvironmentPaths(os.path.dirname(self.cec)), said.append)
+        self.assertEqual((len(said), git(self.cec, "log", "--format=%s")), (1, dock.CREATE_MESSAGE))
+
+    def test_a_branch_may_look_like_a_commit(self):
+        repository = make_repository("dated", {"a": "1"})
+        commits = [commit(repository, {"a": "2"})]
+        git(repository, "checkout", "--quiet", "-b", "20250101")
+        commits.append(commit(repository, {"a": "3"}))
+        for reference, content in (("20250101", b"3"), (commits[0], b"2"), (commits[0][:10], b"2"), (None, b"3")):
+            folder = os.path.join(self.cec, f"of-{reference}")
+            with self.subTest(reference=reference):
+                dock.clone(repository, reference, folder)
+                self.assertEqual(read_bytes(os.path.join(folder, "a")), content)
 
     def test_without_git_there_is_still_the_ignore_file(self):
         with unittest.mock.patch.object(dock, "git_path", return_value=None):
@@ -3548,7 +3774,7 @@ class DeleteTest(InWorkshop):
     @needs_git
     def test_of_two_that_adopt_under_one_name_the_second_is_refused(self):
         paths = dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
-        caught, looked, real = [], threading.Event(), dock.claim_place
+        caught, looked, real, checkout = [], threading.Event(), dock.claim_place, self.checkout()
 
         def look(*words):
             real(*words)
@@ -3556,11 +3782,11 @@ class DeleteTest(InWorkshop):
 
         def adopt():
             try:
-                dock.adopt_environment(paths, "env", self.checkout(), sys.executable, lambda line: None)
+                dock.adopt_environment(paths, "env", checkout, sys.executable, lambda line: None)
             except dock.CDEnvironmentError as error:
                 caught.append(error.code)
 
-        write(paths.creation, "{}")
+        write(paths.creation, json.dumps({"adopts": os.path.realpath(checkout)}))
         with unittest.mock.patch.object(dock, "claim_place", look), dock.locked(paths.content_lock, 1, "create env"):
             second = threading.Thread(target=adopt)
             second.start()
@@ -3873,6 +4099,44 @@ class ChangeTest(NodeCase):
             self.assertEqual(read_bytes(os.path.join(self.nodes, name, "__init__.py")), b"2")
         self.assertEqual(list(tree(self.paths.removed).values()).count(b"mine"), 2)
 
+    def test_a_git_node_stays_on_the_branch_that_was_asked_for(self):
+        repository = make_repository("Branched", {"__init__.py": "main"})
+        git(repository, "checkout", "--quiet", "-b", "dev")
+        commit(repository, {"__init__.py": "dev"})
+        git(repository, "checkout", "--quiet", "main")
+        self.manager.add_node(f"{repository}@dev")
+        self.assertEqual(self.manager.list_nodes()["Branched"].branch, "dev")
+        self.assertFalse(self.manager.update_node("Branched").changed)
+        for _ in range(2):  # the second from a clone at a commit
+            git(repository, "checkout", "--quiet", "dev")
+            newest = commit(repository, {"__init__.py": "dev again"})
+            git(repository, "checkout", "--quiet", "main")
+            self.assertEqual(self.manager.update_node("Branched").new_version, newest)
+        self.assertEqual(read_bytes(os.path.join(self.nodes, "Branched", "__init__.py")), b"dev again")
+        git(repository, "branch", "-D", "dev")
+        self.failing("has no branch dev any more", self.manager.update_node, "Branched")
+        self.manager.add_node(repository, force=True)
+        self.assertIsNone(self.manager.list_nodes()["Branched"].branch)
+
+    def test_a_file_of_the_users_whose_name_the_new_version_takes_is_kept(self):
+        Workshop.registry.publish("taker", "1.0.0", {"__init__.py": "1"})
+        self.manager.add_node("taker")
+        write(os.path.join(self.nodes, "taker", "config.json"), "mine")
+        Workshop.registry.publish("taker", "2.0.0", {"__init__.py": "2", "config.json": "theirs"})
+        self.assertTrue(self.manager.update_node("taker").changed)
+        self.assertEqual(read_bytes(os.path.join(self.nodes, "taker", "config.json")), b"theirs")
+        self.assertIn(b"mine", tree(self.paths.removed).values())
+
+    def test_what_an_archive_brings_along_of_the_managers_is_no_change_of_the_users(self):
+        Workshop.registry.publish("tracked", "1.0.0", {"__init__.py": "1", ".tracking": "x"})
+        self.manager.add_node("tracked")
+        folder, info = os.path.join(self.nodes, "tracked"), self.manager.list_nodes()["tracked"]
+        self.assertEqual(dock.RegistrySource().changes(folder, info), [])
+        os.remove(os.path.join(folder, "__init__.py"))
+        os.mkdir(os.path.join(folder, "__init__.py"))
+        self.assertEqual(dock.RegistrySource().changes(folder, info), ["__init__.py"])
+        self.assertEqual(self.manager.remove_node("tracked").filesystem_action, "moved")
+
     def test_local_commits_count_as_changes(self):
         repository = make_repository("Committed", {"__init__.py": "1"})
         self.manager.add_node(repository)
@@ -4125,6 +4389,85 @@ class OddMachines(unittest.TestCase):
     def setUp(self):
         self.folder = temporary_folder(self)
 
+    def test_versions_are_compared_by_their_numbers(self):
+        versions = ["1.9.0", "1.10.0", "2.0.0-rc1", "2.0.0", "2.0.0.post1", "2.0.1"]
+        self.assertEqual(sorted(reversed(versions), key=dock.version_key), versions)
+
+    def test_packages_are_listed_by_name_and_version_wherever_they_came_from(self):
+        installer = dock.PipInstaller("python")
+        said = "torch==2.9.0+cu128\nnumpy==2.1.0\nmine==0.1\n[notice] a newer pip\n"
+        with unittest.mock.patch.object(installer, "run", return_value=said) as asked:
+            self.assertEqual(installer.freeze(), ["torch==2.9.0+cu128", "numpy==2.1.0", "mine==0.1"])
+        asked.assert_called_once_with(["list", "--format=freeze"])
+
+    def test_the_index_of_pytorch_is_told_by_a_backend_alone(self):
+        for line, index in (
+            ("torch==2.9.0+cu128", "https://download.pytorch.org/whl/cu128"),
+            ("torch==2.9.0+rocm6.4", "https://download.pytorch.org/whl/rocm6.4"),
+            ("torch==2.9.0+cpu", "https://download.pytorch.org/whl/cpu"),
+            ("torch==2.5.0a0+872d972e41.nv24.8", None),
+            ("torch==2.9.0", None),
+            ("torch @ file:///home/me+You/x.whl", None),
+        ):
+            with self.subTest(line=line):
+                self.assertEqual(dock.held_index([line]), index)
+
+    def test_one_package_that_cannot_be_put_back_keeps_no_other(self):
+        packages = object.__new__(dock.Packages)
+        packages.before, packages.index = ["gone==1", "here==1"], []
+        packages.installer, said = unittest.mock.Mock(), []
+        packages.installer.freeze.return_value = ["new==1"]
+        packages.installer.uninstall.side_effect = dock.CDEnvironmentError("no")
+        packages.put_back(said.append)
+        installed = [call.args[0][0] for call in packages.installer.install.call_args_list]
+        self.assertEqual(installed, ["gone==1", "here==1"])
+        self.assertEqual(said, ["warning: packages could not all be put back (new removed): no",
+                                "packages put back: gone==1, here==1"])  # fmt: skip
+
+    def test_where_nothing_can_install_an_environment_is_taken_as_it_is(self):
+        paths, said = dock.EnvironmentPaths(os.path.join(self.folder, "e")), []
+        write(paths.manifest, '[tool.comfydock]\ntorch_backend = "cpu"\n')
+        write(os.path.join(paths.comfyui, "requirements.txt"), "aiohttp\n")
+        os.makedirs(os.path.join(paths.comfyui, "custom_nodes"))
+        manager = dock.NodeManager(paths, sys.executable, said.append)
+        with unittest.mock.patch.object(
+            dock, "Packages", side_effect=dock.CDEnvironmentError("no pip, no uv", code="no-pip")
+        ):
+            self.assertEqual(manager.bring_in_line(force=True).problems, [])
+        self.assertIn("warning: no pip, no uv, so its packages were not looked at", said)
+        self.assertFalse(os.path.exists(paths.stamp))
+        with unittest.mock.patch.object(
+            dock, "Packages", side_effect=dock.CDEnvironmentError("broken", code="packages")
+        ):
+            self.assertRaises(dock.CDEnvironmentError, manager.bring_in_line, force=True)
+
+    @unittest.skipIf(WINDOWS, "a script as a program")
+    def test_of_several_pythons_the_one_with_pytorch_is_taken(self):
+        checkout = os.path.join(self.folder, "ComfyUI")
+        places = [dock.venv_python(os.path.join(checkout, name)) for name in (".venv", "venv")]
+        for place, code in zip(places, (1, 0)):
+            write(place, f"#!/bin/sh\nexit {code}\n")
+            os.chmod(place, 0o755)
+        self.assertEqual(dock.find_checkout_python(checkout), places[1])
+        write(places[1], "#!/bin/sh\nexit 1\n")
+        self.assertEqual(dock.find_checkout_python(checkout), places[0])
+
+    @unittest.skipIf(WINDOWS, "names are no bytes there")
+    def test_a_folder_whose_name_is_no_text_is_no_node_and_a_checkout_of_such_a_name_is_refused(self):
+        checkout = os.path.join(self.folder, "ComfyUI")
+        nodes = os.path.join(checkout, "custom_nodes")
+        for name in (b"good", b"caf\xe9"):
+            os.makedirs(os.path.join(os.fsencode(nodes), name))
+        write(os.path.join(checkout, "main.py"), "")
+        workspace = dock.Workspace(os.path.join(self.folder, "w"))
+        environment = workspace.adopt(checkout, "a", sys.executable)
+        self.assertEqual(environment.manifest.found_nodes, ["good"])
+        odd = os.path.join(os.fsencode(self.folder), b"caf\xe9")
+        os.rename(os.fsencode(checkout), odd)
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            workspace.adopt(os.fsdecode(odd), "b", sys.executable)
+        self.assertEqual(caught.exception.code, "path")
+
     @unittest.skipIf(WINDOWS, "a script as a program")
     def test_the_backend_of_pytorch_follows_the_graphics_card_and_its_driver(self):
         program = os.path.join(self.folder, "nvidia-smi")
@@ -4136,6 +4479,7 @@ class OddMachines(unittest.TestCase):
                 ("echo 535.1", "cu126"),
                 ("echo 'no devices were found'", "cpu"),
                 ("echo 580; exit 9", "cpu"),
+                ("exec /nowhere/at/all", "cpu"),
             ):
                 write(program, f"#!/bin/sh\n{says}\n")
                 os.chmod(program, 0o755)
@@ -4327,9 +4671,14 @@ class EndingAProcess(Stage):
             dock.CDEnvironmentError(**error)
 
     def test_a_server_elsewhere_is_not_ours(self):
-        for argv, ours in ((None, True), (["main.py"], True), ([self.script], True), ([self.script + "x"], False)):
+        row = dock.ProcessRow(1, command=[sys.executable, self.script, "--cpu"])
+        cases = [(None, True), ([self.script, "--cpu"], True), ([self.script], True), (["main.py", "--cpu"], False),
+                 ([self.script + "x"], False), (["main.py"], False)]  # fmt: skip
+        for argv, ours in cases:
             with self.subTest(argv=argv):
-                self.assertEqual(dock.is_own_argv(argv, self.script), ours)
+                self.assertEqual(dock.is_own_argv(argv, row, self.script), ours)
+        by_hand = dock.ProcessRow(1, command=["python", "main.py", "--cpu"])
+        self.assertTrue(dock.is_own_argv(["main.py", "--cpu"], by_hand, self.script))
 
 
 # ======================================================================================================================
@@ -4828,6 +5177,47 @@ class MakingAWorkspace(unittest.TestCase):
             function(*words)
         return caught.exception.message
 
+    def test_an_adoption_that_was_interrupted_goes_on_and_becomes_nothing_else(self):
+        checkout = os.path.join(self.folder, "ComfyUI")
+        write(os.path.join(checkout, "main.py"), "")
+        os.makedirs(os.path.join(checkout, "custom_nodes", "pack"))
+        workspace = dock.Workspace(os.path.join(self.folder, "w"))
+        for broken in ("change_settings", "start_history"):
+            with unittest.mock.patch.object(dock, broken, side_effect=KeyboardInterrupt):
+                with self.assertRaises(KeyboardInterrupt):
+                    workspace.adopt(checkout, "a", sys.executable)
+            environment = workspace.get_environment("a")
+            self.assertFalse(environment.is_complete)
+            command = f"comfydock create a --from {dock.as_word(os.path.realpath(checkout))}"
+            self.assertEqual(environment.report()["resume"], command)
+            said = self.refusal(workspace.create, dock.CreateOptions("a", no_install=True), lambda line: None)
+            self.assertIn("of another kind", said)
+        for name in ("a", None):
+            environment = workspace.adopt(checkout, name, sys.executable)
+            self.assertEqual((environment.name, environment.manifest.found_nodes), ("a", ["pack"]))
+            self.assertTrue(environment.is_complete)
+            self.assertIsNone(environment.report()["resume"])
+
+    def test_no_name_is_made_that_cannot_be_opened(self):
+        for name in ("a..b", "..", ".a", "a/b", "a.", "con", "a b"):
+            with self.subTest(name=name):
+                self.assertIn("cannot name an environment", self.refusal(dock.require_new_name, name))
+
+    def test_the_record_of_another_machine_takes_no_port_here(self):
+        workspace = dock.Workspace(os.path.join(self.folder, "w"))
+        environment = workspace.demo()
+        record = dock.ProcessState(77, "127.0.0.1", 8188, [], dock.utc_now(), environment.log_path)
+        record.identity = {"machine": "another"}
+        patch = unittest.mock.patch.object(dock, "machine_id", return_value="this one")
+        patch.start()
+        self.addCleanup(patch.stop)
+        dock.write_state(environment.paths.state, record)
+        self.assertEqual((environment.observe().state, environment.claimed_port()), (dock.FOREIGN, None))
+        record.pid, record.phase, record.starter = None, dock.STARTING, {"pid": 77, "identity": record.identity}
+        record.identity = {}
+        dock.write_state(environment.paths.state, record)
+        self.assertEqual((environment.report()["machine"], environment.claimed_port()), ("another", None))
+
     def test_it_is_made_once_and_only_of_an_empty_folder(self):
         empty = dock.Workspace(os.path.join(self.folder, "new"))
         self.assertEqual([empty.initialize(), empty.initialize()], [True, False])
@@ -5054,6 +5444,12 @@ class AfterACrash(unittest.TestCase):
         self.assertFalse(dock.Monitor(watched).goes_on(1))
         self.assertIn("6 crashes", watched.notes[0][1]["gave_up"])
 
+    def test_arguments_that_comfyui_refuses_are_not_tried_again(self):
+        watched = Watched(dock.CDEndedError("unrecognized arguments", "", 2), True)
+        self.assertFalse(dock.Monitor(watched).goes_on(1))
+        self.assertIn("unrecognized arguments", watched.notes[0][1]["gave_up"])
+        self.assertEqual(watched.starts, [True])
+
     def test_what_cannot_start_is_given_up_with_the_reason(self):
         for trouble in (dock.CDEnvironmentError("port 8188 is in use"), OSError("port 8188 is in use")):
             watched = Watched(trouble)
@@ -5086,6 +5482,11 @@ class Cp437(io.StringIO):
 
 
 class TheConsoleSpeaksPlainly(unittest.TestCase):
+    def test_what_could_drive_a_terminal_is_not_said(self):
+        out = io.StringIO()
+        dock.Console(out, None, None).result("PID 7 is \x1b[31mEVIL\x1b]0;x\x07, \x9b2J a\tb\r")
+        self.assertEqual(out.getvalue(), "PID 7 is  [31mEVIL ]0;x ,  2J a\tb \n")
+
     def test_signs_become_ascii_where_the_stream_can_do_no_better(self):
         out = Cp437()
         dock.Console(out, None, None).say("✓ ComfyUI • über 日本")
@@ -6243,6 +6644,86 @@ class WhatUsersMet(Journey):
         self.assertEqual((done.returncode, said["ok"], said["error"]["code"]), (1, False, "timeout"), done.stderr)
         self.assertEqual((said["data"]["pid"], said["data"]["ready"]), (self.person.state()["pid"], False))
 
+    def test_help_of_several_commands_is_a_list_of_them(self):
+        done = self.person.types("help", "node")
+        self.assertEqual((done.returncode, done.stdout.count("\n  node ")), (0, 3), done.stderr)
+
+    def test_a_port_that_is_none_makes_nothing(self):
+        for words in (("--demo", "--port", "0"), ("--port", "70000")):
+            self.assertClear(self.person.types("run", *words, cwd=self.person.checkout(parent=words[-1])), 2, "port")
+        self.assertFalse(os.path.exists(self.person.workspace))
+
+    def test_the_name_of_a_new_environment_is_no_option(self):
+        for command in ("create", "use", "delete"):
+            self.assertClear(self.person.types(command, "x", "-e", "y"), 2, "takes the name without -e")
+
+    def test_a_workspace_in_the_home_folder_may_be_named_with_a_tilde(self):
+        self.assertEqual(self.person.types("init", "--workspace=~/other").returncode, 0)
+        self.assertTrue(os.path.isdir(os.path.join(self.person.home, "other", ".metadata")))
+
+    def test_a_start_that_was_refused_does_not_change_the_story_of_the_crash_before(self):
+        data = self.run_demo()
+        with open(data["log"], "a", encoding="utf-8") as log:
+            log.write("Traceback (most recent call last):\n  x\nValueError: the real reason\n")
+        dock.signal_process(data["pid"], "kill")
+        eventually(lambda: not alive(data["pid"]))
+        before = self.person.status()
+        self.assertEqual(before["last_error"], "ValueError: the real reason")
+        self.assertEqual(self.ends_at_once("--bogus").returncode, 1)
+        after = self.person.status()
+        self.assertEqual((after["state"], after["last_error"]), (dock.CRASHED, before["last_error"]))
+        self.assertLessEqual(after["last_alive"], before["last_alive"])
+
+    @unittest.skipIf(WINDOWS, "whoever starts a monitor there is not told by a marker")
+    def test_a_monitor_belongs_to_no_family_of_the_shell_it_was_typed_in(self):
+        self.run_demo("--monitor", COMFYDOCK_RUN_ID="another")
+        monitor = dock.process_table().row(self.person.state()["monitor"]["pid"])
+        self.assertNotEqual(dock.run_id_of(monitor), "another")
+
+    def test_a_monitored_start_that_fails_shows_the_last_lines(self):
+        done = self.ends_at_once("--monitor", "--wait", "--bogus")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("unrecognized arguments: --bogus", done.stderr.partition("comfydock: ")[0])
+
+    @unittest.skipUnless(LINUX, "needs /proc")
+    def test_comfyui_is_not_made_to_hold_back_what_it_says(self):
+        data = self.start_demo(PYTHONUNBUFFERED="1")
+        self.assertNotIn(b"PYTHONUNBUFFERED=", Path(f"/proc/{data['pid']}/environ").read_bytes())
+
+    def test_another_comfyui_on_our_port_is_not_taken_for_ours(self):
+        checkout = self.person.checkout()
+        data = self.start_demo(COMFYDOCK_DEMO_START_SECONDS="60")
+        for script in ("main.py", os.path.join(checkout, "main.py")):
+            body = {"system": {"argv": [script, "--port", str(data["port"])]}, "devices": []}
+            text = json.dumps(body).encode()
+            answer = saying(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(text), text))
+            with self.subTest(script=script), listening(data["port"], answer):
+                told = self.person.status()
+                self.assertEqual((told["state"], told["answer"], told["queue"]), (dock.STARTING, dock.STRANGER, None))
+                self.assertIn("Another program answers on port", self.person.types("status").stdout)
+                self.assertIsNone(self.environment_of_person().queue())
+
+    @unittest.skipIf(WINDOWS, "no pseudo-terminals on Windows")
+    def test_nodes_from_before_an_adoption_are_offered_for_tracking(self):
+        checkout = self.person.checkout()
+        os.makedirs(os.path.join(checkout, "custom_nodes", "pack"))
+        self.assertEqual(self.person.types("create", "a", "--from", checkout, "--python", sys.executable).returncode, 0)
+        for answer, tracked in ((b"\n", []), (b"y\n", ["pack"])):
+            code, said = self.person.at_a_terminal("repair", answers=[answer])
+            self.assertIn("1 custom nodes are from before the adoption (pack)", said)
+            nodes = json.loads(self.person.types("node", "list", "--json").stdout)["data"]["nodes"]
+            self.assertEqual((code, [item["name"] for item in nodes]), (0, tracked), said)
+
+    def test_as_pid_1_what_is_for_the_background_is_refused(self):
+        words = [("--json",), ("--monitor",), ("--wait",)]
+        with unittest.mock.patch.object(os, "getpid", return_value=1):
+            for flags in words:
+                _, args = dock.parse(["run", "--demo", *flags])
+                with self.subTest(flags=flags), self.assertRaises(dock.CDEnvironmentError) as caught:
+                    dock.stays_in_foreground(args)
+                self.assertEqual(caught.exception.code, "usage")
+            self.assertTrue(dock.stays_in_foreground(dock.parse(["run", "--demo"])[1]))
+
     def test_a_checkout_is_adopted_once(self):
         self.person.environment("a")
         again = self.person.types("create", "b", "--from", os.path.join(self.person.home, "a", "ComfyUI"))
@@ -7176,6 +7657,19 @@ class StoppingByPort(Journey):
         self.assertEqual(self.person.types("stop", "--port", str(port)).returncode, 0)
         self.assertIsNotNone(child.wait(10))
 
+    def test_it_is_asked_where_its_own_arguments_say(self):
+        checkout = self.person.checkout()
+        for host in ["127.0.0.2", "::1"] if LINUX else ["::1"]:
+            port = free_port()
+            command = [sys.executable, os.path.join(checkout, "main.py"), "--port", str(port), "--listen", host]
+            child = subprocess.Popen(command, cwd=checkout, env=self.person.variables, stdin=subprocess.DEVNULL,
+                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+            self.person.children.append(child)
+            eventually(functools.partial(dock.check_http_health, host, port))
+            done = self.person.types("stop", "--port", str(port))
+            self.assertEqual((host, done.returncode), (host, 0), done.stderr)
+            self.assertIsNotNone(child.wait(10))
+
     def test_a_tracked_one_is_stopped_as_its_environment_would(self):
         data = self.run_demo()
         done = self.person.types("stop", "--port", str(data["port"]), "--json")
@@ -7362,7 +7856,9 @@ class Trouble(Journey):
 
     # ComfyUI's log is shown with what stands in it: a server stopped while it starts leaves a traceback that begins in
     # main.py, or in Python's own start.
-    TRACEBACK_OF_OURS = r'Traceback \(most recent call last\):\n(?!  File "(?:<frozen (?!runpy)|[^"\n]*[\\/](?:main|site)\.py"))'
+    TRACEBACK_OF_OURS = (
+        r'Traceback \(most recent call last\):\n(?!  File "(?:<frozen (?!runpy)|[^"\n]*[\\/](?:main|site)\.py"))'
+    )
 
     def assertQuiet(self, done, *codes):
         """No traceback and no fault of ours, whatever happened; the exit code is one of `codes`."""
