@@ -110,7 +110,7 @@ RUN_ID_VARIABLE = "COMFYDOCK_RUN_ID"
 STATE_SCHEMA = 2
 
 STARTING, RUNNING, UNRESPONSIVE = "starting", "running", "unresponsive"
-STOPPED, CRASHED, FOREIGN = "stopped", "crashed", "foreign"
+STOPPED, CRASHED, FOREIGN, UNKNOWN = "stopped", "crashed", "foreign", "unknown"
 LIVE_STATES = (STARTING, RUNNING, UNRESPONSIVE)
 
 Tell = Callable[[str], None]  # long work tells its progress through one of these, a short line a call
@@ -274,6 +274,11 @@ class ProcessState:
         data["schema"] = STATE_SCHEMA
         data.update((key, getattr(self, key)) for key in _OWN_KEYS)
         return {**data, **{key: value for key, value in self.extra.items() if key not in data}}
+
+    @property
+    def has_log(self) -> bool:
+        """Whether its output is in our log: not that of a process that was started by hand and adopted later."""
+        return self.run_id is not None or not self.identity
 
     @property
     def holder(self) -> "tuple[Any, dict[str, Any]]":
@@ -3262,6 +3267,18 @@ def locked(path: str, seconds: float, purpose: str) -> Iterator[None]:
         os.close(handle)
 
 
+def is_held(path: str) -> bool:
+    """Whether somebody holds the lock file at `path` now."""
+    try:
+        handle = os.open(path, os.O_RDWR | NO_FOLLOW)
+    except OSError:
+        return False
+    try:
+        return not lock_handle(handle)
+    finally:
+        os.close(handle)
+
+
 def _lock_by(path: str, deadline: float) -> int:
     while True:
         handle = _open_lock(path)
@@ -3331,6 +3348,10 @@ def rotate_at_start(path: str, limit: int = LOG_LIMIT) -> None:
 
 def old_logs(path: str) -> list[str]:
     """The rotated logs that are there, oldest first."""
+    return [older_log(path, number) for number in _old_numbers(path)]
+
+
+def _old_numbers(path: str) -> list[int]:
     first = rotated(path)
     try:
         names = os.listdir(os.path.dirname(path))
@@ -3338,19 +3359,17 @@ def old_logs(path: str) -> list[str]:
         return []
     ends = [name[len(os.path.basename(first)) :] for name in names if name.startswith(os.path.basename(first))]
     numbers = [int(end[1:] or 1) for end in ends if re.fullmatch(r"(\.([2-9]|[1-9]\d+))?", end, re.ASCII)]
-    return [older_log(path, number) for number in sorted(numbers, reverse=True)]
+    return sorted(numbers, reverse=True)
 
 
 def shift_old_logs(path: str, keep: Optional[int]) -> None:
     """Make room for a new `.old`: each older log moves one place on, and all but `keep` go (None: as many stay)."""
-    present = old_logs(path)
-    keep = max(1, len(present)) if keep is None else keep
-    for name in present[: max(0, len(present) - keep + 1)]:
-        remove_file(name)
-    for number in range(keep, 1, -1):
-        newer = older_log(path, number - 1)
-        if os.path.exists(newer):
-            replace_file(newer, older_log(path, number))
+    present = _old_numbers(path)
+    surplus = max(0, len(present) - (max(1, len(present)) if keep is None else keep) + 1)
+    for number in present[:surplus]:
+        remove_file(older_log(path, number))
+    for number in present[surplus:]:
+        replace_file(older_log(path, number), older_log(path, number + 1))
 
 
 def copy_log(path: str, target: str, start: int, spare: int) -> int:
@@ -3396,6 +3415,11 @@ def move_log(path: str, keep: Optional[int]) -> None:
         with open(path, "rb") as source, open(rotated(path), "wb") as target:
             copy_bytes(source, target.write, os.fstat(source.fileno()).st_size)
         os.truncate(path, 0)
+
+
+def open_log(path: str, buffering: int = -1) -> "BinaryIO":
+    """A log opened for reading. Raises OSError, where the system can tell also when the path is a link (ELOOP)."""
+    return open(path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | NO_FOLLOW))
 
 
 def begin_session(path: str, header: str) -> "tuple[BinaryIO, int, int]":
@@ -3496,7 +3520,7 @@ class LogFollower:
         if mark and mark == self.exhausted:
             return b""
         try:
-            with open(self.path, "rb", buffering=0) as log:
+            with open_log(self.path, buffering=0) as log:
                 return self._read_from(log, mark)
         except FileNotFoundError:
             return b""
@@ -3523,7 +3547,7 @@ class LogFollower:
         after = head
         for path in reversed(old_logs(self.path)):  # from the newest on; `after` is how the one that came later begins
             try:
-                with open(path, "rb", buffering=0) as old:
+                with open_log(path, buffering=0) as old:
                     its_head = self._head_of(old)
                     old.seek(self.position)
                     piece = old.read(1 << 20) if its_head.startswith(self.head) else None
@@ -5129,20 +5153,24 @@ class DevelopmentSource:
     def __init__(self, custom_nodes: str) -> None:
         self.custom_nodes = custom_nodes
         self.place = ""  # of the folder that was found
+        self.disabled = ""  # where it stands now when it was disabled in custom_nodes
 
     def find(self, identifier: str, tell: Tell) -> NodeInfo:
         """The node; a bare name is a folder of custom_nodes. Raises CDEnvironmentError (code "not-found") for none."""
         inside = os.path.join(self.custom_nodes, identifier)
         is_name = os.path.basename(identifier) == identifier and identifier not in (".", "..")
-        folder = inside if is_name and os.path.isdir(inside) else identifier
+        folder = inside if is_name and any(map(os.path.isdir, (inside, f"{inside}.disabled"))) else identifier
         self.place = os.path.abspath(os.path.expanduser(folder))
         if any(same_path(above, self.place) for above in upward(os.path.abspath(self.custom_nodes))):
             raise CDEnvironmentError(f"{self.place} holds custom_nodes itself", "name the folder of one node", "name")
-        if not identifier or not os.path.isdir(self.place):
+        if same_path(os.path.dirname(self.place), self.custom_nodes) and not os.path.lexists(self.place):
+            self.disabled = f"{self.place}.disabled"
+        if not identifier or not os.path.isdir(self.disabled or self.place):
             raise CDEnvironmentError(f"{self.place} is not a folder", "name a folder with --dev", "not-found")
         name = os.path.basename(self.place)
         check_node_name(name)
-        return NodeInfo(name=name, repository=remote_of(self.place), version="dev", source=self.name)
+        remote = remote_of(self.disabled or self.place)
+        return NodeInfo(name=name, repository=remote, version="dev", source=self.name)
 
     def fetch(self, info: NodeInfo, folder: str, tell: Tell) -> NodeInfo:
         """Link to the folder that was found."""
@@ -5298,20 +5326,36 @@ class NodeManager:
         ours = [name for name in names if not re.match(r"\.|.*\.disabled$|__pycache__$", name, re.S)]
         return [name for name in ours if not has_control(name)]  # no manifest can hold such a name
 
+    def disabled(self) -> set[str]:
+        """Names, case folded, of disabled nodes: NAME.disabled, or by ComfyUI-Manager .disabled/NAME[@VERSION]."""
+        found: set[str] = set()
+        for folder, end in ((self.custom_nodes, ".disabled"), (os.path.join(self.custom_nodes, ".disabled"), "")):
+            try:
+                names = [name for name in os.listdir(folder) if name.endswith(end)]
+            except OSError:
+                continue
+            found.update(name.removesuffix(".disabled").partition("@")[0].casefold() for name in names)
+        return found
+
     def compare(self) -> EnvironmentComparison:
         """How custom_nodes differs from the manifest. Changes nothing."""
         manifest, folders = self.manifest, self.folders()
         there = {name.casefold() for name in folders}
+        away = self.disabled()
         tracked = {info.name.casefold() for info in manifest.nodes.values()}
         found = {name.casefold() for name in manifest.found_nodes}
         extra = [name for name in folders if name.casefold() not in tracked]
         present = [info for info in manifest.nodes.values() if info.name.casefold() in there]
         return EnvironmentComparison(
-            missing_nodes=[info.name for info in manifest.nodes.values() if info not in present],
+            missing_nodes=[
+                info.name
+                for info in manifest.nodes.values()
+                if info not in present and info.name.casefold() not in away
+            ],
             extra_nodes=[name for name in extra if name.casefold() not in found],
             found_nodes=[name for name in extra if name.casefold() in found],
             version_mismatches=[wrong for info in present for wrong in self.mismatch(info)],
-            interrupted=len(self.interrupted()),
+            interrupted=0 if is_held(self.paths.content_lock) else len(self.interrupted()),  # else one is at work
         )
 
     def mismatch(self, info: NodeInfo) -> list[dict[str, str]]:
@@ -5573,6 +5617,9 @@ class NodeManager:
     def prepare(self, change: NodeChange, key: str, info: NodeInfo, source: Any, force: bool) -> NodeInfo:
         """Fetch a node into the staging folder and plan how it takes its place; nothing is moved yet."""
         old, folder = self.list_nodes().get(key), self.folder_of(info)
+        if info.source == "development" and source.disabled:
+            change.moves.append([source.disabled, folder])
+            return info
         if info.source == "development" and os.path.isdir(folder) and os.path.samefile(source.place, folder):
             return info
         carries = os.path.lexists(folder) and self.prepare_replacing(change, old, folder, force)
@@ -5595,7 +5642,7 @@ class NodeManager:
             hint = "comfydock repair (to track it), or --force (to move it aside)"
             raise CDNodeConflictError(message, hint, "conflict")
         if old is not None and old.source == "development":
-            change.moves += self.disabling_moves(folder)
+            change.moves += self.disabling_moves(change, folder)
             return False
         source = self.source_of(old) if old and not is_link(folder) else None
         changes = source.changes(folder, old) if source else None
@@ -5607,16 +5654,20 @@ class NodeManager:
             change.keeps.append(former)
         return changes is not None
 
-    def disabling_moves(self, folder: str) -> list[list[str]]:
-        """The renames that disable a node; one that was disabled before gets the time into its name, as in 1.0.x."""
+    def disabling_moves(self, change: NodeChange, folder: str) -> list[list[str]]:
+        """The renames that disable a node; one that was disabled before gets the time into its name, as in 1.0.x.
+
+        A link that was disabled before goes: the folder it leads to is elsewhere.
+        """
         disabled = f"{folder}.disabled"
-        earlier = [[disabled, f"{folder}.{time.time_ns() // 10**6}.disabled"]] if os.path.lexists(disabled) else []
-        return [*earlier, [folder, disabled]]
+        stamped = f"{folder}.{time.time_ns() // 10**6}.disabled"
+        former = os.path.join(change.old, os.path.basename(disabled)) if is_link(disabled) else stamped
+        return [*([[disabled, former]] if os.path.lexists(disabled) else []), [folder, disabled]]
 
     def put_in_place(self, change: NodeChange, key: str, info: NodeInfo, no_test: bool) -> None:
         """Carry out a planned change: try, write down, move, install, record."""
         folder = os.path.join(self.custom_nodes, info.name) if change.moves else self.folder_of(info)
-        fetched = change.new if os.path.lexists(change.new) else folder
+        fetched = change.moves[-1][0] if change.moves else folder
         change.before[key], change.after[key] = self.manifest.entry(key), self.entry(fetched, info, key)
         packages = self.packages_for(change, fetched)
         if packages and not no_test:
@@ -5720,6 +5771,16 @@ def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Te
     the stages do. What was made stays for the next try, without `.complete`.
     """
     claim_place(paths, None)
+    try:
+        go_on_with_creation(paths, options, tell)
+    except BaseException:
+        if not (os.path.exists(paths.complete) or os.path.exists(paths.comfyui) or is_held(paths.content_lock)):
+            remove_tree(paths.root)  # nothing came of it: nothing stays
+        raise
+
+
+def go_on_with_creation(paths: EnvironmentPaths, options: CreateOptions, tell: Tell) -> None:
+    """Do the stages that are not done."""
     with locked(paths.content_lock, 5.0, f"create {options.name}"):
         claim_place(paths, None)  # another command may have completed it meanwhile
         creation = Creation(paths, options, tell)
@@ -5755,9 +5816,15 @@ def claim_place(paths: EnvironmentPaths, adopts: Optional[str]) -> None:
 
 def command_to_resume(paths: EnvironmentPaths) -> str:
     """What to type to go on with a creation that was interrupted."""
-    adopts = read_json(paths.creation).get("adopts")
-    name = as_word(os.path.basename(paths.root))
-    return f"comfydock create {name}" + (f" --from {as_word(adopts)}" if isinstance(adopts, str) else "")
+    record = read_json(paths.creation)
+    asked = record.get("options")
+    given = {"from": record.get("adopts"), **(asked if isinstance(asked, dict) else {})}
+    flags = ("from", "source", "comfyui", "python", "torch_backend")
+    words = [
+        f" --{name.replace('_', '-')} {as_word(given[name])}" for name in flags if isinstance(given.get(name), str)
+    ]
+    no_install = " --no-install" if given.get("no_install") is True else ""
+    return f"comfydock create {as_word(os.path.basename(paths.root))}{''.join(words)}{no_install}"
 
 
 class Creation:
@@ -5767,11 +5834,12 @@ class Creation:
         self.paths, self.options, self.tell = paths, options, tell
         self.python = venv_python(paths.venv)
         record = read_json(paths.creation)
-        if record and record.get("options") != options.__dict__:
-            tell("the options changed: the unfinished environment is made anew")
-            for path in (paths.comfyui, paths.partial, paths.venv, paths.manifest):
-                remove_tree(path)
-            record = {}
+        if record.get("done") and record.get("options") != vars(options):
+            raise CDEnvironmentError(
+                f"environment '{options.name}' is unfinished, and was begun with other options",
+                f"{command_to_resume(paths)}  (or, to begin anew: comfydock delete {as_word(options.name)})",
+                "exists",
+            )
         self.done: list[str] = record.get("done", [])
         self.facts: dict[str, Any] = record.get("facts", {})
         self.save()
@@ -5870,6 +5938,11 @@ def fetch_comfyui(options: CreateOptions, folder: str, tell: Tell) -> Optional[s
     is_folder = os.path.isdir(source)
     is_archive = source.lower().endswith((".zip", ".tar.gz", ".tgz")) and not is_folder
     is_plain = is_folder and not os.path.lexists(os.path.join(source, ".git")) and not source.endswith(".git")
+    no_comfyui = CDEnvironmentError(
+        f"{source} holds no ComfyUI: it has no main.py", "name another --source", "not-found"
+    )
+    if is_plain and not os.path.isfile(main_script(source)):
+        raise no_comfyui
     if options.comfyui and (is_archive or is_plain):
         message = f"{source} is no repository, so it has no {options.comfyui}"
         raise CDEnvironmentError(message, "leave --comfyui out", "usage")
@@ -5880,7 +5953,7 @@ def fetch_comfyui(options: CreateOptions, folder: str, tell: Tell) -> Optional[s
     else:
         version = fetch_repository(os.path.abspath(source) if is_folder else source, options.comfyui, folder, tell)
     if not os.path.isfile(main_script(folder)):
-        raise CDEnvironmentError(f"{source} holds no ComfyUI: it has no main.py", "name another --source", "not-found")
+        raise no_comfyui
     return version
 
 
@@ -6040,7 +6113,7 @@ DROPPED_VARIABLES = ("__COMFY_CLI_SESSION__", "PYTHONHOME", "PYTHONPATH")
 class Sighting:
     """What there is to see of an environment's ComfyUI without asking it anything.
 
-    `state` is starting (an intent whose starter lives), running, stopped, crashed or foreign. `row`
+    `state` is starting (an intent whose starter lives), running, stopped, crashed, foreign or unknown. `row`
     is its process, if it has one here; `note` says what is special: untracked, moved (it bears the recorded run's
     marker, and `record` has its PID, which the file has not yet), interrupted, rebooted, damaged, or nothing.
     """
@@ -6422,6 +6495,7 @@ class Environment:
             "demo": self.manifest.demo,
             "complete": self.is_complete,
             "resume": None if self.is_complete else command_to_resume(self.paths),
+            "missing": self.missing_script if self.is_complete else None,
             "pid": row.pid if row else None,
             "host": config.host if row else None,
             "port": config.port if row else None,
@@ -6433,7 +6507,7 @@ class Environment:
             "uptime": round(row.age(), 3) if row else None,
             "started_at": record.started_at if record else None,
             "args": record.args if record else [],
-            "log": record.log_path if record else self.log_path,
+            "log": self.log_path if record is None else record.log_path if record.has_log else None,
             "machine": record.holder[1].get("machine") if record and state == FOREIGN else None,
             **self._last_words(record if state == CRASHED else None),
         }
@@ -6480,7 +6554,7 @@ class Environment:
     def session_offset(self) -> int:
         """Where this run begins in the log. Raises OSError when there is no log."""
         record = self._read_state()
-        with open(self.log_path, "rb") as log:
+        with open_log(self.log_path) as log:
             here = os.fstat(log.fileno())
             is_recorded = record is not None and record.log_inode == here.st_ino and record.log_offset <= here.st_size
             return record.log_offset if record and is_recorded else find_session(log, here.st_size)
@@ -6493,7 +6567,7 @@ class Environment:
         """What the last 64 KB of the log have of this run, and whether no start that was refused follows it."""
         try:
             start = self.session_offset()
-            with open(self.log_path, "rb") as log:
+            with open_log(self.log_path) as log:
                 begin = max(start, os.fstat(log.fileno()).st_size - BLOCK)
                 log.seek(begin)
                 piece = log.read(BLOCK)
@@ -6551,7 +6625,7 @@ class Environment:
             self._finish_rotation()
             sight = self.observe(lock_held=True)
             path = self.log_path
-            if not os.path.exists(path) or os.path.getsize(path) == 0:
+            if os.path.lexists(path) and os.lstat(path).st_size == 0 or not os.path.lexists(path):
                 return False
             if sight.state == FOREIGN:
                 raise self._foreign(sight)
@@ -6650,11 +6724,34 @@ class Environment:
         identity = identity_of(process_table().row(os.getpid()))
         return {"pid": os.getpid(), "identity": identity, "restarts": [], "gave_up": None}
 
-    def _require_startable(self) -> None:
-        if not os.path.isfile(self._script):
+    def require_complete(self) -> None:
+        """Raises CDEnvironmentError for an environment whose creation was interrupted."""
+        if not self.is_complete and os.path.exists(self.paths.creation):
             raise CDEnvironmentError(
-                f"Environment '{self.name}' has no ComfyUI: {self._script} is missing.", "comfydock list", "missing"
+                f"Environment '{self.name}' is not complete: its creation was interrupted.",
+                command_to_resume(self.paths),
+                "incomplete",
             )
+
+    @property
+    def missing_script(self) -> Optional[str]:
+        """The path of main.py where it is not, else None."""
+        return None if os.path.isfile(self._script) else self._script
+
+    def require_comfyui(self) -> None:
+        """Raises CDEnvironmentError for an environment that is not complete, or whose checkout is gone."""
+        self.require_complete()
+        if self.missing_script:
+            raise CDEnvironmentError(
+                f"Environment '{self.name}' has no ComfyUI: {self._script} is missing.",
+                f"comfydock create {as_word(self.name)} --from FOLDER  (where it is now)"
+                if self.manifest.comfyui_path
+                else f"comfydock delete {as_word(self.name)}, and create it anew",
+                "missing",
+            )
+
+    def _require_startable(self) -> None:
+        self.require_comfyui()
         if not os.access(self.python, os.X_OK):
             raise CDEnvironmentError(
                 f"The Python of environment '{self.name}' is missing: {self.python}",
@@ -6953,7 +7050,7 @@ class Environment:
         if not run_id or (record is not None and record.run_id == run_id):
             return bool(run_id)
         try:
-            with open(self.log_path, "rb") as log:
+            with open_log(self.log_path) as log:
                 log.seek(find_session(log, os.fstat(log.fileno()).st_size))
                 return log.read(200).startswith(f"{SESSION_MARK}{run_id} ".encode())
         except OSError:
@@ -7804,11 +7901,22 @@ class Workspace:
         name = name or (present.name if present else self._free_name(made_valid(_folder_title(checkout))))
         require_new_name(name)
         environment = self._environment(name)
-        if os.path.isdir(environment.paths.cec) and not os.path.exists(environment.paths.creation):
+        is_there = os.path.isdir(environment.paths.cec) and not os.path.exists(environment.paths.creation)
+        if is_there and not (environment.manifest.comfyui_path and environment.missing_script):
             raise CDEnvironmentError(f"Environment '{name}' exists already.", f"comfydock -e {name} status", "exists")
+        if is_there:
+            return self._moved(environment, checkout, python)
         interpreter = working_python(python or find_checkout_python(checkout))
         self._change_settings()
         adopt_environment(environment.paths, name, checkout, interpreter, environment.tell)
+        return environment
+
+    def _moved(self, environment: Environment, checkout: str, python: Optional[str]) -> Environment:
+        """Tell an adopted environment where its checkout is now; its nodes stay those of the manifest."""
+        interpreter = working_python(python or find_checkout_python(checkout))
+        moved = {"comfyui_path": os.path.realpath(checkout), "python_path": interpreter}
+        with environment.idle("create"), locked(environment.paths.content_lock, LOCK_SECONDS, "create"):
+            change_settings(environment.paths, moved, interpreter)
         return environment
 
     def _with_python(self, environment: Environment, python: str) -> Environment:
@@ -7844,6 +7952,8 @@ class Workspace:
         """Make an environment with a ComfyUI of its own. Raises as `create_environment`."""
         require_new_name(options.name)
         environment = self._environment(options.name)
+        if os.path.exists(environment.paths.creation):  # an unfinished one may have been started all the same
+            environment.require_idle()
         self._change_settings()
         make_folder(self.paths.environments)
         create_environment(environment.paths, options, tell)
@@ -7952,7 +8062,7 @@ def observe_or_say(environment: Environment, scan: Scan) -> Sighting:
     try:
         return environment.observe(scan)
     except OSError:
-        return Sighting(STOPPED, note="unreadable")
+        return Sighting(UNKNOWN, note="unreadable")
 
 
 def _file_differs(path: str, data: bytes) -> bool:
@@ -8184,18 +8294,34 @@ class Monitor:
             return False
         self.note["restarts"] = [*recent, time.time()]
         try:
-            return self.environment.restart_after_crash(run_id, self.note)
+            return self._start_once_there_is_room(run_id)
         except CDEndedError as error:  # a crash like any other
             if error.exit_code == 2:  # the record is then still that of the former run
-                self.note["gave_up"] = f"it could not be started again: {error}"
-                self.environment.note_monitor(run_id, self.note)
-                return False
+                return self._give_up(run_id, error)
             self.record = self.environment._read_state()
             return self._restart(self.record.run_id if self.record else None, error.exit_code)
         except (CDEnvironmentError, OSError) as error:
-            self.note["gave_up"] = f"it could not be started again: {error}"
-            self.environment.note_monitor(run_id, self.note)
-            return False
+            return self._give_up(run_id, error)
+
+    def _start_once_there_is_room(self, run_id: Optional[str]) -> bool:
+        """Start again; on a full disk, where no record can be written, as soon as that works."""
+        import errno
+
+        while True:
+            try:
+                return self.environment.restart_after_crash(run_id, self.note)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+                    raise
+            self._wait_wanted(LONGEST_BACKOFF)
+            if not self._is_wanted():
+                return False
+
+    def _give_up(self, run_id: Optional[str], error: Exception) -> bool:
+        """Record why, and watch no longer."""
+        self.note["gave_up"] = f"it could not be started again: {error}"
+        self.environment.note_monitor(run_id, self.note)
+        return False
 
     def _wait_wanted(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -8663,6 +8789,8 @@ def stop_words(data: dict[str, Any]) -> Iterator[str]:
     """What `stop` says when it is done."""
     if data["stopped"]:
         yield "✓ ComfyUI stopped"
+    elif data.get("called_off"):
+        yield "✓ ComfyUI was down after a crash; its monitor starts it no more"
     elif data.get("dry_run"):
         yield f"PID {data['pid']} is the ComfyUI on port {data['port']}; it would be ended: {data['command']}"
     else:
@@ -8681,11 +8809,13 @@ def status_words(data: dict[str, Any]) -> Iterator[str]:
         yield from _crash_lines(data)
     if data["monitor"]:
         yield f"   Monitor: {_monitor_line(data['monitor'])}"
-    yield f"   Log: {data['log']}"
+    yield f"   Log: {data['log'] or 'none, for comfydock has not started it'}"
     if data["difference"] is not None and not data["difference"]["synced"]:
         yield ""
         yield "⚠️  Environment needs repair: comfydock repair"
         yield from difference_lines(data["difference"])
+    if data["missing"]:
+        yield f"⚠ Its ComfyUI is missing: {data['missing']}"
     if not data["complete"]:
         yield f"⚠ Not complete: its creation was interrupted ({data['resume']} goes on)."
 
@@ -8706,7 +8836,6 @@ _NOTES = {
     "interrupted": " (a start was interrupted before ComfyUI came up)",
     "rebooted": " (the machine was restarted since)",
     "damaged": " (the state file is damaged)",
-    "unreadable": " (its files may not be read)",
     "untracked": " (not tracked: comfydock repair --orphan)",
     "moved": " (it has restarted itself under another PID)",
 }
@@ -8777,7 +8906,8 @@ def _list_status(item: dict[str, Any]) -> str:
     if state in LIVE_STATES and item["pid"]:
         queue = item["queue"]
         busy = f", {queue_words(queue['running'], queue['pending'])}" if queue and any(queue.values()) else ""
-        watched = {True: ", monitored", False: ", ⚠ its monitor is gone"}.get((item["monitor"] or {}).get("alive"), "")
+        monitor = item["monitor"]
+        watched = "" if not monitor else ", monitored" if monitor["alive"] else ", ⚠ its monitor is gone"
         sign = "✓" if state == RUNNING else "⚠"
         words = {RUNNING: "running", STARTING: "starting", UNRESPONSIVE: "not responding"}[state]
         return f"({sign} {words} on {item['url']}, PID {item['pid']}{busy}{watched})" + (
@@ -8787,6 +8917,8 @@ def _list_status(item: dict[str, Any]) -> str:
         return "(incomplete)"
     if item["note"] in ("damaged", "unreadable"):
         return f"({state}, ⚠ {item['note']} state file)"
+    if item["missing"]:
+        return f"({state}, ⚠ its ComfyUI is missing)"
     return f"({state})"
 
 
@@ -9136,7 +9268,7 @@ def last_lines(environment: Environment, count: int) -> bytes:
     """The last lines of this run."""
     try:
         start = environment.session_offset()
-        with open(environment.log_path, "rb") as log:
+        with open_log(environment.log_path) as log:
             end = os.fstat(log.fileno()).st_size
             log.seek(last_lines_offset(log, count, start, end)[0])
             return log.read(1 << 20)
@@ -9279,13 +9411,20 @@ def stop(console: Console, args: Arguments) -> Report:
     if args.port is not None:
         return stop_port(console, args)
     environment = selected(console, args)
-    cut_off = settle_queue(console, args, environment, "Stop")
+    cut_off = settle_queue(console, args, environment, "stop")
     sight = environment.observe()
     if sight.row is not None and sight.note != "untracked":
         console.say(f"⏸  Stopping ComfyUI (PID {sight.row.pid})...")
+    called_off = sight.row is None and monitor_row(sight.record) is not None
     stopped = environment.stop(args.timeout, kill=args.kill)
-    pid = sight.row.pid if sight.row else None
-    return Report({"name": environment.name, "stopped": stopped, "pid": pid, "cut_off": cut_off}, environment.name)
+    data = {
+        "name": environment.name,
+        "stopped": stopped,
+        "pid": sight.row.pid if sight.row else None,
+        "cut_off": cut_off,
+        "called_off": called_off and not stopped,
+    }
+    return Report(data, environment.name)
 
 
 def stop_port(console: Console, args: Arguments) -> Report:
@@ -9298,7 +9437,7 @@ def stop_port(console: Console, args: Arguments) -> Report:
     if args.dry_run:
         return Report({**data, "dry_run": True}, data["name"])
     if owner is not None:
-        data["cut_off"] = settle_queue(console, args, owner, "Stop")
+        data["cut_off"] = settle_queue(console, args, owner, f"stop --port {args.port}")
     console.say(f"⏸  Stopping ComfyUI (PID {row.pid}) on port {args.port}...")
     if owner is not None:
         owner.stop(args.timeout, kill=args.kill)
@@ -9307,8 +9446,8 @@ def stop_port(console: Console, args: Arguments) -> Report:
     return Report({**data, "stopped": True}, data["name"])
 
 
-def settle_queue(console: Console, args: Arguments, environment: Environment, verb: str) -> Optional[dict[str, int]]:
-    """What work an interruption cuts off: a terminal is asked, --when-idle waits, scripts are told.
+def settle_queue(console: Console, args: Arguments, environment: Environment, command: str) -> Optional[dict[str, int]]:
+    """What work a `command` that interrupts cuts off: a terminal is asked, --when-idle waits, scripts are told.
 
     A ComfyUI that does not answer, and a queue that never drains, hold nobody up for ever. Raises
     CDEnvironmentError when a terminal says no.
@@ -9319,11 +9458,12 @@ def settle_queue(console: Console, args: Arguments, environment: Environment, ve
     if counts is None or not any(counts):
         return None
     if not args.force and args.when_idle is None:
+        verb = command.partition(" ")[0].capitalize()
         answer = console.ask(f"ComfyUI is at work ({queue_words(*counts)}). {verb} it all the same?", False)
         if answer is False:
             raise CDEnvironmentError(
                 f"Nothing was done: ComfyUI is at work ({queue_words(*counts)}).",
-                f"comfydock {verb.lower()} --when-idle",
+                f"comfydock {command} --when-idle",
                 "busy",
             )
     console.warn(f"This cuts off work: {queue_words(*counts)}.")
@@ -9346,7 +9486,7 @@ def wait_until_idle(console: Console, environment: Environment, seconds: float) 
 def restart(console: Console, args: Arguments) -> Report:
     """Stop and start again with the same arguments."""
     environment = selected(console, args)
-    cut_off = settle_queue(console, args, environment, "Restart")
+    cut_off = settle_queue(console, args, environment, "restart")
     sight = environment.observe()
     words = environment.recorded_args()
     if words is not None:
@@ -9410,6 +9550,7 @@ def repair(console: Console, args: Arguments) -> Report:
         item["action"] = settle_orphan(console, args, environment, row)
     data["orphans"] = [item for _, item in found]
     if not args.orphan:
+        environment.require_comfyui()
         data.update(repair_content(console, args, environment))
     problems = data.get("problems")
     error = CDEnvironmentError(" ".join(map(as_sentence, problems)), "", "repair") if problems else None
@@ -9450,7 +9591,10 @@ def repair_content(console: Console, args: Arguments, environment: Environment) 
         done["tracked"] = [name for name in difference.extra_nodes if track(console, args, environment, name)]
     report = environment.nodes.bring_in_line(correct_versions=True, force=True)
     done.update(installed=report.installed, corrected=report.corrected, problems=report.problems)
-    offer_restart(console, args, environment, "The environment was repaired")
+    if difference.extra_nodes and not any(done.values()):
+        return {**done, "problems": ["Nothing was changed."]}
+    if done["moved"] or done["installed"] or done["corrected"]:
+        offer_restart(console, args, environment, "The environment was repaired")
     return done
 
 
@@ -9551,7 +9695,7 @@ def delete(console: Console, args: Arguments) -> Report:
 
 def init(console: Console, args: Arguments) -> Report:
     """Set up a workspace elsewhere."""
-    workspace = select_workspace(args.path or args.workspace, True, current_folder())
+    workspace = select_workspace(args.workspace if args.path is None else args.path, True, current_folder())
     made = workspace.initialize()
     return Report({"workspace": workspace.paths.root, "made": made})
 
@@ -9581,7 +9725,11 @@ def node_update(console: Console, args: Arguments) -> Report:
     """Update custom nodes, each for itself; without names all of them."""
 
     def is_wanted(name: str, old: str, new: str) -> bool:
-        return args.yes or agreed(console, f"Update {name} from {old[:12]} to {new[:12]}?", "comfydock node update -y")
+        answer = True if args.yes else console.ask(f"Update {name} from {old[:12]} to {new[:12]}?", True)
+        if answer is None:
+            hint = f"comfydock node update {as_word(name)} -y" + " --force" * args.force
+            raise CDEnvironmentError(f"{name} was not updated: no terminal to ask on", hint, "unsure")
+        return answer
 
     def update(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
         result = environment.update_node(identifier, is_wanted, args.no_test, args.force)
@@ -9600,6 +9748,7 @@ def change_nodes_one_by_one(
     On Windows a running ComfyUI locks the files of its nodes, so there the offer is to stop, change, and start.
     """
     environment = selected(console, args)
+    environment.require_comfyui()
     names = args.ids or list(environment.nodes.list_nodes())
     stopped_for_it = stop_for_change(console, args, environment)
     items, reasons, first_error = [], [], None
@@ -9692,15 +9841,30 @@ def logs(console: Console, args: Arguments) -> Report:
     if args.rotate:
         done = environment.rotate_log(None if args.keep is None else max(1, args.keep))
         return Report({"text": f"✓ Rotated to {rotated(path)}" if done else "The log is empty."}, environment.name)
-    if not os.path.exists(path) and not (args.all and old_logs(path)):
+    if not can_be_read(path) and not (args.all and old_logs(path)):
         hint = "comfydock logs --all" if old_logs(path) else "Start ComfyUI with: comfydock run"
+        if environment.is_running():
+            hint = "It was removed meanwhile; a new one begins with: comfydock restart"
         raise CDEnvironmentError("No log file found.", hint, "no-log")
+    record = environment._read_state()
+    if record is not None and not record.has_log and not args.all:
+        message = f"PID {record.pid} was not started by comfydock, so its output is not here."
+        raise CDEnvironmentError(message, "comfydock logs --all  (of earlier runs)", "no-log")
     if args.follow:
         follow_log(console, environment, 20 if args.tail is None else args.tail)
     else:
         for span in log_spans(environment, args.all, args.tail):
             copy_span(console, span)
     return Report({}, environment.name, is_told=True)
+
+
+def can_be_read(path: str) -> bool:
+    """Whether there is such a file. Raises OSError where one may not look."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def log_spans(environment: Environment, everything: bool, tail: Optional[int]) -> "list[tuple[str, int, int]]":
@@ -9717,7 +9881,7 @@ def last_of_spans(spans: "list[tuple[str, int, int]]", count: int) -> "list[tupl
     """The part of `spans` that holds their last `count` lines."""
     chosen: "list[tuple[str, int, int]]" = []
     for path, start, end in reversed(spans):
-        with open(path, "rb") as log:
+        with open_log(path) as log:
             offset, found = last_lines_offset(log, count, start, end)
         chosen.insert(0, (path, offset, end))
         count -= found
@@ -9729,7 +9893,7 @@ def last_of_spans(spans: "list[tuple[str, int, int]]", count: int) -> "list[tupl
 def copy_span(console: Console, span: "tuple[str, int, int]") -> None:
     """Show one part of a log."""
     path, start, end = span
-    with open(path, "rb") as log:
+    with open_log(path) as log:
         log.seek(start)
         copy_bytes(log, console.raw, end - start)
 
@@ -9862,8 +10026,12 @@ class Command:
 
 
 def is_number(text: str) -> bool:
-    """Whether a word is a number of seconds or lines, and no argument of ComfyUI (such as 1.2.3.4)."""
-    return text.replace(".", "", 1).isdigit()
+    """Whether a word is a number, and no argument of ComfyUI (such as 1.2.3.4)."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def as_seconds(text: str) -> float:
@@ -10488,6 +10656,10 @@ def find_command(words: list[str]) -> "tuple[Optional[Command], list[str]]":
         name = " ".join(words[place] for place in taken)
         if name in by_name:
             return by_name[name], [word for place, word in enumerate(words) if place not in taken]
+    if name == "node":
+        if {"-h", "--help"} & set(words):
+            return by_name["help"], [name]
+        raise CDEnvironmentError("'node' needs one of: add, remove, update, list.", "comfydock help node", "usage")
     raise unknown_command(name if name.startswith("node ") else words[places[0]])
 
 
@@ -10631,6 +10803,8 @@ EXCLUDE_EACH_OTHER = (
     ("restart", "no_restart"),
     ("foreground", "monitor"),
     ("foreground", "wait"),
+    *(("rotate", other) for other in ("path", "follow", "all", "tail")),
+    *(("path", other) for other in ("follow", "all", "tail")),
     *(("from_dir", other) for other in ("comfyui", "source", "torch_backend", "no_install")),
 )
 

@@ -28,6 +28,7 @@ import posixpath
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -2618,6 +2619,16 @@ class FilesInUse(unittest.TestCase):
 
 
 class LocksExclude(unittest.TestCase):
+    def test_whether_somebody_holds_a_lock_is_seen_without_taking_it(self):
+        path = os.path.join(temporary_folder(self), "lock")
+        self.assertFalse(dock.is_held(path))
+        self.assertFalse(os.path.exists(path))
+        with dock.locked(path, 1, "test"):
+            self.assertTrue(dock.is_held(path))
+        self.assertFalse(dock.is_held(path))
+        with dock.locked(path, 0, "test"):
+            pass
+
     def setUp(self):
         self.path = os.path.join(temporary_folder(self), "lock")
 
@@ -2778,6 +2789,21 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
             Path(self.path + end).write_bytes(text)
         dock.rotate_at_start(self.path, limit=1)
         self.assertEqual([read_bytes(path) for path in dock.old_logs(self.path)], [b"before", b"now"])
+
+    def test_any_number_of_old_logs_may_be_kept(self):
+        for end in ("", ".old", ".old.3"):
+            Path(self.path + end).write_bytes(end.encode())
+        dock.move_log(self.path, 10**11)
+        self.assertEqual([(path[len(self.path) :], read_bytes(path)) for path in dock.old_logs(self.path)],
+                         [(".old.4", b".old.3"), (".old.2", b".old"), (".old", b"")])  # fmt: skip
+
+    @unittest.skipUnless(dock.NO_FOLLOW, "this system follows every link")
+    def test_a_link_in_place_of_a_log_is_not_read(self):
+        secret = self.path + ".secret"
+        Path(secret).write_text("secret", encoding="utf-8")
+        os.symlink(secret, self.path)
+        for read in (lambda: dock.open_log(self.path), dock.LogFollower(self.path, 0).read):
+            self.assertRaises(OSError, read)
 
     def test_only_what_a_rotation_names_is_an_old_log(self):
         for end in ("", ".old", ".old.1", ".old.02", ".old.3", ".old.x", ".older", ".old.\u0662"):
@@ -3654,13 +3680,15 @@ class CreateTest(InWorkshop):
         self.assertEqual(manifest.comfyui_version, "v0.10.0")
         self.assertNotIn("ComfyUI ...", said)
 
-    def test_other_options_start_over(self):
+    def test_other_options_make_nothing_anew(self):
         paths = self.paths()
         with unittest.mock.patch.object(dock, "first_manifest", side_effect=dock.CDEnvironmentError("disk full")):
             self.assertRaises(dock.CDEnvironmentError, self.make, paths, source=Workshop.comfyui)
-        manifest, _ = self.make(paths, source=Workshop.comfyui, comfyui="v0.9.0")
-        self.assertEqual(manifest.comfyui_version, "v0.9.0")
-        self.assertEqual(manifest.settings["comfyui_commit_sha"], git(Workshop.comfyui, "rev-parse", "v0.9.0"))
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            self.make(paths, source=Workshop.comfyui, comfyui="v0.9.0")
+        self.assertEqual(caught.exception.code, "exists")
+        self.assertIn(f"comfydock create env --source {dock.as_word(Workshop.comfyui)}", caught.exception.hint)
+        self.assertEqual(self.make(paths, source=Workshop.comfyui)[0].comfyui_version, "v0.10.0")
 
     def test_killed_at_any_step_it_is_never_complete_and_resumes(self):
         for step in range(1, 40):
@@ -3695,7 +3723,7 @@ class CreateTest(InWorkshop):
             self.assertRaisesRegex(dock.CDEnvironmentError, "10 MB free"),
         ):
             self.make(paths, source=Workshop.comfyui)
-        self.assertEqual(os.listdir(paths.root), [".cec"])
+        self.assertFalse(os.path.exists(paths.root))
 
     def test_wrong_sources_and_pythons_are_one_sentence(self):
         empty = tempfile.mkdtemp(dir=Workshop.root)
@@ -3882,7 +3910,7 @@ class AddTest(NodeCase):
             self.assertNotIn("my node", os.listdir(self.nodes))
             self.assertTrue(os.path.exists(os.path.join(work, "__init__.py")))
             self.manager.add_node(work, is_development=True)
-        self.assertEqual(len([name for name in os.listdir(self.nodes) if name.endswith(".disabled")]), 2)
+        self.assertEqual([name for name in os.listdir(self.nodes) if name.endswith(".disabled")], ["my node.disabled"])
         self.assertTrue(self.manager.compare().is_synced)
 
     def test_what_the_registry_says_against_a_node(self):
@@ -4117,6 +4145,41 @@ class ChangeTest(NodeCase):
         self.failing("has no branch dev any more", self.manager.update_node, "Branched")
         self.manager.add_node(repository, force=True)
         self.assertIsNone(self.manager.list_nodes()["Branched"].branch)
+
+    def test_what_somebody_disabled_is_not_brought_back(self):
+        repository = make_repository("Switched", {"__init__.py": ""})
+        self.manager.add_node(repository)
+        folder = os.path.join(self.nodes, "Switched")
+        for place in (f"{folder}.disabled", os.path.join(self.nodes, ".disabled", "switched@1_0_0")):
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            os.rename(folder, place)
+            with self.subTest(place=place):
+                self.assertEqual(self.manager.compare().missing_nodes, [])
+                self.assertEqual(self.manager.bring_in_line(force=True).installed, [])
+                self.assertFalse(os.path.exists(folder))
+            os.rename(place, folder)
+
+    def test_a_change_at_work_is_not_one_that_was_broken_off(self):
+        os.makedirs(os.path.join(self.nodes, dock.STAGING, "x"))
+        self.assertEqual(self.manager.compare().interrupted, 1)
+        with dock.locked(self.paths.content_lock, 1, "node add"):
+            self.assertEqual(self.manager.compare().interrupted, 0)
+
+    @needs_links
+    def test_a_development_node_comes_and_goes(self):
+        mine = os.path.join(self.nodes, "mine")
+        write(os.path.join(mine, "__init__.py"), "")
+        linked = os.path.join(Workshop.root, f"linked-{NodeCase.counter}")
+        write(os.path.join(linked, "__init__.py"), "")
+        for folder in (mine, "mine", linked, linked):
+            name = os.path.basename(folder)
+            with self.subTest(folder=folder):
+                self.manager.add_node(folder, is_development=True)
+                self.assertTrue(os.path.isfile(os.path.join(self.nodes, name, "__init__.py")))
+                self.assertEqual(self.manager.compare().extra_nodes, [])
+                self.assertEqual(self.manager.remove_node(name).filesystem_action, "disabled")
+        left = [name for name in sorted(os.listdir(self.nodes)) if not name.endswith(".py")]
+        self.assertEqual(left, [f"{os.path.basename(linked)}.disabled", "mine.disabled"])
 
     def test_a_file_of_the_users_whose_name_the_new_version_takes_is_kept(self):
         Workshop.registry.publish("taker", "1.0.0", {"__init__.py": "1"})
@@ -5198,6 +5261,53 @@ class MakingAWorkspace(unittest.TestCase):
             self.assertTrue(environment.is_complete)
             self.assertIsNone(environment.report()["resume"])
 
+    def test_a_creation_of_which_nothing_came_leaves_nothing(self):
+        workspace = dock.Workspace(os.path.join(self.folder, "w"))
+        empty = os.path.join(self.folder, "empty")
+        os.mkdir(empty)
+        for options in ({"source": "nothere.zip"}, {"source": "ext::sh -c id"}, {"source": empty}, {"comfyui": "v0 1"}):
+            with self.subTest(options=options), self.assertRaises(dock.CDEnvironmentError):
+                workspace.create(
+                    dock.CreateOptions("x", no_install=True, **{"source": self.folder, **options}), lambda line: None
+                )
+            self.assertEqual(workspace.list_environments(), [])
+
+    def test_an_unfinished_environment_is_gone_on_with_or_deleted_but_never_made_anew(self):
+        code = os.path.join(self.folder, "code of mine")
+        write(os.path.join(code, "main.py"), "")
+        workspace = dock.Workspace(os.path.join(self.folder, "w"))
+        options = {"source": code, "no_install": True}
+        with unittest.mock.patch.object(dock, "start_history", side_effect=KeyboardInterrupt):
+            with self.assertRaises(KeyboardInterrupt):
+                workspace.create(dock.CreateOptions("x", **options), lambda line: None)
+        environment = workspace.get_environment("x")
+        command = f"comfydock create x --source {dock.as_word(code)} --torch-backend auto --no-install"
+        self.assertEqual(environment.report()["resume"], command)
+        art = os.path.join(environment.paths.comfyui, "output", "art.png")
+        write(art, "precious")
+        said = self.refusal(workspace.create, dock.CreateOptions("x", no_install=True), lambda line: None)
+        self.assertIn("begun with other options", said)
+        self.assertIn("creation was interrupted", self.refusal(environment.run))
+        _, args = dock.parse([*shlex.split(command)[1:]])
+        self.assertEqual((args.source, args.no_install), (code, True))
+        workspace.create(dock.CreateOptions("x", **options), lambda line: None)
+        self.assertTrue(environment.is_complete and os.path.exists(art))
+
+    def test_an_adopted_checkout_that_was_moved_is_found_again(self):
+        checkout, place = (os.path.join(self.folder, name) for name in ("ComfyUI", "Moved"))
+        write(os.path.join(checkout, "main.py"), "")
+        workspace = dock.Workspace(os.path.join(self.folder, "w"))
+        environment = workspace.adopt(checkout, "a", sys.executable)
+        os.rename(checkout, place)
+        self.assertEqual(environment.report()["missing"], os.path.join(os.path.realpath(checkout), "main.py"))
+        self.assertIn("has no ComfyUI", self.refusal(environment.run))
+        self.assertIn("has no ComfyUI", self.refusal(environment.require_comfyui))
+        self.assertEqual(workspace.adopt(place, "a", sys.executable).name, "a")
+        self.assertEqual(str(environment.comfyui_path), os.path.realpath(place))
+        self.assertIsNone(environment.report()["missing"])
+        write(os.path.join(checkout, "main.py"), "")
+        self.assertIn("exists already", self.refusal(workspace.adopt, checkout, "a", sys.executable))
+
     def test_no_name_is_made_that_cannot_be_opened(self):
         for name in ("a..b", "..", ".a", "a/b", "a.", "con", "a b"):
             with self.subTest(name=name):
@@ -5443,6 +5553,12 @@ class AfterACrash(unittest.TestCase):
         watched = Watched(*ended, restarts=(10, 20, 30))
         self.assertFalse(dock.Monitor(watched).goes_on(1))
         self.assertIn("6 crashes", watched.notes[0][1]["gave_up"])
+
+    def test_on_a_full_disk_it_is_tried_until_there_is_room(self):
+        full = OSError(errno.ENOSPC, "No space left on device")
+        watched = Watched(full, full, full, full, full, full, full, True)
+        self.assertTrue(dock.Monitor(watched).goes_on(1))
+        self.assertEqual(watched.notes, [])
 
     def test_arguments_that_comfyui_refuses_are_not_tried_again(self):
         watched = Watched(dock.CDEndedError("unrecognized arguments", "", 2), True)
@@ -6505,6 +6621,9 @@ class NobodyGetsLost(Journey):
         self.assertIsNone(self.person.state("a"))
         self.assertEqual(self.person.types("-e", "a", "repair", "--orphan", "--adopt").returncode, 0)
         self.assertEqual(self.person.state("a")["pid"], child.pid)
+        self.assertIsNone(self.person.status("-e", "a")["log"])
+        Path(dock.Workspace(self.person.workspace).get_environment("a").log_path).touch()
+        self.assertClear(self.person.types("-e", "a", "logs"), 1, f"PID {child.pid} was not started by comfydock")
         self.assertIn("No orphaned processes found", self.person.types("-e", "a", "repair", "--orphan").stdout)
         os.remove(self.person.state_file("a"))
         done = self.person.types("-e", "a", "repair", "--orphan", "--end", "--json")
@@ -6652,6 +6771,67 @@ class WhatUsersMet(Journey):
         for words in (("--demo", "--port", "0"), ("--port", "70000")):
             self.assertClear(self.person.types("run", *words, cwd=self.person.checkout(parent=words[-1])), 2, "port")
         self.assertFalse(os.path.exists(self.person.workspace))
+
+    def test_nothing_that_belongs_to_another_option_is_ignored(self):
+        for words in (("logs", "--path", "--rotate"), ("logs", "--rotate", "-f"), ("logs", "--rotate", "-n", "5")):
+            self.assertClear(self.person.types(*words), 2, "exclude each other")
+        for number in ("-1", "1e9", "nan"):
+            self.assertClear(self.person.types("run", "--demo", "--wait", number), 2, "--wait takes SECONDS")
+        self.assertClear(self.person.types("node"), 2, "needs one of: add, remove, update, list", "help node")
+        self.assertEqual(self.person.types("node", "--help").returncode, 0)
+        self.assertClear(self.person.types("init", ""), 2, "needs a folder")
+
+    @needs_git
+    def test_an_update_that_nobody_may_agree_to_is_not_done(self):
+        self.start_demo("--no-sync")
+        repository = os.path.join(self.person.home, "pack")
+        os.makedirs(repository)
+        git(repository, "init", "--quiet", "-b", "main")
+        commit(repository, {"__init__.py": "1"})
+        self.assertEqual(self.person.types("-e", "demo", "node", "add", repository).returncode, 0)
+        commit(repository, {"__init__.py": "2"})
+        done = self.person.types("-e", "demo", "node", "update", "pack", "--force")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("node update pack -y --force", done.stderr)
+
+    @unittest.skipIf(WINDOWS, "no pseudo-terminals on Windows")
+    def test_a_repair_in_which_nothing_was_wanted_restarts_nothing(self):
+        data = self.run_demo()
+        os.makedirs(os.path.join(self.person.workspace, "environments", "demo", "ComfyUI", "custom_nodes", "pack"))
+        code, said = self.person.at_a_terminal("repair", answers=[b"y\n", b"n\n", b"y\n"])
+        self.assertIn("Nothing was changed.", said)
+        self.assertNotIn("Restart", said)
+        self.assertEqual((code, self.person.status()["pid"]), (1, data["pid"]))
+
+    def test_a_stop_between_two_starts_of_the_monitor_says_what_it_did(self):
+        data = self.start_demo()
+        dock.signal_process(data["pid"], "kill")
+        eventually(lambda: not alive(data["pid"]))
+        waiting = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        self.addCleanup(waiting.communicate)
+        environment = self.environment_of_person()
+        record = dock.read_state(environment.paths.state)
+        record.monitor = {"pid": waiting.pid, "identity": dock.identity_of(dock.process_table().row(waiting.pid))}
+        dock.write_state(environment.paths.state, record)
+        self.assertIn("its monitor starts it no more", self.person.types("stop").stdout)
+        self.assertIn("is not running", self.person.types("stop").stdout)
+
+    def test_an_environment_that_may_not_be_looked_at_is_not_called_stopped(self):
+        self.start_demo()
+        environment = self.environment_of_person()
+        with unittest.mock.patch.object(dock.Environment, "observe", side_effect=PermissionError(errno.EACCES, "no")):
+            listed = dock.Workspace(self.person.workspace).reports()
+        self.assertEqual([item["state"] for item in listed], [dock.UNKNOWN])
+        said = list(dock.list_words({"environments": listed}))
+        self.assertIn("(unknown, ⚠ unreadable state file)", said[-1])
+        self.assertTrue(environment.is_running())
+
+    def test_a_log_that_was_removed_meanwhile_is_begun_anew_by_a_restart(self):
+        self.start_demo()
+        shutil.rmtree(os.path.join(self.person.workspace, "logs")) if not WINDOWS else self.skipTest(
+            "files in use stay"
+        )
+        self.assertClear(self.person.types("logs"), 1, "No log file found.", "restart")
 
     def test_the_name_of_a_new_environment_is_no_option(self):
         for command in ("create", "use", "delete"):
@@ -7180,6 +7360,12 @@ class FromNothingToANode(Journey):
 
     def test_an_interrupted_create_is_shown_as_incomplete_and_goes_on(self):
         self.types("create", "main", "--source", os.path.join(Workshop.root, "nowhere"), "--no-install", code=1)
+        self.assertIn("No environments found.", self.types("list"))
+        self.types("create", "main", "--source", self.source, "--no-install")
+        paths = dock.Workspace(self.person.workspace).get_environment("main").paths
+        options = dock.CreateOptions("main", source=self.source, no_install=True)
+        write(paths.creation, json.dumps({"options": vars(options), "done": ["ComfyUI"], "facts": {}}))
+        os.remove(paths.complete)
         self.assertIn("(incomplete)", self.types("list"))
         self.types("create", "main", "--source", self.source, "--no-install")
         self.assertIn("(stopped)", self.types("list"))
