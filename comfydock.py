@@ -9841,15 +9841,15 @@ def logs(console: Console, args: Arguments) -> Report:
     if args.rotate:
         done = environment.rotate_log(None if args.keep is None else max(1, args.keep))
         return Report({"text": f"✓ Rotated to {rotated(path)}" if done else "The log is empty."}, environment.name)
+    record = environment._read_state()
+    if record is not None and not record.has_log and not args.all:
+        message = f"PID {record.pid} was not started by comfydock, so its output is not here."
+        raise CDEnvironmentError(message, "comfydock logs --all  (of earlier runs)", "no-log")
     if not can_be_read(path) and not (args.all and old_logs(path)):
         hint = "comfydock logs --all" if old_logs(path) else "Start ComfyUI with: comfydock run"
         if environment.is_running():
             hint = "It was removed meanwhile; a new one begins with: comfydock restart"
         raise CDEnvironmentError("No log file found.", hint, "no-log")
-    record = environment._read_state()
-    if record is not None and not record.has_log and not args.all:
-        message = f"PID {record.pid} was not started by comfydock, so its output is not here."
-        raise CDEnvironmentError(message, "comfydock logs --all  (of earlier runs)", "no-log")
     if args.follow:
         follow_log(console, environment, 20 if args.tail is None else args.tail)
     else:
