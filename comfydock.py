@@ -9841,7 +9841,18 @@ def logs(console: Console, args: Arguments) -> Report:
     if args.rotate:
         done = environment.rotate_log(None if args.keep is None else max(1, args.keep))
         return Report({"text": f"✓ Rotated to {rotated(path)}" if done else "The log is empty."}, environment.name)
-    record = environment._read_state()
+    require_log(environment, args)
+    if args.follow:
+        follow_log(console, environment, 20 if args.tail is None else args.tail)
+    else:
+        for span in log_spans(environment, args.all, args.tail):
+            copy_span(console, span)
+    return Report({}, environment.name, is_told=True)
+
+
+def require_log(environment: Environment, args: Arguments) -> None:
+    """Raises CDEnvironmentError when there is no log to show, OSError when one may not look."""
+    record, path = environment._read_state(), environment.log_path
     if record is not None and not record.has_log and not args.all:
         message = f"PID {record.pid} was not started by comfydock, so its output is not here."
         raise CDEnvironmentError(message, "comfydock logs --all  (of earlier runs)", "no-log")
@@ -9850,12 +9861,6 @@ def logs(console: Console, args: Arguments) -> Report:
         if environment.is_running():
             hint = "It was removed meanwhile; a new one begins with: comfydock restart"
         raise CDEnvironmentError("No log file found.", hint, "no-log")
-    if args.follow:
-        follow_log(console, environment, 20 if args.tail is None else args.tail)
-    else:
-        for span in log_spans(environment, args.all, args.tail):
-            copy_span(console, span)
-    return Report({}, environment.name, is_told=True)
 
 
 def can_be_read(path: str) -> bool:
