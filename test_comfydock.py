@@ -3437,7 +3437,6 @@ class ManifestTest(InWorkshop):
         self.assertIn("# pinned", self.text())
 
 
-@needs_git
 class OddManifests(unittest.TestCase):
     """Valid TOML that one seldom sees."""
 
@@ -3478,6 +3477,7 @@ class OddManifests(unittest.TestCase):
             self.assertEqual(Path(self.paths.manifest).read_text(encoding="utf-8"), text)
 
 
+@needs_git
 class GitTest(InWorkshop):
     """GitManager and what git may be given."""
 
@@ -6806,7 +6806,7 @@ class WhatUsersMet(Journey):
         data = self.start_demo()
         dock.signal_process(data["pid"], "kill")
         eventually(lambda: not alive(data["pid"]))
-        waiting = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        waiting = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
         self.addCleanup(waiting.communicate)
         environment = self.environment_of_person()
         record = dock.read_state(environment.paths.state)
