@@ -5659,10 +5659,12 @@ class NodeManager:
 
         A link that was disabled before goes: the folder it leads to is elsewhere.
         """
-        disabled = f"{folder}.disabled"
-        stamped = f"{folder}.{time.time_ns() // 10**6}.disabled"
-        former = os.path.join(change.old, os.path.basename(disabled)) if is_link(disabled) else stamped
-        return [*([[disabled, former]] if os.path.lexists(disabled) else []), [folder, disabled]]
+        disabled, moves = f"{folder}.disabled", []
+        if is_link(disabled):
+            moves.append([disabled, os.path.join(change.old, os.path.basename(disabled))])
+        elif os.path.lexists(disabled):
+            moves.append([disabled, f"{folder}.{time.time_ns() // 10**6}.disabled"])
+        return [*moves, [folder, disabled]]
 
     def put_in_place(self, change: NodeChange, key: str, info: NodeInfo, no_test: bool) -> None:
         """Carry out a planned change: try, write down, move, install, record."""
@@ -5767,8 +5769,9 @@ class CreateOptions:
 def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Tell) -> None:
     """Make an environment; run again after a failure or a kill it goes on with the first stage that is not done.
 
-    Raises CDEnvironmentError: code "exists" when there is a complete environment or a folder of somebody else; else as
-    the stages do. What was made stays for the next try, without `.complete`.
+    Raises CDEnvironmentError: code "exists" when there is a complete environment, a folder of somebody else, or an
+    unfinished environment that was begun with other options; else as the stages do. Once there is ComfyUI's code, what
+    was made stays for the next try, without `.complete`.
     """
     claim_place(paths, None)
     try:
@@ -7890,40 +7893,33 @@ class Workspace:
         if not os.path.isfile(main_script(checkout)):
             raise CDEnvironmentError(f"{checkout} is no ComfyUI checkout: it has no main.py.", "", "missing")
         present = self._adopter_of(checkout)
-        if present is not None and present.is_complete and name in (None, present.name):
-            return present if python is None else self._with_python(present, python)
         if present is not None and name not in (None, present.name):  # one process a checkout: they would mix theirs up
             raise CDEnvironmentError(
                 f"{checkout} is environment '{present.name}' already.",
                 f"comfydock -e {as_word(present.name)} status",
                 "exists",
             )
-        name = name or (present.name if present else self._free_name(made_valid(_folder_title(checkout))))
-        require_new_name(name)
-        environment = self._environment(name)
-        is_there = os.path.isdir(environment.paths.cec) and not os.path.exists(environment.paths.creation)
-        if is_there and not (environment.manifest.comfyui_path and environment.missing_script):
-            raise CDEnvironmentError(f"Environment '{name}' exists already.", f"comfydock -e {name} status", "exists")
-        if is_there:
-            return self._moved(environment, checkout, python)
+        environment = present or self._new_environment(name or self._free_name(made_valid(_folder_title(checkout))))
+        if os.path.isdir(environment.paths.cec) and not os.path.exists(environment.paths.creation):
+            return self._adopted_again(environment, checkout, python)
         interpreter = working_python(python or find_checkout_python(checkout))
         self._change_settings()
-        adopt_environment(environment.paths, name, checkout, interpreter, environment.tell)
+        adopt_environment(environment.paths, environment.name, checkout, interpreter, environment.tell)
         return environment
 
-    def _moved(self, environment: Environment, checkout: str, python: Optional[str]) -> Environment:
-        """Tell an adopted environment where its checkout is now; its nodes stay those of the manifest."""
-        interpreter = working_python(python or find_checkout_python(checkout))
-        moved = {"comfyui_path": os.path.realpath(checkout), "python_path": interpreter}
-        with environment.idle("create"), locked(environment.paths.content_lock, LOCK_SECONDS, "create"):
-            change_settings(environment.paths, moved, interpreter)
-        return environment
-
-    def _with_python(self, environment: Environment, python: str) -> Environment:
-        """Give an adopted environment another interpreter."""
-        interpreter = working_python(python)
-        with locked(environment.paths.content_lock, LOCK_SECONDS, "create"):
-            change_settings(environment.paths, {"python_path": interpreter}, interpreter)
+    def _adopted_again(self, environment: Environment, checkout: str, python: Optional[str]) -> Environment:
+        """An environment that is there: its checkout has moved, it gets another interpreter, or nothing changes."""
+        former = environment.manifest.comfyui_path
+        has_moved = former is None or not same_path(former, checkout)
+        if not environment.is_complete or has_moved and not (former and environment.missing_script):
+            message = f"Environment '{environment.name}' exists already."
+            raise CDEnvironmentError(message, f"comfydock -e {as_word(environment.name)} status", "exists")
+        if has_moved or python is not None:
+            interpreter = working_python(python or find_checkout_python(checkout))
+            places = {"comfyui_path": os.path.realpath(checkout), "python_path": interpreter}
+            held = environment.idle("create") if has_moved else nullcontext()
+            with held, locked(environment.paths.content_lock, LOCK_SECONDS, "create"):
+                change_settings(environment.paths, places, interpreter)
         return environment
 
     def demo(self) -> Environment:
@@ -7950,8 +7946,7 @@ class Workspace:
 
     def create(self, options: CreateOptions, tell: Tell) -> Environment:
         """Make an environment with a ComfyUI of its own. Raises as `create_environment`."""
-        require_new_name(options.name)
-        environment = self._environment(options.name)
+        environment = self._new_environment(options.name)
         if os.path.exists(environment.paths.creation):  # an unfinished one may have been started all the same
             environment.require_idle()
         self._change_settings()
@@ -7998,6 +7993,10 @@ class Workspace:
             }
             for index, environment in enumerate(environments)
         ]
+
+    def _new_environment(self, name: str) -> Environment:
+        require_new_name(name)
+        return self._environment(name)
 
     def _environment(self, name: str) -> Environment:
         return Environment(name, self.paths, lambda: self._ports_of_others(name))
