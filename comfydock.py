@@ -3491,6 +3491,14 @@ def find_session(file: "BinaryIO", end: int) -> int:
     return 0
 
 
+def log_size(path: str) -> int:
+    """The size of a log in bytes, 0 where there is none. Raises OSError where one may not look."""
+    try:
+        return os.lstat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
 def file_mark(path: str) -> str:
     """Size and time of a file, which change with its content; empty where there is none."""
     try:
@@ -3544,7 +3552,7 @@ class LogFollower:
 
     def _rest_of_former(self, head: bytes) -> bytes:
         """What the former log had after `position`; when that was all, the log that came after it is followed."""
-        after = head
+        after, newest = head, file_mark(rotated(self.path))
         for path in reversed(old_logs(self.path)):  # from the newest on; `after` is how the one that came later begins
             try:
                 with open_log(path, buffering=0) as old:
@@ -3560,6 +3568,9 @@ class LogFollower:
                 head = after
                 break
             after = its_head
+        else:
+            if newest != file_mark(rotated(self.path)):
+                return b""  # rotated meanwhile
         if head:
             self.head, self.position = head, 0
         return b""
@@ -3617,11 +3628,15 @@ def refuse_existing(path: str) -> None:
         raise CDEnvironmentError(f"{path} already exists", "move it away, then run the command again", "exists")
 
 
-def move(source: str, target: str) -> None:
+LEFT_OVER = ".comfydock.moved"  # marks a folder that was moved to another disk: what is still in it may go
+
+
+def move(source: str, target: str, scratch: Optional[str] = None) -> None:
     """Rename; to another disk copy, and then delete. Raises CDEnvironmentError: the target exists, a file is in use.
 
     A container's overlay file system is another disk in this: it renames no folder that comes from the image (EXDEV;
-    Linux, Documentation/filesystems/overlayfs). The target is whole when it is there.
+    Linux, Documentation/filesystems/overlayfs). The target is whole as soon as it is there; until then the copy is in
+    `scratch`, a folder on its disk, by default the one it will be in.
     """
     import errno
 
@@ -3631,13 +3646,29 @@ def move(source: str, target: str) -> None:
     except CDEnvironmentError as error:
         if getattr(error.__cause__, "errno", None) != errno.EXDEV:
             raise
-        copy = temporary_name(target)
+        refuse_mounts(source)
+        copy = temporary_name(os.path.join(scratch or os.path.dirname(target), os.path.basename(target)))
         try:
             copy_any(source, copy)
             os.rename(copy, target)
         finally:
             remove_tree(copy)
-        remove_tree(source)
+        remove_moved(source)
+
+
+def remove_moved(path: str) -> None:
+    """Delete what was copied elsewhere; should that break off, it can be told from a folder that somebody put there."""
+    if os.path.isdir(path) and not is_link(path):
+        write_atomic(os.path.join(path, LEFT_OVER), b"")
+        for name in os.listdir(path):
+            if name != LEFT_OVER:
+                remove_tree(os.path.join(path, name))
+    remove_tree(path)
+
+
+def is_left_over(path: str) -> bool:
+    """Whether a folder is what a move to another disk had still to delete."""
+    return not is_link(path) and os.path.isfile(os.path.join(path, LEFT_OVER))
 
 
 def remove_tree(path: str) -> None:
@@ -3727,12 +3758,11 @@ def copy_any(source: str, target: str) -> None:
     """Copy a file, or a folder with all in it, as it is: links stay links. Raises CDEnvironmentError, OSError."""
     import shutil
 
-    inside = os.path.join(os.path.realpath(source), "")
-    if os.path.realpath(target).startswith(inside):
-        raise CDEnvironmentError(f"{source} cannot be copied into itself ({target})", "name another folder", "usage")
     if is_link(source) or not os.path.isdir(source):
         shutil.copy2(source, target, follow_symlinks=False)
         return
+    if os.path.realpath(target).startswith(os.path.join(os.path.realpath(source), "")):
+        raise CDEnvironmentError(f"{source} cannot be copied into itself ({target})", "name another folder", "usage")
     try:
         shutil.copytree(source, target, symlinks=True)
     except shutil.Error as error:  # it holds all that went wrong, as (source, target, reason)
@@ -3759,20 +3789,19 @@ def carry_over(old: str, new: str, known: set[str]) -> bool:
             if name.replace(os.sep, "/") in known:
                 continue
             folder = os.path.dirname(os.path.join(top, name))  # never through a link of the successor
-            if os.path.lexists(target) or os.path.realpath(folder) != folder or not _can_be_folder(folder):
+            if os.path.lexists(target) or os.path.realpath(folder) != folder:
                 complete = False
                 continue
-            make_folder(folder)
+            try:
+                make_folder(folder)
+            except (FileExistsError, NotADirectoryError):  # the successor has a file of that name
+                complete = False
+                continue
             try:
                 os.link(source, target, follow_symlinks=False)
             except (OSError, NotImplementedError):  # a file system without hard links
                 shutil.copy2(source, target, follow_symlinks=False)
     return complete
-
-
-def _can_be_folder(path: str) -> bool:
-    there = next(folder for folder in upward(path) if os.path.lexists(folder))
-    return os.path.isdir(there)
 
 
 def is_file(path: str) -> bool:
@@ -4080,10 +4109,9 @@ def key_text(key: str) -> str:
         digits = escape.group(1)
         return json.dumps(chr(int(digits, 16)))[1:-1] if digits else escape.group()
 
-    quoted = key.startswith('"')
-    return (
-        str(json.loads(re.sub(r"\\(?:U([0-9A-Fa-f]{8})|.)", as_json, key), strict=False)) if quoted else key.strip("'")
-    )
+    if not key.startswith('"'):
+        return key.strip("'")
+    return str(json.loads(re.sub(r"\\(?:U([0-9A-Fa-f]{8})|.)", as_json, key), strict=False))
 
 
 def toml_key(key: str) -> str:
@@ -4516,6 +4544,11 @@ def git_answer(words: list[str], folder: str) -> Optional[str]:
         return None
 
 
+def current_branch(folder: str) -> Optional[str]:
+    """The branch that a clone is on; None at a tag or a commit."""
+    return git_answer(["symbolic-ref", "--quiet", "--short", "HEAD"], folder)
+
+
 def remote_of(folder: str) -> Optional[str]:
     """Where a clone is from, without the user name and password that its address may hold; None for no clone."""
     remote = git_answer(["config", "--get", "remote.origin.url"], folder)
@@ -4700,12 +4733,17 @@ class PipInstaller:
         self.run([*self.uninstalling, *names])
 
     def freeze(self) -> list[str]:
-        """What is installed, as lines NAME==VERSION, wherever it came from.
+        """What is installed, as lines NAME==VERSION; of a folder that its author works in -e FOLDER#egg=NAME.
 
-        `pip freeze` would name the file or folder that a package was built from, which conda's are not there any more.
+        `pip freeze` would also name the files that others were built from, which of conda's are not there any more.
         """
-        lines = self.run(["list", "--format=freeze"]).splitlines()
-        return [line for line in lines if re.match(r"[A-Za-z0-9][\w.-]*==", line)]
+        said = self.run(["list", "--format=json"])
+        listed = json.loads(next((line for line in said.splitlines() if line.startswith("[")), "[]"))
+        where = "editable_project_location"
+        return [
+            f"-e {one[where]}#egg={one['name']}" if one.get(where) else f"{one['name']}=={one['version']}"
+            for one in listed
+        ]
 
     def run(self, words: list[str], folder: Optional[str] = None, tell: Tell = say_nothing) -> str:
         """What a command prints."""
@@ -4777,13 +4815,13 @@ def package_environment(python: str) -> dict[str, str]:
 
 def package_name(line: str) -> str:
     """The normalised package name in a requirement line; the line itself when it has none."""
-    found = re.match(r"([A-Za-z0-9][A-Za-z0-9._-]*)", line)
+    found = re.match(r"(?:-e .*[#&]egg=)?([A-Za-z0-9][A-Za-z0-9._-]*)", line)
     return re.sub(r"[-_.]+", "-", found.group(1)).lower() if found else line
 
 
 def held_packages(frozen: list[str]) -> list[str]:
     """The installed versions of PyTorch's family and numpy, as lines of a constraint file."""
-    return [line for line in frozen if package_name(line) in HELD_PACKAGES]
+    return [line for line in frozen if "==" in line and package_name(line) in HELD_PACKAGES]
 
 
 def held_index(frozen: list[str]) -> Optional[str]:
@@ -4930,7 +4968,8 @@ class Packages:
         new = [name for name in map(package_name, now) if name not in kept]
         steps = [(f"{', '.join(new)} removed", partial(self.installer.uninstall, new))] if new else []
         for line in gone:  # one by one: what no index has any more keeps no other back
-            steps.append((line, partial(self.installer.install, [line, "--no-deps", *self.index])))
+            words = ["-e", line[3:].partition("#egg=")[0]] if line.startswith("-e ") else [line]
+            steps.append((line, partial(self.installer.install, [*words, "--no-deps", *self.index])))
         done = []
         for what, step in steps:
             try:
@@ -5096,7 +5135,7 @@ class GitSource:
             hint = f"comfydock node remove {as_word(info.name)}"
             raise CDEnvironmentError(f"the manifest names no repository for {info.name}", hint, "not-found")
         clone(info.repository, info.version, folder)
-        branch = git_answer(["symbolic-ref", "--quiet", "--short", "HEAD"], folder) if info.version else None
+        branch = current_branch(folder) if info.version else None
         return info.altered(version=git(["rev-parse", "HEAD"], folder), branch=branch or info.branch)
 
     def newest(self, info: NodeInfo, tell: Tell) -> NodeInfo:
@@ -5237,18 +5276,15 @@ class NodeChange:
     def do_moves(self) -> None:
         """All renames."""
         for source, target in self.moves:
-            move(source, target)
+            move(source, target, self.folder)
 
     def undo_moves(self) -> None:
-        """Those renames that happened, backwards. One happened when its target is there and its source is not.
-
-        What is in the staging folder is whole: of a copy to it that was killed, only the source's deletion was left.
-        """
+        """Those renames that happened, backwards. One happened when its target is there and its source is not."""
         for source, target in reversed(self.moves):
-            if os.path.lexists(target) and target.startswith(os.path.join(self.old, "")):
-                remove_tree(source)
+            if os.path.lexists(target) and is_left_over(source):
+                remove_moved(source)
             if os.path.lexists(target) and not os.path.lexists(source):
-                move(target, source)
+                move(target, source, self.folder)
 
     def tidy(self) -> None:
         """Remove the staging folder, the journal first: without one there is nothing to take back."""
@@ -5422,6 +5458,11 @@ class NodeManager:
         """
         key, info = self.find_node(identifier)
         source = self.source_of(info)
+        if not os.path.lexists(self.folder_of(info)) and info.name.casefold() in self.disabled():
+            message = f"{info.name} is disabled, and was left as it is"
+            return UpdateResult(
+                info.name, info.source, message=message, old_version=info.version, new_version=info.version
+            )
         if source is None:
             raise CDEnvironmentError(f"nobody recorded where {info.name} comes from", "comfydock repair", "not-found")
         newest = source.newest(info, self.tell).altered(name=info.name, registry_id=info.registry_id)
@@ -5481,7 +5522,8 @@ class NodeManager:
                 self.restore(name, report, report.installed)
             for wrong in difference.version_mismatches if correct_versions else []:
                 self.restore(wrong["name"], report, report.corrected)
-            if self.install_requirements() and not report.problems:
+            self.install_requirements()
+            if not report.problems:
                 write_atomic(self.paths.stamp, json.dumps({"stamp": self.stamp()}).encode())
         return report
 
@@ -5522,7 +5564,10 @@ class NodeManager:
         check_node_name(name)
         remote = remote_of(folder)
         if remote:
-            return NodeInfo(name, repository=remote, version=GitSource().version_in(folder), source="git")
+            version, branch = GitSource().version_in(folder), current_branch(folder)
+            usual = git_answer(["symbolic-ref", "--quiet", "--short", "refs/remotes/origin/HEAD"], folder)
+            branch = None if usual == f"origin/{branch}" else branch
+            return NodeInfo(name, repository=remote, version=version, source="git", branch=branch)
         identity = project_table(folder, self.python).get("name")
         if os.path.isfile(os.path.join(folder, ".tracking")) and isinstance(identity, str):
             return NodeInfo(name, identity, version=RegistrySource().version_in(folder), source="registry")
@@ -5710,14 +5755,14 @@ class NodeManager:
         nodes = [self.folder_of(info) for info in self.list_nodes().values() if self.source_of(info)]
         return [folder for folder in own + nodes if os.path.isdir(folder)]
 
-    def install_requirements(self) -> bool:
-        """Install what ComfyUI and the nodes need and is not there; False where nothing can: 1.0.x made venvs by uv.
+    def install_requirements(self) -> None:
+        """Install what ComfyUI and the nodes need and is not there.
 
-        Such an environment is taken as it is: it ran before.
+        1.0.x made venvs by uv, without pip. Where neither is found, the environment is taken as it is: it ran before.
         """
         folders = [folder for folder in self.requirement_folders() if node_requirements(folder, self.python).strip()]
         if not self.python or not folders:
-            return True
+            return
         try:
             with self.change() as change:
                 Packages(self.python, change.folder).install(folders, self.tell)
@@ -5725,8 +5770,6 @@ class NodeManager:
             if error.code != "no-pip":
                 raise
             self.tell(f"warning: {error.message}, so its packages were not looked at")
-            return False
-        return True
 
     def is_in_line(self) -> bool:
         """Whether nothing changed since the last bring_in_line that found no problem."""
@@ -5740,7 +5783,7 @@ class NodeManager:
             venv = os.path.dirname(os.path.dirname(self.python))
             watched += [self.python, os.path.join(venv, "pyvenv.cfg")]  # the latter changes with a new venv
         marks = [f"{path} {file_mark(path)}" for path in watched]
-        facts = [manifest_text(self.paths), *marks, *self.folders(), *self.interrupted()]
+        facts = [manifest_text(self.paths), *marks, *self.folders(), *sorted(self.disabled()), *self.interrupted()]
         return "\n".join(facts)
 
 
@@ -5773,12 +5816,14 @@ def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Te
     unfinished environment that was begun with other options; else as the stages do. Once there is ComfyUI's code, what
     was made stays for the next try, without `.complete`.
     """
+    is_new = not os.path.lexists(paths.root)
     claim_place(paths, None)
     try:
         go_on_with_creation(paths, options, tell)
     except BaseException:
-        if not (os.path.exists(paths.complete) or os.path.exists(paths.comfyui) or is_held(paths.content_lock)):
-            remove_tree(paths.root)  # nothing came of it: nothing stays
+        if is_new and not os.path.exists(paths.comfyui) and not is_held(paths.content_lock):
+            with suppress(CDEnvironmentError, OSError):
+                remove_tree(paths.root)  # nothing came of it: nothing stays
         raise
 
 
@@ -5794,34 +5839,36 @@ def go_on_with_creation(paths: EnvironmentPaths, options: CreateOptions, tell: T
             creation.stage("PyTorch", creation.install_torch)
             creation.stage("requirements", creation.install_requirements)
         creation.stage("manifest", creation.write_manifest)
-        creation.stage("git", creation.start_history)
+        creation.stage("git", lambda: start_history(paths, tell))
         creation.finish()
 
 
-def claim_place(paths: EnvironmentPaths, adopts: Optional[str]) -> None:
+def claim_place(paths: EnvironmentPaths, adopts: Optional[str], python: Optional[str] = None) -> None:
     """Make the environment's folder, unless there is one that is complete, not ours, or to become another one.
 
-    `adopts` is the checkout that it is to adopt, None when it gets a ComfyUI of its own.
+    `adopts` is the checkout that it is to adopt, with which `python`; None when it gets a ComfyUI of its own.
     """
     if os.path.exists(paths.complete):
         raise CDEnvironmentError(f"{paths.root} already holds an environment", "choose another name", "exists")
     if os.path.exists(paths.creation):
-        if read_json(paths.creation).get("adopts") != adopts:
-            message = f"{paths.root} is an environment of another kind, whose creation was interrupted"
-            raise CDEnvironmentError(message, command_to_resume(paths), "exists")
+        record = read_json(paths.creation)
+        if record and record.get("adopts") != adopts:
+            message = f"{paths.root} is another environment, whose creation was interrupted"
+            hint = f"{command_to_resume(paths)}  (or: comfydock delete {as_word(os.path.basename(paths.root))})"
+            raise CDEnvironmentError(message, hint, "exists")
         return
     root, cec = (os.listdir(folder) if os.path.isdir(folder) else [] for folder in (paths.root, paths.cec))
     if set(root) - {os.path.basename(paths.cec)} or not all(name.endswith(".tmp") for name in cec):
         raise CDEnvironmentError(f"{paths.root} exists and is no unfinished environment", "use another name", "exists")
     make_folder(paths.cec)
-    write_atomic(paths.creation, json.dumps({"adopts": adopts} if adopts else {}).encode())
+    write_atomic(paths.creation, json.dumps({"adopts": adopts, "python": python} if adopts else {}).encode())
 
 
 def command_to_resume(paths: EnvironmentPaths) -> str:
     """What to type to go on with a creation that was interrupted."""
     record = read_json(paths.creation)
     asked = record.get("options")
-    given = {"from": record.get("adopts"), **(asked if isinstance(asked, dict) else {})}
+    given = {**record, "from": record.get("adopts"), **(asked if isinstance(asked, dict) else {})}
     flags = ("from", "source", "comfyui", "python", "torch_backend")
     words = [
         f" --{name.replace('_', '-')} {as_word(given[name])}" for name in flags if isinstance(given.get(name), str)
@@ -5837,7 +5884,8 @@ class Creation:
         self.paths, self.options, self.tell = paths, options, tell
         self.python = venv_python(paths.venv)
         record = read_json(paths.creation)
-        if record.get("done") and record.get("options") != vars(options):
+        has_begun = record.get("done") or os.path.isdir(paths.comfyui)
+        if has_begun and record.get("options") not in (None, vars(options)):
             raise CDEnvironmentError(
                 f"environment '{options.name}' is unfinished, and was begun with other options",
                 f"{command_to_resume(paths)}  (or, to begin anew: comfydock delete {as_word(options.name)})",
@@ -5916,10 +5964,6 @@ class Creation:
         text = first_manifest(self.options.name, settings, needed, held_packages(frozen))
         parse_toml(text, self.paths.manifest, None if self.options.no_install else self.python)
         write_atomic(self.paths.manifest, text.encode(), 0o644)
-
-    def start_history(self) -> None:
-        """The manifest's git repository, where git is."""
-        start_history(self.paths, self.tell)
 
     def finish(self) -> None:
         """The last stage: from here on it is an environment."""
@@ -6054,9 +6098,9 @@ def adopt_environment(paths: EnvironmentPaths, name: str, comfyui: str, python: 
     if has_control(comfyui) or has_control(python):
         message = f"no manifest can hold such a path: {comfyui!r}, {python!r}"
         raise CDEnvironmentError(message, "rename the folder", "path")
-    claim_place(paths, comfyui)
+    claim_place(paths, comfyui, python)
     with locked(paths.content_lock, 5.0, f"create {name}"):
-        claim_place(paths, comfyui)  # another command may have completed it meanwhile
+        claim_place(paths, comfyui, python)  # another command may have completed it meanwhile
         settings = {**code_facts(comfyui), "comfyui_path": comfyui, "python_path": python}
         write_atomic(paths.manifest, first_manifest(name, settings, [], []).encode(), 0o644)
         found = NodeManager(paths, python, tell).folders()
@@ -6470,9 +6514,12 @@ class Environment:
         sight = self.observe()
         if sight.row is None:
             return None
-        config = self.config_of(sight)
-        answer = self._own_answer(sight, config, probe(config, timeout))
-        return queue_counts(config, timeout) if answer.kind == HEALTHY else None
+        config, deadline = self.config_of(sight), time.monotonic() + timeout
+        if not is_port_bound(config.port, sight.row.pid):  # else it is sure that the answer is its own
+            answer = self._own_answer(sight, config, probe(config, timeout))
+            if answer.kind != HEALTHY:
+                return None
+        return queue_counts(config, max(0.0, deadline - time.monotonic()))
 
     def config_of(self, sight: Sighting) -> ComfyUIConfig:
         """Where the ComfyUI of a sighting listens, by its arguments."""
@@ -6489,16 +6536,16 @@ class Environment:
         """A sighting and a probe as one JSON-ready object: UTC ISO times, seconds, bytes."""
         record, row = sight.record, sight.row
         config = self.config_of(sight)
-        answer = self._own_answer(sight, config, answer)
+        answer, is_complete = self._own_answer(sight, config, answer), self.is_complete
         state = _state_word(sight, answer) if row else sight.state
         return {
             "name": self.name,
             "state": state,
             "note": sight.note or None,
             "demo": self.manifest.demo,
-            "complete": self.is_complete,
-            "resume": None if self.is_complete else command_to_resume(self.paths),
-            "missing": self.missing_script if self.is_complete else None,
+            "complete": is_complete,
+            "resume": None if is_complete else command_to_resume(self.paths),
+            "missing": self.missing_script if is_complete else None,
             "pid": row.pid if row else None,
             "host": config.host if row else None,
             "port": config.port if row else None,
@@ -6628,7 +6675,7 @@ class Environment:
             self._finish_rotation()
             sight = self.observe(lock_held=True)
             path = self.log_path
-            if os.path.lexists(path) and os.lstat(path).st_size == 0 or not os.path.lexists(path):
+            if log_size(path) == 0:
                 return False
             if sight.state == FOREIGN:
                 raise self._foreign(sight)
@@ -6688,7 +6735,7 @@ class Environment:
 
     @staticmethod
     def _parse_comfyui_args(args: list[str]) -> ComfyUIConfig:
-        """Where ComfyUI will listen, as its arguments say it. Raises CDEnvironmentError for a port that is none."""
+        """As parse_comfyui_args, which all others use."""
         return parse_comfyui_args(args)
 
     def run(
@@ -6933,7 +6980,8 @@ class Environment:
             return
         reason = self.last_error()
         record.last_exit = exit_note(code)
-        self._put_back(previous if code == 2 else record)
+        with suppress(OSError):  # on a full disk it is told all the same
+            self._put_back(previous if code == 2 else record)
         raise CDEndedError(
             f"ComfyUI ended at once ({exit_words(code)})" + (f": {reason}" if reason else "."),
             f"comfydock -e {as_word(self.name)} logs",
@@ -7252,12 +7300,19 @@ class Environment:
         if reply.get("error"):
             raise CDEnvironmentError(**reply["error"])
 
-    def restart_after_crash(self, run_id: Optional[str], note: dict[str, Any]) -> bool:
-        """Start again what crashed, for its monitor; False when that is no longer wanted or another run has begun."""
+    def restart_after_crash(self, former: ProcessState, note: dict[str, Any]) -> bool:
+        """Start again what crashed, for its monitor; False when that is no longer wanted or another run has begun.
+
+        On a full disk not even a start that failed can be taken back: its intent is replaced by the `former` record.
+        """
         with self._process_lock("restart"):
             sight = self.observe(lock_held=True)
             record = sight.record
-            if record is None or sight.row is not None or record.run_id != run_id or record.wanted != "running":
+            if record is not None and is_own_intent(record):
+                self._write_state(former)
+                record = former
+            is_same = record is not None and record.run_id == former.run_id and record.wanted == "running"
+            if record is None or not is_same or sight.row is not None:
                 return False
             self._await_port(record)
             self._start(record.args, record.env, previous=record, monitor=note)
@@ -7337,6 +7392,11 @@ def parse_reply(said: bytes) -> dict[str, Any]:
                 "code": "failed",
             }
         }
+
+
+def is_own_intent(record: ProcessState) -> bool:
+    """Whether a record is of a start by this very process that came to nothing."""
+    return record.pid is None and record.starter.get("pid") == os.getpid()
 
 
 def exit_note(code: Optional[int]) -> dict[str, Any]:
@@ -7877,7 +7937,7 @@ class Workspace:
 
     def _adopter_of(self, checkout: str) -> Optional[Environment]:
         for environment in self.list_environments():
-            path = environment.manifest.comfyui_path
+            path = environment.manifest.comfyui_path or read_json(environment.paths.creation).get("adopts")
             if path and os.path.realpath(path) == os.path.realpath(checkout):
                 return environment
         return None
@@ -8262,8 +8322,9 @@ class Monitor:
     def _is_wanted(self) -> bool:
         """Whether nobody stopped it, and no other run has begun."""
         now = self.environment._read_state()
-        same = now is not None and self.record is not None and now.run_id == self.record.run_id
-        return now is not None and same and now.wanted == "running"
+        if now is None or self.record is None:
+            return False
+        return (now.run_id == self.record.run_id or is_own_intent(now)) and now.wanted == "running"
 
     def _is_reborn(self) -> bool:
         """On Windows ComfyUI-Manager's restart is a good end and another PID: found by its marker, and recorded."""
@@ -8293,7 +8354,7 @@ class Monitor:
             return False
         self.note["restarts"] = [*recent, time.time()]
         try:
-            return self._start_once_there_is_room(run_id)
+            return self._start_once_there_is_room()
         except CDEndedError as error:  # a crash like any other
             if error.exit_code == 2:  # the record is then still that of the former run
                 return self._give_up(run_id, error)
@@ -8302,19 +8363,20 @@ class Monitor:
         except (CDEnvironmentError, OSError) as error:
             return self._give_up(run_id, error)
 
-    def _start_once_there_is_room(self, run_id: Optional[str]) -> bool:
+    def _start_once_there_is_room(self) -> bool:
         """Start again; on a full disk, where no record can be written, as soon as that works."""
         import errno
 
-        while True:
+        while self.record is not None:
             try:
-                return self.environment.restart_after_crash(run_id, self.note)
+                return self.environment.restart_after_crash(self.record, self.note)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
                     raise
             self._wait_wanted(LONGEST_BACKOFF)
             if not self._is_wanted():
-                return False
+                break
+        return False
 
     def _give_up(self, run_id: Optional[str], error: Exception) -> bool:
         """Record why, and watch no longer."""
@@ -9055,6 +9117,12 @@ class Arguments:
         def __getattr__(self, name: str) -> Any: ...
 
 
+def is_given(args: Arguments, name: str) -> bool:
+    """Whether an option was typed; a number may well be 0."""
+    value = getattr(args, name)
+    return value is not None and value is not False
+
+
 def made_known(console: Console, args: Arguments, environment: Environment) -> Environment:
     """The environment, healed and telling the console, whose own commands from now on reach the same one."""
     environment.tell = console.work
@@ -9122,7 +9190,7 @@ def stays_in_foreground(args: Arguments) -> bool:
     if os.getpid() != 1:
         return bool(args.foreground)
     for name in ("json", "monitor", "wait"):
-        if getattr(args, name) not in (None, False):
+        if is_given(args, name):
             message = f"As PID 1 'run' stays in the foreground, so it has no --{name}."
             raise CDEnvironmentError(message, "comfydock run", "usage")
     return True
@@ -9504,7 +9572,7 @@ def status(console: Console, args: Arguments) -> Report:
     data = environment.report()
     if data["note"] == "damaged" and data["pid"] is None:
         raise environment.damaged_state()
-    data["difference"] = difference_of(environment)
+    data["difference"] = None if data["missing"] else difference_of(environment)
     return Report(data, environment.name, 3 if data["state"] in (STOPPED, CRASHED) else 0)
 
 
@@ -9580,14 +9648,14 @@ def repair_content(console: Console, args: Arguments, environment: Environment) 
             f"   • {len(difference.found_nodes)} nodes from before the adoption: {', '.join(difference.found_nodes)}"
         )
     if not (args.yes or agreed(console, "Put this right?", "comfydock repair -y")):
-        return {**done, "problems": ["Nothing was changed."]}
+        return {**done, "problems": [] if done["tracked"] else ["Nothing was changed."]}
     if difference.interrupted:  # what an addition that was broken off left is no node that somebody put there
         with environment.nodes.changing("repair"):
             difference = environment.nodes.compare()
     if args.remove_untracked:
         done["moved"] = environment.nodes.move_untracked_aside(difference.extra_nodes + difference.found_nodes)
     else:
-        done["tracked"] = [name for name in difference.extra_nodes if track(console, args, environment, name)]
+        done["tracked"] += [name for name in difference.extra_nodes if track(console, args, environment, name)]
     report = environment.nodes.bring_in_line(correct_versions=True, force=True)
     done.update(installed=report.installed, corrected=report.corrected, problems=report.problems)
     if difference.extra_nodes and not any(done.values()):
@@ -10860,14 +10928,14 @@ def help_text_of(topic: str) -> str:
 
 def refuse_alone(command: Command, args: Arguments, one: str, other: str) -> None:
     """Raises CDEnvironmentError when the first option was given without the second, which it belongs to."""
-    if getattr(args, one) not in (None, False) and not getattr(args, other):
+    if is_given(args, one) and not is_given(args, other):
         flags = [name.replace("_", "-") for name in (one, other)]
         raise CDEnvironmentError(f"--{flags[0]} needs --{flags[1]}.", help_hint(command), "usage")
 
 
 def refuse_together(command: Command, args: Arguments, one: str, other: str) -> None:
     """Raises CDEnvironmentError when both options were given."""
-    if getattr(args, one) and getattr(args, other):
+    if is_given(args, one) and is_given(args, other):
         flags = " and ".join("--" + name.replace("_dir", "").replace("_", "-") for name in (one, other))
         raise CDEnvironmentError(f"{flags} exclude each other.", help_hint(command), "usage")
 

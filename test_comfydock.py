@@ -3047,17 +3047,54 @@ class RemovalTest(InWorkshop):
             self.assertEqual(tree(dock.move_aside(source, shelf)), {"file": b"y"})
         self.assertEqual(sorted(os.listdir(self.folder)), ["models", "shelf", "target"])
 
-    def test_a_move_that_was_killed_between_copy_and_deletion_is_taken_back(self):
+    def killed_change(self, *moves):
+        """A change whose node was copied to `old`; of the node itself a file was still to be deleted."""
         change = dock.NodeChange(os.path.join(self.folder, "staging"))
-        node, new = os.path.join(self.folder, "node"), change.new
-        former = os.path.join(change.old, "node")
-        change.moves = [[node, former], [new, node]]
-        write(os.path.join(former, "a"), "whole")
-        write(os.path.join(former, "b"), "whole")
+        node = os.path.join(self.folder, "node")
+        change.moves = [[node, os.path.join(change.old, "node")], [change.new, node]]
+        for name in ("a", "b"):
+            write(os.path.join(change.old, "node", name), "whole")
         write(os.path.join(node, "b"), "left over")
-        write(os.path.join(new, "c"), "new")
+        write(os.path.join(change.new, "c"), "new")
+        return change, node
+
+    def test_a_move_that_was_killed_between_copy_and_deletion_is_taken_back(self):
+        change, node = self.killed_change()
+        write(os.path.join(node, dock.LEFT_OVER), "")
         change.undo_moves()
         self.assertEqual(tree(node), {"a": b"whole", "b": b"whole"})
+
+    def test_what_somebody_has_put_there_meanwhile_is_no_left_over(self):
+        change, node = self.killed_change()
+        change.undo_moves()
+        self.assertEqual(tree(node), {"b": b"left over"})
+        self.assertEqual(tree(os.path.join(change.old, "node")), {"a": b"whole", "b": b"whole"})
+
+    def test_a_deletion_after_a_copy_that_breaks_off_can_be_told_from_a_folder(self):
+        source, target = os.path.join(self.folder, "source"), os.path.join(self.folder, "target")
+        for name in ("a", "b"):
+            write(os.path.join(source, name), "x")
+        real, deleted = dock.remove_tree, []
+
+        def remove(path):
+            if path.startswith(source):
+                deleted.append(path)
+                if len(deleted) == 2:
+                    raise KeyboardInterrupt
+            real(path)
+
+        renaming = OSError(errno.EXDEV, "another disk")
+        with (
+            unittest.mock.patch.object(dock, "remove_tree", remove),
+            unittest.mock.patch.object(os, "rename", side_effect=[renaming, None]),
+            unittest.mock.patch.object(dock, "copy_any", lambda old, new: shutil.copytree(old, target)),
+            self.assertRaises(KeyboardInterrupt),
+        ):
+            dock.move(source, target)
+        self.assertTrue(dock.is_left_over(source))
+        self.assertEqual(tree(target), {"a": b"x", "b": b"x"})
+        dock.remove_moved(source)
+        self.assertFalse(os.path.lexists(source))
 
     @unittest.skipIf(WINDOWS, "needs mkfifo")
     def test_what_cannot_be_copied_is_named_in_one_sentence(self):
@@ -4159,6 +4196,28 @@ class ChangeTest(NodeCase):
                 self.assertFalse(os.path.exists(folder))
             os.rename(place, folder)
 
+    def test_what_somebody_disabled_is_not_updated_but_missed_once_it_is_gone(self):
+        repository = make_repository("Asleep", {"__init__.py": ""})
+        self.manager.add_node(repository)
+        folder = os.path.join(self.nodes, "Asleep")
+        os.rename(folder, f"{folder}.disabled")
+        commit(repository, {"__init__.py": "2"})
+        result = self.manager.update_node("Asleep")
+        self.assertEqual((result.changed, "is disabled" in result.message), (False, True))
+        self.assertFalse(os.path.exists(folder))
+        self.manager.bring_in_line(force=True)
+        self.assertTrue(self.manager.is_in_line())
+        shutil.rmtree(f"{folder}.disabled")
+        self.assertFalse(self.manager.is_in_line())
+
+    def test_a_clone_that_is_tracked_keeps_its_branch_unless_it_is_the_usual_one(self):
+        repository = make_repository("Cloned", {"__init__.py": ""})
+        git(repository, "branch", "dev")
+        for branch, kept in (("main", None), ("dev", "dev")):
+            folder = os.path.join(self.nodes, f"of-{branch}")
+            git(self.nodes, "clone", "--quiet", "--branch", branch, repository, folder)
+            self.assertEqual(self.manager.track(f"of-{branch}").branch, kept)
+
     def test_a_change_at_work_is_not_one_that_was_broken_off(self):
         os.makedirs(os.path.join(self.nodes, dock.STAGING, "x"))
         self.assertEqual(self.manager.compare().interrupted, 1)
@@ -4458,10 +4517,15 @@ class OddMachines(unittest.TestCase):
 
     def test_packages_are_listed_by_name_and_version_wherever_they_came_from(self):
         installer = dock.PipInstaller("python")
-        said = "torch==2.9.0+cu128\nnumpy==2.1.0\nmine==0.1\n[notice] a newer pip\n"
+        listed = [{"name": "torch", "version": "2.9.0+cu128"}, {"name": "numpy", "version": "2.1.0"},
+                  {"name": "mine", "version": "0.1", "editable_project_location": "/home/me/my code"}]  # fmt: skip
+        said = f"a warning\n{json.dumps(listed)}\n"
         with unittest.mock.patch.object(installer, "run", return_value=said) as asked:
-            self.assertEqual(installer.freeze(), ["torch==2.9.0+cu128", "numpy==2.1.0", "mine==0.1"])
-        asked.assert_called_once_with(["list", "--format=freeze"])
+            lines = installer.freeze()
+        asked.assert_called_once_with(["list", "--format=json"])
+        self.assertEqual(lines, ["torch==2.9.0+cu128", "numpy==2.1.0", "-e /home/me/my code#egg=mine"])
+        self.assertEqual([dock.package_name(line) for line in lines], ["torch", "numpy", "mine"])
+        self.assertEqual(dock.held_packages([*lines, "-e /x#egg=xformers"]), lines[:2])
 
     def test_the_index_of_pytorch_is_told_by_a_backend_alone(self):
         for line, index in (
@@ -4477,15 +4541,15 @@ class OddMachines(unittest.TestCase):
 
     def test_one_package_that_cannot_be_put_back_keeps_no_other(self):
         packages = object.__new__(dock.Packages)
-        packages.before, packages.index = ["gone==1", "here==1"], []
+        packages.before, packages.index = ["gone==1", "-e /my code#egg=mine"], []
         packages.installer, said = unittest.mock.Mock(), []
         packages.installer.freeze.return_value = ["new==1"]
         packages.installer.uninstall.side_effect = dock.CDEnvironmentError("no")
         packages.put_back(said.append)
-        installed = [call.args[0][0] for call in packages.installer.install.call_args_list]
-        self.assertEqual(installed, ["gone==1", "here==1"])
+        installed = [call.args[0][:-1] for call in packages.installer.install.call_args_list]
+        self.assertEqual(installed, [["gone==1"], ["-e", "/my code"]])
         self.assertEqual(said, ["warning: packages could not all be put back (new removed): no",
-                                "packages put back: gone==1, here==1"])  # fmt: skip
+                                "packages put back: gone==1, -e /my code#egg=mine"])  # fmt: skip
 
     def test_where_nothing_can_install_an_environment_is_taken_as_it_is(self):
         paths, said = dock.EnvironmentPaths(os.path.join(self.folder, "e")), []
@@ -4498,7 +4562,7 @@ class OddMachines(unittest.TestCase):
         ):
             self.assertEqual(manager.bring_in_line(force=True).problems, [])
         self.assertIn("warning: no pip, no uv, so its packages were not looked at", said)
-        self.assertFalse(os.path.exists(paths.stamp))
+        self.assertTrue(manager.is_in_line())  # so it is told once
         with unittest.mock.patch.object(
             dock, "Packages", side_effect=dock.CDEnvironmentError("broken", code="packages")
         ):
@@ -5245,16 +5309,17 @@ class MakingAWorkspace(unittest.TestCase):
         write(os.path.join(checkout, "main.py"), "")
         os.makedirs(os.path.join(checkout, "custom_nodes", "pack"))
         workspace = dock.Workspace(os.path.join(self.folder, "w"))
-        for broken in ("change_settings", "start_history"):
+        for broken in ("first_manifest", "change_settings", "start_history"):
             with unittest.mock.patch.object(dock, broken, side_effect=KeyboardInterrupt):
                 with self.assertRaises(KeyboardInterrupt):
                     workspace.adopt(checkout, "a", sys.executable)
             environment = workspace.get_environment("a")
             self.assertFalse(environment.is_complete)
-            command = f"comfydock create a --from {dock.as_word(os.path.realpath(checkout))}"
+            places = [dock.as_word(path) for path in (os.path.realpath(checkout), sys.executable)]
+            command = f"comfydock create a --from {places[0]} --python {places[1]}"
             self.assertEqual(environment.report()["resume"], command)
             said = self.refusal(workspace.create, dock.CreateOptions("a", no_install=True), lambda line: None)
-            self.assertIn("of another kind", said)
+            self.assertIn("is another environment", said)
         for name in ("a", None):
             environment = workspace.adopt(checkout, name, sys.executable)
             self.assertEqual((environment.name, environment.manifest.found_nodes), ("a", ["pack"]))
@@ -5307,6 +5372,15 @@ class MakingAWorkspace(unittest.TestCase):
         self.assertIsNone(environment.report()["missing"])
         write(os.path.join(checkout, "main.py"), "")
         self.assertIn("exists already", self.refusal(workspace.adopt, checkout, "a", sys.executable))
+
+    def test_what_was_there_before_a_creation_that_fails_stays(self):
+        workspace = dock.Workspace(os.path.join(self.folder, "w"))
+        model = os.path.join(workspace.paths.environments, "x", "models", "big")
+        options = dock.CreateOptions("x", source="nothere.zip", no_install=True)
+        write(os.path.join(workspace.paths.environments, "x", ".cec", ".create.json"), "{}")
+        write(model, "big")
+        self.assertIn("is not there", self.refusal(workspace.create, options, lambda line: None))
+        self.assertTrue(os.path.exists(model))
 
     def test_no_name_is_made_that_cannot_be_opened(self):
         for name in ("a..b", "..", ".a", "a/b", "a.", "con", "a b"):
@@ -5559,6 +5633,29 @@ class AfterACrash(unittest.TestCase):
         watched = Watched(full, full, full, full, full, full, full, True)
         self.assertTrue(dock.Monitor(watched).goes_on(1))
         self.assertEqual(watched.notes, [])
+
+    def test_a_start_of_which_not_even_the_intent_could_be_taken_back_is_tried_again(self):
+        environment = dock.Workspace(temporary_folder(self)).demo()
+        former = dock.ProcessState(
+            2**22 - 1, "127.0.0.1", free_port(), [], dock.utc_now(), environment.log_path, run_id="a"
+        )
+        former.identity = {"created": 1.0}
+        former.args = ["--port", str(former.port)]
+        dock.write_state(environment.paths.state, former)
+        full = OSError(errno.ENOSPC, "No space left on device")
+        with (
+            unittest.mock.patch.object(dock, "begin_session", side_effect=full),
+            unittest.mock.patch.object(environment, "_put_back", side_effect=full),
+            self.assertRaises(OSError),
+        ):
+            environment.restart_after_crash(former, {})
+        monitor = dock.Monitor(environment)
+        self.assertIsNone(monitor.record.pid)
+        monitor.record = former
+        self.assertTrue(monitor._is_wanted())
+        self.assertTrue(environment.restart_after_crash(former, {}))
+        self.addCleanup(environment.stop, kill=True)
+        self.assertTrue(environment.is_running())
 
     def test_arguments_that_comfyui_refuses_are_not_tried_again(self):
         watched = Watched(dock.CDEndedError("unrecognized arguments", "", 2), True)
@@ -6772,7 +6869,7 @@ class WhatUsersMet(Journey):
         self.assertFalse(os.path.exists(self.person.workspace))
 
     def test_nothing_that_belongs_to_another_option_is_ignored(self):
-        for words in (("logs", "--path", "--rotate"), ("logs", "--rotate", "-f"), ("logs", "--rotate", "-n", "5")):
+        for words in (("logs", "--path", "--rotate"), ("logs", "--rotate", "-f"), ("logs", "--rotate", "-n", "0")):
             self.assertClear(self.person.types(*words), 2, "exclude each other")
         for number in ("-1", "1e9", "nan"):
             self.assertClear(self.person.types("run", "--demo", "--wait", number), 2, "--wait takes SECONDS")
@@ -6831,6 +6928,21 @@ class WhatUsersMet(Journey):
             "files in use stay"
         )
         self.assertClear(self.person.types("logs"), 1, "No log file found.", "restart")
+
+    def test_the_queue_of_what_listens_on_our_port_is_asked_at_once(self):
+        if not shows_listeners():
+            self.skipTest("this system does not tell who listens on a port")
+        self.run_demo()
+        with unittest.mock.patch.object(dock, "probe", side_effect=AssertionError("asked twice")):
+            self.assertEqual(self.environment_of_person().queue(), (0, 0))
+
+    def test_a_missing_comfyui_is_all_that_status_says_of_repairs(self):
+        self.person.environment("a")
+        os.rename(os.path.join(self.person.home, "a"), os.path.join(self.person.home, "b"))
+        done = self.person.types("status")
+        self.assertIn("Its ComfyUI is missing", done.stdout)
+        self.assertNotIn("needs repair", done.stdout)
+        self.assertIn("its ComfyUI is missing", self.person.types("list").stdout)
 
     def test_the_name_of_a_new_environment_is_no_option(self):
         for command in ("create", "use", "delete"):
@@ -6896,7 +7008,7 @@ class WhatUsersMet(Journey):
     def test_as_pid_1_what_is_for_the_background_is_refused(self):
         words = [("--json",), ("--monitor",), ("--wait",)]
         with unittest.mock.patch.object(os, "getpid", return_value=1):
-            for flags in words:
+            for flags in [*words, ("--wait", "0")]:
                 _, args = dock.parse(["run", "--demo", *flags])
                 with self.subTest(flags=flags), self.assertRaises(dock.CDEnvironmentError) as caught:
                     dock.stays_in_foreground(args)
