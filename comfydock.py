@@ -10009,12 +10009,11 @@ def known_names(what: str, words: list[str]) -> list[str]:
 
 
 def given_value(words: list[str], *flags: str) -> Optional[str]:
-    """The value that unfinished words give an option; bash cuts "--env=x" into three."""
+    """The value that unfinished words give an option."""
     for index, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if flag in flags:
-            following = [other for other in words[index + 1 : index + 3] if other != "="]
-            return value if equals else following[0] if following else None
+            return value if equals else next(iter(words[index + 1 :]), None)
     return None
 
 
@@ -10391,79 +10390,41 @@ COMMANDS = (
 )
 
 
-# Completion scripts: each walks the words before the cursor as `split_words` does, and knows COMMANDS by a table that
-# is written into it. Only names are asked for, by --names, while one types. Words in @SIGNS@ are filled in.
+# Completion: a shell's script hands the words to `--complete` and offers what comes back: a line each, perhaps with a
+# tab and a text, or ":files" or ":folders", which the shell itself knows best. @CALL@ becomes what starts this file.
 BASH_SCRIPT = r"""# Completion of comfydock for bash 3.2 and later. In ~/.bashrc:  eval "$(comfydock completion bash)"
-_comfydock_offer() {  # LINES: offer those that go on from the current word, quoted where a shell needs it
-    local word
-    while IFS= read -r word; do
-        if [[ -n $word && $word == "$current"* ]]; then COMPREPLY+=("$(printf %q "$word")"); fi
-    done <<<"$1"
-}
-_comfydock_paths() {  # OPTION of compgen: offer paths, which readline itself quotes
-    local path
-    compopt -o filenames 2>/dev/null
-    while IFS= read -r path; do COMPREPLY+=("$path"); done < <(compgen "$1" -- "$current")
-}
 _comfydock() {
-    local current=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} line='' kind='' words='' flags='' i
+    local current=${COMP_WORDS[COMP_CWORD]} paths='' word text
     COMPREPLY=()
     [[ $current == '=' ]] && current=''
-    [[ $before == '=' ]] && before=${COMP_WORDS[COMP_CWORD-2]}
-    for ((i = 1; i < COMP_CWORD; i++)); do
-        case ${COMP_WORDS[i]} in
-            --) _comfydock_paths -f; return ;;
-            @VALUED@) [[ ${COMP_WORDS[i+1]} == '=' ]] && ((i++)); ((i++)) ;;
-            -*) ;;
-            *) line+="${line:+ }${COMP_WORDS[i]}" ;;
+    while IFS=$'\t' read -r word text; do
+        case $word in
+            :folders) paths=-d ;;
+            :files) paths=-f ;;
+            *) COMPREPLY+=("$(printf %q "$word")") ;;
         esac
-    done
-    case $before in
-@VALUES@
-        *) case $line in
-@LINES@
-        esac ;;
-    esac
-    [[ $current == -* ]] && kind='' words=$flags
-    case $kind in
-        environments | nodes)
-            _comfydock_offer "$(@CALL@ --names "$kind" "${COMP_WORDS[@]:1:COMP_CWORD-1}" 2>/dev/null)" ;;
-        folders) _comfydock_paths -d ;;
-        files) _comfydock_paths -f ;;
-        *) _comfydock_offer "${words// /$'\n'}" ;;
-    esac
+    done < <(@CALL@ --complete bash "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+    [[ -n $paths ]] || return
+    compopt -o filenames 2>/dev/null # readline itself quotes paths
+    while IFS= read -r word; do COMPREPLY+=("$word"); done < <(compgen "$paths" -- "$current")
 }
 complete -F _comfydock comfydock comfydock.py
 """
 ZSH_SCRIPT = r"""#compdef comfydock comfydock.py
 # Completion of comfydock for zsh. In ~/.zshrc:  source <(comfydock completion zsh)
 _comfydock() {
-    local before=$words[CURRENT-1] line= kind= i
-    local -a choices flags names
-    if [[ $PREFIX == --*=* ]]; then before=${PREFIX%%=*}; compset -P '*='; fi
-    for ((i = 2; i < CURRENT; i++)); do
-        case $words[i] in
-            (--) _files; return ;;
-            (@VALUED@) ((i++)) ;;
-            (-*) ;;
-            (*) line+=${line:+ }$words[i] ;;
+    local word text
+    local -a typed found
+    typed=("${(@)words[2,CURRENT-1]}" "$PREFIX")
+    [[ $PREFIX == --*=* ]] && compset -P '*='
+    while IFS=$'\t' read -r word text; do
+        case $word in
+            (:folders) _files -/; return ;;
+            (:files) _files; return ;;
+            (*) found+=("${word//:/\\:}${text:+:$text}") ;;
         esac
-    done
-    case $before in
-@VALUES@
-        (*) case $line in
-@LINES@
-        esac ;;
-    esac
-    if [[ $PREFIX == -* ]]; then _describe -o option flags; return; fi
-    case $kind in
-        (environments|nodes)
-            names=(${(f)"$(@CALL@ --names $kind "${(@)words[2,CURRENT-1]}" 2>/dev/null)"})
-            (( $#names )) && compadd -a names ;;
-        (folders) _files -/ ;;
-        (files) _files ;;
-        (*) (( $#choices )) && _describe word choices ;;
-    esac
+    done < <(@CALL@ --complete zsh "${(@)typed}" 2>/dev/null)
+    (( $#found )) && _describe word found
 }
 if [[ $funcstack[1] == _comfydock ]]; then
     _comfydock "$@"
@@ -10473,46 +10434,23 @@ else
 fi
 """
 FISH_SCRIPT = r"""# Completion of comfydock for fish. In ~/.config/fish/config.fish:  comfydock completion fish | source
-function __comfydock_line  # the words before the cursor that are neither options nor their values
+function __comfydock_complete
     set -l words (commandline -opc)
     set -e words[1]
-    set -l line
-    set -l skip 0
-    for word in $words
-        if test $skip = 1
-            set skip 0
-            continue
-        end
-        switch $word
-            case '--'
-                set line '--'
-                break
-            case @VALUED@
-                set skip 1
-            case '-*'
+    set -l current (commandline -ct)
+    for line in (@CALL@ --complete fish $words "$current" 2>/dev/null)
+        switch $line
+            case ':folders'
+                __fish_complete_directories "$current"
+            case ':files'
+                __fish_complete_path "$current"
             case '*'
-                set -a line $word
+                echo $line
         end
     end
-    echo "$line"
-end
-function __comfydock_at  # PATTERN...: whether these words fit one of the patterns
-    set -l line (__comfydock_line)
-    for pattern in $argv
-        string match -q -- "$pattern" "$line"
-        and return 0
-    end
-    return 1
-end
-function __comfydock_names  # environments or nodes, as the file itself knows them
-    set -l words (commandline -opc)
-    set -e words[1]
-    @CALL@ --names $argv $words 2>/dev/null
 end
 for name in comfydock comfydock.py
-    complete -c $name -f
-    complete -c $name -n "__comfydock_at '--'" -F
-@LINES@
+    complete -c $name -f -a '(__comfydock_complete)'
 end
 """
 POWERSHELL_SCRIPT = r"""# Completion of comfydock for PowerShell. In $PROFILE:
@@ -10521,138 +10459,103 @@ Register-ArgumentCompleter -Native -CommandName 'comfydock', 'comfydock.py' -Scr
     param($current, $tree, $cursor)
     $typed = @($tree.CommandElements | Select-Object -Skip 1 | Where-Object { $_.Extent.EndOffset -lt $cursor } |
         ForEach-Object { $_.Extent.Text })
-    $values = @{
-@VALUES@
+    & @CALL@ --complete powershell $typed "=$current" 2>$null | Where-Object { $_ -notlike ':*' } | ForEach-Object {
+        $word, $text = $_ -split "`t", 2
+        $told = if ($text) { $text } else { $word }
+        [System.Management.Automation.CompletionResult]::new($word, $word, 'ParameterValue', $told)
     }
-    $line = ''
-    $skip = $false
-    foreach ($word in $typed) {
-        if ($skip) { $skip = $false }
-        elseif ($word -eq '--') { return }
-        elseif ($values.ContainsKey($word)) { $skip = $true }
-        elseif (-not $word.StartsWith('-')) { $line = "$line $word".Trim() }
-    }
-    $kind = ''
-    $flags = ''
-    if ($skip) { $kind = $values[$typed[-1]] }
-    else {
-        switch -Wildcard -CaseSensitive ($line) {
-@LINES@
-        }
-        if ("$current".StartsWith('-')) { $kind = "= $flags" }
-    }
-    if ($kind -in 'environments', 'nodes') { $found = @(& @CALL@ --names $kind $typed 2>$null) }
-    elseif ($kind.StartsWith('=')) { $found = $kind.Substring(1).Trim() -split ' ' }
-    else { return }
-    $found | Where-Object { $_ -and $_.StartsWith("$current") } |
-        ForEach-Object { [System.Management.Automation.CompletionResult]::new($_, $_, 'ParameterValue', $_) }
 }
 """
+Offer = tuple[str, str]  # a word, and what it means or ""
 
 
-@dataclass
-class Place:
-    """Where a command line may stand: the `patterns` its plain words fit, and what may come then.
+def unfinished(words: list[str]) -> "tuple[Optional[Command], list[str], Optional[Option]]":
+    """The command that words begin, the plain words behind it, and the option whose value comes next.
 
-    `kind` is asked for while one types ("environments", "folders" ...); `choices` and `options` are known now.
+    As long as there is no command, all plain words are its beginning.
     """
-
-    patterns: list[str]
-    choices: list[tuple[str, str]]
-    kind: str
-    options: tuple[Option, ...]
-
-
-def places() -> Iterator[Place]:
-    """Every place of a command line, by the table of commands."""
-    tops = [(command.name, command.summary) for command in COMMANDS if " " not in command.name]
-    seconds_of: dict[str, list[tuple[str, str]]] = {}
-    for command in COMMANDS:
-        first, _, second = command.name.partition(" ")
-        if second:
-            seconds_of.setdefault(first, []).append((second, command.summary))
-    tops += [(first, "add, remove, update or list custom nodes") for first in seconds_of]
-    yield Place([""], tops, "", EVERYWHERE)
-    for first, choices in seconds_of.items():
-        yield Place([first, f"help {first}"], choices, "", EVERYWHERE)
-    for command in COMMANDS:
-        yield from places_of(command, tops)
+    by_name = {command.name: command for command in COMMANDS}
+    command: Optional[Command] = None
+    plain: list[str] = []
+    index = 0
+    while index < len(words):
+        word = words[index]
+        option = option_named(word, (*EVERYWHERE, *(command.options if command else ())))
+        if option is not None and option.metavar and option.bare is None and "=" not in word:
+            index += 1
+            if index == len(words):
+                return command, plain, option
+        elif option is None and not word.startswith("-"):
+            plain.append(word)
+            if command is None and " ".join(plain) in by_name:
+                command, plain = by_name[" ".join(plain)], []
+        index += 1
+    return command, plain, None
 
 
-def places_of(command: Command, tops: list[tuple[str, str]]) -> Iterator[Place]:
-    """The places behind a command: before its operand, and after it."""
-    options = (*command.options, *EVERYWHERE)
-    kind = command.completes
-    choices = tops if kind == "commands" else [(word, "") for word in VALUES.get(kind, "").split()]
-    takes_many = any("..." in name for name, _ in command.operands) and kind != "commands"
-    behind = f"{command.name} *"
-    is_alike = takes_many or not kind and not command.passes_on
-    yield Place([command.name, behind] if is_alike else [command.name], choices, "" if choices else kind, options)
-    if not is_alike:
-        yield Place([behind], [], "files" if command.passes_on else "", options)
+def offers_of_commands(plain: list[str]) -> list[Offer]:
+    """The words that may go on with the name of a command."""
+    begun = "".join(f"{word} " for word in plain)
+    going_on = [(entry.name[len(begun) :], entry.summary) for entry in COMMANDS if entry.name.startswith(begun)]
+    words = dict.fromkeys(name.partition(" ")[0] for name, _ in going_on)
+    texts = dict(going_on)
+    return [(word, texts.get(word, "add, remove, update or list custom nodes")) for word in words]
 
 
-def valued_options() -> list[Option]:
-    """Every option that must have a value, whatever command it belongs to."""
-    options = [*EVERYWHERE, *(option for command in COMMANDS for option in command.options)]
-    return [option for option in options if option.metavar and option.bare is None]
+def offers_of_kind(kind: str, words: list[str]) -> list[Offer]:
+    """What `completes` stands for, behind these words."""
+    if kind in ("environments", "nodes"):
+        return [(name, "") for name in known_names(kind, words)]
+    if kind in ("files", "folders"):
+        return [(f":{kind}", "")]
+    return [(word, "") for word in VALUES.get(kind, "").split()]
 
 
-def valued_flags() -> list[str]:
-    """Every flag whose next word is its value."""
-    return list(dict.fromkeys(flag for option in valued_options() for flag in option.flags))
+def offers(words: list[str], current: str) -> list[Offer]:
+    """What may stand at the cursor, behind `words`; of "--flag=" its values alone."""
+    if "--" in words:
+        return [(":files", "")]
+    command, plain, option = unfinished(words)
+    known = (*(command.options if command else ()), *EVERYWHERE)
+    if "=" in current and option is None:
+        option = option_named(current, known)
+    if option is not None:
+        return offers_of_kind(option.completes, words)
+    if current.startswith("-"):
+        return [(flag, one.text) for one in known for flag in one.flags]
+    if command is None or command.completes == "commands":
+        return offers_of_commands(plain)
+    takes_many = any("..." in name for name, _ in command.operands)
+    is_taken = len(plain) >= len(command.operands) and not takes_many
+    return offers_of_kind("files" if command.passes_on and plain else "" if is_taken else command.completes, words)
 
 
-def values_of(options: list[Option]) -> "dict[str, tuple[tuple[str, ...], str]]":
-    """What completes the value of an option -> (all its flags, ...), in the order of the table."""
-    flags: dict[str, list[str]] = {}
-    for option in options:
-        known = flags.setdefault(option.completes, [])
-        known += [flag for flag in option.flags if flag not in known]
-    return {kind: (tuple(words), VALUES.get(kind, "")) for kind, words in flags.items()}
+def rejoined(words: list[str]) -> list[str]:
+    """The words of bash, which cuts "--env=x" into three."""
+    whole: list[str] = []
+    for word in words:
+        if whole and (word == "=" or whole[-1].startswith("--") and whole[-1].endswith("=")):
+            whole[-1] += word
+        else:
+            whole.append(word)
+    return whole
 
 
-def filled(script: str, **texts: str) -> str:
-    """A script with its signs replaced."""
-    for sign, text in texts.items():
-        script = script.replace(f"@{sign}@", text)
-    return script
+def completions(shell: str, words: list[str]) -> Iterator[str]:
+    """The lines for a completion script: `words` end with the one at the cursor, which may be empty.
 
-
-def bash_script(call: list[str]) -> str:
-    """The completion script for bash."""
-    from shlex import join
-
-    values, lines = [], []
-    for kind, (flags, words) in values_of(valued_options()).items():
-        values.append(f"        {' | '.join(flags)}) {f'words={words!r}' if words else f'kind={kind}'} ;;")
-    for place in places():
-        patterns = " | ".join(f"'{line[:-1]}'*" if line.endswith("*") else f"'{line}'" for line in place.patterns)
-        choices = " ".join(word for word, _ in place.choices)
-        all_flags = " ".join(flag for option in place.options for flag in option.flags)
-        lines.append(f"            {patterns}) kind='{place.kind}' words='{choices}' flags='{all_flags}' ;;")
-    valued = " | ".join(valued_flags())
-    return filled(BASH_SCRIPT, VALUED=valued, VALUES="\n".join(values), LINES="\n".join(lines), CALL=join(call))
-
-
-def zsh_script(call: list[str]) -> str:
-    """The completion script for zsh."""
-    from shlex import join, quote
-
-    def described(pairs: "list[tuple[str, str]]") -> str:
-        return " ".join(quote(f"{word}:{text}" if text else word) for word, text in pairs)
-
-    values, lines = [], []
-    for kind, (flags, words) in values_of(valued_options()).items():
-        values.append(f"        ({'|'.join(flags)}) {f'choices=({words})' if words else f'kind={quote(kind)}'} ;;")
-    for place in places():
-        patterns = "|".join(f"'{line[:-1]}'*" if line.endswith("*") else f"'{line}'" for line in place.patterns)
-        flags_told = described([(flag, option.text) for option in place.options for flag in option.flags])
-        lines.append(f"            ({patterns}) kind='{place.kind}'")
-        lines.append(f"                choices=({described(place.choices)})")
-        lines.append(f"                flags=({flags_told}) ;;")
-    valued = "|".join(valued_flags())
-    return filled(ZSH_SCRIPT, VALUED=valued, VALUES="\n".join(values), LINES="\n".join(lines), CALL=join(call))
+    PowerShell, which drops empty words, has a "=" before it. bash and zsh want what follows "--env=" alone, the others
+    the whole word.
+    """
+    *words, current = rejoined(words) if shell == "bash" else words
+    current = current[1:] if shell == "powershell" else current
+    flag, equals, value = current.partition("=") if current.startswith("--") else ("", "", current)
+    before = flag + equals if equals and shell in ("fish", "powershell") else ""
+    for word, text in offers(words, current):
+        if word.startswith(":"):
+            yield word
+        elif word.startswith(value if equals else current):
+            yield before + word + (f"\t{text}" if text else "")
 
 
 def fish_quote(text: str) -> str:
@@ -10660,59 +10563,27 @@ def fish_quote(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-FISH_VALUES = {
-    "": "-x",
-    "environments": "-x -a '(__comfydock_names environments)'",
-    "nodes": "-x -a '(__comfydock_names nodes)'",
-    "folders": "-x -a '(__fish_complete_directories)'",
-    "files": "-r -F",
-}
-
-
-def fish_option(option: Option) -> str:
-    """The part of a `complete` line that tells of one option."""
-    flags = " ".join(f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in option.flags)
-    words = VALUES.get(option.completes)
-    value = f"-x -a {fish_quote(words)}" if words else FISH_VALUES[option.completes]
-    is_valued = option.metavar and option.bare is None
-    return f"{flags} {value + ' ' if is_valued else ''}-d {fish_quote(option.text)}"
-
-
-def fish_script(call: list[str]) -> str:
-    """The completion script for fish."""
-    lines = [f"    complete -c $name {fish_option(option)}" for option in EVERYWHERE]
-    for place in places():
-        where = f"    complete -c $name -n {fish_quote('__comfydock_at ' + ' '.join(map(fish_quote, place.patterns)))} "
-        lines += [f"{where}-a {word} -d {fish_quote(text)}" for word, text in place.choices]
-        if place.kind:
-            lines.append(where + FISH_VALUES[place.kind].replace("-x ", "").replace("-r ", ""))
-        lines += [where + fish_option(option) for option in place.options if option not in EVERYWHERE]
-    valued = " ".join(valued_flags())
-    return filled(FISH_SCRIPT, VALUED=valued, LINES="\n".join(lines), CALL=" ".join(map(fish_quote, call)))
-
-
-def powershell_script(call: list[str]) -> str:
-    """The completion script for PowerShell."""
-    values, lines = [], []
-    for kind, (flags, words) in values_of(valued_options()).items():
-        values += [f"        '{flag}' = '{'= ' + words if words else kind}'" for flag in flags]
-    for place in places():
-        choices = " ".join(word for word, _ in place.choices)
-        flags_now = " ".join(flag for option in place.options for flag in option.flags)
-        kind = f"= {choices}" if choices else place.kind
-        lines += [f"            '{line}' {{ $kind = '{kind}'; $flags = '{flags_now}' }}" for line in place.patterns]
-    quoted = ["'" + word.replace("'", "''") + "'" for word in call]
-    return filled(POWERSHELL_SCRIPT, VALUES="\n".join(values), LINES="\n".join(lines), CALL=" ".join(quoted))
+def powershell_quote(text: str) -> str:
+    """`text` as one word for PowerShell."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def completion_script(shell: str) -> str:
     """The script that teaches a shell our words. Raises CDEnvironmentError for a shell we do not know."""
-    scripts = {"bash": bash_script, "zsh": zsh_script, "fish": fish_script, "powershell": powershell_script}
+    from shlex import quote
+
+    scripts = {
+        "bash": (BASH_SCRIPT, quote),
+        "zsh": (ZSH_SCRIPT, quote),
+        "fish": (FISH_SCRIPT, fish_quote),
+        "powershell": (POWERSHELL_SCRIPT, powershell_quote),
+    }
     if shell not in scripts:
         raise CDEnvironmentError(
             f"'{shell}' is no shell of: {', '.join(SHELLS)}.", "comfydock help completion", "usage"
         )
-    return scripts[shell](own_command())
+    script, quoted = scripts[shell]
+    return script.replace("@CALL@", " ".join(map(quoted, own_command())))
 
 
 def find_command(words: list[str]) -> "tuple[Optional[Command], list[str]]":
@@ -11000,8 +10871,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in HIDDEN_ENTRIES:
         return hidden(words)
-    if words[:1] == ["--names"]:
-        return show_names(words[1:])
+    if words[:1] == ["--complete"]:
+        return complete(words[1:])
     own_words = words[: words.index("--")] if "--" in words else words
     console = Console(sys.stdout, sys.stderr, sys.stdin, "--json" in own_words, lambda: how_called(sys.argv))
     try:
@@ -11063,12 +10934,12 @@ def interrupted(console: Console, words: list[str], is_program: bool) -> int:
             continue
 
 
-def show_names(words: list[str]) -> int:
-    """What completion scripts ask for: `environments` or `nodes`, then the words typed so far. Says nothing else."""
+def complete(words: list[str]) -> int:
+    """What completion scripts ask for: the shell, then the words up to the cursor. Says nothing else."""
     try:
         console = Console(sys.stdout, None, None)
-        for name in known_names(words[0], words[1:]):
-            console.result(name)
+        for line in completions(words[0], words[1:]):
+            console.result(line)
         return 0
     except Exception:
         return 1
