@@ -461,7 +461,6 @@ class EnvironmentComparison:
 class SyncReport:
     """What bring_in_line did: names of nodes, and a sentence for each that could not be put right."""
 
-    checked: bool = False  # False: the stamp said that nothing had changed
     installed: list[str] = field(default_factory=list)
     corrected: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -5507,17 +5506,15 @@ class NodeManager:
             restart_reason=f"Node '{info.name}' updated to {newest.version}" if changed else None,
         )
 
-    def bring_in_line(self, correct_versions: bool = False, force: bool = False) -> SyncReport:
+    def bring_in_line(self, correct_versions: bool = False) -> SyncReport:
         """Install what the manifest has and the disk lacks; nothing is removed.
 
-        `correct_versions` also replaces nodes whose version is not the recorded one (repair); `force` does all checks
-        although the stamp says that nothing changed. Raises CDEnvironmentError when packages cannot be installed or the
-        manifest cannot be read; what fails for single nodes is in the report's `problems` instead.
+        `correct_versions` also replaces nodes whose version is not the recorded one (repair). Raises CDEnvironmentError
+        when packages cannot be installed or the manifest cannot be read; what fails for single nodes is in the report's
+        `problems` instead.
         """
-        if not force and not correct_versions and self.is_in_line():
-            return SyncReport()
         with self.changing("sync"):
-            report, difference = SyncReport(checked=True), self.compare()
+            report, difference = SyncReport(), self.compare()
             for name in difference.missing_nodes:
                 self.restore(name, report, report.installed)
             for wrong in difference.version_mismatches if correct_versions else []:
@@ -7051,7 +7048,7 @@ class Environment:
         try:
             if self.nodes.is_in_line() or self.is_running():  # what runs is not changed: `run` will refuse
                 return SyncReport()
-            report = self.nodes.bring_in_line(force=True)
+            report = self.nodes.bring_in_line()
         except CDEnvironmentError as error:
             raise CDEnvironmentError(f"The environment is not in line: {error.message}", hint, "sync") from error
         if report.problems:
@@ -9638,7 +9635,7 @@ def repair_content(console: Console, args: Arguments, environment: Environment) 
     if not (args.yes or args.remove_untracked) and track_found(console, environment, difference.found_nodes):
         done["tracked"], difference = difference.found_nodes, environment.nodes.compare()
     if difference.is_synced and not (args.remove_untracked and difference.found_nodes):
-        report = environment.nodes.bring_in_line(force=True)
+        report = environment.nodes.bring_in_line()
         return {**done, "synced": not report.problems, "problems": report.problems}
     console.result("\n⚠️  Environment needs repair:")
     for line in difference_lines(difference_data(difference)):
@@ -9656,7 +9653,7 @@ def repair_content(console: Console, args: Arguments, environment: Environment) 
         done["moved"] = environment.nodes.move_untracked_aside(difference.extra_nodes + difference.found_nodes)
     else:
         done["tracked"] += [name for name in difference.extra_nodes if track(console, args, environment, name)]
-    report = environment.nodes.bring_in_line(correct_versions=True, force=True)
+    report = environment.nodes.bring_in_line(correct_versions=True)
     done.update(installed=report.installed, corrected=report.corrected, problems=report.problems)
     if difference.extra_nodes and not any(done.values()):
         return {**done, "problems": ["Nothing was changed."]}
