@@ -5292,6 +5292,11 @@ class NodeChange:
         remove_empty(os.path.dirname(self.folder))
 
 
+def left_alone(info: NodeInfo, message: str) -> UpdateResult:
+    """The result of an update that was not needed, or not wanted."""
+    return UpdateResult(info.name, info.source, message=message, old_version=info.version, new_version=info.version)
+
+
 class NodeManager:
     """The custom nodes of one environment: in its manifest, in custom_nodes, and their packages.
 
@@ -5458,23 +5463,17 @@ class NodeManager:
         key, info = self.find_node(identifier)
         source = self.source_of(info)
         if not os.path.lexists(self.folder_of(info)) and info.name.casefold() in self.disabled():
-            message = f"{info.name} is disabled, and was left as it is"
-            return UpdateResult(
-                info.name, info.source, message=message, old_version=info.version, new_version=info.version
-            )
+            return left_alone(info, f"{info.name} is disabled, and was left as it is")
         if source is None:
             raise CDEnvironmentError(f"nobody recorded where {info.name} comes from", "comfydock repair", "not-found")
         newest = source.newest(info, self.tell).altered(name=info.name, registry_id=info.registry_id)
-        versions = (info.name, str(info.version), str(newest.version))
-        is_newest = newest.version == info.version
-        if is_newest and info.source != "development":
-            message = f"{info.name} is at its newest version"
-        elif not is_newest and confirmation_strategy and not confirmation_strategy(*versions):
-            message = f"{info.name} was left as it is"
-        else:
-            return self.replace_node(key, info, newest, source, no_test, force)
-        old = info.version
-        return UpdateResult(info.name, info.source, message=message, old_version=old, new_version=old)
+        if newest.version != info.version:
+            asked = confirmation_strategy
+            if asked is not None and not asked(info.name, str(info.version), str(newest.version)):
+                return left_alone(info, f"{info.name} was left as it is")
+        elif info.source != "development":
+            return left_alone(info, f"{info.name} is at its newest version")
+        return self.replace_node(key, info, newest, source, no_test, force)
 
     def replace_node(
         self, key: str, info: NodeInfo, newest: NodeInfo, source: Any, no_test: bool, force: bool
@@ -9144,11 +9143,7 @@ def run(console: Console, args: Arguments) -> Report:
     parse_comfyui_args(args.comfyui_args)  # before anything is made or changed
     stays = stays_in_foreground(args)
     environment = environment_to_run(console, args)
-    what = "the built-in demo" if environment.manifest.demo else "ComfyUI"
-    console.say(f"🎮 Starting {what} in environment: {environment.name}")
-    if args.comfyui_args:
-        console.say(f"   Arguments: {' '.join(args.comfyui_args)}")
-    warn_before_start(console, environment, args)
+    say_what_starts(console, environment, args)
     if not args.no_sync and not environment.manifest.demo:
         environment.bring_in_line()
     options = {
@@ -9158,6 +9153,11 @@ def run(console: Console, args: Arguments) -> Report:
     }
     if stays:
         return run_in_foreground(console, environment, args.comfyui_args, options)
+    return run_in_background(console, args, environment, options)
+
+
+def run_in_background(console: Console, args: Arguments, environment: Environment, options: dict[str, Any]) -> Report:
+    """Start ComfyUI, or a monitor that does, and wait for it when asked to."""
     is_watched = args.monitor and may_only_watch(environment, args.comfyui_args)
     try:
         starting = environment.start_monitored if args.monitor else environment.run
@@ -9247,8 +9247,12 @@ def is_demo_on_any_port(args: Arguments) -> bool:
     return bool(args.demo) and not any(_is_flag(word, "--port", "--po") for word in words)
 
 
-def warn_before_start(console: Console, environment: Environment, args: Arguments) -> None:
-    """What a user should know before ComfyUI is up."""
+def say_what_starts(console: Console, environment: Environment, args: Arguments) -> None:
+    """What is about to start, and what a user should know before it is up."""
+    what = "the built-in demo" if environment.manifest.demo else "ComfyUI"
+    console.say(f"🎮 Starting {what} in environment: {environment.name}")
+    if args.comfyui_args:
+        console.say(f"   Arguments: {' '.join(args.comfyui_args)}")
     for name in environment.dropped_variables():
         console.warn(f"{name} is set here; ComfyUI starts without it.")
     folder = environment.folder_open_to_others()
@@ -9623,14 +9627,8 @@ def repair(console: Console, args: Arguments) -> Report:
 
 def repair_content(console: Console, args: Arguments, environment: Environment) -> dict[str, Any]:
     """Bring custom nodes and packages in line with the manifest, as far as the user agrees."""
-    done: dict[str, Any] = {
-        "synced": False,
-        "installed": [],
-        "corrected": [],
-        "tracked": [],
-        "moved": [],
-        "problems": [],
-    }
+    lists = ("installed", "corrected", "tracked", "moved", "problems")
+    done: dict[str, Any] = {"synced": False, **{name: [] for name in lists}}
     difference = environment.nodes.compare()
     if not (args.yes or args.remove_untracked) and track_found(console, environment, difference.found_nodes):
         done["tracked"], difference = difference.found_nodes, environment.nodes.compare()
@@ -9641,25 +9639,28 @@ def repair_content(console: Console, args: Arguments, environment: Environment) 
     for line in difference_lines(difference_data(difference)):
         console.say(line)
     if args.remove_untracked and difference.found_nodes:
-        console.say(
-            f"   • {len(difference.found_nodes)} nodes from before the adoption: {', '.join(difference.found_nodes)}"
-        )
-    if not (args.yes or agreed(console, "Put this right?", "comfydock repair -y")):
-        return {**done, "problems": [] if done["tracked"] else ["Nothing was changed."]}
-    if difference.interrupted:  # what an addition that was broken off left is no node that somebody put there
-        with environment.nodes.changing("repair"):
-            difference = environment.nodes.compare()
+        names = difference.found_nodes
+        console.say(f"   • {len(names)} nodes from before the adoption: {', '.join(names)}")
+    if args.yes or agreed(console, "Put this right?", "comfydock repair -y"):
+        is_done = put_right(console, args, environment, done)
+    else:
+        is_done = bool(done["tracked"])
+    return done if is_done else {**done, "problems": ["Nothing was changed."]}
+
+
+def put_right(console: Console, args: Arguments, environment: Environment, done: dict[str, Any]) -> bool:
+    """Do what was agreed to, noting it in `done`; False when a terminal wanted none of it."""
+    with environment.nodes.changing("repair"):  # what an addition that was broken off left is nobody's node
+        difference = environment.nodes.compare()
     if args.remove_untracked:
         done["moved"] = environment.nodes.move_untracked_aside(difference.extra_nodes + difference.found_nodes)
     else:
         done["tracked"] += [name for name in difference.extra_nodes if track(console, args, environment, name)]
     report = environment.nodes.bring_in_line(correct_versions=True)
     done.update(installed=report.installed, corrected=report.corrected, problems=report.problems)
-    if difference.extra_nodes and not any(done.values()):
-        return {**done, "problems": ["Nothing was changed."]}
     if done["moved"] or done["installed"] or done["corrected"]:
         offer_restart(console, args, environment, "The environment was repaired")
-    return done
+    return not difference.extra_nodes or any(done.values())
 
 
 def track_found(console: Console, environment: Environment, names: list[str]) -> bool:
