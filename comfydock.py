@@ -3627,7 +3627,7 @@ def refuse_existing(path: str) -> None:
         raise CDEnvironmentError(f"{path} already exists", "move it away, then run the command again", "exists")
 
 
-LEFT_OVER = ".comfydock.moved"  # marks a folder that was moved to another disk: what is still in it may go
+MOVING = ".comfydock.moved"  # in a folder that is moved to another disk: where to
 
 
 def move(source: str, target: str, scratch: Optional[str] = None) -> None:
@@ -3635,7 +3635,7 @@ def move(source: str, target: str, scratch: Optional[str] = None) -> None:
 
     A container's overlay file system is another disk in this: it renames no folder that comes from the image (EXDEV;
     Linux, Documentation/filesystems/overlayfs). The target is whole as soon as it is there; until then the copy is in
-    `scratch`, a folder on its disk, by default the one it will be in.
+    `scratch`, a folder on the target's disk, by default its own. What a kill leaves is for `finish_move`.
     """
     import errno
 
@@ -3649,25 +3649,36 @@ def move(source: str, target: str, scratch: Optional[str] = None) -> None:
         copy = temporary_name(os.path.join(scratch or os.path.dirname(target), os.path.basename(target)))
         try:
             copy_any(source, copy)
+            mark_moving(source, target)
             os.rename(copy, target)
         finally:
             remove_tree(copy)
-        remove_moved(source)
+            finish_move(source)
+        remove_tree(source)  # a file or a link, which bears no mark
 
 
-def remove_moved(path: str) -> None:
-    """Delete what was copied elsewhere; should that break off, it can be told from a folder that somebody put there."""
-    if os.path.isdir(path) and not is_link(path):
-        write_atomic(os.path.join(path, LEFT_OVER), b"")
-        for name in os.listdir(path):
-            if name != LEFT_OVER:
-                remove_tree(os.path.join(path, name))
-    remove_tree(path)
+def mark_moving(folder: str, target: str) -> None:
+    """Note in a folder where it is being moved to."""
+    import stat
+
+    if os.path.isdir(folder) and not is_link(folder):
+        os.chmod(folder, os.stat(folder).st_mode | stat.S_IRWXU)
+        with open(os.path.join(folder, MOVING), "wb") as marker:  # half of it names no target, as if nothing was moved
+            marker.write(os.fsencode(os.path.abspath(target)))
 
 
-def is_left_over(path: str) -> bool:
-    """Whether a folder is what a move to another disk had still to delete."""
-    return not is_link(path) and os.path.isfile(os.path.join(path, LEFT_OVER))
+def finish_move(folder: str) -> None:
+    """Of a folder marked as being moved: once the target is there delete what is left, else take off the mark."""
+    marker = os.path.join(folder, MOVING)
+    if is_link(folder) or not os.path.isfile(marker):
+        return
+    if os.path.lexists(os.fsdecode(read_small(marker) or b"")):
+        for name in os.listdir(folder):
+            if name != MOVING:
+                remove_tree(os.path.join(folder, name))
+        remove_tree(folder)
+    else:
+        remove_file(marker)
 
 
 def remove_tree(path: str) -> None:
@@ -4732,17 +4743,15 @@ class PipInstaller:
         self.run([*self.uninstalling, *names])
 
     def freeze(self) -> list[str]:
-        """What is installed, as lines NAME==VERSION; of a folder that its author works in -e FOLDER#egg=NAME.
+        """What is installed, as lines NAME==VERSION; of a folder that its author works in -e FOLDER#egg=NAME==VERSION.
 
         `pip freeze` would also name the files that others were built from, which of conda's are not there any more.
         """
         said = self.run(["list", "--format=json"])
         listed = json.loads(next((line for line in said.splitlines() if line.startswith("[")), "[]"))
-        where = "editable_project_location"
-        return [
-            f"-e {one[where]}#egg={one['name']}" if one.get(where) else f"{one['name']}=={one['version']}"
-            for one in listed
-        ]
+        folders = [one.get("editable_project_location") for one in listed]
+        lines = [f"{one['name']}=={one['version']}" for one in listed]
+        return [f"-e {folder}#egg={line}" if folder else line for folder, line in zip(folders, lines)]
 
     def run(self, words: list[str], folder: Optional[str] = None, tell: Tell = say_nothing) -> str:
         """What a command prints."""
@@ -4820,7 +4829,8 @@ def package_name(line: str) -> str:
 
 def held_packages(frozen: list[str]) -> list[str]:
     """The installed versions of PyTorch's family and numpy, as lines of a constraint file."""
-    return [line for line in frozen if "==" in line and package_name(line) in HELD_PACKAGES]
+    plain = [line.rpartition("#egg=")[2] if line.startswith("-e ") else line for line in frozen]
+    return [line for line in plain if "==" in line and package_name(line) in HELD_PACKAGES]
 
 
 def held_index(frozen: list[str]) -> Optional[str]:
@@ -4952,7 +4962,7 @@ class Packages:
         if done.returncode != 0:
             message = f"{os.path.join(folder, 'install.py')} failed: {last_words(done)}"
             raise CDEnvironmentError(message, code="install-script")
-        now = self.installer.freeze()
+        now = held_packages(self.installer.freeze())
         lost = [line for line in held_packages(self.before) if line not in now]
         if lost:
             raise CDEnvironmentError(f"install.py replaced {', '.join(lost)}", code="install-script")
@@ -4967,7 +4977,7 @@ class Packages:
         new = [name for name in map(package_name, now) if name not in kept]
         steps = [(f"{', '.join(new)} removed", partial(self.installer.uninstall, new))] if new else []
         for line in gone:  # one by one: what no index has any more keeps no other back
-            words = ["-e", line[3:].partition("#egg=")[0]] if line.startswith("-e ") else [line]
+            words = ["-e", line[3:].rpartition("#egg=")[0]] if line.startswith("-e ") else [line]
             steps.append((line, partial(self.installer.install, [*words, "--no-deps", *self.index])))
         done = []
         for what, step in steps:
@@ -5278,12 +5288,14 @@ class NodeChange:
             move(source, target, self.folder)
 
     def undo_moves(self) -> None:
-        """Those renames that happened, backwards. One happened when its target is there and its source is not."""
+        """Those moves that happened, backwards. One happened when its target is there and nothing of its source is."""
         for source, target in reversed(self.moves):
-            if os.path.lexists(target) and is_left_over(source):
-                remove_moved(source)
-            if os.path.lexists(target) and not os.path.lexists(source):
-                move(target, source, self.folder)
+            finish_move(source)
+            finish_move(target)  # of an undo that was killed
+            if os.path.lexists(target):
+                remove_empty(source)
+                if not os.path.lexists(source):
+                    move(target, source, self.folder)
 
     def tidy(self) -> None:
         """Remove the staging folder, the journal first: without one there is nothing to take back."""
@@ -5518,8 +5530,7 @@ class NodeManager:
                 self.restore(name, report, report.installed)
             for wrong in difference.version_mismatches if correct_versions else []:
                 self.restore(wrong["name"], report, report.corrected)
-            self.install_requirements()
-            if not report.problems:
+            if self.install_requirements() and not report.problems:
                 write_atomic(self.paths.stamp, json.dumps({"stamp": self.stamp()}).encode())
         return report
 
@@ -5601,6 +5612,8 @@ class NodeManager:
                 self.tell("a node change that was broken off is taken back")
             self.undo(change)
         remove_empty(os.path.join(self.custom_nodes, STAGING))
+        for name in self.folders():
+            finish_move(os.path.join(self.custom_nodes, name))
 
     @contextmanager
     def change(self) -> Iterator[NodeChange]:
@@ -5634,6 +5647,7 @@ class NodeManager:
     def finish(self, change: NodeChange) -> None:
         """The change holds: what it replaced goes, to the shelf when it holds somebody's work."""
         for folder in change.keeps:
+            finish_move(folder)
             if os.path.lexists(folder):
                 self.tell(f"the former {os.path.basename(folder)} is kept: {move_aside(folder, self.paths.removed)}")
         change.tidy()
@@ -5751,21 +5765,23 @@ class NodeManager:
         nodes = [self.folder_of(info) for info in self.list_nodes().values() if self.source_of(info)]
         return [folder for folder in own + nodes if os.path.isdir(folder)]
 
-    def install_requirements(self) -> None:
-        """Install what ComfyUI and the nodes need and is not there.
+    def install_requirements(self) -> bool:
+        """Install what ComfyUI and the nodes need and is not there; False where neither pip nor uv is there to do it.
 
-        1.0.x made venvs by uv, without pip. Where neither is found, the environment is taken as it is: it ran before.
+        1.0.x made venvs by uv, without pip. Such an environment is taken as it is: it ran before.
         """
         folders = [folder for folder in self.requirement_folders() if node_requirements(folder, self.python).strip()]
         if not self.python or not folders:
-            return
+            return True
         try:
             with self.change() as change:
                 Packages(self.python, change.folder).install(folders, self.tell)
         except CDEnvironmentError as error:
             if error.code != "no-pip":
                 raise
-            self.tell(f"warning: {error.message}, so its packages were not looked at")
+            self.tell(f"warning: {error.message}, so its packages were not looked at: {error.hint}")
+            return False
+        return True
 
     def is_in_line(self) -> bool:
         """Whether nothing changed since the last bring_in_line that found no problem."""
@@ -5817,7 +5833,8 @@ def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Te
     try:
         go_on_with_creation(paths, options, tell)
     except BaseException:
-        if is_new and not os.path.exists(paths.comfyui) and not is_held(paths.content_lock):
+        is_empty = not os.path.exists(paths.complete) and not os.path.exists(paths.comfyui)
+        if is_new and is_empty and not is_held(paths.content_lock):
             with suppress(CDEnvironmentError, OSError):
                 remove_tree(paths.root)  # nothing came of it: nothing stays
         raise
@@ -5857,7 +5874,7 @@ def claim_place(paths: EnvironmentPaths, adopts: Optional[str], python: Optional
     if set(root) - {os.path.basename(paths.cec)} or not all(name.endswith(".tmp") for name in cec):
         raise CDEnvironmentError(f"{paths.root} exists and is no unfinished environment", "use another name", "exists")
     make_folder(paths.cec)
-    write_atomic(paths.creation, json.dumps({"adopts": adopts, "python": python} if adopts else {}).encode())
+    write_atomic(paths.creation, json.dumps({"adopts": adopts, "python": python}).encode())
 
 
 def command_to_resume(paths: EnvironmentPaths) -> str:
@@ -6510,12 +6527,12 @@ class Environment:
         sight = self.observe()
         if sight.row is None:
             return None
-        config, deadline = self.config_of(sight), time.monotonic() + timeout
-        if not is_port_bound(config.port, sight.row.pid):  # else it is sure that the answer is its own
-            answer = self._own_answer(sight, config, probe(config, timeout))
-            if answer.kind != HEALTHY:
-                return None
-        return queue_counts(config, max(0.0, deadline - time.monotonic()))
+        config = self.config_of(sight)
+        if is_port_bound(config.port, sight.row.pid):  # so the answer will be its own
+            return queue_counts(config, timeout)
+        deadline = time.monotonic() + timeout
+        answer = self._own_answer(sight, config, probe(config, timeout))
+        return queue_counts(config, max(0.0, deadline - time.monotonic())) if answer.kind == HEALTHY else None
 
     def config_of(self, sight: Sighting) -> ComfyUIConfig:
         """Where the ComfyUI of a sighting listens, by its arguments."""
@@ -6731,7 +6748,7 @@ class Environment:
 
     @staticmethod
     def _parse_comfyui_args(args: list[str]) -> ComfyUIConfig:
-        """As parse_comfyui_args, which all others use."""
+        """The name under which the plan has parse_comfyui_args."""
         return parse_comfyui_args(args)
 
     def run(
@@ -7392,7 +7409,7 @@ def parse_reply(said: bytes) -> dict[str, Any]:
 
 def is_own_intent(record: ProcessState) -> bool:
     """Whether a record is of a start by this very process that came to nothing."""
-    return record.pid is None and record.starter.get("pid") == os.getpid()
+    return record.pid is None and record.holder[0] == os.getpid() and find_process(*record.holder) is not None
 
 
 def exit_note(code: Optional[int]) -> dict[str, Any]:
@@ -7958,7 +7975,8 @@ class Workspace:
         environment = present or self._new_environment(name or self._free_name(made_valid(_folder_title(checkout))))
         if os.path.isdir(environment.paths.cec) and not os.path.exists(environment.paths.creation):
             return self._adopted_again(environment, checkout, python)
-        interpreter = working_python(python or find_checkout_python(checkout))
+        begun_with = read_json(environment.paths.creation).get("python")
+        interpreter = working_python(python or begun_with or find_checkout_python(checkout))
         self._change_settings()
         adopt_environment(environment.paths, environment.name, checkout, interpreter, environment.tell)
         return environment
@@ -9116,7 +9134,7 @@ class Arguments:
 def is_given(args: Arguments, name: str) -> bool:
     """Whether an option was typed; a number may well be 0."""
     value = getattr(args, name)
-    return value is not None and value is not False
+    return value is not None and value is not False and value != []
 
 
 def made_known(console: Console, args: Arguments, environment: Environment) -> Environment:
@@ -10413,7 +10431,7 @@ ZSH_SCRIPT = r"""#compdef comfydock comfydock.py
 _comfydock() {
     local word text
     local -a typed found
-    typed=("${(@)words[2,CURRENT-1]}" "$PREFIX")
+    typed=("${(@Q)words[2,CURRENT-1]}" "$PREFIX")
     [[ $PREFIX == --*=* ]] && compset -P '*='
     while IFS=$'\t' read -r word text; do
         case $word in
@@ -10441,7 +10459,8 @@ function __comfydock_complete
             case ':folders'
                 __fish_complete_directories "$current"
             case ':files'
-                __fish_complete_path "$current"
+                set -l flag (string match -r '^--[^=]*=' -- "$current")
+                printf '%s\n' "$flag"(__fish_complete_path (string replace -- "$flag" '' "$current"))
             case '*'
                 echo $line
         end
@@ -10456,11 +10475,12 @@ POWERSHELL_SCRIPT = r"""# Completion of comfydock for PowerShell. In $PROFILE:
 Register-ArgumentCompleter -Native -CommandName 'comfydock', 'comfydock.py' -ScriptBlock {
     param($current, $tree, $cursor)
     $typed = @($tree.CommandElements | Select-Object -Skip 1 | Where-Object { $_.Extent.EndOffset -lt $cursor } |
-        ForEach-Object { $_.Extent.Text })
+        ForEach-Object { if ($null -ne $_.Value) { $_.Value } else { $_.Extent.Text } })
     & @CALL@ --complete powershell $typed "=$current" 2>$null | Where-Object { $_ -notlike ':*' } | ForEach-Object {
         $word, $text = $_ -split "`t", 2
         $told = if ($text) { $text } else { $word }
-        [System.Management.Automation.CompletionResult]::new($word, $word, 'ParameterValue', $told)
+        $typable = if ($word -match '[^\w./\\=-]') { "'" + $word.Replace("'", "''") + "'" } else { $word }
+        [System.Management.Automation.CompletionResult]::new($typable, $word, 'ParameterValue', $told)
     }
 }
 """
@@ -10477,17 +10497,15 @@ def unfinished(words: list[str]) -> "tuple[Optional[Command], list[str], Optiona
     plain: list[str] = []
     index = 0
     while index < len(words):
-        word = words[index]
-        option = option_named(word, (*EVERYWHERE, *(command.options if command else ())))
-        if option is not None and option.metavar and option.bare is None and "=" not in word:
-            index += 1
-            if index == len(words):
-                return command, plain, option
-        elif option is None and not word.startswith("-"):
-            plain.append(word)
+        options = (*EVERYWHERE, *(command.options if command else ()))
+        width = width_of(words, index, options)
+        if index + width > len(words):
+            return command, plain, option_named(words[index], options)
+        if not width and not words[index].startswith("-"):
+            plain.append(words[index])
             if command is None and " ".join(plain) in by_name:
                 command, plain = by_name[" ".join(plain)], []
-        index += 1
+        index += max(width, 1)
     return command, plain, None
 
 
@@ -10542,18 +10560,19 @@ def rejoined(words: list[str]) -> list[str]:
 def completions(shell: str, words: list[str]) -> Iterator[str]:
     """The lines for a completion script: `words` end with the one at the cursor, which may be empty.
 
-    PowerShell, which drops empty words, has a "=" before it. bash and zsh want what follows "--env=" alone, the others
-    the whole word.
+    PowerShell, which drops empty words, has a "=" before it. What stands before the value in "--env=x" is left out where
+    the shell takes it for a word of its own. zsh and fish themselves look what fits: they know quotes and cases.
     """
-    *words, current = rejoined(words) if shell == "bash" else words
+    *before, current = rejoined(words) if shell == "bash" else words
     current = current[1:] if shell == "powershell" else current
-    flag, equals, value = current.partition("=") if current.startswith("--") else ("", "", current)
-    before = flag + equals if equals and shell in ("fish", "powershell") else ""
-    for word, text in offers(words, current):
+    end = current.find("=") + 1 if current.startswith("--") else 0
+    head, value = current[:end], current[end:]
+    is_cut = shell == "zsh" or shell == "bash" and not words[-1].startswith("--")
+    for word, text in offers(before, current):
         if word.startswith(":"):
             yield word
-        elif word.startswith(value if equals else current):
-            yield before + word + (f"\t{text}" if text else "")
+        elif shell in ("zsh", "fish") or word.startswith(value):
+            yield ("" if is_cut else head) + word + (f"\t{text}" if text else "")
 
 
 def fish_quote(text: str) -> str:
