@@ -10560,8 +10560,8 @@ def rejoined(words: list[str]) -> list[str]:
 def completions(shell: str, words: list[str]) -> Iterator[str]:
     """The lines for a completion script: `words` end with the one at the cursor, which may be empty.
 
-    PowerShell, which drops empty words, has a "=" before it. What stands before the value in "--env=x" is left out where
-    the shell takes it for a word of its own. zsh and fish themselves look what fits: they know quotes and cases.
+    PowerShell, which drops empty words, has a "=" before it. What stands before the value in "--env=x" is left out for
+    the shell that takes it for a word of its own. zsh and fish themselves look what fits: they know quotes and cases.
     """
     *before, current = rejoined(words) if shell == "bash" else words
     current = current[1:] if shell == "powershell" else current
