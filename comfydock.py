@@ -2287,22 +2287,31 @@ class PsutilTable(ProcessTable):
 
     def row(self, pid: int) -> Optional[ProcessRow]:
         """Return one process."""
-        psutil = psutil_module()
+        psutil, names = psutil_module(), self.facts()
         try:
-            return self.make_row(psutil.Process(pid).as_dict(self.facts()))
-        except (psutil.Error, ValueError, OverflowError):
+            process = psutil.Process(pid)
+            try:
+                return self.make_row(process.as_dict(names))
+            except OSError:  # Windows reads no command line of a process that is just ending
+                names.remove("cmdline")
+                return self.make_row({"cmdline": None, **process.as_dict(names)})
+        except (psutil.Error, OSError, ValueError, OverflowError):
             return None
 
     def rows(self, containing: str = "") -> list[ProcessRow]:
         """Return all processes, or those whose command line contains a text."""
-        rows = (self.make_row(process.info) for process in psutil_module().process_iter(self.facts()))
+        rows = filter(None, map(self.row, psutil_module().pids()))
         return [row for row in rows if row.mentions(containing)]
 
     def markers(self) -> dict[int, str]:
         """Return run ids by PID."""
-        processes = psutil_module().process_iter(["pid", "environ"])
-        environments = {process.pid: process.info["environ"] or {} for process in processes}
-        return {pid: env[RUN_ID_VARIABLE] for pid, env in environments.items() if RUN_ID_VARIABLE in env}
+        psutil, found = psutil_module(), {}
+        for pid in psutil.pids():
+            try:
+                found[pid] = psutil.Process(pid).environ().get(RUN_ID_VARIABLE)
+            except (psutil.Error, OSError, ValueError):
+                continue
+        return {pid: marker for pid, marker in found.items() if marker}
 
     def cwd(self, pid: int) -> Optional[str]:
         """Return the folder a process stands in; psutil says "" of a zombie."""
@@ -2445,8 +2454,8 @@ class TasklistTable(WindowsTable):
 
 TABLES: dict[str, type[ProcessTable]] = {
     "proc": ProcTable,
-    "psutil": PsutilTable,
     "windows": WindowsTable,
+    "psutil": PsutilTable,
     "tasklist": TasklistTable,
     "ps": PsTable,
 }

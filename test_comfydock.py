@@ -1827,7 +1827,7 @@ class ChoosingTheSource(unittest.TestCase):
             with self.subTest(name=name), unittest.mock.patch.dict(os.environ, COMFYDOCK_PROCESS_TABLE=name):
                 with self.assertRaises(dock.CDEnvironmentError) as caught:
                     dock.process_table()
-                self.assertIn("proc, psutil, windows, tasklist, ps", caught.exception.hint)
+                self.assertIn("proc, windows, psutil, tasklist, ps", caught.exception.hint)
 
     def test_where_nothing_works_one_line_says_what_to_install(self):
         with unittest.mock.patch.object(dock, "is_usable", lambda name: False), unittest.mock.patch.dict(os.environ):
@@ -1858,6 +1858,27 @@ class ChoosingTheSource(unittest.TestCase):
             self.assertEqual(table.row(288).command, [r"C:\p\python.exe", "main.py"])
             self.assertIsNone(table.row(4012))
             self.assertEqual(table.row(0).command, ["System Idle Process"])
+
+    def test_a_process_whose_command_line_psutil_cannot_read_is_still_there(self):
+        class Ending:
+            cmdline = status = ppid = uids = create_time = name = pid = None
+
+            def __init__(self, pid):
+                self.number = pid
+
+            def as_dict(self, names):
+                if "cmdline" in names or self.number == 9:
+                    raise OSError("Only part of a ReadProcessMemory request was completed")
+                return {"pid": self.number, "ppid": 1, "status": "running", "create_time": 1.0, "name": "python.exe"}
+
+            def environ(self):
+                raise OSError("Access denied")
+
+        module = unittest.mock.Mock(Process=Ending, Error=LookupError)
+        module.pids.return_value = [7, 9]
+        with unittest.mock.patch.object(dock, "psutil_module", return_value=module):
+            self.assertEqual([(row.pid, row.name) for row in dock.PsutilTable().rows()], [(7, "python.exe")])
+            self.assertEqual(dock.PsutilTable().markers(), {})
 
     def test_a_psutil_that_fails_is_not_usable(self):
         for trouble in (ImportError("none"), RuntimeError("no /proc here")):
