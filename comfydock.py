@@ -8109,7 +8109,7 @@ class Workspace:
         close = get_close_matches(name, names, 1)
         if close:
             return f"did you mean '{close[0]}'?"
-        return "comfydock list" if names else "comfydock run --demo"
+        return "comfydock list" if names or not is_new_name(name) else f"comfydock create {name}"
 
     def _settings(self) -> dict[str, Any]:
         """workspace.json, with the keys that comfydock 1.0.x needs. Raises CDEnvironmentError when it is damaged."""
@@ -8646,12 +8646,13 @@ class Console:
     def is_heard(self) -> bool:
         """Whether somebody may still read `out`: a pipe tells when its reader has gone, not on Windows."""
         import select
+        import stat
 
         poll: Any = getattr(select, "poll", None)
         try:
-            poller = poll()
-            poller.register(self.out.fileno(), 0)
-            return not poller.poll(0)
+            poller, number = poll(), self.out.fileno()
+            poller.register(number, 0)
+            return not stat.S_ISFIFO(os.fstat(number).st_mode) or not poller.poll(0)
         except (AttributeError, TypeError, OSError, ValueError):
             return True
 
@@ -9196,13 +9197,14 @@ def run_in_background(console: Console, args: Arguments, environment: Environmen
     report = started_report(environment)
     report.data["only_watched"] = is_watched
     if args.wait is not None:
+        began = time.monotonic()
         try:
-            report.data["waited"] = wait_until_ready(console, environment, args.wait)
+            wait_until_ready(console, environment, args.wait)
         except CDEnvironmentError as error:
             if not console.json_mode:
                 raise
             report.error, report.code = error, 1  # a script needs to know the PID all the same
-        report.data["ready"] = report.error is None
+        report.data.update(ready=report.error is None, waited=round(time.monotonic() - began, 3))
     return report
 
 
@@ -9317,8 +9319,8 @@ def started_report(environment: Environment) -> Report:
     return Report(data, environment.name)
 
 
-def wait_until_ready(console: Console, environment: Environment, seconds: float) -> float:
-    """Wait for the first healthy answer; returns the seconds it took.
+def wait_until_ready(console: Console, environment: Environment, seconds: float) -> None:
+    """Wait for the first healthy answer.
 
     Raises CDEnvironmentError when ComfyUI ends first, or when the time is up (then it runs on).
     """
@@ -9329,7 +9331,7 @@ def wait_until_ready(console: Console, environment: Environment, seconds: float)
         if data["state"] == RUNNING:
             console.progress("")
             environment.note_health(HEALTHY)
-            return waited
+            return
         if data["pid"] is None:
             console.progress("")
             raise ended_while_waiting(console, environment)
@@ -9417,6 +9419,8 @@ class Foreground:
                     return self._stop()
                 if os.getpid() == 1:
                     reap_strangers(pid)
+                elif not self.console.is_heard():  # `run -f | head`: the reader has seen enough
+                    raise BrokenPipeError
                 if not has_more:
                     time.sleep(FOLLOW_PAUSE)
             self._drain()
@@ -9568,6 +9572,8 @@ def settle_queue(console: Console, args: Arguments, environment: Environment, co
 def wait_until_idle(console: Console, environment: Environment, seconds: float) -> "Optional[tuple[int, int]]":
     """Wait for an empty queue, up to `seconds`; returns the last counts, None when nobody answers any more."""
     deadline = time.monotonic() + seconds
+    if not is_terminal(console.err):
+        console.warn(f"Waits until ComfyUI has nothing queued, at most {duration_words(seconds)}.")
     while True:
         counts = environment.queue()
         left = deadline - time.monotonic()
@@ -9584,7 +9590,7 @@ def restart(console: Console, args: Arguments) -> Report:
     cut_off = settle_queue(console, args, environment, "restart")
     sight = environment.observe()
     words = environment.recorded_args()
-    if words is not None:
+    if words is not None and sight.state != FOREIGN:
         console.say("🔄 Restarting ComfyUI...")
         previous = f"PID {sight.row.pid}" if sight.row else "not running"
         console.say(f"   Previous: {previous}, args: {' '.join(words) or '(none)'}")
@@ -9601,7 +9607,7 @@ def status(console: Console, args: Arguments) -> Report:
     if data["note"] == "damaged" and data["pid"] is None:
         raise environment.damaged_state()
     data["difference"] = None if data["missing"] else difference_of(environment)
-    return Report(data, environment.name, 3 if data["state"] in (STOPPED, CRASHED) else 0)
+    return Report(data, environment.name, 3 if data["state"] in (STOPPED, CRASHED, FOREIGN) else 0)
 
 
 def list_all(console: Console, args: Arguments) -> Report:
@@ -9995,8 +10001,14 @@ def copy_span(console: Console, span: "tuple[str, int, int]") -> None:
         copy_bytes(log, console.raw, end - start)
 
 
+def lives_on(sight: Sighting) -> bool:
+    """Whether a ComfyUI is there, or its monitor is about to start it again."""
+    noted = (sight.record.monitor if sight.record else None) or {}
+    return sight.state in LIVE_STATES or monitor_row(sight.record) is not None and not noted.get("gave_up")
+
+
 def follow_log(console: Console, environment: Environment, tail: int) -> None:
-    """Show the last `tail` lines and what comes, until ComfyUI has been gone for 2 s."""
+    """Show the last `tail` lines and what comes, until ComfyUI has been gone for 2 s and no monitor will start it."""
     follower = LogFollower(environment.log_path, log_spans(environment, False, tail)[-1][1])
     last_alive = next_look = time.monotonic()
     while True:
@@ -10007,7 +10019,7 @@ def follow_log(console: Console, environment: Environment, tail: int) -> None:
             next_look = now + 0.5
             if not console.is_heard():
                 raise BrokenPipeError
-            last_alive = now if environment.observe().state in LIVE_STATES else last_alive
+            last_alive = now if lives_on(environment.observe()) else last_alive
         if now - last_alive > FOLLOW_PATIENCE:
             console.say("\n⚠️  ComfyUI process exited")
             return
@@ -10182,7 +10194,7 @@ EVERYWHERE = (
     ),
     Option("--workspace", "the workspace (default: COMFYDOCK_HOME, else ~/.comfydock)", "DIR", completes="folders"),
     Option("--json", "one JSON object instead of words"),
-    Option("-q --quiet", "results and errors only"),
+    Option("-q --quiet", "results, warnings and errors only"),
     Option("-v --verbose", "tell what is run, where, and how long it took"),
     Option("--color", "auto, always or never", "WHEN", colour_choice, "auto", completes="colours"),
     Option("-h --help", "this help"),

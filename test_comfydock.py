@@ -6934,6 +6934,7 @@ class WhatUsersMet(Journey):
         said = json.loads(done.stdout)
         self.assertEqual((done.returncode, said["ok"], said["error"]["code"]), (1, False, "timeout"), done.stderr)
         self.assertEqual((said["data"]["pid"], said["data"]["ready"]), (self.person.state()["pid"], False))
+        self.assertGreaterEqual(said["data"]["waited"], 0.2)
 
     def test_help_of_several_commands_is_a_list_of_them(self):
         done = self.person.types("help", "node")
@@ -7127,6 +7128,30 @@ class WhatUsersMet(Journey):
         child.stdout.read(1)
         child.stdout.close()
         self.assertEqual(child.wait(20), 0)
+
+    @unittest.skipIf(WINDOWS, "a pipe does not tell there that its reader has gone")
+    def test_the_foreground_ends_with_its_reader_though_nothing_is_written(self):
+        words = ("run", "--demo", "-f", "--port", str(free_port()))
+        child = subprocess.Popen(
+            self.person.command(*words), cwd=self.person.home, env=self.person.variables, stdout=subprocess.PIPE
+        )
+        self.person.children.append(child)
+        while b"Streaming logs" not in child.stdout.readline():
+            pass
+        child.stdout.close()
+        self.assertEqual(child.wait(20), 0)
+        self.assertTrue(alive(self.person.state()["pid"]))
+
+    def test_a_log_is_followed_as_long_as_a_monitor_starts_comfyui_again(self):
+        row = dock.ProcessRow(os.getpid(), command=["python"])
+        record = dock.ProcessState.from_dict(PLANS_STATE)
+        for monitor, present, followed in (
+            (None, None, False), ({"gave_up": None}, row, True), ({"gave_up": "6 crashes"}, row, False), ({"gave_up": None}, None, False),
+        ):  # fmt: skip
+            record.monitor = monitor
+            with self.subTest(monitor=monitor), unittest.mock.patch.object(dock, "monitor_row", return_value=present):
+                self.assertEqual(dock.lives_on(dock.Sighting(dock.CRASHED, record)), followed)
+        self.assertTrue(dock.lives_on(dock.Sighting(dock.STARTING)))
 
     def test_restart_while_the_monitor_waits_to_start_it_again(self):
         data = self.run_demo("--monitor")
