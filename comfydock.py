@@ -9607,7 +9607,7 @@ def status(console: Console, args: Arguments) -> Report:
     if data["note"] == "damaged" and data["pid"] is None:
         raise environment.damaged_state()
     data["difference"] = None if data["missing"] else difference_of(environment)
-    return Report(data, environment.name, 3 if data["state"] in (STOPPED, CRASHED, FOREIGN) else 0)
+    return Report(data, environment.name, 3 if data["state"] in (STOPPED, CRASHED) else 0)
 
 
 def list_all(console: Console, args: Arguments) -> Report:
