@@ -8459,7 +8459,10 @@ def wait_beside() -> None:  # noqa: C901 (a whole program)
     def answers() -> bool:
         """Whether ComfyUI says that it is well."""
         try:
-            with socket.create_connection((host, int(port)), 5) as connection:
+            name = (
+                host.encode() if host.isascii() else host
+            )  # for a str Python imports the rules of international names
+            with socket.create_connection((name, int(port)), 5) as connection:
                 connection.settimeout(5)
                 connection.sendall(b"GET /system_stats HTTP/1.0\r\n\r\n")
                 return connection.recv(12)[-4:] in (b" 200", b" 401", b" 403", b" 407")

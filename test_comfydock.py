@@ -9372,7 +9372,9 @@ class Bench:
     @contextlib.contextmanager
     def reading(self, *command):
         """Start a command; yields the descriptor at which its output arrives."""
-        child = subprocess.Popen(command, cwd=self.person.home, env=self.person.variables, stdout=subprocess.PIPE)
+        child = subprocess.Popen(
+            command, cwd=self.person.home, env=self.person.variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         with child, contextlib.closing(child.stdout):
             try:
                 yield child, child.stdout.fileno()
