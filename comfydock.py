@@ -8459,9 +8459,8 @@ def wait_beside() -> None:  # noqa: C901 (a whole program)
     def answers() -> bool:
         """Whether ComfyUI says that it is well."""
         try:
-            name = (
-                host.encode() if host.isascii() else host
-            )  # for a str Python imports the rules of international names
+            # A str would have Python import the rules of international names.
+            name: Any = host.encode() if host.isascii() else host
             with socket.create_connection((name, int(port)), 5) as connection:
                 connection.settimeout(5)
                 connection.sendall(b"GET /system_stats HTTP/1.0\r\n\r\n")
