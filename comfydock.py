@@ -195,8 +195,8 @@ if not TYPE_CHECKING:
         for name in made_anew:
             delattr(kind, name)
         kind.__init__, kind.__eq__, kind.__hash__, kind.__repr__ = __init__, __eq__, None, __repr__
-        kind.__match_args__, kind.__dataclass_fields__ = names, FieldsOnDemand(kind, defaults)
-        kind.__signature__ = SignatureOnDemand(kind.__dict__["__dataclass_fields__"])
+        fields = FieldsOnDemand(kind, defaults)
+        kind.__match_args__, kind.__dataclass_fields__, kind.__signature__ = names, fields, SignatureOnDemand(fields)
         return kind
 
 
@@ -6318,12 +6318,17 @@ def arguments_of(row: ProcessRow) -> list[str]:
     return words[at + 1 :]
 
 
+def config_told_by(args: list[str]) -> ComfyUIConfig:
+    """Where ComfyUI listens by its arguments; the defaults when they name no port that there can be."""
+    try:
+        return parse_comfyui_args(args)
+    except CDEnvironmentError:
+        return ComfyUIConfig()
+
+
 def config_on_port(row: ProcessRow, port: int) -> ComfyUIConfig:
     """Where the process that listens on `port` can be asked: its command line tells the address, and whether by TLS."""
-    try:
-        told = parse_comfyui_args(arguments_of(row))
-    except CDEnvironmentError:
-        told = ComfyUIConfig()
+    told = config_told_by(arguments_of(row))
     return ComfyUIConfig(told.host, port, told.tls)
 
 
@@ -6546,13 +6551,8 @@ class Environment:
     def config_of(self, sight: Sighting) -> ComfyUIConfig:
         """Where the ComfyUI of a sighting listens, by its arguments."""
         if sight.record is not None and sight.note != "untracked":
-            args = sight.record.args
-        else:
-            args = arguments_of(sight.row) if sight.row else []
-        try:
-            return parse_comfyui_args(args)
-        except CDEnvironmentError:
-            return ComfyUIConfig()
+            return config_told_by(sight.record.args)
+        return config_told_by(arguments_of(sight.row) if sight.row else [])
 
     def describe(self, sight: Sighting, answer: Answer) -> dict[str, Any]:
         """A sighting and a probe as one JSON-ready object: UTC ISO times, seconds, bytes."""
@@ -6605,15 +6605,18 @@ class Environment:
 
     def _last_words(self, record: Optional[ProcessState]) -> dict[str, Any]:
         """What is left of a run that ended by itself: last sign of life, last error line, exit code."""
+        if record is None:
+            return dict.fromkeys(("last_alive", "last_error", "exit_code"))
+        end, is_last = self._end_of_session()
         return {
-            "last_alive": self._last_alive(record) if record else None,
-            "last_error": self.last_error() if record else None,
-            "exit_code": (record.last_exit or {}).get("code") if record else None,
+            "last_alive": self._last_alive(record, is_last),
+            "last_error": last_error_line(end),
+            "exit_code": (record.last_exit or {}).get("code"),
         }
 
-    def _last_alive(self, record: ProcessState) -> Optional[str]:
-        """The last sign of life, a health check or a line in the log, as an ISO time in UTC."""
-        is_last = self._end_of_session()[1]
+    @staticmethod
+    def _last_alive(record: ProcessState, is_last: bool) -> Optional[str]:
+        """The last sign of life, a health check or (of the log's last run) a line in it, as an ISO time in UTC."""
         signs = [os.stat(record.log_path).st_mtime] if is_last and os.path.exists(record.log_path) else []
         try:
             signs.append(epoch_of(record.last_health_check))
@@ -6633,9 +6636,9 @@ class Environment:
 
     def last_error(self) -> Optional[str]:
         """The line of this run's log that most likely says why it ended, looked for in the log's last 64 KB."""
-        return last_error_line(self._end_of_session()[0].decode("utf-8", "replace"))
+        return last_error_line(self._end_of_session()[0])
 
-    def _end_of_session(self) -> tuple[bytes, bool]:
+    def _end_of_session(self) -> tuple[str, bool]:
         """What the last 64 KB of the log have of this run, and whether no start that was refused follows it."""
         try:
             start = self.session_offset()
@@ -6644,12 +6647,12 @@ class Environment:
                 log.seek(begin)
                 piece = log.read(BLOCK)
         except OSError:
-            return b"", True
+            return "", True
         mark = SESSION_MARK.encode()
         if begin > start and piece.startswith(mark):
-            return b"", False
+            return "", False
         own, others, _ = piece.partition(b"\n" + mark)
-        return own, not others
+        return own.decode("utf-8", "replace"), not others
 
     def note_health(self, status: str) -> None:
         """Record a health check. Left undone when another command is at work, for it is only a note."""
@@ -9677,16 +9680,23 @@ def repair_content(console: Console, args: Arguments, environment: Environment) 
         names = difference.found_nodes
         console.say(f"   • {len(names)} nodes from before the adoption: {', '.join(names)}")
     if args.yes or agreed(console, "Put this right?", "comfydock repair -y"):
-        is_done = put_right(console, args, environment, done)
+        is_done = put_right(console, args, environment, difference, done)
     else:
         is_done = bool(done["tracked"])
     return done if is_done else {**done, "problems": ["Nothing was changed."]}
 
 
-def put_right(console: Console, args: Arguments, environment: Environment, done: dict[str, Any]) -> bool:
+def put_right(
+    console: Console,
+    args: Arguments,
+    environment: Environment,
+    difference: EnvironmentComparison,
+    done: dict[str, Any],
+) -> bool:
     """Do what was agreed to, noting it in `done`; False when a terminal wanted none of it."""
-    with environment.nodes.changing("repair"):  # what an addition that was broken off left is nobody's node
-        difference = environment.nodes.compare()
+    if difference.interrupted:  # what an addition that was broken off left is no node that somebody put there
+        with environment.nodes.changing("repair"):
+            difference = environment.nodes.compare()
     if args.remove_untracked:
         done["moved"] = environment.nodes.move_untracked_aside(difference.extra_nodes + difference.found_nodes)
     else:
@@ -10134,6 +10144,11 @@ class Command:
     examples: tuple[str, ...] = ()
     completes: str = ""
 
+    @property
+    def takes_many(self) -> bool:
+        """Whether any number of words may stand as its operand."""
+        return any("..." in name for name, _ in self.operands)
+
 
 def is_number(text: str) -> bool:
     """Whether a word is a number, and no argument of ComfyUI (such as 1.2.3.4)."""
@@ -10515,7 +10530,6 @@ def unfinished(words: list[str]) -> "tuple[Optional[Command], list[str], Optiona
 
     As long as there is no command, all plain words are its beginning.
     """
-    by_name = {command.name: command for command in COMMANDS}
     command: Optional[Command] = None
     plain: list[str] = []
     index = 0
@@ -10526,8 +10540,9 @@ def unfinished(words: list[str]) -> "tuple[Optional[Command], list[str], Optiona
             return command, plain, option_named(words[index], options)
         if not width and not words[index].startswith("-"):
             plain.append(words[index])
-            if command is None and " ".join(plain) in by_name:
-                command, plain = by_name[" ".join(plain)], []
+            if command is None:
+                command = command_named(" ".join(plain))
+                plain = [] if command else plain
         index += max(width, 1)
     return command, plain, None
 
@@ -10564,8 +10579,7 @@ def offers(words: list[str], current: str) -> list[Offer]:
         return [(flag, one.text) for one in known for flag in one.flags]
     if command is None or command.completes == "commands":
         return offers_of_commands(plain)
-    takes_many = any("..." in name for name, _ in command.operands)
-    is_taken = len(plain) >= len(command.operands) and not takes_many
+    is_taken = len(plain) >= len(command.operands) and not command.takes_many
     return offers_of_kind("files" if command.passes_on and plain else "" if is_taken else command.completes, words)
 
 
@@ -10626,6 +10640,11 @@ def completion_script(shell: str) -> str:
     return script.replace("@CALL@", " ".join(map(quoted, own_command())))
 
 
+def command_named(name: str) -> Optional[Command]:
+    """The command of this name, or None."""
+    return next((command for command in COMMANDS if command.name == name), None)
+
+
 def find_command(words: list[str]) -> "tuple[Optional[Command], list[str]]":
     """(command, the other words): its name is the first word, or two, that are no options of comfydock.
 
@@ -10634,14 +10653,14 @@ def find_command(words: list[str]) -> "tuple[Optional[Command], list[str]]":
     places = list(plain_places(words))
     if not places:
         return None, words
-    by_name = {command.name: command for command in COMMANDS}
     for taken in (places[:1], places[:2]):
         name = " ".join(words[place] for place in taken)
-        if name in by_name:
-            return by_name[name], [word for place, word in enumerate(words) if place not in taken]
+        command = command_named(name)
+        if command is not None:
+            return command, [word for place, word in enumerate(words) if place not in taken]
     if name == "node":
         if {"-h", "--help"} & set(words):
-            return by_name["help"], [name]
+            return COMMANDS[-1], [name]
         raise CDEnvironmentError("'node' needs one of: add, remove, update, list.", "comfydock help node", "usage")
     raise unknown_command(name if name.startswith("node ") else words[places[0]])
 
@@ -10765,8 +10784,7 @@ def take_operands(command: Command, words: list[str]) -> list[str]:
     if unknown is not None:
         who = "comfydock" if command.name == "help" else f"'{command.name}'"
         raise CDEnvironmentError(f"{who} has no option {unknown}.", help_hint(command), "usage")
-    takes_many = any("..." in name for name, _ in command.operands)
-    if len(words) > len(command.operands) and not takes_many:
+    if len(words) > len(command.operands) and not command.takes_many:
         extra = words[len(command.operands)]
         raise CDEnvironmentError(
             f"'{command.name}' does not take '{extra}'.", f"comfydock help {command.name}", "usage"
@@ -10827,7 +10845,7 @@ def help_text_of(topic: str) -> str:
     """The help of a command, of several that begin with one word, or of the whole. Raises CDEnvironmentError."""
     if not topic:
         return overview()
-    command = next((entry for entry in COMMANDS if entry.name == topic), None)
+    command = command_named(topic)
     if command is not None:
         return build_parser(command).format_help().rstrip()
     group = [entry for entry in COMMANDS if entry.name.startswith(f"{topic} ")]
