@@ -19,8 +19,8 @@ Nothing of comfydock stays resident after `run`, but for the small watcher of `r
 process counts only while its identity holds: same machine and PID namespace, same boot, same PID, same start.
 
 Words: a workspace holds environments; an environment has a ComfyUI checkout, a Python, a manifest
-(`.cec/pyproject.toml`) and at most one ComfyUI process; its record is what the state file says of that process; a row
-is a process as the system shows it; a sighting is both together; a report is what a command answers.
+(`.cec/pyproject.toml`) and at most one ComfyUI process; its record is what the state file says of that process; a
+`Process` is one as the system shows it; a snapshot is both together; a report is what a command answers.
 
 To follow `comfydock run`: main (16) -> answer -> run (14) -> Environment.run -> _start (9) ->
 create_background_process (3). To vendor it: `comfydock.Workspace().get_environment("main").run(["--port", "8190"])`.
@@ -113,11 +113,11 @@ STARTING, RUNNING, UNRESPONSIVE = "starting", "running", "unresponsive"
 STOPPED, CRASHED, FOREIGN, UNKNOWN = "stopped", "crashed", "foreign", "unknown"
 LIVE_STATES = (STARTING, RUNNING, UNRESPONSIVE)
 
-Tell = Callable[[str], None]  # long work tells its progress through one of these, a short line a call
+Progress = Callable[[str], None]  # long work tells its progress through one of these, a short line a call
 
 
-def say_nothing(line: str) -> None:
-    """The Tell of a caller who does not listen."""
+def no_progress(line: str) -> None:
+    """The Progress of a caller who does not listen."""
 
 
 if not TYPE_CHECKING:
@@ -552,10 +552,10 @@ def _is_loopback_name(name: str) -> bool:
 
 def utc_now() -> str:
     """The time as the state file writes it: ISO 8601, UTC, milliseconds."""
-    return utc_words(time.time())
+    return format_utc(time.time())
 
 
-def utc_words(moment: float) -> str:
+def format_utc(moment: float) -> str:
     """Seconds since 1970 in ISO 8601, UTC, milliseconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment * 1000) % 1000:03d}+00:00"
 
@@ -569,7 +569,7 @@ def epoch_of(stamp: Optional[str]) -> float:
     return datetime.fromisoformat(stamp[:-1] + "+00:00" if stamp.endswith("Z") else stamp).timestamp()
 
 
-def duration_words(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A length of time for people: 12s, 15m, 3h 5m, 2d 4h."""
     whole = max(0, int(seconds))
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
@@ -608,7 +608,7 @@ def require_new_name(name: str) -> None:
         )
 
 
-def made_valid(name: str) -> str:
+def sanitize_name(name: str) -> str:
     """`name` bent into one that may name an environment."""
     bent = "".join(sign if sign.isascii() and (sign.isalnum() or sign in "._-") else "-" for sign in name)
     bent = bent.strip("._-")[:50].rstrip("._-") or "comfyui"
@@ -845,7 +845,7 @@ def random_uuid() -> str:
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
-def as_word(path: str) -> str:
+def quote(path: str) -> str:
     """Return a path as it must be typed: quoted where it has to be, by the rules of the shells of this system."""
     import shlex
 
@@ -1097,7 +1097,7 @@ if sys.platform == "win32":
             if getattr(libraries()[1], function)(handle) != 0:
                 raise PermissionError(f"{function} was refused for process {pid}")
 
-    def terminate(pid: int) -> None:
+    def terminate_process(pid: int) -> None:
         """End a process at once (TerminateProcess); one that has just ended refuses, which is as good."""
         import ctypes
 
@@ -1116,7 +1116,7 @@ if sys.platform == "win32":
                 if not console_interrupt(pid):
                     raise PermissionError(f"process {pid} has no console that we may interrupt")
         elif how in ("terminate", "kill"):
-            terminate(pid)
+            terminate_process(pid)
         else:
             suspend_or_resume(pid, {"pause": "NtSuspendProcess", "continue": "NtResumeProcess"}[how])
 
@@ -1554,12 +1554,12 @@ else:
         return os.sysconf("SC_CLK_TCK")
 
 
-TRACERS: list[Tell] = []  # who is told what is run, where, and how long it took; empty but for --verbose
+TRACERS: list[Progress] = []  # who is told what is run, where, and how long it took; empty but for --verbose
 
 
 @contextmanager
-def traced(tell: Tell) -> Iterator[None]:
-    """Tell every command that is run meanwhile."""
+def traced(tell: Progress) -> Iterator[None]:
+    """Progress every command that is run meanwhile."""
     TRACERS.append(tell)
     try:
         yield
@@ -1568,7 +1568,7 @@ def traced(tell: Tell) -> Iterator[None]:
 
 
 def trace(line: str) -> None:
-    """Tell a line to those who want to know; what stands before the @ of an address may be a password."""
+    """Progress a line to those who want to know; what stands before the @ of an address may be a password."""
     if TRACERS:
         line = re.sub(r"://[^/@\s]+@", "://***@", line)
     for tell in TRACERS:
@@ -1576,7 +1576,7 @@ def trace(line: str) -> None:
 
 
 def trace_command(cmd: list[str], cwd: "Optional[Union[str, Path]]") -> None:
-    """Tell a command as a shell would take it, and its folder."""
+    """Progress a command as a shell would take it, and its folder."""
     if TRACERS:
         from shlex import join
 
@@ -1605,7 +1605,7 @@ def release(process: "subprocess.Popen[Any]") -> None:
     vars(process)["_child_created"] = False  # the finalizer's own first question, on 3.9 to 3.14
 
 
-def exit_words(code: int) -> str:
+def format_exit(code: int) -> str:
     """An exit code for people: code 3, signal 11 (SIGSEGV)."""
     import signal
 
@@ -1707,7 +1707,7 @@ def run_command(
     cwd: Optional[str] = None,
     env: Optional[dict[str, str]] = None,
     timeout: Optional[float] = None,
-    tell: Tell = say_nothing,
+    tell: Progress = no_progress,
 ) -> "subprocess.CompletedProcess[str]":
     """Run a command to its end and return its code and output (text; bytes that are not UTF-8 are replaced).
 
@@ -1843,7 +1843,7 @@ def possible_scripts(words: list[str], joined: bool) -> list[str]:
     return [" ".join(rest[:end]) for end in range(1, len(rest) + 1 if joined else 2)]
 
 
-class ProcessRow:
+class Process:
     """One process as one source saw it.
 
     pid, ppid        ints; ppid 0 where it is not told
@@ -1875,7 +1875,7 @@ class ProcessRow:
 
     def __repr__(self) -> str:
         """Return pid, state and command, for messages of tests."""
-        return f"<ProcessRow {self.pid} {self.state} {self.text!r}>"
+        return f"<Process {self.pid} {self.state} {self.text!r}>"
 
     @property
     def command(self) -> list[str]:
@@ -1904,13 +1904,13 @@ class ProcessRow:
         """Tell whether the command line contains a text, in whatever case where paths have none."""
         return PATH_RULES.normcase(text) in PATH_RULES.normcase(self.text)
 
-    def is_as_old_as(self, other: "ProcessRow") -> bool:
+    def is_as_old_as(self, other: "Process") -> bool:
         """Tell whether this is the start of the same process: same ticks, else created within 2 s."""
         if self.start_ticks is not None and other.start_ticks is not None:
             return self.start_ticks == other.start_ticks
         return self.created is None or other.created is None or abs(self.created - other.created) <= 2
 
-    def can_be_child_of(self, parent: "ProcessRow") -> bool:
+    def can_be_child_of(self, parent: "Process") -> bool:
         """Tell whether `parent` is the parent and not a later process that was given the dead parent's PID."""
         if self.ppid != parent.pid or self.pid == parent.pid:
             return False
@@ -1946,7 +1946,7 @@ def parse_stat(
     ticks: int,
     uid: Optional[int] = None,
     command: Optional[Callable[[int], list[str]]] = None,
-) -> Optional[ProcessRow]:
+) -> Optional[Process]:
     """Read one /proc/PID/stat (man 5 proc_pid_stat); None where it is none.
 
     The name stands in parentheses and may hold spaces and parentheses itself, hence the search from the right. `boot`
@@ -1960,7 +1960,7 @@ def parse_stat(
     pid, letter = int(number), fields[0]
     # A leader that ended before its threads is not dead yet: it still holds its sockets and cannot be reaped.
     state = "zombie" if letter in b"ZXx" and int(fields[17]) <= 1 else "stopped" if letter == b"T" else "running"
-    return ProcessRow(
+    return Process(
         pid,
         int(fields[1]),
         int(fields[3]),
@@ -1977,9 +1977,11 @@ def parse_proc_net(text: str, port: int) -> set[int]:
 
     Columns: number, local address:port (hex), remote, state (0A = LISTEN), ..., the tenth is the inode.
     """
-    rows = (line.split() for line in text.splitlines()[1:])
+    processes = (line.split() for line in text.splitlines()[1:])
     end = f":{port:04X}"
-    return {int(row[9]) for row in rows if len(row) > 9 and row[3] == "0A" and row[1].endswith(end)}
+    return {
+        int(process[9]) for process in processes if len(process) > 9 and process[3] == "0A" and process[1].endswith(end)
+    }
 
 
 def parse_ps_date(text: str) -> Optional[float]:
@@ -1995,13 +1997,13 @@ def parse_ps_date(text: str) -> Optional[float]:
     return moment.timestamp()
 
 
-def parse_ps(text: str) -> list[ProcessRow]:
+def parse_ps(text: str) -> list[Process]:
     """Read what ps prints for PS_COLUMNS under PS_LOCALE.
 
     The date takes 24 columns (macOS pads it to 28). A zombie's command is <defunct> or ends with it; macOS prints
     (name) where the command line may not be read.
     """
-    rows = []
+    processes = []
     for line in text.splitlines():
         fields = line.split(None, 4)
         if len(fields) < 5 or not (fields[0] + fields[1]).isdigit():
@@ -2011,8 +2013,8 @@ def parse_ps(text: str) -> list[ProcessRow]:
         if " " not in command and command[:1] + command[-1:] == "()":
             command = command[1:-1]
         uid = int(fields[2]) if fields[2].lstrip("-").isdigit() else None
-        rows.append(
-            ProcessRow(
+        processes.append(
+            Process(
                 int(fields[0]),
                 int(fields[1]),
                 None,
@@ -2024,7 +2026,7 @@ def parse_ps(text: str) -> list[ProcessRow]:
                 joined=True,
             )
         )
-    return rows
+    return processes
 
 
 def parse_markers(text: str) -> dict[int, str]:
@@ -2043,8 +2045,8 @@ def parse_tasklist(text: str) -> list[tuple[int, str]]:
 
     Where nothing matches Windows prints a line of words (INFO: ...) instead, in its own language.
     """
-    rows = (line.strip().strip('"').split('","') for line in text.splitlines() if line.startswith('"'))
-    return [(int(row[1]), row[0]) for row in rows if len(row) >= 2 and row[1].isdigit()]
+    processes = (line.strip().strip('"').split('","') for line in text.splitlines() if line.startswith('"'))
+    return [(int(process[1]), process[0]) for process in processes if len(process) >= 2 and process[1].isdigit()]
 
 
 def parse_netstat(text: str, port: int) -> list[int]:
@@ -2052,29 +2054,29 @@ def parse_netstat(text: str, port: int) -> list[int]:
 
     The word for LISTENING is translated (ABHÖREN, ECOUTE); that the foreign port is 0 is not.
     """
-    rows = (line.split() for line in text.splitlines())
+    processes = (line.split() for line in text.splitlines())
     found = {
-        int(row[-1])
-        for row in rows
-        if len(row) >= 4
-        and row[0] == "TCP"
-        and row[1].endswith(f":{port}")
-        and row[2].endswith(":0")
-        and row[-1].isdigit()
+        int(process[-1])
+        for process in processes
+        if len(process) >= 4
+        and process[0] == "TCP"
+        and process[1].endswith(f":{port}")
+        and process[2].endswith(":0")
+        and process[-1].isdigit()
     }
     return sorted(found)
 
 
-# What the families of sockets are called on Windows (AF_INET, AF_INET6), how many numbers of 32 bits a row of their
+# What the families of sockets are called on Windows (AF_INET, AF_INET6), how many numbers of 32 bits a process of their
 # tables has, and which one is the port, in the network's order; the last is the PID.
 TCP_TABLES = ((2, 6, 2), (23, 14, 5))
 
 
 def parse_tcp_listeners(table: bytes, width: int, port_at: int) -> list[tuple[int, int]]:
-    """Return (port, PID) of each row of a table whose first number says how many there are."""
+    """Return (port, PID) of each process of a table whose first number says how many there are."""
     count = int.from_bytes(table[:4], "little")
-    rows = (table[start : start + 4 * width] for start in range(4, 4 + 4 * width * count, 4 * width))
-    ports = ((row[4 * port_at : 4 * port_at + 2], row[-4:]) for row in rows)
+    processes = (table[start : start + 4 * width] for start in range(4, 4 + 4 * width * count, 4 * width))
+    ports = ((process[4 * port_at : 4 * port_at + 2], process[-4:]) for process in processes)
     return [(int.from_bytes(port, "big"), int.from_bytes(pid, "little")) for port, pid in ports]
 
 
@@ -2127,11 +2129,11 @@ class ProcessTable:
         """Tell whether this source works here."""
         raise NotImplementedError
 
-    def row(self, pid: int) -> Optional[ProcessRow]:
+    def process(self, pid: int) -> Optional[Process]:
         """Return one process (a zombie too), None where there is none."""
         raise NotImplementedError
 
-    def rows(self, containing: str = "") -> list[ProcessRow]:
+    def processes(self, containing: str = "") -> list[Process]:
         """Return all processes, or those whose command line contains a text."""
         raise NotImplementedError
 
@@ -2172,8 +2174,8 @@ def proc_command(pid: int) -> list[str]:
     return [os.fsdecode(word) for word in data.rstrip(b"\0").split(b"\0")] if data else []
 
 
-def proc_row(pid: int, boot: float, ticks: int) -> Optional[ProcessRow]:
-    """Return the row of one PID from one open, stat and read; None where there is none."""
+def proc_process(pid: int, boot: float, ticks: int) -> Optional[Process]:
+    """Return the process of one PID from one open, stat and read; None where there is none."""
     try:
         fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     except OSError:
@@ -2188,8 +2190,8 @@ def proc_row(pid: int, boot: float, ticks: int) -> Optional[ProcessRow]:
 
 def proc_start_ticks(pid: int) -> Optional[int]:
     """Return field 22 of /proc/PID/stat, whichever table lists the process: wall-clock times move, this does not."""
-    row = None if IS_WINDOWS else proc_row(pid, 0.0, 1)
-    return row.start_ticks if row is not None else None
+    process = None if IS_WINDOWS else proc_process(pid, 0.0, 1)
+    return process.start_ticks if process is not None else None
 
 
 class ProcTable(ProcessTable):
@@ -2204,16 +2206,16 @@ class ProcTable(ProcessTable):
         """Return all PIDs."""
         return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
-    def row(self, pid: int) -> Optional[ProcessRow]:
+    def process(self, pid: int) -> Optional[Process]:
         """Return one process from one read of its stat file."""
-        return proc_row(pid, boot_time(), clock_ticks())
+        return proc_process(pid, boot_time(), clock_ticks())
 
-    def rows(self, containing: str = "") -> list[ProcessRow]:
+    def processes(self, containing: str = "") -> list[Process]:
         """Return all processes, or those whose command line contains a text (only they are looked at closely)."""
         boot, ticks, needle = boot_time(), clock_ticks(), os.fsencode(containing)
         pids = [pid for pid in self.pids() if not needle or needle in read_bytes(f"/proc/{pid}/cmdline")]
-        rows = (proc_row(pid, boot, ticks) for pid in pids)
-        return [row for row in rows if row is not None]
+        processes = (proc_process(pid, boot, ticks) for pid in pids)
+        return [process for process in processes if process is not None]
 
     def markers(self) -> dict[int, str]:
         """Return run ids by PID from /proc/PID/environ (our own user's processes; all for root)."""
@@ -2262,15 +2264,15 @@ class PsutilTable(ProcessTable):
     def usable(cls) -> bool:
         """Tell whether psutil can be imported and knows us: on Linux it reads /proc, and raises anything without it."""
         try:
-            return cls().row(os.getpid()) is not None
+            return cls().process(os.getpid()) is not None
         except Exception:
             return False
 
-    def make_row(self, facts: dict[str, Any]) -> ProcessRow:
-        """Make a row of what Process.as_dict gave; what may not be read is None there."""
+    def make_process(self, facts: dict[str, Any]) -> Process:
+        """Make a process of what Process.as_dict gave; what may not be read is None there."""
         state = {"zombie": "zombie", "dead": "zombie", "stopped": "stopped"}.get(facts["status"], "running")
         pid, uids = facts["pid"], facts.get("uids")
-        return ProcessRow(
+        return Process(
             pid,
             facts["ppid"] or 0,
             session_of(pid),
@@ -2285,23 +2287,23 @@ class PsutilTable(ProcessTable):
         """Return the names to ask for: Windows has no uids."""
         return [name for name in PSUTIL_FACTS if hasattr(psutil_module().Process, name)]
 
-    def row(self, pid: int) -> Optional[ProcessRow]:
+    def process(self, pid: int) -> Optional[Process]:
         """Return one process."""
         psutil, names = psutil_module(), self.facts()
         try:
             process = psutil.Process(pid)
             try:
-                return self.make_row(process.as_dict(names))
+                return self.make_process(process.as_dict(names))
             except OSError:  # Windows reads no command line of a process that is just ending
                 names.remove("cmdline")
-                return self.make_row({"cmdline": None, **process.as_dict(names)})
+                return self.make_process({"cmdline": None, **process.as_dict(names)})
         except (psutil.Error, OSError, ValueError, OverflowError):
             return None
 
-    def rows(self, containing: str = "") -> list[ProcessRow]:
+    def processes(self, containing: str = "") -> list[Process]:
         """Return all processes, or those whose command line contains a text."""
-        rows = filter(None, map(self.row, psutil_module().pids()))
-        return [row for row in rows if row.mentions(containing)]
+        processes = filter(None, map(self.process, psutil_module().pids()))
+        return [process for process in processes if process.mentions(containing)]
 
     def markers(self) -> dict[int, str]:
         """Return run ids by PID."""
@@ -2345,28 +2347,28 @@ class PsTable(ProcessTable):
     @classmethod
     def usable(cls) -> bool:
         """Tell whether there is a ps that knows our columns (that of busybox does not)."""
-        return on_path("ps") and bool(cls().row(os.getpid()))
+        return on_path("ps") and bool(cls().process(os.getpid()))
 
     def ps(self, *options: str) -> str:
         """Return what ps prints, with dates in English and UTC."""
         inherited = {name: value for name, value in os.environ.items() if name != "LC_ALL"}
         return printed(["ps", *options], {**inherited, **PS_LOCALE})
 
-    def with_start(self, rows: list[ProcessRow]) -> list[ProcessRow]:
+    def with_start(self, processes: list[Process]) -> list[Process]:
         """Add what ps does not print: the session, and the start ticks where there is a /proc."""
-        for row in rows:
-            row.session, row.start_ticks = session_of(row.pid), proc_start_ticks(row.pid)
-        return rows
+        for process in processes:
+            process.session, process.start_ticks = session_of(process.pid), proc_start_ticks(process.pid)
+        return processes
 
-    def row(self, pid: int) -> Optional[ProcessRow]:
+    def process(self, pid: int) -> Optional[Process]:
         """Return one process."""
-        rows = self.with_start(parse_ps(self.ps("-ww", "-p", str(pid), "-o", PS_COLUMNS)))
-        return rows[0] if rows else None
+        processes = self.with_start(parse_ps(self.ps("-ww", "-p", str(pid), "-o", PS_COLUMNS)))
+        return processes[0] if processes else None
 
-    def rows(self, containing: str = "") -> list[ProcessRow]:
+    def processes(self, containing: str = "") -> list[Process]:
         """Return all processes, or those whose command line contains a text."""
-        rows = parse_ps(self.ps("-axww", "-o", PS_COLUMNS))
-        return self.with_start([row for row in rows if row.mentions(containing)])
+        processes = parse_ps(self.ps("-axww", "-o", PS_COLUMNS))
+        return self.with_start([process for process in processes if process.mentions(containing)])
 
     def markers(self) -> dict[int, str]:
         """Return run ids by PID; ps shows the environment of our own user's processes."""
@@ -2391,30 +2393,30 @@ class WindowsTable(ProcessTable):
         """Tell whether there are snapshots."""
         return bool(listed_processes())
 
-    def make_row(self, pid: int, program: str, facts: Optional[ProcessFacts]) -> Optional[ProcessRow]:
-        """Make a row of what the process tells; of a dead one that somebody still holds open, none."""
+    def make_process(self, pid: int, program: str, facts: Optional[ProcessFacts]) -> Optional[Process]:
+        """Make a process of what the process tells; of a dead one that somebody still holds open, none."""
         facts = facts or ProcessFacts(pid)
         if not facts.alive:
             return None
         words = split_windows_command(facts.command_line or "") or [program]
-        return ProcessRow(pid, facts.ppid or 0, created=facts.created, command=words)
+        return Process(pid, facts.ppid or 0, created=facts.created, command=words)
 
     def listed(self, pid: Optional[int] = None) -> list[tuple[int, str]]:
         """Return (pid, program) of all processes, or of one."""
         return [one for one in listed_processes() if pid in (None, one[0])]
 
-    def row(self, pid: int) -> Optional[ProcessRow]:
+    def process(self, pid: int) -> Optional[Process]:
         """Return one process; the list is asked only where the process itself does not tell its command line."""
         facts = process_facts(pid)
         if facts is not None and (facts.command_line or not facts.alive):
-            return self.make_row(pid, "", facts)
-        rows = [self.make_row(*one, facts) for one in self.listed(pid)]
-        return rows[0] if rows else None
+            return self.make_process(pid, "", facts)
+        processes = [self.make_process(*one, facts) for one in self.listed(pid)]
+        return processes[0] if processes else None
 
-    def rows(self, containing: str = "") -> list[ProcessRow]:
+    def processes(self, containing: str = "") -> list[Process]:
         """Return all processes, or those whose command line contains a text, in whatever case."""
-        rows = (self.make_row(pid, program, process_facts(pid)) for pid, program in self.listed())
-        return [row for row in rows if row is not None and row.mentions(containing)]
+        processes = (self.make_process(pid, program, process_facts(pid)) for pid, program in self.listed())
+        return [process for process in processes if process is not None and process.mentions(containing)]
 
     def markers(self) -> dict[int, str]:
         """Return run ids by PID."""
@@ -2488,24 +2490,24 @@ def process_table() -> ProcessTable:
     )
 
 
-def is_script_of(row: ProcessRow, script: str, folder: str = "") -> bool:
-    """Tell whether `row` is a Python that runs `script` (absolute, or the name of a file in `folder`)."""
-    return row.runs(PATH_RULES.join(folder, script), process_table().cwd)
+def is_script_of(process: Process, script: str, folder: str = "") -> bool:
+    """Tell whether `process` is a Python that runs `script` (absolute, or the name of a file in `folder`)."""
+    return process.runs(PATH_RULES.join(folder, script), process_table().cwd)
 
 
-def identity_of(row: Optional[ProcessRow]) -> dict[str, Any]:
+def identity_of(process: Optional[Process]) -> dict[str, Any]:
     """Return what tells this process from every other, for the state file; of one that is gone, only where it was."""
-    row = row or ProcessRow(0)
+    process = process or Process(0)
     return {
-        "start_ticks": row.start_ticks,
+        "start_ticks": process.start_ticks,
         "boot_id": boot_id(),
         "pid_ns": pid_namespace(),
         "machine": machine_id(),
-        "created": row.created,
+        "created": process.created,
     }
 
 
-def place_of(identity: object) -> str:
+def locate(identity: object) -> str:
     """Return where a recorded process lives: "here", "foreign" (another machine or namespace) or "rebooted".
 
     "rebooted" is this machine before its last start: the process is surely dead. What either side does not know counts
@@ -2529,42 +2531,42 @@ def number_in(identity: object, key: str) -> Optional[float]:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def fits(row: ProcessRow, identity: object, script: Optional[str]) -> bool:
+def matches(process: Process, identity: object, script: Optional[str]) -> bool:
     """Tell whether a live process is the recorded one: by its start ticks, else by script and creation time (2 s)."""
     ticks, created = number_in(identity, "start_ticks"), number_in(identity, "created")
-    if ticks is not None and row.start_ticks is not None:
-        return row.start_ticks == ticks
-    if created is not None and (row.created is None or abs(row.created - created) > 2):
+    if ticks is not None and process.start_ticks is not None:
+        return process.start_ticks == ticks
+    if created is not None and (process.created is None or abs(process.created - created) > 2):
         return False
-    return created is not None if script is None else is_script_of(row, script)
+    return created is not None if script is None else is_script_of(process, script)
 
 
-def find_process(pid: object, identity: object, script: Optional[str] = None) -> Optional[ProcessRow]:
+def find_process(pid: object, identity: object, script: Optional[str] = None) -> Optional[Process]:
     """Return the process that was recorded with this PID and identity, None where it is dead, a zombie or elsewhere.
 
     `identity` is what identity_of gave; an empty one (a state file that has only a PID) is matched by `script`
     (absolute) in the command line. Without a `script` any program will do whose start is the recorded one.
     """
-    if not isinstance(pid, int) or not is_pid(pid) or place_of(identity) != "here":
+    if not isinstance(pid, int) or not is_pid(pid) or locate(identity) != "here":
         return None
-    row = process_table().row(pid)
-    return row if row is not None and row.state != "zombie" and fits(row, identity, script) else None
+    process = process_table().process(pid)
+    return process if process is not None and process.state != "zombie" and matches(process, identity, script) else None
 
 
 def is_process_alive(pid: int) -> bool:
     """Tell whether `pid` is a Python that runs: no zombie, no other program, no PID below 2."""
-    row = process_table().row(pid) if is_pid(pid) else None
-    return row is not None and row.state != "zombie" and is_python(row.name)
+    process = process_table().process(pid) if is_pid(pid) else None
+    return process is not None and process.state != "zombie" and is_python(process.name)
 
 
-def still_runs(row: ProcessRow) -> bool:
-    """Tell whether the very process of `row` runs, and is neither a zombie nor another one with its PID."""
-    now = process_table().row(row.pid) if is_pid(row.pid) else None
-    return now is not None and now.state != "zombie" and now.is_as_old_as(row)
+def is_same_process(process: Process) -> bool:
+    """Tell whether the very process of `process` runs, and is neither a zombie nor another one with its PID."""
+    now = process_table().process(process.pid) if is_pid(process.pid) else None
+    return now is not None and now.state != "zombie" and now.is_as_old_as(process)
 
 
 def hears_of_orphans(status: str) -> bool:
-    """Tell by the text of /proc/1/status whether PID 1 reaps processes that it has not started, as an init does.
+    """Progress by the text of /proc/1/status whether PID 1 reaps processes that it has not started, as an init does.
 
     Who neither catches, blocks (signalfd, sigwait) nor ignores SIGCHLD never hears of them; but a thread may be
     waiting, and a shell reaps whatever ends while it waits for its own. Where in doubt, yes.
@@ -2576,34 +2578,34 @@ def hears_of_orphans(status: str) -> bool:
     return any(mask & 1 << 16 for mask in heard)  # SIGCHLD is number 17
 
 
-def careless_init() -> Optional[str]:
+def non_reaping_init() -> Optional[str]:
     """Return the command of a PID 1 that does not reap orphans: their entries stay until the container ends."""
     if hears_of_orphans(read_text("/proc/1/status")):
         return None
     return " ".join(proc_command(1)) or "the first process"
 
 
-def await_standstill(rows: list[ProcessRow], seconds: float = 1.0) -> None:
+def await_standstill(processes: list[Process], seconds: float = 1.0) -> None:
     """Wait until paused processes stand still: a stop is asked for, and each thread heeds it by itself."""
     deadline = time.monotonic() + seconds
-    while not all(map(stands_still, rows)) and time.monotonic() < deadline:
+    while not all(map(is_stopped, processes)) and time.monotonic() < deadline:
         time.sleep(0.001)
 
 
-def stands_still(row: ProcessRow) -> bool:
+def is_stopped(process: Process) -> bool:
     """Tell whether no thread of a process runs any more; where there is no /proc, whether the process is stopped."""
-    folder = f"/proc/{row.pid}/task"
+    folder = f"/proc/{process.pid}/task"
     try:
         threads = os.listdir(folder)
     except OSError:
-        now = process_table().row(row.pid)
+        now = process_table().process(process.pid)
         return now is None or now.state != "running" or IS_WINDOWS  # which tells no such state
     states = (read_bytes(f"{folder}/{thread}/stat").rpartition(b") ")[2][:1] for thread in threads)
     return all(state in b"TtZX" for state in states)
 
 
 def wait_for_exit(
-    row: ProcessRow, seconds: float, meanwhile: Optional[Callable[[], bool]] = None, pause: float = 0.05
+    process: Process, seconds: float, meanwhile: Optional[Callable[[], bool]] = None, pause: float = 0.05
 ) -> bool:
     """Wait up to `seconds` for the end of a process; True when it has ended (a zombie has).
 
@@ -2611,92 +2613,94 @@ def wait_for_exit(
     False. Where the system cannot tell of an end, the process is looked at twice as often.
     """
     deadline = time.monotonic() + seconds
-    while still_runs(row):
+    while is_same_process(process):
         left = deadline - time.monotonic()
         if left <= 0 or meanwhile is not None and meanwhile():
             return False
-        if wait_handle(row.pid, min(left, pause)) is None:
+        if wait_handle(process.pid, min(left, pause)) is None:
             time.sleep(min(left, pause / 2))
     return True
 
 
-def ancestors_of(pid: int, rows: dict[int, ProcessRow]) -> set[int]:
-    """Return the PIDs of a process's parent, its parent's parent and so on, as far as `rows` knows them."""
+def ancestors_of(pid: int, processes: dict[int, Process]) -> set[int]:
+    """Return the PIDs of a process's parent, its parent's parent and so on, as far as `processes` knows them."""
     found: set[int] = set()
-    row = rows.get(pid)
-    while row is not None and row.pid not in found:
-        parent = rows.get(row.ppid)
-        if parent is None or not row.can_be_child_of(parent):
+    process = processes.get(pid)
+    while process is not None and process.pid not in found:
+        parent = processes.get(process.ppid)
+        if parent is None or not process.can_be_child_of(parent):
             break
         found.add(parent.pid)
-        row = parent
+        process = parent
     return found
 
 
-def family_of(row: ProcessRow, run_id: Optional[str]) -> list[ProcessRow]:
+def process_tree(process: Process, run_id: Optional[str]) -> list[Process]:
     """Return the process itself and all that belongs to it, alive: what one stop must end.
 
     That is its session (where it leads one), its descendants, and every process that bears the marker `run_id`. Neither
     ourselves nor our ancestors, which may bear the marker too. Parents stand before their children.
     """
     table = process_table()
-    rows = {one.pid: one for one in table.rows() if one.state != "zombie"}
+    processes = {one.pid: one for one in table.processes() if one.state != "zombie"}
     markers = table.markers() if run_id else {}
-    spared = ancestors_of(os.getpid(), rows) | {os.getpid()}
-    now = rows.get(row.pid)
-    same = now is not None and now.is_as_old_as(row)
-    family = {pid for pid in rows if same and row.pid in {pid, *ancestors_of(pid, rows)}}
-    if row.session == row.pid and (same or now is None):  # a session keeps its number from reuse after its leader's end
-        family |= {pid for pid, one in rows.items() if one.session == row.pid}
-    family |= {pid for pid in rows if run_id and markers.get(pid) == run_id}
-    members = (rows[pid] for pid in family - spared if rows[pid].name.lower() not in SYSTEM_HELPERS)
+    spared = ancestors_of(os.getpid(), processes) | {os.getpid()}
+    now = processes.get(process.pid)
+    same = now is not None and now.is_as_old_as(process)
+    family = {pid for pid in processes if same and process.pid in {pid, *ancestors_of(pid, processes)}}
+    if process.session == process.pid and (
+        same or now is None
+    ):  # a session keeps its number from reuse after its leader's end
+        family |= {pid for pid, one in processes.items() if one.session == process.pid}
+    family |= {pid for pid in processes if run_id and markers.get(pid) == run_id}
+    members = (processes[pid] for pid in family - spared if processes[pid].name.lower() not in SYSTEM_HELPERS)
     return sorted(members, key=lambda one: (one.start_ticks or one.created or 0, one.pid))
 
 
-def run_id_of(row: ProcessRow) -> Optional[str]:
+def run_id_of(process: Process) -> Optional[str]:
     """Return the run id that a process bears in its environment, None where it has none or does not tell."""
-    return process_table().markers().get(row.pid)
+    return process_table().markers().get(process.pid)
 
 
-Scan = dict[str, list[ProcessRow]]  # the live processes that run a main.py, by its real path
+Scan = dict[str, list[Process]]  # the live processes that run a main.py, by its real path
 
 
 def scan_for_comfyui() -> Scan:
     """Return the live Pythons that run a file called main.py, by its real path."""
     table = process_table()
     found: Scan = {}
-    for row in table.rows(containing="main.py"):
-        for script in set(map(real_path, row.scripts("main.py", table.cwd))) if row.state != "zombie" else ():
-            found.setdefault(script, []).append(row)
+    for process in table.processes(containing="main.py"):
+        for script in set(map(real_path, process.scripts("main.py", table.cwd))) if process.state != "zombie" else ():
+            found.setdefault(script, []).append(process)
     return found
 
 
-def comfyui_processes(comfyui_path: str, scan: Optional[Scan] = None) -> list[ProcessRow]:
+def comfyui_processes(comfyui_path: str, scan: Optional[Scan] = None) -> list[Process]:
     """Return the live processes that run main.py of one checkout, by `scan` or a new one.
 
     Forked workers show the same command line as their parent, and so does the child of a venv's python.exe on Windows:
     a candidate below a candidate is left out.
     """
     scan = scan_for_comfyui() if scan is None else scan
-    found = {row.pid: row for row in scan.get(real_path(main_script(comfyui_path)), [])}
+    found = {process.pid: process for process in scan.get(real_path(main_script(comfyui_path)), [])}
     if len(found) < 2:
         return list(found.values())
-    rows = {row.pid: row for row in process_table().rows()}
-    return [row for pid, row in found.items() if not ancestors_of(pid, rows) & found.keys()]
+    processes = {process.pid: process for process in process_table().processes()}
+    return [process for pid, process in found.items() if not ancestors_of(pid, processes) & found.keys()]
 
 
-def port_holders(port: int) -> list[ProcessRow]:
+def port_holders(port: int) -> list[Process]:
     """Return the processes that listen on a TCP port; those of other users may stay hidden."""
     table = process_table()
-    rows = (table.row(pid) for pid in table.listeners(port))
-    return [row for row in rows if row is not None]
+    processes = (table.process(pid) for pid in table.listeners(port))
+    return [process for process in processes if process is not None]
 
 
 # ====================================================================================================================
 # 5. The network
 # The only room that opens a socket or a URL; every call has a wall-clock deadline and a byte limit.
 
-HEALTHY, REFUSED, SILENT, STRANGER, GARBLED = "healthy", "refused", "silent", "stranger", "garbled"
+HEALTHY, REFUSED, TIMEOUT, OTHER_SERVICE, BAD_ANSWER = "healthy", "refused", "silent", "stranger", "garbled"
 ANSWER_LIMIT = 1 << 20
 QUEUE_LIMIT = 16 << 20
 
@@ -2833,12 +2837,12 @@ def _probe(config: ComfyUIConfig, timeout: float) -> Answer:
     except ConnectionRefusedError:
         return Answer(REFUSED)
     except ValueError:
-        return Answer(STRANGER)
+        return Answer(OTHER_SERVICE)
     except OSError:
-        return Answer(SILENT)
+        return Answer(TIMEOUT)
     if status in (401, 403, 407):  # a reverse proxy with a password: up, but not for us to read
         return Answer(HEALTHY)
-    return _read_stats(body) if status == 200 else Answer(STRANGER)
+    return _read_stats(body) if status == 200 else Answer(OTHER_SERVICE)
 
 
 def _read_stats(body: bytes) -> Answer:
@@ -2846,7 +2850,7 @@ def _read_stats(body: bytes) -> Answer:
         system = json.loads(body)["system"]
         argv = system.get("argv")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return Answer(STRANGER)
+        return Answer(OTHER_SERVICE)
     return Answer(HEALTHY, argv if is_text_list(argv) else None)
 
 
@@ -2995,7 +2999,7 @@ def url_opener(url: str) -> Any:
 
 
 def download(
-    url: str, limit: int, timeout: float = 30.0, seconds: float = 3600.0, tell: Tell = say_nothing
+    url: str, limit: int, timeout: float = 30.0, seconds: float = 3600.0, tell: Progress = no_progress
 ) -> Iterator[bytes]:
     """The bytes at an https URL, in pieces; a broken transfer goes on where it stopped, a busy server is asked again.
 
@@ -3023,7 +3027,7 @@ class Transfer:
     not; `deadline` and `told`, when progress was last told, are by the monotonic clock.
     """
 
-    def __init__(self, url: str, limit: int, deadline: float, tell: Tell) -> None:
+    def __init__(self, url: str, limit: int, deadline: float, tell: Progress) -> None:
         self.url, self.limit, self.deadline, self.tell = url, limit, deadline, tell
         self.received = 0
         self.total: Optional[int] = None
@@ -3613,7 +3617,7 @@ def remove_empty(path: str) -> None:
         pass
 
 
-def persist(action: Callable[[], object], path: str) -> None:
+def retry_while_busy(action: Callable[[], object], path: str) -> None:
     """Do something with files, again for a second while the system says that they are in use."""
     import errno
 
@@ -3650,7 +3654,7 @@ def move(source: str, target: str, scratch: Optional[str] = None) -> None:
 
     refuse_existing(target)
     try:
-        persist(lambda: os.rename(source, target), source)
+        retry_while_busy(lambda: os.rename(source, target), source)
     except CDEnvironmentError as error:
         if getattr(error.__cause__, "errno", None) != errno.EXDEV:
             raise
@@ -3708,7 +3712,7 @@ def remove_tree(path: str) -> None:
             shutil.rmtree(path, onerror=lambda work, inner, trouble: unlock_and_retry(path, work, inner, trouble[1]))
 
     refuse_mounts(path)
-    persist(remove, path)
+    retry_while_busy(remove, path)
 
 
 def unlock_and_retry(top: str, function: Callable[..., Any], path: str, trouble: BaseException) -> None:
@@ -3867,7 +3871,7 @@ def unpack(archive: str, folder: str, limit: int, strip: bool = False) -> list[s
     damage = (OSError, EOFError, ValueError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
     try:
         with ExitStack() as stack:
-            members = judged(members_of(archive, stack), archive, limit)
+            members = validated(members_of(archive, stack), archive, limit)
             members = without_top(members) if strip else members
             make_folder(folder)
             for member in members:
@@ -3961,7 +3965,7 @@ def member_parts(name: str) -> list[str]:
     return parts
 
 
-def judged(members: Iterator[Member], archive: str, limit: int) -> list[Member]:
+def validated(members: Iterator[Member], archive: str, limit: int) -> list[Member]:
     """The members as a list. Raises CDEnvironmentError at the first that is one too many, too big, or inside a file."""
     kept: list[Member] = []
     size = 0
@@ -4729,7 +4733,7 @@ class PipInstaller:
         self.python = python
         self.program = [python, "-m", "pip"]
 
-    def install(self, words: list[str], folder: Optional[str] = None, tell: Tell = say_nothing) -> None:
+    def install(self, words: list[str], folder: Optional[str] = None, tell: Progress = no_progress) -> None:
         """Install. Raises CDEnvironmentError (code "packages") with the reason."""
         self.run(["install", *words], folder, tell)
 
@@ -4742,7 +4746,7 @@ class PipInstaller:
                 raise
             self.run(["install", "--quiet", "--target", scratch, *words], folder)
 
-    def install_torch(self, backend: str, tell: Tell) -> None:
+    def install_torch(self, backend: str, tell: Progress) -> None:
         """Install PyTorch from the index of a backend."""
         index = torch_index(detect_torch_backend() if backend == "auto" else backend)
         self.install(["--index-url", index, *TORCH_PACKAGES], tell=tell)
@@ -4762,7 +4766,7 @@ class PipInstaller:
         lines = [f"{one['name']}=={one['version']}" for one in listed]
         return [f"-e {folder}#egg={line}" if folder else line for folder, line in zip(folders, lines)]
 
-    def run(self, words: list[str], folder: Optional[str] = None, tell: Tell = say_nothing) -> str:
+    def run(self, words: list[str], folder: Optional[str] = None, tell: Progress = no_progress) -> str:
         """What a command prints."""
         return run_installer([*self.program, *words], self.python, folder, tell)
 
@@ -4778,14 +4782,14 @@ class UvInstaller(PipInstaller):
         super().__init__(python)
         self.program = [uv, "pip"]
 
-    def install_torch(self, backend: str, tell: Tell) -> None:
+    def install_torch(self, backend: str, tell: Progress) -> None:
         """Install PyTorch; uv finds the graphics card by itself, but may be too old to have heard of a backend."""
         try:
             self.install([f"--torch-backend={backend}", *TORCH_PACKAGES], tell=tell)
         except CDEnvironmentError:
             super().install_torch(backend, tell)
 
-    def run(self, words: list[str], folder: Optional[str] = None, tell: Tell = say_nothing) -> str:
+    def run(self, words: list[str], folder: Optional[str] = None, tell: Progress = no_progress) -> str:
         """What a `uv pip` command prints."""
         return super().run([words[0], "--python", self.python, *words[1:]], folder, tell)
 
@@ -4798,12 +4802,12 @@ def find_installer(python: str) -> PipInstaller:
     return UvInstaller(python, uv) if uv else PipInstaller(python)
 
 
-def run_installer(command: list[str], python: str, folder: Optional[str], tell: Tell) -> str:
+def run_installer(command: list[str], python: str, folder: Optional[str], tell: Progress) -> str:
     """Run pip or uv. Raises CDEnvironmentError (code "packages") with its reason when it fails."""
     done = run_command(command, cwd=folder, env=package_environment(python), timeout=INSTALL_SECONDS, tell=tell)
     if "No module named pip" in done.stderr:
         raise CDEnvironmentError(
-            f"{python} has no pip, and uv is not installed", f"{as_word(python)} -m ensurepip", "no-pip"
+            f"{python} has no pip, and uv is not installed", f"{quote(python)} -m ensurepip", "no-pip"
         )
     if done.returncode != 0:
         raise CDEnvironmentError(f"packages cannot be installed: {last_words(done)}", code="packages")
@@ -4952,7 +4956,7 @@ class Packages:
         """Find out whether a node's requirements can be installed beside what is there."""
         self.installer.try_install(self.words(folder), folder, os.path.join(self.scratch, "target"))
 
-    def install(self, folders: list[str], tell: Tell) -> None:
+    def install(self, folders: list[str], tell: Progress) -> None:
         """Install the requirements of nodes: at once, which is fast, else one by one, which names one."""
         only = folders[0] if len(folders) == 1 else None
         try:
@@ -4963,7 +4967,7 @@ class Packages:
             for folder in folders:
                 self.install([folder], tell)
 
-    def run_install_script(self, folder: str, comfyui: str, tell: Tell) -> None:
+    def run_install_script(self, folder: str, comfyui: str, tell: Progress) -> None:
         """Run a node's install.py, whose own calls of pip are held to the same versions."""
         held = {"PIP_CONSTRAINT": self.constraints, "UV_CONSTRAINT": self.constraints, "COMFYUI_PATH": comfyui}
         variables = {**package_environment(self.python), **held}
@@ -4976,7 +4980,7 @@ class Packages:
         if lost:
             raise CDEnvironmentError(f"install.py replaced {', '.join(lost)}", code="install-script")
 
-    def put_back(self, tell: Tell) -> None:
+    def put_back(self, tell: Progress) -> None:
         """Install what was there before and remove what was not; tells the packages, and what could not be done."""
         from functools import partial
 
@@ -5021,7 +5025,7 @@ class RegistrySource:
 
     name = "registry"
 
-    def find(self, identifier: str, tell: Tell) -> NodeInfo:
+    def find(self, identifier: str, tell: Progress) -> NodeInfo:
         """The node and the version to install, named as the registry spells it; says what speaks against it.
 
         Raises CDEnvironmentError: code "name" (no id), "not-found", "banned", or as download does.
@@ -5067,7 +5071,7 @@ class RegistrySource:
             raise CDEnvironmentError(f"the registry answered nothing usable about {what}", code="network")
         return answer
 
-    def judge(self, what: str, record: dict[str, Any], tell: Tell) -> None:
+    def judge(self, what: str, record: dict[str, Any], tell: Progress) -> None:
         """Refuse a banned or deleted node or version; warn of one that is deprecated, flagged or not yet checked."""
         status = re.sub("^Node(Version)?Status", "", str(record.get("status") or ""))
         if status in ("Banned", "Deleted"):
@@ -5079,7 +5083,7 @@ class RegistrySource:
         if record.get("deprecated"):
             tell(f"warning: {what} is deprecated by its author")
 
-    def fetch(self, info: NodeInfo, folder: str, tell: Tell) -> NodeInfo:
+    def fetch(self, info: NodeInfo, folder: str, tell: Progress) -> NodeInfo:
         """Download and unpack into a new folder, with a record of the files beside them."""
         identity = info.registry_id or info.name
         question = f"/nodes/{identity.lower()}/install?version={info.version}"
@@ -5099,7 +5103,7 @@ class RegistrySource:
         write_atomic(os.path.join(folder, ".tracking"), "\n".join(files).encode(), 0o644)  # ComfyUI-Manager's list
         return info
 
-    def newest(self, info: NodeInfo, tell: Tell) -> NodeInfo:
+    def newest(self, info: NodeInfo, tell: Progress) -> NodeInfo:
         """The newest version, or the node as it is when there is none above it."""
         found = self.find(info.registry_id or info.name, tell)
         return found if version_key(found.version or "") > version_key(info.version or "") else info
@@ -5135,7 +5139,7 @@ class GitSource:
 
     name = "git"
 
-    def find(self, identifier: str, tell: Tell) -> NodeInfo:
+    def find(self, identifier: str, tell: Progress) -> NodeInfo:
         """The node; its version is the reference that was asked for until it is fetched."""
         url, reference = split_reference(identifier)
         check_repository(url)
@@ -5147,22 +5151,22 @@ class GitSource:
         check_node_name(name)
         return NodeInfo(name=name, repository=url, version=reference, source=self.name)
 
-    def fetch(self, info: NodeInfo, folder: str, tell: Tell) -> NodeInfo:
+    def fetch(self, info: NodeInfo, folder: str, tell: Progress) -> NodeInfo:
         """Clone into a new folder; the answer has the commit as its version."""
         if not info.repository:
-            hint = f"comfydock node remove {as_word(info.name)}"
+            hint = f"comfydock node remove {quote(info.name)}"
             raise CDEnvironmentError(f"the manifest names no repository for {info.name}", hint, "not-found")
         clone(info.repository, info.version, folder)
         branch = current_branch(folder) if info.version else None
         return info.altered(version=git(["rev-parse", "HEAD"], folder), branch=branch or info.branch)
 
-    def newest(self, info: NodeInfo, tell: Tell) -> NodeInfo:
+    def newest(self, info: NodeInfo, tell: Progress) -> NodeInfo:
         """The newest commit of the branch that was asked for, else of the default one."""
         url, branch = info.repository or "", info.branch
         check_repository(url)
         answer = git(["ls-remote", "--", url, f"refs/heads/{branch}" if branch else "HEAD"], url=url).split()
         if branch and not answer:
-            hint = f"comfydock node add {as_word(url)} --force"
+            hint = f"comfydock node add {quote(url)} --force"
             raise CDEnvironmentError(f"{url} has no branch {branch} any more", hint, "not-found")
         return info.altered(version=answer[0]) if answer else info
 
@@ -5212,7 +5216,7 @@ class DevelopmentSource:
         self.place = ""  # of the folder that was found
         self.disabled = ""  # where it stands now when it was disabled in custom_nodes
 
-    def find(self, identifier: str, tell: Tell) -> NodeInfo:
+    def find(self, identifier: str, tell: Progress) -> NodeInfo:
         """The node; a bare name is a folder of custom_nodes. Raises CDEnvironmentError (code "not-found") for none."""
         inside = os.path.join(self.custom_nodes, identifier)
         is_name = os.path.basename(identifier) == identifier and identifier not in (".", "..")
@@ -5229,12 +5233,12 @@ class DevelopmentSource:
         remote = remote_of(self.disabled or self.place)
         return NodeInfo(name=name, repository=remote, version="dev", source=self.name)
 
-    def fetch(self, info: NodeInfo, folder: str, tell: Tell) -> NodeInfo:
+    def fetch(self, info: NodeInfo, folder: str, tell: Progress) -> NodeInfo:
         """Link to the folder that was found."""
         link_folder(self.place, folder)
         return info
 
-    def newest(self, info: NodeInfo, tell: Tell) -> NodeInfo:
+    def newest(self, info: NodeInfo, tell: Progress) -> NodeInfo:
         """The node itself: only its author changes it."""
         return info
 
@@ -5325,7 +5329,7 @@ class NodeManager:
     and either do all they say or leave directory, manifest and packages as they were.
     """
 
-    def __init__(self, paths: EnvironmentPaths, python: Optional[str], tell: Tell) -> None:
+    def __init__(self, paths: EnvironmentPaths, python: Optional[str], tell: Progress) -> None:
         """`python` is the environment's interpreter, None when it has none yet: then no packages are installed."""
         self.paths, self.python, self.tell = paths, python, tell
 
@@ -5504,7 +5508,7 @@ class NodeManager:
             old = self.manifest.entry(key)
             if old is None or old["table"].get("version") != info.version:
                 message = f"node '{info.name}' was changed by another command meanwhile"
-                raise CDEnvironmentError(message, f"comfydock node update {as_word(key)}")
+                raise CDEnvironmentError(message, f"comfydock node update {quote(key)}")
             before, needed = old["requirements"], self.entry(self.folder_of(info), info)["requirements"]
             if newest.version != info.version or needed != before:
                 with self.change() as change:
@@ -5526,7 +5530,7 @@ class NodeManager:
             restart_reason=f"Node '{info.name}' updated to {newest.version}" if changed else None,
         )
 
-    def bring_in_line(self, correct_versions: bool = False) -> SyncReport:
+    def sync(self, correct_versions: bool = False) -> SyncReport:
         """Install what the manifest has and the disk lacks; nothing is removed.
 
         `correct_versions` also replaces nodes whose version is not the recorded one (repair). Raises CDEnvironmentError
@@ -5549,7 +5553,7 @@ class NodeManager:
         source = self.source_of(info)
         if source is None or info.source == "development":
             lost = f"{name} is not in custom_nodes, and only you know where it is: put it back"
-            report.problems.append(f"{lost}, or: comfydock node remove {as_word(name)}")
+            report.problems.append(f"{lost}, or: comfydock node remove {quote(name)}")
             return
         try:
             with self.change() as change:
@@ -5570,7 +5574,7 @@ class NodeManager:
             info = self.recognised(folder, name)
             key = info.registry_id or info.name
             if key in self.list_nodes():
-                hint = f"comfydock node remove {as_word(key)}"
+                hint = f"comfydock node remove {quote(key)}"
                 raise CDNodeConflictError(f"the manifest has another {key}", hint, "conflict")
             change_nodes(self.paths, {key: self.entry(folder, info)}, self.python)
         return info
@@ -5672,7 +5676,7 @@ class NodeManager:
                 continue
             version_asked = info.source == old.source and "@" in identifier and info.version != old.version
             if not force and not version_asked and os.path.isdir(self.folder_of(old)):
-                hint = f"comfydock node {'update' if info.source == old.source else 'remove'} {as_word(key)}"
+                hint = f"comfydock node {'update' if info.source == old.source else 'remove'} {quote(key)}"
                 message = f"node '{key}' is already here ({old.source} {old.version})"
                 raise CDNodeConflictError(message, hint, "conflict")
             return key, info if info.source == "development" else info.altered(name=old.name)
@@ -5792,7 +5796,7 @@ class NodeManager:
             return False
         return True
 
-    def is_in_line(self) -> bool:
+    def is_synced(self) -> bool:
         """Whether nothing changed since the last bring_in_line that found no problem."""
         return bool(read_json(self.paths.stamp).get("stamp") == self.stamp())
 
@@ -5830,7 +5834,7 @@ class CreateOptions:
     no_install: bool = False
 
 
-def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Tell) -> None:
+def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Progress) -> None:
     """Make an environment; run again after a failure or a kill it goes on with the first stage that is not done.
 
     Raises CDEnvironmentError: code "exists" when there is a complete environment, a folder of somebody else, or an
@@ -5849,7 +5853,7 @@ def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Te
         raise
 
 
-def go_on_with_creation(paths: EnvironmentPaths, options: CreateOptions, tell: Tell) -> None:
+def go_on_with_creation(paths: EnvironmentPaths, options: CreateOptions, tell: Progress) -> None:
     """Do the stages that are not done."""
     with locked(paths.content_lock, 5.0, f"create {options.name}"):
         claim_place(paths, None)  # another command may have completed it meanwhile
@@ -5876,7 +5880,7 @@ def claim_place(paths: EnvironmentPaths, adopts: Optional[str], python: Optional
         record = read_json(paths.creation)
         if record and record.get("adopts") != adopts:
             message = f"{paths.root} is another environment, whose creation was interrupted"
-            hint = f"{command_to_resume(paths)}  (or: comfydock delete {as_word(os.path.basename(paths.root))})"
+            hint = f"{command_to_resume(paths)}  (or: comfydock delete {quote(os.path.basename(paths.root))})"
             raise CDEnvironmentError(message, hint, "exists")
         return
     root, cec = (os.listdir(folder) if os.path.isdir(folder) else [] for folder in (paths.root, paths.cec))
@@ -5892,17 +5896,15 @@ def command_to_resume(paths: EnvironmentPaths) -> str:
     asked = record.get("options")
     given = {**record, "from": record.get("adopts"), **(asked if isinstance(asked, dict) else {})}
     flags = ("from", "source", "comfyui", "python", "torch_backend")
-    words = [
-        f" --{name.replace('_', '-')} {as_word(given[name])}" for name in flags if isinstance(given.get(name), str)
-    ]
+    words = [f" --{name.replace('_', '-')} {quote(given[name])}" for name in flags if isinstance(given.get(name), str)]
     no_install = " --no-install" if given.get("no_install") is True else ""
-    return f"comfydock create {as_word(os.path.basename(paths.root))}{''.join(words)}{no_install}"
+    return f"comfydock create {quote(os.path.basename(paths.root))}{''.join(words)}{no_install}"
 
 
 class Creation:
     """An environment being made: the stages that are `done` and the `facts` they found out are kept on disk."""
 
-    def __init__(self, paths: EnvironmentPaths, options: CreateOptions, tell: Tell) -> None:
+    def __init__(self, paths: EnvironmentPaths, options: CreateOptions, tell: Progress) -> None:
         self.paths, self.options, self.tell = paths, options, tell
         self.python = venv_python(paths.venv)
         record = read_json(paths.creation)
@@ -5910,7 +5912,7 @@ class Creation:
         if has_begun and record.get("options") not in (None, vars(options)):
             raise CDEnvironmentError(
                 f"environment '{options.name}' is unfinished, and was begun with other options",
-                f"{command_to_resume(paths)}  (or, to begin anew: comfydock delete {as_word(options.name)})",
+                f"{command_to_resume(paths)}  (or, to begin anew: comfydock delete {quote(options.name)})",
                 "exists",
             )
         self.done: list[str] = record.get("done", [])
@@ -5993,7 +5995,7 @@ class Creation:
         remove_file(self.paths.creation)
 
 
-def start_history(paths: EnvironmentPaths, tell: Tell) -> None:
+def start_history(paths: EnvironmentPaths, tell: Progress) -> None:
     """Make the manifest's git repository, where there is a git that works: the environment does without."""
     try:
         GitManager(paths.cec).initialize_environment_repo(CREATE_MESSAGE)
@@ -6001,7 +6003,7 @@ def start_history(paths: EnvironmentPaths, tell: Tell) -> None:
         tell(f"warning: no history is kept of the manifest: {error.message}")
 
 
-def fetch_comfyui(options: CreateOptions, folder: str, tell: Tell) -> Optional[str]:
+def fetch_comfyui(options: CreateOptions, folder: str, tell: Progress) -> Optional[str]:
     """Bring ComfyUI's code into a new folder; the version that was chosen, None where only the code itself tells."""
     source, version = options.source or COMFYUI_REPOSITORY, None
     is_folder = os.path.isdir(source)
@@ -6026,7 +6028,7 @@ def fetch_comfyui(options: CreateOptions, folder: str, tell: Tell) -> Optional[s
     return version
 
 
-def fetch_repository(url: str, reference: Optional[str], folder: str, tell: Tell) -> Optional[str]:
+def fetch_repository(url: str, reference: Optional[str], folder: str, tell: Progress) -> Optional[str]:
     """ComfyUI by git, or without git as the archive that GitHub makes of it; returns the reference it chose, if any."""
     check_repository(url)
     reference = reference or newest_release(url)
@@ -6039,7 +6041,7 @@ def fetch_repository(url: str, reference: Optional[str], folder: str, tell: Tell
     return reference
 
 
-def unpack_code(source: str, folder: str, tell: Tell) -> None:
+def unpack_code(source: str, folder: str, tell: Progress) -> None:
     """ComfyUI from an archive: a path, or an address that is downloaded first."""
     if os.path.isfile(source):
         unpack(source, folder, UNPACKED_LIMIT, strip=True)
@@ -6109,7 +6111,7 @@ def first_manifest(name: str, settings: dict[str, Any], requirements: list[str],
     return toml_text(tables)
 
 
-def adopt_environment(paths: EnvironmentPaths, name: str, comfyui: str, python: str, tell: Tell) -> Manifest:
+def adopt_environment(paths: EnvironmentPaths, name: str, comfyui: str, python: str, tell: Progress) -> Manifest:
     """Make an environment of a checkout that is there already; nothing is written into it.
 
     The nodes in it are recorded as found: left alone until somebody has them tracked.
@@ -6179,22 +6181,22 @@ DROPPED_VARIABLES = ("__COMFY_CLI_SESSION__", "PYTHONHOME", "PYTHONPATH")
 
 
 @dataclass
-class Sighting:
+class Snapshot:
     """What there is to see of an environment's ComfyUI without asking it anything.
 
-    `state` is starting (an intent whose starter lives), running, stopped, crashed, foreign or unknown. `row`
+    `state` is starting (an intent whose starter lives), running, stopped, crashed, foreign or unknown. `process`
     is its process, if it has one here; `note` says what is special: untracked, moved (it bears the recorded run's
     marker, and `record` has its PID, which the file has not yet), interrupted, rebooted, damaged, or nothing.
     """
 
     state: str
     record: Optional[ProcessState] = None
-    row: Optional[ProcessRow] = None
+    process: Optional[Process] = None
     note: str = ""
 
 
-def end_politely(
-    row: ProcessRow,
+def terminate(
+    process: Process,
     timeout: float,
     meanwhile: "Optional[Callable[[], bool]]" = None,
     ignores_interrupt: bool = False,
@@ -6210,60 +6212,60 @@ def end_politely(
         steps = [("terminate", timeout), ("kill", 5.0)]
     hurry = timeout <= 0
     for how, patience in steps:
-        if hurry and how != "kill" or not signal_row(row, how):
+        if hurry and how != "kill" or not signal_process_of(process, how):
             continue
-        if wait_for_exit(row, patience, meanwhile if how != "kill" else None):
+        if wait_for_exit(process, patience, meanwhile if how != "kill" else None):
             return
         hurry = hurry or (how != "kill" and meanwhile is not None and meanwhile())
     raise CDEnvironmentError(
-        f"PID {row.pid} did not end, not even when killed: the system holds it.", "comfydock status", "stuck"
+        f"PID {process.pid} did not end, not even when killed: the system holds it.", "comfydock status", "stuck"
     )
 
 
-def end_all(rows: "list[ProcessRow]") -> None:
+def end_all(processes: "list[Process]") -> None:
     """What a process left behind: terminate all, and after a second kill what remains."""
     for how, seconds in (("terminate", 1.0), ("kill", 2.0)):
-        rows = [row for row in rows if still_runs(row)]
-        for row in rows:
-            signal_row(row, how)
+        processes = [process for process in processes if is_same_process(process)]
+        for process in processes:
+            signal_process_of(process, how)
         deadline = time.monotonic() + seconds
-        for row in rows:
-            wait_for_exit(row, max(0.0, deadline - time.monotonic()))
-            reap(row.pid)
+        for process in processes:
+            wait_for_exit(process, max(0.0, deadline - time.monotonic()))
+            reap(process.pid)
 
 
-def end_with_family(row: ProcessRow, timeout: float) -> None:
+def end_with_family(process: Process, timeout: float) -> None:
     """End a process that nobody recorded, and what belongs to it. Raises as `end_politely`."""
-    family = family_of(row, run_id_of(row))
-    end_politely(row, timeout)
+    family = process_tree(process, run_id_of(process))
+    terminate(process, timeout)
     end_all(family)
 
 
-def wake(row: ProcessRow) -> None:
+def resume(process: Process) -> None:
     """Let a process go on that stands still."""
     try:
-        if still_runs(row):
-            signal_process(row.pid, "continue")
+        if is_same_process(process):
+            signal_process(process.pid, "continue")
     except OSError:
         pass
 
 
-def signal_row(row: ProcessRow, how: str) -> bool:
-    """Signal a process that is still the one of `row`, and wake it should it be stopped; that it is gone is no error.
+def signal_process_of(process: Process, how: str) -> bool:
+    """Signal a process that is still `process`, and resume it should it be stopped; that it is gone is no error.
 
     Returns whether it is worth waiting for the effect: a Windows process without a console cannot be interrupted.
     """
     try:
-        if still_runs(row):
-            signal_process(row.pid, how)
-            wake(row)
+        if is_same_process(process):
+            signal_process(process.pid, how)
+            resume(process)
     except ProcessLookupError:
         pass
     except PermissionError as refused:
         if how == "interrupt":
             return False
         raise CDEnvironmentError(
-            f"PID {row.pid} ({row.name}) belongs to another user and was not stopped.",
+            f"PID {process.pid} ({process.name}) belongs to another user and was not stopped.",
             "ask its owner, or try again as that user",
             "permission",
         ) from refused
@@ -6271,25 +6273,25 @@ def signal_row(row: ProcessRow, how: str) -> bool:
 
 
 @contextmanager
-def paused(rows: "list[ProcessRow]") -> Iterator[None]:
+def paused(processes: "list[Process]") -> Iterator[None]:
     """Let processes stand still for a moment; they go on whatever happens."""
-    standing: list[ProcessRow] = []
+    standing: list[Process] = []
     try:
-        for row in rows:
+        for process in processes:
             try:
-                if still_runs(row):
-                    standing.append(row)
-                    signal_process(row.pid, "pause")
+                if is_same_process(process):
+                    standing.append(process)
+                    signal_process(process.pid, "pause")
             except ProcessLookupError:  # it has ended meanwhile
                 pass
         await_standstill(standing)
         yield
     finally:
-        for row in standing:
-            wake(row)
+        for process in standing:
+            resume(process)
 
 
-def comfyui_on_port(port: int) -> ProcessRow:
+def comfyui_on_port(port: int) -> Process:
     """The process that listens on `port`, proved to be a ComfyUI by what it is and by what it says of itself.
 
     Raises CDEnvironmentError when nobody listens there or the proof fails.
@@ -6299,11 +6301,11 @@ def comfyui_on_port(port: int) -> ProcessRow:
         raise CDEnvironmentError(
             f"Nobody listens on port {port}, as far as this user may see.", "comfydock list", "stopped"
         )
-    for row in filter(lambda row: is_python(row.name), holders):
-        argv = probe(config_on_port(row, port), 2.0).argv or [""]
-        if os.path.basename(argv[0]) == "main.py" and ends_with_words(row, argv):
-            return row
-    named = ", ".join(f"{row.name}, PID {row.pid}" for row in holders)
+    for process in filter(lambda process: is_python(process.name), holders):
+        argv = probe(config_on_port(process, port), 2.0).argv or [""]
+        if os.path.basename(argv[0]) == "main.py" and ends_with_words(process, argv):
+            return process
+    named = ", ".join(f"{process.name}, PID {process.pid}" for process in holders)
     raise CDEnvironmentError(
         f"Port {port} is held by {named}, which is not proved to be a ComfyUI; nothing was ended.",
         "comfydock list",
@@ -6311,9 +6313,9 @@ def comfyui_on_port(port: int) -> ProcessRow:
     )
 
 
-def arguments_of(row: ProcessRow) -> list[str]:
+def arguments_of(process: Process) -> list[str]:
     """What follows main.py on the command line of a process."""
-    words = row.command
+    words = process.command
     at = next((i for i, word in enumerate(words) if os.path.basename(word) == "main.py"), len(words))
     return words[at + 1 :]
 
@@ -6326,20 +6328,20 @@ def config_told_by(args: list[str]) -> ComfyUIConfig:
         return ComfyUIConfig()
 
 
-def config_on_port(row: ProcessRow, port: int) -> ComfyUIConfig:
+def config_on_port(process: Process, port: int) -> ComfyUIConfig:
     """Where the process that listens on `port` can be asked: its command line tells the address, and whether by TLS."""
-    told = config_told_by(arguments_of(row))
+    told = config_told_by(arguments_of(process))
     return ComfyUIConfig(told.host, port, told.tls)
 
 
 def stop_on_port(port: int, timeout: float) -> int:
     """End the ComfyUI on `port`, whoever started it, with its family; returns its PID. Raises as `comfyui_on_port`."""
-    row = comfyui_on_port(port)
-    end_with_family(row, timeout)
-    return row.pid
+    process = comfyui_on_port(port)
+    end_with_family(process, timeout)
+    return process.pid
 
 
-def monitor_row(record: Optional[ProcessState]) -> Optional[ProcessRow]:
+def monitor_process(record: Optional[ProcessState]) -> Optional[Process]:
     """The living monitor that a record names, or None."""
     noted = (record.monitor if record is not None else None) or {}
     return find_process(noted.get("pid"), noted.get("identity"))
@@ -6369,7 +6371,7 @@ class Environment:
         self.name = name
         self.workspace_paths = workspace_paths
         self.paths = EnvironmentPaths(os.path.join(workspace_paths.environments, name))
-        self.tell: Tell = say_nothing  # long work (nodes, sync) tells its progress here
+        self.tell: Progress = no_progress  # long work (nodes, sync) tells its progress here
         self._taken_ports = taken_ports or dict
         self._process: "Optional[subprocess.Popen[bytes]]" = None  # Windows forgets an exit code with the last handle
 
@@ -6463,7 +6465,7 @@ class Environment:
 
     # Looking -------------------------------------------------------------------------
 
-    def observe(self, scan: Optional[Scan] = None, lock_held: bool = False) -> Sighting:
+    def observe(self, scan: Optional[Scan] = None, lock_held: bool = False) -> Snapshot:
         """What is there now; changes nothing. Raises CDEnvironmentError where no process table works, OSError.
 
         `scan` is one `scan_for_comfyui` for all, when many environments are looked at.
@@ -6472,11 +6474,11 @@ class Environment:
         """
         for _ in range(10):
             found = look_up_state(self.paths.state)
-            sight = self._observe(*found, scan, lock_held)
+            snapshot = self._observe(*found, scan, lock_held)
             if lock_held or look_up_state(self.paths.state) == found:
                 break
             scan = None
-        return sight
+        return snapshot
 
     def _observe(
         self,
@@ -6484,24 +6486,24 @@ class Environment:
         is_damaged: bool,
         scan: Optional[Scan],
         lock_held: bool,
-    ) -> Sighting:
+    ) -> Snapshot:
         if record is None:
             return self._unrecorded(None, STOPPED, "damaged" if is_damaged else "", scan)
-        place = place_of(record.holder[1])
+        place = locate(record.holder[1])
         if place == "foreign":
-            return Sighting(FOREIGN, record)
+            return Snapshot(FOREIGN, record)
         if record.pid is None:
             return self._intended(record, place, scan, lock_held)
-        row = find_process(record.pid, record.identity, self._script) if place == "here" else None
-        if row is not None:
-            return Sighting(RUNNING, record, row)
+        process = find_process(record.pid, record.identity, self._script) if place == "here" else None
+        if process is not None:
+            return Snapshot(RUNNING, record, process)
         return self._unrecorded(record, *self._ending(record, place), scan)
 
-    def _intended(self, record: ProcessState, place: str, scan: Optional[Scan], lock_held: bool) -> Sighting:
+    def _intended(self, record: ProcessState, place: str, scan: Optional[Scan], lock_held: bool) -> Snapshot:
         """An intent without a PID: somebody is starting ComfyUI, or was killed while starting it."""
         is_alive = place == "here" and find_process(*record.holder) is not None
         if is_alive and not lock_held:
-            return Sighting(STARTING, record)
+            return Snapshot(STARTING, record)
         return self._unrecorded(record, STOPPED, "interrupted", scan)
 
     @staticmethod
@@ -6512,71 +6514,71 @@ class Environment:
         ended_well = record.wanted == STOPPED or (record.last_exit or {}).get("code") == 0
         return (STOPPED if ended_well else CRASHED), ""
 
-    def _unrecorded(self, record: Optional[ProcessState], state: str, note: str, scan: Optional[Scan]) -> Sighting:
+    def _unrecorded(self, record: Optional[ProcessState], state: str, note: str, scan: Optional[Scan]) -> Snapshot:
         """A live ComfyUI of this checkout that the record does not name, else `state` and `note`.
 
         On Windows a ComfyUI that restarts itself, as ComfyUI-Manager has it do, goes on under another PID.
         """
-        rows = comfyui_processes(self._checkout, scan) if scan != {} else []
-        if not rows:
-            return Sighting(state, record, None, note)
-        row = rows[0]
-        if record is None or record.pid is None or not record.run_id or run_id_of(row) != record.run_id:
-            return Sighting(RUNNING, record, row, "untracked")
-        moved = ProcessState.from_dict({**record.to_dict(), "pid": row.pid, "identity": identity_of(row)})
-        return Sighting(RUNNING, moved, row, "moved")
+        processes = comfyui_processes(self._checkout, scan) if scan != {} else []
+        if not processes:
+            return Snapshot(state, record, None, note)
+        process = processes[0]
+        if record is None or record.pid is None or not record.run_id or run_id_of(process) != record.run_id:
+            return Snapshot(RUNNING, record, process, "untracked")
+        moved = ProcessState.from_dict({**record.to_dict(), "pid": process.pid, "identity": identity_of(process)})
+        return Snapshot(RUNNING, moved, process, "moved")
 
     def is_running(self) -> bool:
         """Whether a ComfyUI of this environment is alive. Asks only for the process, and changes nothing."""
-        return self.observe().row is not None
+        return self.observe().process is not None
 
     def report(self, timeout: float = 1.0) -> dict[str, Any]:
         """All that `status` tells, with a health check of at most `timeout` seconds. See `describe`."""
-        sight = self.observe()
-        answer = look_at(self.config_of(sight), timeout) if sight.row else Answer(REFUSED)
-        return self.describe(sight, answer)
+        snapshot = self.observe()
+        answer = look_at(self.config_of(snapshot), timeout) if snapshot.process else Answer(REFUSED)
+        return self.describe(snapshot, answer)
 
     def queue(self, timeout: float = 2.0) -> Optional[tuple[int, int]]:
         """(running, pending) prompts; None when nothing runs or it does not answer within `timeout` seconds."""
-        sight = self.observe()
-        if sight.row is None:
+        snapshot = self.observe()
+        if snapshot.process is None:
             return None
-        config = self.config_of(sight)
-        if is_port_bound(config.port, sight.row.pid):  # so the answer will be its own
+        config = self.config_of(snapshot)
+        if is_port_bound(config.port, snapshot.process.pid):  # so the answer will be its own
             return queue_counts(config, timeout)
         deadline = time.monotonic() + timeout
-        answer = self._own_answer(sight, config, probe(config, timeout))
+        answer = self._own_answer(snapshot, config, probe(config, timeout))
         return queue_counts(config, max(0.0, deadline - time.monotonic())) if answer.kind == HEALTHY else None
 
-    def config_of(self, sight: Sighting) -> ComfyUIConfig:
-        """Where the ComfyUI of a sighting listens, by its arguments."""
-        if sight.record is not None and sight.note != "untracked":
-            return config_told_by(sight.record.args)
-        return config_told_by(arguments_of(sight.row) if sight.row else [])
+    def config_of(self, snapshot: Snapshot) -> ComfyUIConfig:
+        """Where the ComfyUI of a snapshot listens, by its arguments."""
+        if snapshot.record is not None and snapshot.note != "untracked":
+            return config_told_by(snapshot.record.args)
+        return config_told_by(arguments_of(snapshot.process) if snapshot.process else [])
 
-    def describe(self, sight: Sighting, answer: Answer) -> dict[str, Any]:
-        """A sighting and a probe as one JSON-ready object: UTC ISO times, seconds, bytes."""
-        record, row = sight.record, sight.row
-        config = self.config_of(sight)
-        answer, is_complete = self._own_answer(sight, config, answer), self.is_complete
-        state = _state_word(sight, answer) if row else sight.state
+    def describe(self, snapshot: Snapshot, answer: Answer) -> dict[str, Any]:
+        """A snapshot and a probe as one JSON-ready object: UTC ISO times, seconds, bytes."""
+        record, process = snapshot.record, snapshot.process
+        config = self.config_of(snapshot)
+        answer, is_complete = self._own_answer(snapshot, config, answer), self.is_complete
+        state = _state_word(snapshot, answer) if process else snapshot.state
         return {
             "name": self.name,
             "state": state,
-            "note": sight.note or None,
+            "note": snapshot.note or None,
             "demo": self.manifest.demo,
             "complete": is_complete,
             "resume": None if is_complete else command_to_resume(self.paths),
             "missing": self.missing_script if is_complete else None,
-            "pid": row.pid if row else None,
-            "host": config.host if row else None,
-            "port": config.port if row else None,
-            "url": local_url(config) if row else None,
-            "health": _health_word(state) if row else None,
-            "answer": answer.kind if row else None,
+            "pid": process.pid if process else None,
+            "host": config.host if process else None,
+            "port": config.port if process else None,
+            "url": local_url(config) if process else None,
+            "health": _health_word(state) if process else None,
+            "answer": answer.kind if process else None,
             "queue": {"running": answer.queue[0], "pending": answer.queue[1]} if answer.queue else None,
             "monitor": self._monitor_data(record),
-            "uptime": round(row.age(), 3) if row else None,
+            "uptime": round(process.age(), 3) if process else None,
             "started_at": record.started_at if record else None,
             "args": record.args if record else [],
             "log": self.log_path if record is None else record.log_path if record.has_log else None,
@@ -6584,14 +6586,14 @@ class Environment:
             **self._last_words(record if state == CRASHED else None),
         }
 
-    def _own_answer(self, sight: Sighting, config: ComfyUIConfig, answer: Answer) -> Answer:
+    def _own_answer(self, snapshot: Snapshot, config: ComfyUIConfig, answer: Answer) -> Answer:
         """What a probe met, now that it is known whose answer that is: another ComfyUI on our port is a stranger."""
-        row = sight.row
-        if row is None or answer.kind == HEALTHY and is_own_argv(answer.argv, row, self._script):
+        process = snapshot.process
+        if process is None or answer.kind == HEALTHY and is_own_argv(answer.argv, process, self._script):
             return answer
-        if answer.kind in (STRANGER, HEALTHY) and is_port_bound(config.port, row.pid):
-            return answer if answer.kind == HEALTHY else Answer(GARBLED)
-        return Answer(STRANGER) if answer.kind == HEALTHY else answer
+        if answer.kind in (OTHER_SERVICE, HEALTHY) and is_port_bound(config.port, process.pid):
+            return answer if answer.kind == HEALTHY else Answer(BAD_ANSWER)
+        return Answer(OTHER_SERVICE) if answer.kind == HEALTHY else answer
 
     @staticmethod
     def _monitor_data(record: Optional[ProcessState]) -> Optional[dict[str, Any]]:
@@ -6601,7 +6603,7 @@ class Environment:
         noted = record.monitor
         restarts = noted.get("restarts")
         count = len(restarts) if isinstance(restarts, list) else 0
-        return {"alive": monitor_row(record) is not None, "restarts": count, "gave_up": noted.get("gave_up")}
+        return {"alive": monitor_process(record) is not None, "restarts": count, "gave_up": noted.get("gave_up")}
 
     def _last_words(self, record: Optional[ProcessState]) -> dict[str, Any]:
         """What is left of a run that ended by itself: last sign of life, last error line, exit code."""
@@ -6622,7 +6624,7 @@ class Environment:
             signs.append(epoch_of(record.last_health_check))
         except ValueError:
             pass
-        return utc_words(max(signs)) if signs else None
+        return format_utc(max(signs)) if signs else None
 
     # The log -------------------------------------------------------------------------
 
@@ -6698,26 +6700,26 @@ class Environment:
         """
         with self._process_lock("logs --rotate"):
             self._finish_rotation()
-            sight = self.observe(lock_held=True)
+            snapshot = self.observe(lock_held=True)
             path = self.log_path
             if log_size(path) == 0:
                 return False
-            if sight.state == FOREIGN:
-                raise self._foreign(sight)
-            if sight.row is None:
+            if snapshot.state == FOREIGN:
+                raise self._foreign(snapshot)
+            if snapshot.process is None:
                 move_log(path, keep)
             else:
-                self._rotate_in_use(sight.row, self._own_record(sight.row, sight), keep)
+                self._rotate_in_use(snapshot.process, self._own_record(snapshot.process, snapshot), keep)
             return True
 
-    def _rotate_in_use(self, row: ProcessRow, record: ProcessState, keep: Optional[int]) -> None:
+    def _rotate_in_use(self, process: Process, record: ProcessState, keep: Optional[int]) -> None:
         path, draft = self.log_path, rotation_draft(self.log_path)
         remove_file(draft)
         try:
             copied = copy_log(path, draft, 0, spare=1 << 20)
             record.phase = "rotating"
             self._write_state(record)
-            with paused(family_of(row, record.run_id)):
+            with paused(process_tree(process, record.run_id)):
                 copy_log(path, draft, copied, spare=0)
                 shift_old_logs(path, keep)
                 replace_file(draft, rotated(path))
@@ -6728,7 +6730,7 @@ class Environment:
             record.phase = "running"
             self._write_state(record)
 
-    def heal(self) -> None:
+    def finish_rotation(self) -> None:
         """Finish a rotation that was killed: wake the processes that it left standing still."""
         record, _ = look_up_state(self.paths.state)
         if record is None or record.phase != "rotating":
@@ -6744,15 +6746,15 @@ class Environment:
         record = self._read_state()
         if record is None or record.phase != "rotating":
             return
-        row = find_process(record.pid, record.identity, self._script)
+        process = find_process(record.pid, record.identity, self._script)
         path = self.log_path
         was_moved = not os.path.exists(rotation_draft(path)) and same_beginning(path, rotated(path))
         if was_moved and os.path.getsize(path) == os.path.getsize(rotated(path)):
             record.log_inode = start_log_anew(path, session_header(record.run_id or "", self.name))
             record.log_offset = 0
         remove_file(rotation_draft(path))
-        for member in family_of(row, record.run_id) if row is not None else []:
-            wake(member)
+        for member in process_tree(process, record.run_id) if process is not None else []:
+            resume(member)
         record.phase = "running"
         self._write_state(record)
 
@@ -6796,7 +6798,7 @@ class Environment:
     @staticmethod
     def own_monitor_note() -> dict[str, Any]:
         """What the record says of this very process as a monitor."""
-        identity = identity_of(process_table().row(os.getpid()))
+        identity = identity_of(process_table().process(os.getpid()))
         return {"pid": os.getpid(), "identity": identity, "restarts": [], "gave_up": None}
 
     def require_complete(self) -> None:
@@ -6819,9 +6821,9 @@ class Environment:
         if self.missing_script:
             raise CDEnvironmentError(
                 f"Environment '{self.name}' has no ComfyUI: {self._script} is missing.",
-                f"comfydock create {as_word(self.name)} --from FOLDER  (where it is now)"
+                f"comfydock create {quote(self.name)} --from FOLDER  (where it is now)"
                 if self.manifest.comfyui_path
-                else f"comfydock delete {as_word(self.name)}, and create it anew",
+                else f"comfydock delete {quote(self.name)}, and create it anew",
                 "missing",
             )
 
@@ -6830,47 +6832,49 @@ class Environment:
         if not os.access(self.python, os.X_OK):
             raise CDEnvironmentError(
                 f"The Python of environment '{self.name}' is missing: {self.python}",
-                f"comfydock create {self.name} --from {as_word(self._checkout)} --python PATH"
+                f"comfydock create {self.name} --from {quote(self._checkout)} --python PATH"
                 if self.manifest.comfyui_path
                 else f"make a venv there with what ComfyUI needs, or: comfydock delete {self.name}, and create it anew",
                 "missing",
             )
 
-    def _after_leaving(self, sight: Sighting) -> Sighting:
+    def _after_leaving(self, snapshot: Snapshot) -> Snapshot:
         """What there is once a ComfyUI has ended that was told to, by a stop that was broken off then."""
-        is_told = sight.record is not None and sight.record.wanted == STOPPED and sight.note != "untracked"
-        if sight.row is not None and is_told and wait_for_exit(sight.row, LEAVING_SECONDS):
+        already_printed = (
+            snapshot.record is not None and snapshot.record.wanted == STOPPED and snapshot.note != "untracked"
+        )
+        if snapshot.process is not None and already_printed and wait_for_exit(snapshot.process, LEAVING_SECONDS):
             return self.observe(lock_held=True)
-        return sight
+        return snapshot
 
-    def _require_not_running(self, sight: Sighting, take_over: bool) -> None:
-        record, row = sight.record, sight.row
-        if sight.state == FOREIGN:
+    def _require_not_running(self, snapshot: Snapshot, take_over: bool) -> None:
+        record, process = snapshot.record, snapshot.process
+        if snapshot.state == FOREIGN:
             if not take_over:
-                raise self._foreign(sight)
+                raise self._foreign(snapshot)
             return self._require_not_running(self._unrecorded(None, STOPPED, "", None), False)
-        if sight.note == "damaged" and row is None:
+        if snapshot.note == "damaged" and process is None:
             if os.path.islink(self.paths.state):
                 raise CDEnvironmentError(
                     f"{self.paths.state} is a link, which is not followed here.", f"rm {self.paths.state}", "damaged"
                 )
             set_aside(self.paths.state)
-        if row is None:
+        if process is None:
             return
-        if sight.note in ("untracked", "moved"):
-            record = self._adopt(row, record)
+        if snapshot.note in ("untracked", "moved"):
+            record = self._adopt(process, record)
         raise CDEnvironmentError(
-            f"ComfyUI is already running (PID {row.pid}, port {record.port if record else DEFAULT_PORT}).",
-            f"comfydock -e {as_word(self.name)} restart",
+            f"ComfyUI is already running (PID {process.pid}, port {record.port if record else DEFAULT_PORT}).",
+            f"comfydock -e {quote(self.name)} restart",
             "running",
         )
 
-    def _foreign(self, sight: Sighting) -> CDEnvironmentError:
-        machine = sight.record.holder[1].get("machine") or "unknown" if sight.record else "unknown"
+    def _foreign(self, snapshot: Snapshot) -> CDEnvironmentError:
+        machine = snapshot.record.holder[1].get("machine") or "unknown" if snapshot.record else "unknown"
         return CDEnvironmentError(
             f"Environment '{self.name}' was started on another machine or in another container ({machine});"
             " whether it still runs there cannot be seen from here.",
-            f"stop it there, or: comfydock -e {as_word(self.name)} run --take-over",
+            f"stop it there, or: comfydock -e {quote(self.name)} run --take-over",
             "foreign",
         )
 
@@ -6897,22 +6901,22 @@ class Environment:
         """Intent, log, process, record, watch. Whatever fails before the record leaves all as it was."""
         previous = previous or self._read_state()
         record = self._write_intent(args, variables, auto_port, monitor)
-        process = None
+        child = None
         try:
             rotate_at_start(self.log_path)
             header = session_header(record.run_id or "", self.name)
             log, record.log_offset, record.log_inode = begin_session(self.log_path, header)
             with log:
-                process = create_background_process(
+                child = create_background_process(
                     record.command, record.cwd or self._checkout, log, self._variables(record)
                 )
-            self._write_started(record, process.pid)
+            self._write_started(record, child.pid)
         except BaseException:
-            if process is not None:
-                self._end_failed_start(process.pid)
+            if child is not None:
+                self._end_failed_start(child.pid)
             self._put_back(previous)
             raise
-        self._watch(process, record, previous)
+        self._watch(child, record, previous)
         config = parse_comfyui_args(record.args)
         return _completed(record.command, f"Started on {config.host}:{config.port}")
 
@@ -6927,7 +6931,7 @@ class Environment:
             record.run_id = random_uuid()
             record.command, record.cwd = self._command(args)
             record.env, record.monitor = variables, monitor
-            record.starter = {"pid": os.getpid(), "identity": identity_of(process_table().row(os.getpid()))}
+            record.starter = {"pid": os.getpid(), "identity": identity_of(process_table().process(os.getpid()))}
             record.starter["interrupt_ignored"] = not passes_interrupt_on()
             self._write_state(record)
         return record
@@ -6943,7 +6947,7 @@ class Environment:
 
     def _port_in_use(self, config: ComfyUIConfig, taken: dict[int, str]) -> CDEnvironmentError:
         port = config.port
-        holders = [f"{row.name}, PID {row.pid}" for row in port_holders(port)]
+        holders = [f"{process.name}, PID {process.pid}" for process in port_holders(port)]
         holder = taken.get(port) or "; ".join(holders)
         try:
             free = str(next_free_port(port + 1, config.host, taken))
@@ -6981,65 +6985,64 @@ class Environment:
 
     def _write_started(self, record: ProcessState, pid: int) -> None:
         record.pid, record.phase = pid, "running"
-        record.identity = identity_of(process_table().row(pid))
+        record.identity = identity_of(process_table().process(pid))
         record.started_at = utc_now()
         self._write_state(record)
 
     def _end_failed_start(self, pid: int) -> None:
-        row = process_table().row(pid)
-        if row is not None:
-            end_all([row, *family_of(row, None)])
+        process = process_table().process(pid)
+        if process is not None:
+            end_all([process, *process_tree(process, None)])
             reap(pid)
 
-    def _watch(
-        self, process: "subprocess.Popen[bytes]", record: ProcessState, previous: Optional[ProcessState]
-    ) -> None:
+    def _watch(self, child: "subprocess.Popen[bytes]", record: ProcessState, previous: Optional[ProcessState]) -> None:
         """Raises CDEndedError when ComfyUI ends within the first moments.
 
         The run is then recorded as a crash; but when it refused its arguments (code 2), nothing has changed.
         """
-        code = exit_code_within(process, EARLY_END_SECONDS)
+        code = exit_code_within(child, EARLY_END_SECONDS)
         if code is None:
-            release(process)
-            self._process = process
+            release(child)
+            self._process = child
             return
         reason = self.last_error()
         record.last_exit = exit_note(code)
         with suppress(OSError):  # on a full disk it is told all the same
             self._put_back(previous if code == 2 else record)
         raise CDEndedError(
-            f"ComfyUI ended at once ({exit_words(code)})" + (f": {reason}" if reason else "."),
-            f"comfydock -e {as_word(self.name)} logs",
+            f"ComfyUI ended at once ({format_exit(code)})" + (f": {reason}" if reason else "."),
+            f"comfydock -e {quote(self.name)} logs",
             code,
         )
 
-    def _own_record(self, row: ProcessRow, sight: Sighting) -> ProcessState:
+    def _own_record(self, process: Process, snapshot: Snapshot) -> ProcessState:
         """The record of a process that is seen; of an untracked one of ours it is written now."""
-        if sight.record is None or sight.note == "untracked":
-            return self._adopt(row, sight.record)
-        return sight.record
+        if snapshot.record is None or snapshot.note == "untracked":
+            return self._adopt(process, snapshot.record)
+        return snapshot.record
 
-    def _adopt(self, row: ProcessRow, record: Optional[ProcessState]) -> ProcessState:
+    def _adopt(self, process: Process, record: Optional[ProcessState]) -> ProcessState:
         """Record a live ComfyUI of ours that has no record. Raises CDEnvironmentError when it is somebody else's."""
-        run_id = run_id_of(row)
+        run_id = run_id_of(process)
         if not self._is_ours(run_id, record):
             raise CDEnvironmentError(
-                f"PID {row.pid} runs this ComfyUI ({self._checkout}), but environment '{self.name}' did not start it.",
-                f"comfydock -e {as_word(self.name)} repair --orphan",
+                f"PID {process.pid} runs this ComfyUI ({self._checkout}), "
+                f"but environment '{self.name}' did not start it.",
+                f"comfydock -e {quote(self.name)} repair --orphan",
                 "stranger",
             )
-        return self.adopt(row, record, run_id)
+        return self.adopt(process, record, run_id)
 
-    def adopt(self, row: ProcessRow, record: Optional[ProcessState], run_id: Optional[str]) -> ProcessState:
+    def adopt(self, process: Process, record: Optional[ProcessState], run_id: Optional[str]) -> ProcessState:
         """Write the record of a ComfyUI process of this checkout. The caller holds the process lock."""
         if record is None or not run_id or record.run_id != run_id:
-            began = utc_words(row.created) if row.created is not None else utc_now()
-            args = arguments_of(row)
-            record = ProcessState(row.pid, DEFAULT_HOST, DEFAULT_PORT, args, began, self.log_path, run_id=run_id)
-        config = self.config_of(Sighting(RUNNING, record, row))
-        record.pid, record.host, record.port = row.pid, config.host, config.port
-        record.phase, record.wanted, record.command = "running", "running", row.command
-        record.identity = identity_of(row)
+            began = format_utc(process.created) if process.created is not None else utc_now()
+            args = arguments_of(process)
+            record = ProcessState(process.pid, DEFAULT_HOST, DEFAULT_PORT, args, began, self.log_path, run_id=run_id)
+        config = self.config_of(Snapshot(RUNNING, record, process))
+        record.pid, record.host, record.port = process.pid, config.host, config.port
+        record.phase, record.wanted, record.command = "running", "running", process.command
+        record.identity = identity_of(process)
         if look_up_state(self.paths.state)[1]:
             set_aside(self.paths.state)
         self._write_state(record)
@@ -7067,16 +7070,16 @@ class Environment:
         """Bring a custom node to its newest version. See `NodeManager.update_node`."""
         return self.nodes.update_node(identifier, confirmation_strategy, no_test, force)
 
-    def bring_in_line(self) -> SyncReport:
+    def sync(self) -> SyncReport:
         """Install what the manifest has and the disk lacks, before a start. Costs almost nothing when nothing changed.
 
         Raises CDEnvironmentError, with a hint that names --no-sync, when something could not be put right.
         """
-        hint = f"comfydock -e {as_word(self.name)} run --no-sync  (starts it as it is)"
+        hint = f"comfydock -e {quote(self.name)} run --no-sync  (starts it as it is)"
         try:
-            if self.nodes.is_in_line() or self.is_running():  # what runs is not changed: `run` will refuse
+            if self.nodes.is_synced() or self.is_running():  # what runs is not changed: `run` will refuse
                 return SyncReport()
-            report = self.nodes.bring_in_line()
+            report = self.nodes.sync()
         except CDEnvironmentError as error:
             raise CDEnvironmentError(f"The environment is not in line: {error.message}", hint, "sync") from error
         if report.problems:
@@ -7085,38 +7088,38 @@ class Environment:
 
     # Orphans -------------------------------------------------------------------------
 
-    def orphans(self) -> list[ProcessRow]:
+    def orphans(self) -> list[Process]:
         """The live ComfyUI processes of this checkout that the record does not name, started by whomever."""
-        sight = self.observe()
-        tracked = sight.row.pid if sight.row is not None and sight.note != "untracked" else None
-        return [row for row in comfyui_processes(self._checkout) if row.pid != tracked]
+        snapshot = self.observe()
+        tracked = snapshot.process.pid if snapshot.process is not None and snapshot.note != "untracked" else None
+        return [process for process in comfyui_processes(self._checkout) if process.pid != tracked]
 
-    def take_back(self, row: ProcessRow) -> ProcessState:
+    def take_back(self, process: Process) -> ProcessState:
         """Adopt an orphan as this environment's ComfyUI. Raises CDEnvironmentError when it has another."""
         with self._process_lock("repair"):
-            sight = self.observe(lock_held=True)
-            if sight.row is not None and sight.note != "untracked":
+            snapshot = self.observe(lock_held=True)
+            if snapshot.process is not None and snapshot.note != "untracked":
                 raise CDEnvironmentError(
-                    f"Environment '{self.name}' has a ComfyUI already (PID {sight.row.pid}).",
+                    f"Environment '{self.name}' has a ComfyUI already (PID {snapshot.process.pid}).",
                     "comfydock stop",
                     "running",
                 )
-            if not still_runs(row):
-                raise CDEnvironmentError(f"PID {row.pid} has ended meanwhile.", "comfydock status", "ended")
-            return self.adopt(row, sight.record, run_id_of(row))
+            if not is_same_process(process):
+                raise CDEnvironmentError(f"PID {process.pid} has ended meanwhile.", "comfydock status", "ended")
+            return self.adopt(process, snapshot.record, run_id_of(process))
 
-    def end_orphan(self, row: ProcessRow, timeout: float = 10) -> None:
+    def end_orphan(self, process: Process, timeout: float = 10) -> None:
         """End an orphan and what it started. Raises CDEnvironmentError when it is another user's or does not end."""
         with self._process_lock("repair", timeout):
-            end_with_family(row, timeout)
+            end_with_family(process, timeout)
 
     def clean_stale(self) -> bool:
         """Clear a record of what no longer runs here; whether there was one. Damaged ones are kept beside it."""
         with self._process_lock("repair"):
-            sight = self.observe(lock_held=True)
-            if sight.row is not None or sight.state == FOREIGN or not os.path.lexists(self.paths.state):
+            snapshot = self.observe(lock_held=True)
+            if snapshot.process is not None or snapshot.state == FOREIGN or not os.path.lexists(self.paths.state):
                 return False
-            if sight.note == "damaged":
+            if snapshot.note == "damaged":
                 set_aside(self.paths.state)
             self._retire_state()
             return True
@@ -7148,13 +7151,13 @@ class Environment:
         process belongs to another user, machine, or program, or does not end.
         """
         with self._process_lock("stop", timeout):
-            sight = self.observe(lock_held=True)
-            if sight.state == FOREIGN:
-                raise self._foreign(sight)
-            if sight.row is None:
-                self._tidy(sight)
+            snapshot = self.observe(lock_held=True)
+            if snapshot.state == FOREIGN:
+                raise self._foreign(snapshot)
+            if snapshot.process is None:
+                self._tidy(snapshot)
                 return False
-            self._stop_seen(sight, 0 if kill else timeout, meanwhile)
+            self._stop_seen(snapshot, 0 if kill else timeout, meanwhile)
             self._retire_state()
             return True
 
@@ -7167,7 +7170,7 @@ class Environment:
         except OSError as error:
             raise CDEnvironmentError(
                 f"ComfyUI was stopped, but its record {self.paths.state} cannot be removed: {error.strerror}.",
-                f"comfydock -e {as_word(self.name)} status",
+                f"comfydock -e {quote(self.name)} status",
                 "system",
             ) from error
 
@@ -7180,26 +7183,26 @@ class Environment:
 
     def require_idle(self, lock_held: bool = False) -> None:
         """Raises CDEnvironmentError while a ComfyUI of this environment starts, runs, or may run elsewhere."""
-        sight = self.observe(lock_held=lock_held)
-        if sight.state == STARTING:
+        snapshot = self.observe(lock_held=lock_held)
+        if snapshot.state == STARTING:
             raise CDEnvironmentError(
-                f"ComfyUI starts in environment '{self.name}'.", f"comfydock -e {as_word(self.name)} stop", "running"
+                f"ComfyUI starts in environment '{self.name}'.", f"comfydock -e {quote(self.name)} stop", "running"
             )
-        if sight.state == FOREIGN:
-            raise self._foreign(sight)
-        if sight.row is not None:
+        if snapshot.state == FOREIGN:
+            raise self._foreign(snapshot)
+        if snapshot.process is not None:
             raise CDEnvironmentError(
-                f"ComfyUI runs in environment '{self.name}' (PID {sight.row.pid}).",
-                f"comfydock -e {as_word(self.name)} stop",
+                f"ComfyUI runs in environment '{self.name}' (PID {snapshot.process.pid}).",
+                f"comfydock -e {quote(self.name)} stop",
                 "running",
             )
 
-    def _tidy(self, sight: Sighting) -> None:
+    def _tidy(self, snapshot: Snapshot) -> None:
         """Nothing runs: a record of what ran is no longer wanted. Raises CDEnvironmentError for a damaged one."""
-        if sight.note == "damaged":
+        if snapshot.note == "damaged":
             raise self.damaged_state()
-        if sight.record is not None and sight.record.pid is not None:
-            reap(sight.record.pid)
+        if snapshot.record is not None and snapshot.record.pid is not None:
+            reap(snapshot.record.pid)
             return self._retire_state()
         return self._clear_state()
 
@@ -7207,29 +7210,29 @@ class Environment:
         """The error of a state file that is no record."""
         return CDEnvironmentError(
             f"The state file of environment '{self.name}' is damaged, its ComfyUI is not running: {self.paths.state}",
-            f"comfydock -e {as_word(self.name)} run",
+            f"comfydock -e {quote(self.name)} run",
             "damaged",
         )
 
-    def _stop_seen(self, sight: Sighting, timeout: float, meanwhile: "Optional[Callable[[], bool]]" = None) -> None:
-        """End the process of a sighting and its family. The caller holds the process lock."""
-        row = sight.row
-        if row is None:
+    def _stop_seen(self, snapshot: Snapshot, timeout: float, meanwhile: "Optional[Callable[[], bool]]" = None) -> None:
+        """End the process of a snapshot and its family. The caller holds the process lock."""
+        process = snapshot.process
+        if process is None:
             return
-        record = self._own_record(row, sight)
+        record = self._own_record(process, snapshot)
         self._want_stopped(record)
-        family = family_of(row, record.run_id)
-        end_politely(row, timeout, meanwhile, bool(record.starter.get("interrupt_ignored")))
-        reap(row.pid)
-        end_all([*family, *family_of(row, record.run_id)])
+        family = process_tree(process, record.run_id)
+        terminate(process, timeout, meanwhile, bool(record.starter.get("interrupt_ignored")))
+        reap(process.pid)
+        end_all([*family, *process_tree(process, record.run_id)])
         self._await_monitor(record)
 
     @staticmethod
     def _await_monitor(record: ProcessState) -> None:
         """The monitor goes by itself when ComfyUI was stopped; one that does not is ended."""
-        row = monitor_row(record)
-        if row is not None and row.pid != os.getpid() and not wait_for_exit(row, 3):
-            end_all([row])
+        process = monitor_process(record)
+        if process is not None and process.pid != os.getpid() and not wait_for_exit(process, 3):
+            end_all([process])
 
     def _want_stopped(self, record: ProcessState) -> None:
         if record.wanted == STOPPED:
@@ -7248,9 +7251,9 @@ class Environment:
     def stop_for_restart(self) -> bool:
         """Stop ComfyUI but keep its record, so that `restart` starts it again; whether it ran."""
         with self._process_lock("stop"):
-            sight = self.observe(lock_held=True)
-            self._stop_seen(sight, 10)
-            return sight.row is not None
+            snapshot = self.observe(lock_held=True)
+            self._stop_seen(snapshot, 10)
+            return snapshot.process is not None
 
     def restart(self, timeout: float = 10) -> bool:
         """Stop ComfyUI if it runs, and start it with the arguments and variables it was started with.
@@ -7260,18 +7263,18 @@ class Environment:
         """
         self._require_startable()
         with self._process_lock("restart", timeout):
-            sight = self.observe(lock_held=True)
-            self._require_restartable(sight)
-            if sight.row is not None:
-                self._require_port_for_restart(sight)
-                if sight.record is not None and sight.note != "untracked":
-                    sight.record.wanted = STOPPED
-                    self._write_state(sight.record)  # a full disk shows now, not when ComfyUI is down already
-                self._stop_seen(sight, timeout)
+            snapshot = self.observe(lock_held=True)
+            self._require_restartable(snapshot)
+            if snapshot.process is not None:
+                self._require_port_for_restart(snapshot)
+                if snapshot.record is not None and snapshot.note != "untracked":
+                    snapshot.record.wanted = STOPPED
+                    self._write_state(snapshot.record)  # a full disk shows now, not when ComfyUI is down already
+                self._stop_seen(snapshot, timeout)
             record = self._read_state() or read_state(self.paths.last_run)
             if record is None:
                 raise CDEnvironmentError("Cannot restart: ComfyUI not running", "comfydock run", "stopped")
-            if sight.row is None and monitor_row(record) is not None:
+            if snapshot.process is None and monitor_process(record) is not None:
                 self._want_stopped(record)  # its monitor was about to start it again: let it go
                 self._await_monitor(record)
             self._await_port(record)
@@ -7287,18 +7290,18 @@ class Environment:
         Raises CDEnvironmentError when it has a living monitor already.
         """
         with self._process_lock("monitor"):
-            sight = self.observe(lock_held=True)
-            record, row = sight.record, sight.row
-            if row is None:
+            snapshot = self.observe(lock_held=True)
+            record, process = snapshot.record, snapshot.process
+            if process is None:
                 return False
-            present = monitor_row(record)
+            present = monitor_process(record)
             if present is not None and present.pid != os.getpid():
                 raise CDEnvironmentError(
-                    f"ComfyUI is already running (PID {row.pid}), and a monitor watches it (PID {present.pid}).",
-                    f"comfydock -e {as_word(self.name)} restart",
+                    f"ComfyUI is already running (PID {process.pid}), and a monitor watches it (PID {present.pid}).",
+                    f"comfydock -e {quote(self.name)} restart",
                     "running",
                 )
-            record = self._own_record(row, sight)
+            record = self._own_record(process, snapshot)
             record.monitor = note or self.own_monitor_note()
             self._write_state(record)
             return True
@@ -7315,9 +7318,9 @@ class Environment:
             command = [*own_command(), "--monitor", self.paths.root]  # the word is for people who look at the processes
             variables = {**os.environ, MONITOR_VARIABLE: json.dumps(task)}
             variables.pop(RUN_ID_VARIABLE, None)  # in a shell that a ComfyUI started: it is none of that one's family
-            process = create_background_process(command, self.workspace_paths.root, answering, variables)
+            child = create_background_process(command, self.workspace_paths.root, answering, variables)
             answering.close()
-            release(process)
+            release(child)
             said = answers.read()
         reply = parse_reply(said)
         if "exit_code" in reply:
@@ -7331,39 +7334,41 @@ class Environment:
         On a full disk not even a start that failed can be taken back: its intent is replaced by the `former` record.
         """
         with self._process_lock("restart"):
-            sight = self.observe(lock_held=True)
-            record = sight.record
+            snapshot = self.observe(lock_held=True)
+            record = snapshot.record
             if record is not None and is_own_intent(record):
                 self._write_state(former)
                 record = former
             is_same = record is not None and record.run_id == former.run_id and record.wanted == "running"
-            if record is None or not is_same or sight.row is not None:
+            if record is None or not is_same or snapshot.process is not None:
                 return False
             self._await_port(record)
             self._start(record.args, record.env, previous=record, monitor=note)
             return True
 
-    def _require_restartable(self, sight: Sighting) -> None:
-        if sight.state == FOREIGN:
-            raise self._foreign(sight)
-        if sight.note == "damaged":
+    def _require_restartable(self, snapshot: Snapshot) -> None:
+        if snapshot.state == FOREIGN:
+            raise self._foreign(snapshot)
+        if snapshot.note == "damaged":
             raise self.damaged_state()
-        if sight.record is None and sight.row is None and read_state(self.paths.last_run) is None:
+        if snapshot.record is None and snapshot.process is None and read_state(self.paths.last_run) is None:
             raise CDEnvironmentError(
                 f"Cannot restart: ComfyUI not running in environment '{self.name}', and it never was.",
-                f"comfydock -e {as_word(self.name)} run",
+                f"comfydock -e {quote(self.name)} run",
                 "stopped",
             )
         make_folder(os.path.dirname(self.log_path))
         open_append(self.log_path).close()
 
-    def _require_port_for_restart(self, sight: Sighting) -> None:
+    def _require_port_for_restart(self, snapshot: Snapshot) -> None:
         """While ComfyUI is still importing, another program may have taken its port."""
-        record, row = sight.record, sight.row
-        if record is None or row is None or not is_port_bound(record.port, host=record.host):
+        record, process = snapshot.record, snapshot.process
+        if record is None or process is None or not is_port_bound(record.port, host=record.host):
             return
         holders = process_table().listeners(record.port)
-        is_its_own = row.pid in holders or any(member.pid in holders for member in family_of(row, record.run_id))
+        is_its_own = process.pid in holders or any(
+            member.pid in holders for member in process_tree(process, record.run_id)
+        )
         if holders and not is_its_own:
             raise self._port_in_use(ComfyUIConfig(record.host, record.port), {})
 
@@ -7374,24 +7379,24 @@ class Environment:
             time.sleep(0.02)
 
 
-def _state_word(sight: Sighting, answer: Answer) -> str:
+def _state_word(snapshot: Snapshot, answer: Answer) -> str:
     """The state of a live process: running once ComfyUI answers, starting while nobody listens yet."""
-    row, record = sight.row, sight.record
+    process, record = snapshot.process, snapshot.record
     if answer.kind == HEALTHY:
         return RUNNING
     was_healthy = record is not None and record.health_status == HEALTHY
-    is_young = row is not None and row.age() < START_GRACE and row.state != "stopped"
-    return STARTING if is_young and answer.kind not in (SILENT, GARBLED) and not was_healthy else UNRESPONSIVE
+    is_young = process is not None and process.age() < START_GRACE and process.state != "stopped"
+    return STARTING if is_young and answer.kind not in (TIMEOUT, BAD_ANSWER) and not was_healthy else UNRESPONSIVE
 
 
-def ends_with_words(row: ProcessRow, words: list[str]) -> bool:
+def ends_with_words(process: Process, words: list[str]) -> bool:
     """Whether the command line of a process ends with what its server says of it: all that follows the interpreter."""
-    return row.text.endswith(" " + " ".join(words))
+    return process.text.endswith(" " + " ".join(words))
 
 
-def is_own_argv(argv: Optional[list[str]], row: ProcessRow, script: str) -> bool:
-    """Whether the command line that a server says it has can be that of our process `row`, started from `script`."""
-    return not argv or ends_with_words(row, argv) or os.path.isabs(argv[0]) and same_path(argv[0], script)
+def is_own_argv(argv: Optional[list[str]], process: Process, script: str) -> bool:
+    """Whether the command line that a server says it has can be that of `process`, started from `script`."""
+    return not argv or ends_with_words(process, argv) or os.path.isabs(argv[0]) and same_path(argv[0], script)
 
 
 def exit_code_of(pid: int) -> Optional[int]:
@@ -7583,7 +7588,7 @@ def demo_server() -> None:  # noqa: C901  # a whole program
     NODES = {name: {"name": name, "category": "demo", "output_node": name != "EmptyImage"} for name in NAMES}
 
     def show_system() -> object:
-        """Tell about this process what ComfyUI tells, and that it is the demo."""
+        """Progress about this process what ComfyUI tells, and that it is the demo."""
         versions = {"comfyui_version": "0.3.64", "python_version": sys.version, "pytorch_version": "comfydock demo"}
         system = {"os": os.name, "argv": sys.argv, **versions, "embedded_python": False, "demo": "comfydock"}
         if "LONG_ANSWER" in faults:
@@ -7947,7 +7952,7 @@ class Workspace:
         names = ", ".join(environment.name for environment in environments[:8]) + (
             ", ..." if len(environments) > 8 else ""
         )
-        first = as_word(environments[0].name)
+        first = quote(environments[0].name)
         hint = f"comfydock -e {first} COMMAND, or choose once: comfydock use {first}"
         raise CDEnvironmentError(f"Which environment? There are {len(environments)}: {names}.", hint, "unknown")
 
@@ -7981,10 +7986,10 @@ class Workspace:
         if present is not None and name not in (None, present.name):  # one process a checkout: they would mix theirs up
             raise CDEnvironmentError(
                 f"{checkout} is environment '{present.name}' already.",
-                f"comfydock -e {as_word(present.name)} status",
+                f"comfydock -e {quote(present.name)} status",
                 "exists",
             )
-        environment = present or self._new_environment(name or self._free_name(made_valid(_folder_title(checkout))))
+        environment = present or self._new_environment(name or self._free_name(sanitize_name(_folder_title(checkout))))
         if os.path.isdir(environment.paths.cec) and not os.path.exists(environment.paths.creation):
             return self._adopted_again(environment, checkout, python)
         begun_with = read_json(environment.paths.creation).get("python")
@@ -7999,7 +8004,7 @@ class Workspace:
         has_moved = former is None or not same_path(former, checkout)
         if not environment.is_complete or has_moved and not (former and environment.missing_script):
             message = f"Environment '{environment.name}' exists already."
-            raise CDEnvironmentError(message, f"comfydock -e {as_word(environment.name)} status", "exists")
+            raise CDEnvironmentError(message, f"comfydock -e {quote(environment.name)} status", "exists")
         if has_moved or python is not None:
             interpreter = working_python(python or find_checkout_python(checkout))
             places = {"comfyui_path": os.path.realpath(checkout), "python_path": interpreter}
@@ -8030,7 +8035,7 @@ class Workspace:
             write_demo_manifest(environment.paths, environment.name, sys.executable)
         return environment
 
-    def create(self, options: CreateOptions, tell: Tell) -> Environment:
+    def create(self, options: CreateOptions, tell: Progress) -> Environment:
         """Make an environment with a ComfyUI of its own. Raises as `create_environment`."""
         environment = self._new_environment(options.name)
         if os.path.exists(environment.paths.creation):  # an unfinished one may have been started all the same
@@ -8068,7 +8073,7 @@ class Workspace:
         environments = self.list_environments()
         scan = scan_for_comfyui()
         sights = [observe_or_say(environment, scan) for environment in environments]
-        alive = [index for index, sight in enumerate(sights) if sight.row is not None]
+        alive = [index for index, snapshot in enumerate(sights) if snapshot.process is not None]
         configs = [environments[index].config_of(sights[index]) for index in alive]
         answers = dict(zip(alive, probe_all(configs, timeout)))
         active = self.get_active_environment()
@@ -8095,8 +8100,8 @@ class Workspace:
     def tracker_of(self, pid: int) -> Optional[Environment]:
         """The environment whose record names the living process `pid`, or None."""
         for environment in self.list_environments():
-            sight = observe_or_say(environment, {})
-            if sight.row is not None and sight.row.pid == pid:
+            snapshot = observe_or_say(environment, {})
+            if snapshot.process is not None and snapshot.process.pid == pid:
                 return environment
         return None
 
@@ -8142,12 +8147,12 @@ class Workspace:
             write_atomic(self.paths.settings, (json.dumps(settings, indent=2) + "\n").encode())
 
 
-def observe_or_say(environment: Environment, scan: Scan) -> Sighting:
+def observe_or_say(environment: Environment, scan: Scan) -> Snapshot:
     """What is there of one of many environments; one whose files are closed to us does not hide the others."""
     try:
         return environment.observe(scan)
     except OSError:
-        return Sighting(UNKNOWN, note="unreadable")
+        return Snapshot(UNKNOWN, note="unreadable")
 
 
 def _file_differs(path: str, data: bytes) -> bool:
@@ -8188,7 +8193,7 @@ def find_checkout_python(checkout: str) -> str:
     if not found:
         raise CDEnvironmentError(
             f"No Python was found for {checkout} (looked for .venv, venv, python_embeded and conda).",
-            f"comfydock create NAME --from {as_word(checkout)} --python PATH",
+            f"comfydock create NAME --from {quote(checkout)} --python PATH",
             "missing",
         )
     return found[0] if len(found) == 1 else next(filter(has_torch, found), found[0])
@@ -8296,9 +8301,9 @@ class Monitor:
         """
         while self.record is not None and self.record.pid is not None:
             self._become_sleeper(self.record.pid)
-            row = process_table().row(self.record.pid)
+            process = process_table().process(self.record.pid)
             with exit_code_kept(self.record.pid):
-                if row is not None and not wait_for_exit(row, HEALTH_PAUSE, pause=0.5):
+                if process is not None and not wait_for_exit(process, HEALTH_PAUSE, pause=0.5):
                     self.look_after()
                     continue
                 code = exit_code_of(self.record.pid)
@@ -8315,7 +8320,7 @@ class Monitor:
             program = inspect.getsource(wait_beside) + "\nwait_beside()\n"
         except (OSError, TypeError):
             return
-        config = self.environment.config_of(Sighting(RUNNING, self.record))
+        config = self.environment.config_of(Snapshot(RUNNING, self.record))
         place = ["", "0"] if config.tls else [connect_host(config.host), str(config.port)]
         known = (self.record.health_status if self.record else None) or ""
         facts = [str(pid), *place, self.environment.log_path, str(LOG_LIMIT), known, str(HEALTH_PAUSE), str(LOOK_PAUSE)]
@@ -8338,7 +8343,7 @@ class Monitor:
         environment, run_id = self.environment, self.record.run_id if self.record else None
         if not self._is_wanted():
             return False
-        if code in (0, None) and self._is_reborn():
+        if code in (0, None) and self._restarted_itself():
             return True
         environment.note_exit(run_id, code)
         if code in (0, 2):  # a good end, or arguments that ComfyUI refuses every time
@@ -8352,7 +8357,7 @@ class Monitor:
             return False
         return (now.run_id == self.record.run_id or is_own_intent(now)) and now.wanted == "running"
 
-    def _is_reborn(self) -> bool:
+    def _restarted_itself(self) -> bool:
         """On Windows ComfyUI-Manager's restart is a good end and another PID: found by its marker, and recorded."""
         deadline = time.monotonic() + (REBORN_PATIENCE if IS_WINDOWS else 0)
         while time.monotonic() < deadline:
@@ -8370,8 +8375,8 @@ class Monitor:
         recent = [moment for moment in self.note.get("restarts", []) if now - moment < CRASH_WINDOW]
         if len(recent) >= CRASH_LIMIT:
             self.note["gave_up"] = (
-                f"{len(recent) + 1} crashes within {duration_words(CRASH_WINDOW)}, the last with "
-                + ("an unknown code" if code is None else exit_words(code))
+                f"{len(recent) + 1} crashes within {format_duration(CRASH_WINDOW)}, the last with "
+                + ("an unknown code" if code is None else format_exit(code))
             )
             self.environment.note_monitor(run_id, self.note)
             return False
@@ -8431,7 +8436,7 @@ def wait_beside() -> None:  # noqa: C901 (a whole program)
     variable, number, host, port, log, limit, known, pause, longest = sys.argv[1:10]
     pid = int(number)
 
-    def wake(event: str) -> None:
+    def resume(event: str) -> None:
         """Go on as the monitor."""
         os.environ[variable] = event
         os.execve(sys.argv[10], sys.argv[10:], dict(os.environ))
@@ -8484,8 +8489,8 @@ def wait_beside() -> None:  # noqa: C901 (a whole program)
         asked = now
         is_news = bool(host) and answers() != (known == "healthy")
         if is_news or now - began > float(longest) or os.path.exists(log) and os.path.getsize(log) > int(limit):
-            wake("look")
-    wake("ended:" + code_of_child())
+            resume("look")
+    resume("ended:" + code_of_child())
 
 
 HIDDEN_ENTRIES = {"--console-interrupt": console_interrupt_entry, "--monitor": monitor_entry}
@@ -8529,7 +8534,7 @@ class Report:
     data: dict[str, Any]
     environment: Optional[str] = None
     code: int = 0
-    is_told: bool = False
+    already_printed: bool = False
     error: Optional[CDEnvironmentError] = None
 
 
@@ -8567,7 +8572,7 @@ class Console:
         self.gate: Any = nullcontext()
         self.ticks = False
         self.environment: Optional[str] = None
-        self.unheard: Optional[OSError] = None
+        self.write_error: Optional[OSError] = None
 
     def say(self, line: str = "") -> None:
         """One line for people on what goes on; nothing in JSON mode or when quiet."""
@@ -8580,7 +8585,7 @@ class Console:
             self._write(self.out, line + "\n")
 
     def work(self, line: str) -> None:
-        """One line of long work: a Tell. What pip says of things that are there already is left out."""
+        """One line of long work: a Progress. What pip says of things that are there already is left out."""
         if not line.lstrip().startswith(("Requirement already satisfied", "Looking in ", "[notice]")):
             self.say(f"   {line}")
 
@@ -8648,7 +8653,7 @@ class Console:
         except OSError as error:
             raise output_error(error) from error
 
-    def is_heard(self) -> bool:
+    def has_reader(self) -> bool:
         """Whether somebody may still read `out`: a pipe tells when its reader has gone, not on Windows."""
         import select
         import stat
@@ -8684,7 +8689,7 @@ class Console:
             problem = self._problem_data(report.error) if report.error is not None else None
             self._object(command, problem is None, report.environment, report.data, problem)
             return
-        for line in [] if report.is_told else words(report.data):
+        for line in [] if report.already_printed else words(report.data):
             if not self.quiet or line and not line.startswith("Tip:"):
                 self.result(line)
 
@@ -8709,8 +8714,8 @@ class Console:
 
     def flush(self) -> None:
         """Send what is still buffered; raises OSError (a closed pipe, a full disk), and for what went unheard."""
-        if self.unheard is not None:
-            error, self.unheard = self.unheard, None
+        if self.write_error is not None:
+            error, self.write_error = self.write_error, None
             raise error
         for stream in (self.out, self.err):
             if stream is not None and not stream.closed:
@@ -8756,7 +8761,7 @@ class Console:
             stream.write(text)
             stream.flush()
         except OSError as error:
-            self.unheard = self.unheard or output_error(error)
+            self.write_error = self.write_error or output_error(error)
 
     def _coloured(self, stream: "Any", text: str) -> str:
         if not wants_colour(stream, self.colour):
@@ -8840,14 +8845,14 @@ def how_called(argv: list[str]) -> str:
     folder, name = os.path.split(os.path.abspath(script))
     if not name.endswith((".py", ".pyz")):
         is_found = os.path.normcase(folder) in map(os.path.normcase, os.get_exec_path())
-        return "comfydock" if is_found and name.startswith("comfydock") else as_word(script)
+        return "comfydock" if is_found and name.startswith("comfydock") else quote(script)
     original = getattr(sys, "orig_argv", None) or [os.path.basename(sys.executable or "python3")]
     is_short = len(original[0]) <= 20 or IS_WINDOWS or not on_path("python3")  # a venv's path says little, and is long
-    python = as_word(original[0]) if is_short else "python3"
+    python = quote(original[0]) if is_short else "python3"
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)  # Python 3.9 has no orig_argv
     if "-m" in original[1:3] or spec is not None and spec.name == "comfydock":
         return f"{python} -m comfydock"
-    return f"{python} {as_word(script)}"
+    return f"{python} {quote(script)}"
 
 
 def environment_title(data: dict[str, Any]) -> str:
@@ -8855,7 +8860,7 @@ def environment_title(data: dict[str, Any]) -> str:
     return f"{data['name']} (the built-in demo)" if data.get("demo") else str(data["name"])
 
 
-def run_words(data: dict[str, Any]) -> Iterator[str]:
+def format_run(data: dict[str, Any]) -> Iterator[str]:
     """What `run` says once ComfyUI is started."""
     if data.get("ready"):
         yield f"✓ ComfyUI is ready ({data['waited']:.1f} s)"
@@ -8869,13 +8874,13 @@ def run_words(data: dict[str, Any]) -> Iterator[str]:
     yield "Tip: View logs with 'comfydock logs', stop with 'comfydock stop'"
 
 
-def restart_words(data: dict[str, Any]) -> Iterator[str]:
+def format_restart(data: dict[str, Any]) -> Iterator[str]:
     """What `restart` says when it is done."""
     yield f"✓ Restarted (new PID: {data['pid']})"
     yield f"✓ Running on {data['url']}"
 
 
-def stop_words(data: dict[str, Any]) -> Iterator[str]:
+def format_stop(data: dict[str, Any]) -> Iterator[str]:
     """What `stop` says when it is done."""
     if data["stopped"]:
         yield "✓ ComfyUI stopped"
@@ -8887,7 +8892,7 @@ def stop_words(data: dict[str, Any]) -> Iterator[str]:
         yield f"ComfyUI is not running in environment '{data['name']}'"
 
 
-def status_words(data: dict[str, Any]) -> Iterator[str]:
+def format_status(data: dict[str, Any]) -> Iterator[str]:
     """The report of one environment."""
     yield f"Environment: {environment_title(data)}"
     yield ""
@@ -8936,7 +8941,7 @@ _HEALTH_WORDS = {
 }
 
 
-def queue_words(running: int, pending: int) -> str:
+def format_queue(running: int, pending: int) -> str:
     """A queue for people."""
     return f"{running} running, {pending} pending"
 
@@ -8951,25 +8956,25 @@ def _monitor_line(monitor: dict[str, Any]) -> str:
 
 def _live_lines(data: dict[str, Any]) -> Iterator[str]:
     health = _HEALTH_WORDS[data["health"]]
-    if data["answer"] == STRANGER and data["health"] != "healthy":
+    if data["answer"] == OTHER_SERVICE and data["health"] != "healthy":
         health = f"⚠ Another program answers on port {data['port']}"
-    if data["answer"] == GARBLED:
+    if data["answer"] == BAD_ANSWER:
         health = "⚠ It answers, but not as a healthy ComfyUI does"
     yield f"   PID: {data['pid']}"
     yield f"   URL: {data['url']}"
     yield f"   Health: {health}"
     if data["queue"]:
-        yield f"   Queue: {queue_words(data['queue']['running'], data['queue']['pending'])}"
-    yield f"   Uptime: {duration_words(data['uptime'])}"
+        yield f"   Queue: {format_queue(data['queue']['running'], data['queue']['pending'])}"
+    yield f"   Uptime: {format_duration(data['uptime'])}"
 
 
 def _crash_lines(data: dict[str, Any]) -> Iterator[str]:
     if data["exit_code"] is not None:
-        yield f"   Ended with: {exit_words(data['exit_code'])}"
+        yield f"   Ended with: {format_exit(data['exit_code'])}"
     if data["last_alive"]:
         alive = epoch_of(data["last_alive"])
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(alive))
-        yield f"   Last known alive: {moment} ({duration_words(time.time() - alive)} ago)"
+        yield f"   Last known alive: {moment} ({format_duration(time.time() - alive)} ago)"
     if data["last_error"]:
         yield f"   Last error: {data['last_error']}"
     if data["monitor"] and data["monitor"]["alive"] and not data["monitor"]["gave_up"]:
@@ -8978,7 +8983,7 @@ def _crash_lines(data: dict[str, Any]) -> Iterator[str]:
         yield "   Start it again: comfydock restart"
 
 
-def list_words(data: dict[str, Any]) -> Iterator[str]:
+def format_list(data: dict[str, Any]) -> Iterator[str]:
     """All environments, a line each."""
     if not data["environments"]:
         yield "No environments found."
@@ -8995,7 +9000,7 @@ def _list_status(item: dict[str, Any]) -> str:
     state = item["state"]
     if state in LIVE_STATES and item["pid"]:
         queue = item["queue"]
-        busy = f", {queue_words(queue['running'], queue['pending'])}" if queue and any(queue.values()) else ""
+        busy = f", {format_queue(queue['running'], queue['pending'])}" if queue and any(queue.values()) else ""
         monitor = item["monitor"]
         watched = "" if not monitor else ", monitored" if monitor["alive"] else ", ⚠ its monitor is gone"
         sign = "✓" if state == RUNNING else "⚠"
@@ -9012,7 +9017,7 @@ def _list_status(item: dict[str, Any]) -> str:
     return f"({state})"
 
 
-def repair_words(data: dict[str, Any]) -> Iterator[str]:
+def format_repair(data: dict[str, Any]) -> Iterator[str]:
     """What `repair` found and did."""
     if data["cleaned"]:
         yield "🧹 Cleaned a stale process state file"
@@ -9062,15 +9067,15 @@ def difference_lines(difference: dict[str, Any]) -> Iterator[str]:
 
 def orphan_line(item: dict[str, Any]) -> str:
     """An orphaned process in one line."""
-    return f"  • PID {item['pid']}, {duration_words(item['age'])} old, port {item['port']}: {item['command']}"
+    return f"  • PID {item['pid']}, {format_duration(item['age'])} old, port {item['port']}: {item['command']}"
 
 
-def use_words(data: dict[str, Any]) -> Iterator[str]:
+def format_use(data: dict[str, Any]) -> Iterator[str]:
     """What `use` says."""
     yield f"✓ Active environment: {data['name']}"
 
 
-def create_words(data: dict[str, Any]) -> Iterator[str]:
+def format_create(data: dict[str, Any]) -> Iterator[str]:
     """What `create` says."""
     yield f"✓ Environment '{data['name']}' is ready"
     yield f"  ComfyUI: {data['comfyui']}" + (f" ({data['version']})" if data["version"] else "")
@@ -9079,7 +9084,7 @@ def create_words(data: dict[str, Any]) -> Iterator[str]:
     yield f"Start it with: comfydock -e {data['name']} run"
 
 
-def delete_words(data: dict[str, Any]) -> Iterator[str]:
+def format_delete(data: dict[str, Any]) -> Iterator[str]:
     """What `delete` says."""
     yield (
         f"✓ Environment '{data['name']}' deleted"
@@ -9088,19 +9093,19 @@ def delete_words(data: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def init_words(data: dict[str, Any]) -> Iterator[str]:
+def format_init(data: dict[str, Any]) -> Iterator[str]:
     """What `init` says."""
     yield f"✓ Workspace {data['workspace']}" + ("" if data["made"] else " (it was one already)")
-    yield f"Use it with: comfydock --workspace {as_word(data['workspace'])} list, or set COMFYDOCK_HOME"
+    yield f"Use it with: comfydock --workspace {quote(data['workspace'])} list, or set COMFYDOCK_HOME"
 
 
-def node_words(data: dict[str, Any]) -> Iterator[str]:
+def format_node(data: dict[str, Any]) -> Iterator[str]:
     """How a command for nodes ended; what became of each was told when it happened."""
     if data["restarted"]:
         yield f"✓ Restarted (new PID: {data['pid']})"
 
 
-def node_list_words(data: dict[str, Any]) -> Iterator[str]:
+def format_node_list(data: dict[str, Any]) -> Iterator[str]:
     """The nodes of an environment."""
     if not data["nodes"]:
         yield "No custom nodes installed"
@@ -9113,7 +9118,7 @@ def node_list_words(data: dict[str, Any]) -> Iterator[str]:
         yield printable(f"  • {item['name']} ({item['source']}) {shown}") + missing
 
 
-def text_words(data: dict[str, Any]) -> Iterator[str]:
+def format_text(data: dict[str, Any]) -> Iterator[str]:
     """A report that is a text."""
     yield data["text"]
 
@@ -9155,11 +9160,11 @@ def is_given(args: Arguments, name: str) -> bool:
 def made_known(console: Console, args: Arguments, environment: Environment) -> Environment:
     """The environment, healed and telling the console, whose own commands from now on reach the same one."""
     environment.tell = console.work
-    environment.heal()
+    environment.finish_rotation()
     trace(f"environment '{environment.name}' at {environment.paths.root}")
     trace(f"processes are read by {type(process_table()).__name__}")
     console.environment = environment.name
-    console.chosen = f" -e {as_word(environment.name)}" if args.env or args.demo else ""
+    console.chosen = f" -e {quote(environment.name)}" if args.env or args.demo else ""
     return environment
 
 
@@ -9178,7 +9183,7 @@ def run(console: Console, args: Arguments) -> Report:
     environment = environment_to_run(console, args)
     say_what_starts(console, environment, args)
     if not args.no_sync and not environment.manifest.demo:
-        environment.bring_in_line()
+        environment.sync()
     options = {
         "auto_port": args.auto_port or is_demo_on_any_port(args),
         "set_env": args.set_env,
@@ -9229,14 +9234,14 @@ def stays_in_foreground(args: Arguments) -> bool:
 
 def may_only_watch(environment: Environment, words: list[str]) -> bool:
     """Whether a monitor would take on a ComfyUI that runs. Raises CDEnvironmentError when it should get `words`."""
-    sight = environment.observe()
-    if sight.row is not None and words:
+    snapshot = environment.observe()
+    if snapshot.process is not None and words:
         raise CDEnvironmentError(
-            f"ComfyUI is already running (PID {sight.row.pid}), so it cannot be given other arguments.",
-            f"comfydock -e {as_word(environment.name)} run --monitor",
+            f"ComfyUI is already running (PID {snapshot.process.pid}), so it cannot be given other arguments.",
+            f"comfydock -e {quote(environment.name)} run --monitor",
             "running",
         )
-    return sight.row is not None
+    return snapshot.process is not None
 
 
 def run_in_foreground(console: Console, environment: Environment, words: list[str], options: dict[str, Any]) -> Report:
@@ -9247,8 +9252,8 @@ def run_in_foreground(console: Console, environment: Environment, words: list[st
         except CDEndedError as error:
             show_last_lines(console, environment)
             console.problem(error)
-            return Report({}, environment.name, shell_code(error.exit_code), is_told=True)
-        console.show("run", started_report(environment), run_words)
+            return Report({}, environment.name, shell_code(error.exit_code), already_printed=True)
+        console.show("run", started_report(environment), format_run)
         return stay_in_foreground(console, environment, received)
 
 
@@ -9292,7 +9297,7 @@ def say_what_starts(console: Console, environment: Environment, args: Arguments)
     folder = environment.folder_open_to_others()
     if folder is not None:
         console.warn(f"Other users may write into {folder}, and so change what runs here: chmod o-w '{folder}'")
-    careless = None if stays_in_foreground(args) else careless_init()
+    careless = None if stays_in_foreground(args) else non_reaping_init()
     if careless is not None:
         console.warn(
             f"PID 1 here ({careless[:60]}) is no init: ended processes stay listed, and all ends when it does."
@@ -9383,7 +9388,7 @@ def stay_in_foreground(console: Console, environment: Environment, received: lis
     console.say("=" * 60)
     console.say("Streaming logs (Ctrl+C to stop ComfyUI)...")
     console.say("=" * 60)
-    return Report({}, environment.name, Foreground(console, environment, received).watch(), is_told=True)
+    return Report({}, environment.name, Foreground(console, environment, received).watch(), already_printed=True)
 
 
 def show_new(console: Console, follower: LogFollower) -> bool:
@@ -9416,23 +9421,28 @@ class Foreground:
     def watch(self) -> int:
         """Returns the exit code of the command."""
         pid = self.record.pid if self.record and self.record.pid else 0
-        row = process_table().row(pid)
+        process = process_table().process(pid)
         with exit_code_kept(pid):
-            while row is not None and still_runs(row):
+            while process is not None and is_same_process(process):
                 has_more = self._pump()
                 if self.received:
                     return self._stop()
                 if os.getpid() == 1:
                     reap_strangers(pid)
-                elif not self.console.is_heard():  # `run -f | head`: the reader has seen enough
+                elif not self.console.has_reader():  # `run -f | head`: the reader has seen enough
                     raise BrokenPipeError
                 if not has_more:
                     time.sleep(FOLLOW_PAUSE)
             self._drain()
             code = exit_code_of(pid)
-        sight = self.environment.observe()
-        if sight.note == "moved" and self.record and sight.record and sight.record.run_id == self.record.run_id:
-            self.record = sight.record
+        snapshot = self.environment.observe()
+        if (
+            snapshot.note == "moved"
+            and self.record
+            and snapshot.record
+            and snapshot.record.run_id == self.record.run_id
+        ):
+            self.record = snapshot.record
             return self.watch()
         return self._ended(code)
 
@@ -9469,8 +9479,10 @@ class Foreground:
         self.environment.stop(meanwhile=self._is_impatient)
         self._drain()
         self.console.say("✓ ComfyUI stopped")
-        if first == "hangup" and self.console.unheard is not None:  # its terminal is closed: no fault of this command
-            self.console.unheard = None
+        if (
+            first == "hangup" and self.console.write_error is not None
+        ):  # its terminal is closed: no fault of this command
+            self.console.write_error = None
             forget_output()
         if self._is_impatient():
             return 130
@@ -9486,7 +9498,7 @@ class Foreground:
         if not is_ours or record is None or record.wanted == STOPPED:
             return self._gone_elsewhere()
         self.environment.note_exit(self.record.run_id if self.record else None, code)
-        self.console.say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({exit_words(code)})'}")
+        self.console.say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({format_exit(code)})'}")
         return shell_code(code)
 
     def _gone_elsewhere(self) -> int:
@@ -9516,15 +9528,15 @@ def stop(console: Console, args: Arguments) -> Report:
         return stop_port(console, args)
     environment = selected(console, args)
     cut_off = settle_queue(console, args, environment, "stop")
-    sight = environment.observe()
-    if sight.row is not None and sight.note != "untracked":
-        console.say(f"⏸  Stopping ComfyUI (PID {sight.row.pid})...")
-    called_off = sight.row is None and monitor_row(sight.record) is not None
+    snapshot = environment.observe()
+    if snapshot.process is not None and snapshot.note != "untracked":
+        console.say(f"⏸  Stopping ComfyUI (PID {snapshot.process.pid})...")
+    called_off = snapshot.process is None and monitor_process(snapshot.record) is not None
     stopped = environment.stop(args.timeout, kill=args.kill)
     data = {
         "name": environment.name,
         "stopped": stopped,
-        "pid": sight.row.pid if sight.row else None,
+        "pid": snapshot.process.pid if snapshot.process else None,
         "cut_off": cut_off,
         "called_off": called_off and not stopped,
     }
@@ -9533,16 +9545,22 @@ def stop(console: Console, args: Arguments) -> Report:
 
 def stop_port(console: Console, args: Arguments) -> Report:
     """End the ComfyUI on a port, once it is proved to be one; an environment that tracks it is told."""
-    row = comfyui_on_port(args.port)
+    process = comfyui_on_port(args.port)
     workspace = select_workspace(args.workspace, args.env is not None, current_folder())
-    data: dict[str, Any] = {"name": None, "stopped": False, "pid": row.pid, "port": args.port, "command": row.text}
-    owner = workspace.tracker_of(row.pid)
+    data: dict[str, Any] = {
+        "name": None,
+        "stopped": False,
+        "pid": process.pid,
+        "port": args.port,
+        "command": process.text,
+    }
+    owner = workspace.tracker_of(process.pid)
     data["name"] = owner.name if owner else None
     if args.dry_run:
         return Report({**data, "dry_run": True}, data["name"])
     if owner is not None:
         data["cut_off"] = settle_queue(console, args, owner, f"stop --port {args.port}")
-    console.say(f"⏸  Stopping ComfyUI (PID {row.pid}) on port {args.port}...")
+    console.say(f"⏸  Stopping ComfyUI (PID {process.pid}) on port {args.port}...")
     if owner is not None:
         owner.stop(args.timeout, kill=args.kill)
     else:
@@ -9563,14 +9581,14 @@ def settle_queue(console: Console, args: Arguments, environment: Environment, co
         return None
     if not args.force and args.when_idle is None:
         verb = command.partition(" ")[0].capitalize()
-        answer = console.ask(f"ComfyUI is at work ({queue_words(*counts)}). {verb} it all the same?", False)
+        answer = console.ask(f"ComfyUI is at work ({format_queue(*counts)}). {verb} it all the same?", False)
         if answer is False:
             raise CDEnvironmentError(
-                f"Nothing was done: ComfyUI is at work ({queue_words(*counts)}).",
+                f"Nothing was done: ComfyUI is at work ({format_queue(*counts)}).",
                 f"comfydock {command} --when-idle",
                 "busy",
             )
-    console.warn(f"This cuts off work: {queue_words(*counts)}.")
+    console.warn(f"This cuts off work: {format_queue(*counts)}.")
     return {"running": counts[0], "pending": counts[1]}
 
 
@@ -9578,14 +9596,16 @@ def wait_until_idle(console: Console, environment: Environment, seconds: float) 
     """Wait for an empty queue, up to `seconds`; returns the last counts, None when nobody answers any more."""
     deadline = time.monotonic() + seconds
     if not is_terminal(console.err):
-        console.warn(f"Waits until ComfyUI has nothing queued, at most {duration_words(seconds)}.")
+        console.warn(f"Waits until ComfyUI has nothing queued, at most {format_duration(seconds)}.")
     while True:
         counts = environment.queue()
         left = deadline - time.monotonic()
         if counts is None or not any(counts) or left <= 0:
             console.progress("")
             return counts
-        console.progress(f"   Waiting for ComfyUI's queue: {queue_words(*counts)}, at most {duration_words(left)} more")
+        console.progress(
+            f"   Waiting for ComfyUI's queue: {format_queue(*counts)}, at most {format_duration(left)} more"
+        )
         time.sleep(min(0.25, left))
 
 
@@ -9593,11 +9613,11 @@ def restart(console: Console, args: Arguments) -> Report:
     """Stop and start again with the same arguments."""
     environment = selected(console, args)
     cut_off = settle_queue(console, args, environment, "restart")
-    sight = environment.observe()
+    snapshot = environment.observe()
     words = environment.recorded_args()
-    if words is not None and sight.state != FOREIGN:
+    if words is not None and snapshot.state != FOREIGN:
         console.say("🔄 Restarting ComfyUI...")
-        previous = f"PID {sight.row.pid}" if sight.row else "not running"
+        previous = f"PID {snapshot.process.pid}" if snapshot.process else "not running"
         console.say(f"   Previous: {previous}, args: {' '.join(words) or '(none)'}")
     environment.restart(args.timeout)
     report = started_report(environment)
@@ -9648,12 +9668,12 @@ def repair(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     console.say("🔍 Checking for process/state issues...")
     data: dict[str, Any] = {"name": environment.name, "orphan_only": args.orphan, "cleaned": environment.clean_stale()}
-    found = [(row, orphan_data(environment, row)) for row in environment.orphans()]
+    found = [(process, orphan_data(environment, process)) for process in environment.orphans()]
     if found:
         console.result(f"\n⚠️  Found {len(found)} orphaned ComfyUI process(es):")
-    for row, item in found:
+    for process, item in found:
         console.result(orphan_line(item))
-        item["action"] = settle_orphan(console, args, environment, row)
+        item["action"] = settle_orphan(console, args, environment, process)
     data["orphans"] = [item for _, item in found]
     if not args.orphan:
         environment.require_comfyui()
@@ -9671,7 +9691,7 @@ def repair_content(console: Console, args: Arguments, environment: Environment) 
     if not (args.yes or args.remove_untracked) and track_found(console, environment, difference.found_nodes):
         done["tracked"], difference = difference.found_nodes, environment.nodes.compare()
     if difference.is_synced and not (args.remove_untracked and difference.found_nodes):
-        report = environment.nodes.bring_in_line()
+        report = environment.nodes.sync()
         return {**done, "synced": not report.problems, "problems": report.problems}
     console.result("\n⚠️  Environment needs repair:")
     for line in difference_lines(difference_data(difference)):
@@ -9701,7 +9721,7 @@ def put_right(
         done["moved"] = environment.nodes.move_untracked_aside(difference.extra_nodes + difference.found_nodes)
     else:
         done["tracked"] += [name for name in difference.extra_nodes if track(console, args, environment, name)]
-    report = environment.nodes.bring_in_line(correct_versions=True)
+    report = environment.nodes.sync(correct_versions=True)
     done.update(installed=report.installed, corrected=report.corrected, problems=report.problems)
     if done["moved"] or done["installed"] or done["corrected"]:
         offer_restart(console, args, environment, "The environment was repaired")
@@ -9735,20 +9755,20 @@ def agreed(console: Console, question: str, hint: str) -> bool:
     return bool(answer)
 
 
-def orphan_data(environment: Environment, row: ProcessRow) -> dict[str, Any]:
+def orphan_data(environment: Environment, process: Process) -> dict[str, Any]:
     """What there is to tell of an orphan."""
-    port = environment.config_of(Sighting(RUNNING, None, row, "untracked")).port
-    return {"pid": row.pid, "age": round(row.age(), 3), "port": port, "command": row.text}
+    port = environment.config_of(Snapshot(RUNNING, None, process, "untracked")).port
+    return {"pid": process.pid, "age": round(process.age(), 3), "port": port, "command": process.text}
 
 
-def settle_orphan(console: Console, args: Arguments, environment: Environment, row: ProcessRow) -> str:
+def settle_orphan(console: Console, args: Arguments, environment: Environment, process: Process) -> str:
     """Adopt or end an orphan as told, or as a terminal answers; returns what was done."""
     try:
         if args.adopt or (not args.end and console.ask("    Adopt it?", True)):
-            environment.take_back(row)
+            environment.take_back(process)
             return "adopted"
         if args.end or console.ask("    End it?", False):
-            environment.end_orphan(row)
+            environment.end_orphan(process)
             return "ended"
     except CDEnvironmentError as error:
         console.problem(error)
@@ -9837,7 +9857,7 @@ def node_update(console: Console, args: Arguments) -> Report:
     def is_wanted(name: str, old: str, new: str) -> bool:
         answer = True if args.yes else console.ask(f"Update {name} from {old[:12]} to {new[:12]}?", True)
         if answer is None:
-            hint = f"comfydock node update {as_word(name)} -y" + " --force" * args.force
+            hint = f"comfydock node update {quote(name)} -y" + " --force" * args.force
             raise CDEnvironmentError(f"{name} was not updated: no terminal to ask on", hint, "unsure")
         return answer
 
@@ -9890,7 +9910,7 @@ def is_at_work(console: Console, environment: Environment) -> bool:
     counts = environment.queue()
     if counts is None or not any(counts):
         return False
-    console.say(f"\n⚠️  ComfyUI is at work: {queue_words(*counts)}.")
+    console.say(f"\n⚠️  ComfyUI is at work: {format_queue(*counts)}.")
     return True
 
 
@@ -9957,7 +9977,7 @@ def logs(console: Console, args: Arguments) -> Report:
     else:
         for span in log_spans(environment, args.all, args.tail):
             copy_span(console, span)
-    return Report({}, environment.name, is_told=True)
+    return Report({}, environment.name, already_printed=True)
 
 
 def require_log(environment: Environment, args: Arguments) -> None:
@@ -10013,10 +10033,10 @@ def copy_span(console: Console, span: "tuple[str, int, int]") -> None:
         copy_bytes(log, console.raw, end - start)
 
 
-def lives_on(sight: Sighting) -> bool:
+def lives_on(snapshot: Snapshot) -> bool:
     """Whether a ComfyUI is there, or its monitor is about to start it again."""
-    noted = (sight.record.monitor if sight.record else None) or {}
-    return sight.state in LIVE_STATES or monitor_row(sight.record) is not None and not noted.get("gave_up")
+    noted = (snapshot.record.monitor if snapshot.record else None) or {}
+    return snapshot.state in LIVE_STATES or monitor_process(snapshot.record) is not None and not noted.get("gave_up")
 
 
 def follow_log(console: Console, environment: Environment, tail: int) -> None:
@@ -10029,7 +10049,7 @@ def follow_log(console: Console, environment: Environment, tail: int) -> None:
         now = time.monotonic()
         if now >= next_look:
             next_look = now + 0.5
-            if not console.is_heard():
+            if not console.has_reader():
                 raise BrokenPipeError
             last_alive = now if lives_on(environment.observe()) else last_alive
         if now - last_alive > FOLLOW_PATIENCE:
@@ -10042,7 +10062,7 @@ def completion(console: Console, args: Arguments) -> Report:
     """The script that teaches a shell our words; as it is, for a shell takes no other line ends."""
     if not console.json_mode:
         console.raw(args.help_text.encode())
-    return Report({"shell": args.shell, "text": args.help_text}, is_told=True)
+    return Report({"shell": args.shell, "text": args.help_text}, already_printed=True)
 
 
 def known_names(what: str, words: list[str]) -> list[str]:
@@ -10237,7 +10257,7 @@ COMMANDS = (
         "run",
         "start ComfyUI in the background; its own arguments pass through",
         run,
-        run_words,
+        format_run,
         (
             Option("-f --foreground", "stay and stream the log; Ctrl-C stops ComfyUI"),
             Option(
@@ -10267,7 +10287,7 @@ COMMANDS = (
         "stop",
         "stop ComfyUI and what it started",
         stop,
-        stop_words,
+        format_stop,
         (
             *QUEUE_OPTIONS,
             Option("--kill", "kill it at once"),
@@ -10280,7 +10300,7 @@ COMMANDS = (
         "restart",
         "stop and start again with the same arguments",
         restart,
-        restart_words,
+        format_restart,
         QUEUE_OPTIONS,
         examples=("comfydock restart",),
     ),
@@ -10288,15 +10308,15 @@ COMMANDS = (
         "status",
         "what ComfyUI is doing (exit code 3 when it is not running)",
         status,
-        status_words,
+        format_status,
         examples=("comfydock status", "comfydock -e dev status --json"),
     ),
-    Command("list", "all environments and what runs in them", list_all, list_words, examples=("comfydock list",)),
+    Command("list", "all environments and what runs in them", list_all, format_list, examples=("comfydock list",)),
     Command(
         "logs",
         "the log of this run; it is kept after a crash",
         logs,
-        text_words,
+        format_text,
         (
             Option("-f --follow", "the last 20 lines and what comes"),
             Option("-n --tail", "the last N lines", "N", as_count),
@@ -10312,7 +10332,7 @@ COMMANDS = (
         "create",
         "make an environment, with a ComfyUI of its own or of a folder that is there",
         create,
-        create_words,
+        format_create,
         (
             Option("--from", "adopt this ComfyUI folder, which stays where it is", "DIR", completes="folders"),
             Option("--comfyui", "the version: a tag, branch or commit (default: the newest release)", "REF"),
@@ -10334,7 +10354,7 @@ COMMANDS = (
         "node add",
         "add custom nodes: registry ids, git addresses, or folders with --dev",
         node_add,
-        node_words,
+        format_node,
         (
             Option("--dev", "the ID is a folder with your own work"),
             Option("--force", "replace what is in the way; your own changes are moved aside"),
@@ -10352,7 +10372,7 @@ COMMANDS = (
         "node remove",
         "remove custom nodes (development nodes are disabled, not deleted)",
         node_remove,
-        node_words,
+        format_node,
         RESTART_OPTIONS,
         (("ID...", "a node's name or id"),),
         examples=("comfydock node remove comfyui-kjnodes",),
@@ -10362,7 +10382,7 @@ COMMANDS = (
         "node update",
         "update custom nodes, or all of them",
         node_update,
-        node_words,
+        format_node,
         (
             Option("-y --yes", "do not ask"),
             Option("--force", "replace your own changes; they are moved aside"),
@@ -10374,13 +10394,17 @@ COMMANDS = (
         completes="nodes",
     ),
     Command(
-        "node list", "the custom nodes of an environment", node_list, node_list_words, examples=("comfydock node list",)
+        "node list",
+        "the custom nodes of an environment",
+        node_list,
+        format_node_list,
+        examples=("comfydock node list",),
     ),
     Command(
         "repair",
         "bring an environment in line with its manifest; settle lost processes",
         repair,
-        repair_words,
+        format_repair,
         (
             Option("-y --yes", "do not ask"),
             Option("--remove-untracked", "move nodes that the manifest does not have aside, into .cec/removed"),
@@ -10395,7 +10419,7 @@ COMMANDS = (
         "use",
         "choose the active environment",
         use,
-        use_words,
+        format_use,
         (),
         (("NAME", "the environment"),),
         examples=("comfydock use dev",),
@@ -10405,7 +10429,7 @@ COMMANDS = (
         "delete",
         "delete an environment (its logs, and a folder that was adopted, stay)",
         delete,
-        delete_words,
+        format_delete,
         (Option("-y --yes", "do not ask"),),
         (("NAME", "the environment"),),
         examples=("comfydock delete dev",),
@@ -10415,7 +10439,7 @@ COMMANDS = (
         "init",
         "set up a workspace elsewhere",
         init,
-        init_words,
+        format_init,
         (),
         (("[PATH]", "its folder"),),
         examples=("comfydock init /data/comfy",),
@@ -10425,7 +10449,7 @@ COMMANDS = (
         "completion",
         "print what makes a shell complete our words",
         completion,
-        text_words,
+        format_text,
         (),
         (("SHELL", ", ".join(SHELLS)),),
         examples=('eval "$(comfydock completion bash)"', "comfydock completion fish | source"),
@@ -10435,7 +10459,7 @@ COMMANDS = (
         "help",
         "how to use a command",
         show_help,
-        text_words,
+        format_text,
         (),
         (("[COMMAND...]", "a command"),),
         examples=("comfydock help run",),
@@ -10813,7 +10837,7 @@ EXCLUDE_EACH_OTHER = (
 def finish(command: Command, args: Arguments) -> "tuple[Command, Arguments]":
     """The command that is meant: help and version may stand behind any. Raises CDEnvironmentError with code "usage"."""
     if args.version:
-        return Command("version", "", show_version, text_words), args
+        return Command("version", "", show_version, format_text), args
     if args.help or command.name == "help":
         args.help_text = help_text_of(" ".join(args.command) if command.name == "help" else command.name)
         return COMMANDS[-1], args
@@ -10965,7 +10989,7 @@ def answer(console: Console, words: list[str]) -> int:
     """Do what `words` ask for and show the report; returns the exit code."""
     command, args = parse(words)
     console.quiet, console.colour = args.quiet, args.color
-    console.where = f" --workspace {as_word(args.workspace)}" if args.workspace else ""
+    console.where = f" --workspace {quote(args.workspace)}" if args.workspace else ""
     streams = args.foreground or not command.has_json and not args.rotate
     with traced(console.trace) if args.verbose else nullcontext():
         with nullcontext() if streams else console.ticking(command.name):

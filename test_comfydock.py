@@ -96,14 +96,14 @@ def temporary_folder(test):
 
 def alive(pid):
     """Whether a PID is a process that is not dead."""
-    row = dock.process_table().row(pid)
+    row = dock.process_table().process(pid)
     return row is not None and row.state != "zombie"
 
 
 def pause(pid):
     """Have a process stand still; Windows does not show that it does, but says so only then."""
     dock.signal_process(pid, "pause")
-    eventually(lambda: WINDOWS or dock.process_table().row(pid).state == "stopped")
+    eventually(lambda: WINDOWS or dock.process_table().process(pid).state == "stopped")
 
 
 def http_status(port, path="/system_stats"):
@@ -259,7 +259,7 @@ class Person:
 
     def processes(self):
         """Every process that has this home in its command line: ours alone."""
-        rows = dock.process_table().rows(containing=self.home)
+        rows = dock.process_table().processes(containing=self.home)
         return [row for row in rows if row.pid != os.getpid() and row.state != "zombie"]
 
     def clean_up(self):
@@ -834,7 +834,7 @@ class WordsForPeople(unittest.TestCase):
 
     def test_durations(self):
         cases = [(0, "0s"), (59.9, "59s"), (60, "1m"), (3600, "1h 0m"), (3900, "1h 5m"), (90000, "1d 1h"), (-5, "0s")]
-        self.assertEqual([dock.duration_words(seconds) for seconds, _ in cases], [words for _, words in cases])
+        self.assertEqual([dock.format_duration(seconds) for seconds, _ in cases], [words for _, words in cases])
 
     def test_names_of_new_environments(self):
         for name in ("a", "prod", "my-env_2.0", "A" * 63, "9lives"):
@@ -859,7 +859,7 @@ class WordsForPeople(unittest.TestCase):
 
     def test_made_valid_always_gives_a_valid_name(self):
         for name in ("ComfyUI", "my folder", "..", "", "logs", "été", "x" * 200, "-_-", "a."):
-            self.assertTrue(dock.is_new_name(dock.made_valid(name)), name)
+            self.assertTrue(dock.is_new_name(dock.sanitize_name(name)), name)
 
     def test_what_is_no_time_is_a_value_error(self):
         for stamp in (None, 7, "", "yesterday"):
@@ -1382,7 +1382,7 @@ class Signalling(Stage):
         )
         dock.signal_process(process.pid, "pause")
         if not WINDOWS:
-            self.assertTrue(eventually(lambda: dock.process_table().row(process.pid).state == "stopped"))
+            self.assertTrue(eventually(lambda: dock.process_table().process(process.pid).state == "stopped"))
         size = os.path.getsize(self.log)
         with self.assertRaises(AssertionError):
             eventually(lambda: os.path.getsize(self.log) != size, 0.3)
@@ -1417,7 +1417,7 @@ class Signalling(Stage):
             "own = subprocess.Popen([sys.executable, '-c', 'raise SystemExit(3)'])\n"
             "os.waitid(os.P_PID, own.pid, os.WEXITED | os.WNOWAIT)\n"
             "m.reap_strangers(own.pid)\n"
-            "print(m.process_table().row(stranger.pid), m.reap(own.pid))\n"
+            "print(m.process_table().process(stranger.pid), m.reap(own.pid))\n"
             "m.reap_strangers(own.pid)"
         )
         done = dock.run_command([sys.executable, "-c", code])
@@ -1440,7 +1440,7 @@ class Signalling(Stage):
 
     def test_exit_codes_are_put_into_words(self):
         cases = ((0, "code 0"), (3, "code 3"), (-2, "signal 2 (SIGINT)"), (-99, "signal 99"))
-        self.assertEqual([dock.exit_words(code) for code, _ in cases], [words for _, words in cases])
+        self.assertEqual([dock.format_exit(code) for code, _ in cases], [words for _, words in cases])
 
     def test_where_no_process_can_become_another_program_it_goes_on(self):
         with unittest.mock.patch.object(dock, "IS_WINDOWS", True):
@@ -1619,7 +1619,7 @@ class ReadingCapturedTexts(unittest.TestCase):
 
 class WhoRunsTheScript(Stage):
     def runs(self, command, joined=False, cwd="/x", script="/x/main.py"):
-        row = dock.ProcessRow(99, command=command.split(" ") if joined else command, joined=joined)
+        row = dock.Process(99, command=command.split(" ") if joined else command, joined=joined)
         return row.runs(script, lambda pid: cwd)
 
     CASES = (
@@ -1696,7 +1696,7 @@ class WhoRunsTheScript(Stage):
         self.assertTrue(self.runs(["python", os.path.join(link, "main.py")], script=self.script))
 
     def test_is_script_of_takes_a_name_in_a_folder_too(self):
-        row = dock.process_table().row(self.start().pid)
+        row = dock.process_table().process(self.start().pid)
         self.assertTrue(dock.is_script_of(row, self.script))
         self.assertTrue(dock.is_script_of(row, "main.py", self.folder))
         self.assertFalse(dock.is_script_of(row, os.path.join(self.folder, "other.py")))
@@ -1720,7 +1720,7 @@ class EverySource:
     def test_a_process_is_shown_as_it_is(self):
         begun = time.time()
         process = self.start(arguments=("--port", "9"))
-        row = self.table.row(process.pid)
+        row = self.table.process(process.pid)
         self.assertEqual((row.pid, row.ppid, row.state), (process.pid, os.getpid(), "running"))
         self.assertTrue(dock.is_python(row.name), row.name)
         self.assertLess(abs(row.created - begun), 3)
@@ -1734,12 +1734,12 @@ class EverySource:
 
     def test_the_listing_finds_it_by_a_word_of_its_command_line(self):
         process = self.start()
-        self.assertIn(process.pid, [row.pid for row in self.table.rows()])
-        self.assertIn(os.getpid(), [row.pid for row in self.table.rows()])
-        found = [row.pid for row in self.table.rows(containing="main.py") if row.runs(self.script, self.table.cwd)]
+        self.assertIn(process.pid, [row.pid for row in self.table.processes()])
+        self.assertIn(os.getpid(), [row.pid for row in self.table.processes()])
+        found = [row.pid for row in self.table.processes(containing="main.py") if row.runs(self.script, self.table.cwd)]
         self.assertEqual(found, [process.pid])
         self.assertEqual([row.pid for row in dock.comfyui_processes(self.folder)], [process.pid])
-        self.assertEqual(self.table.rows(containing="no such words anywhere"), [])
+        self.assertEqual(self.table.processes(containing="no such words anywhere"), [])
 
     def test_the_marker_is_read(self):
         process = self.start(env={"COMFYDOCK_RUN_ID": "run-7"})
@@ -1772,10 +1772,10 @@ class EverySource:
     @unittest.skipIf(WINDOWS, "POSIX zombies")
     def test_a_zombie_is_shown_as_one_and_counts_as_dead(self):
         process = self.start()
-        row = self.table.row(process.pid)
+        row = self.table.process(process.pid)
         identity = dock.identity_of(row)
         os.kill(process.pid, signal.SIGKILL)
-        self.assertTrue(eventually(lambda: self.table.row(process.pid).state == "zombie"))
+        self.assertTrue(eventually(lambda: self.table.process(process.pid).state == "zombie"))
         self.assertFalse(dock.is_process_alive(process.pid))
         self.assertIsNone(dock.find_process(process.pid, identity, self.script))
         self.assertTrue(dock.wait_for_exit(row, 5))
@@ -1785,14 +1785,14 @@ class EverySource:
         process = self.start()
         process.kill()
         process.wait()
-        self.assertTrue(eventually(lambda: self.table.row(process.pid) is None))
+        self.assertTrue(eventually(lambda: self.table.process(process.pid) is None))
         self.assertIsNone(self.table.cwd(process.pid))
         self.assertFalse(dock.is_process_alive(process.pid))
-        self.assertIsNone(self.table.row(2**31 - 2))
+        self.assertIsNone(self.table.process(2**31 - 2))
 
     def test_the_same_process_is_found_again_and_waited_for(self):
         process = self.start()
-        row = self.table.row(process.pid)
+        row = self.table.process(process.pid)
         self.assertEqual(dock.find_process(process.pid, dock.identity_of(row), self.script).pid, process.pid)
         self.assertFalse(dock.wait_for_exit(row, 0.05))
         process.kill()
@@ -1849,15 +1849,15 @@ class ChoosingTheSource(unittest.TestCase):
             unittest.mock.patch.object(dock, "process_facts", facts.get),
         ):
             table = dock.TasklistTable()
-            rows = table.rows()
+            rows = table.processes()
             self.assertEqual(
                 [(row.pid, row.name if "\\" not in row.text else "py") for row in rows],
                 [(0, "System Idle Process"), (288, "py")],
             )
             self.assertEqual((table.markers(), table.cwd(288)), ({288: "r"}, "D:\\x"))
-            self.assertEqual(table.row(288).command, [r"C:\p\python.exe", "main.py"])
-            self.assertIsNone(table.row(4012))
-            self.assertEqual(table.row(0).command, ["System Idle Process"])
+            self.assertEqual(table.process(288).command, [r"C:\p\python.exe", "main.py"])
+            self.assertIsNone(table.process(4012))
+            self.assertEqual(table.process(0).command, ["System Idle Process"])
 
     def test_a_process_whose_command_line_psutil_cannot_read_is_still_there(self):
         class Ending:
@@ -1877,7 +1877,7 @@ class ChoosingTheSource(unittest.TestCase):
         module = unittest.mock.Mock(Process=Ending, Error=LookupError)
         module.pids.return_value = [7, 9]
         with unittest.mock.patch.object(dock, "psutil_module", return_value=module):
-            self.assertEqual([(row.pid, row.name) for row in dock.PsutilTable().rows()], [(7, "python.exe")])
+            self.assertEqual([(row.pid, row.name) for row in dock.PsutilTable().processes()], [(7, "python.exe")])
             self.assertEqual(dock.PsutilTable().markers(), {})
 
     def test_a_psutil_that_fails_is_not_usable(self):
@@ -1913,7 +1913,7 @@ class ChoosingTheSource(unittest.TestCase):
             with self.subTest(text=text):
                 self.assertEqual(dock.hears_of_orphans(text), heard)
                 with unittest.mock.patch.object(dock, "read_text", lambda path, text=text: text):
-                    self.assertEqual(dock.careless_init() is None, heard)
+                    self.assertEqual(dock.non_reaping_init() is None, heard)
         self.assertTrue(dock.hears_of_orphans(""))
 
     def test_files_are_read_whole_and_what_is_none_reads_as_nothing(self):
@@ -1923,7 +1923,7 @@ class ChoosingTheSource(unittest.TestCase):
     @unittest.skipUnless(LINUX, "reads /proc")
     def test_a_process_that_ends_while_it_is_looked_at_is_none(self):
         with unittest.mock.patch.object(os, "read", side_effect=ProcessLookupError):
-            self.assertIsNone(dock.proc_row(os.getpid(), 0.0, 1))
+            self.assertIsNone(dock.proc_process(os.getpid(), 0.0, 1))
 
     def test_a_tool_that_is_missing_prints_nothing(self):
         self.assertEqual(dock.printed(["no-such-program-here"]), "")
@@ -1933,26 +1933,26 @@ class TheSameProcess(Stage):
     def setUp(self):
         super().setUp()
         self.pid = self.start().pid
-        self.row = dock.process_table().row(self.pid)
-        self.identity = dock.identity_of(self.row)
+        self.process = dock.process_table().process(self.pid)
+        self.identity = dock.identity_of(self.process)
 
     def find(self, script=None, **changes):
         return dock.find_process(self.pid, {**self.identity, **changes}, script or self.script)
 
     def test_another_start_under_the_same_pid_is_not_it(self):
         self.assertIsNotNone(self.find())
-        self.assertIsNone(self.find(start_ticks=(self.row.start_ticks or 0) + 1, created=self.row.created - 60))
+        self.assertIsNone(self.find(start_ticks=(self.process.start_ticks or 0) + 1, created=self.process.created - 60))
 
     @unittest.skipUnless(dock.is_usable("proc"), "needs /proc")
     def test_ticks_decide_whatever_the_clock_and_the_command_line_say(self):
         self.assertIsNotNone(self.find(created=0.0))
         self.assertIsNotNone(self.find(script="/another/main.py"))
-        self.assertIsNone(self.find(start_ticks=self.row.start_ticks - 1))
+        self.assertIsNone(self.find(start_ticks=self.process.start_ticks - 1))
 
     def test_without_ticks_creation_time_and_script_decide(self):
         self.assertIsNotNone(self.find(start_ticks=None))
-        self.assertIsNotNone(self.find(start_ticks=None, created=self.row.created + 1.5))
-        self.assertIsNone(self.find(start_ticks=None, created=self.row.created + 3))
+        self.assertIsNotNone(self.find(start_ticks=None, created=self.process.created + 1.5))
+        self.assertIsNone(self.find(start_ticks=None, created=self.process.created + 3))
         self.assertIsNone(self.find(start_ticks=None, script=os.path.join(self.folder, "other.py")))
 
     def test_without_identity_the_script_decides(self):
@@ -1963,14 +1963,14 @@ class TheSameProcess(Stage):
         self.assertIsNone(dock.find_process(os.getpid(), {}, self.script))
 
     def test_another_machine_namespace_or_boot_is_not_here(self):
-        self.assertEqual(dock.place_of(self.identity), "here")
-        self.assertEqual(dock.place_of({**self.identity, "machine": "other"}), "foreign")
+        self.assertEqual(dock.locate(self.identity), "here")
+        self.assertEqual(dock.locate({**self.identity, "machine": "other"}), "foreign")
         self.assertIsNone(self.find(machine="other"))
         if dock.boot_id():
-            self.assertEqual(dock.place_of({**self.identity, "boot_id": "other"}), "rebooted")
-            self.assertEqual(dock.place_of({**self.identity, "boot_id": "other", "machine": "other"}), "foreign")
+            self.assertEqual(dock.locate({**self.identity, "boot_id": "other"}), "rebooted")
+            self.assertEqual(dock.locate({**self.identity, "boot_id": "other", "machine": "other"}), "foreign")
         if dock.pid_namespace():
-            self.assertEqual(dock.place_of({**self.identity, "pid_ns": "1"}), "foreign")
+            self.assertEqual(dock.locate({**self.identity, "pid_ns": "1"}), "foreign")
 
     def test_what_is_no_pid_matches_nothing(self):
         for pid in (True, False, 0, 1, -1, -self.pid, str(self.pid), float(self.pid), None, 2**31, 2**70):
@@ -1985,36 +1985,36 @@ class TheSameProcess(Stage):
             calls.append(time.monotonic())
             return len(calls) == 4
 
-        self.assertFalse(dock.wait_for_exit(self.row, 60, meanwhile))
+        self.assertFalse(dock.wait_for_exit(self.process, 60, meanwhile))
         self.assertEqual(len(calls), 4)
         self.assertLess(calls[-1] - calls[0], 5)
 
     def test_waiting_works_where_there_is_no_handle(self):
         with unittest.mock.patch.object(dock, "wait_handle", lambda pid, seconds: None):
-            self.assertFalse(dock.wait_for_exit(self.row, 0.05))
+            self.assertFalse(dock.wait_for_exit(self.process, 0.05))
             dock.signal_process(self.pid, "kill")
-            self.assertTrue(dock.wait_for_exit(self.row, 20))
+            self.assertTrue(dock.wait_for_exit(self.process, 20))
 
     @unittest.skipIf(WINDOWS, "POSIX stops")
     def test_a_process_stands_still_once_it_is_paused_or_gone(self):
-        self.assertFalse(dock.stands_still(self.row))
+        self.assertFalse(dock.is_stopped(self.process))
         dock.signal_process(self.pid, "pause")
-        dock.await_standstill([self.row], 20)
-        self.assertTrue(dock.stands_still(self.row))
+        dock.await_standstill([self.process], 20)
+        self.assertTrue(dock.is_stopped(self.process))
         dock.signal_process(self.pid, "kill")
         eventually(lambda: dock.reap(self.pid) is not None)
-        self.assertTrue(dock.stands_still(self.row))
+        self.assertTrue(dock.is_stopped(self.process))
 
     def test_without_ticks_two_seconds_tell_one_start_from_another(self):
         for created, same in ((101.9, True), (102.1, False), (None, True)):
             with self.subTest(created=created):
-                self.assertEqual(
-                    dock.ProcessRow(9, created=100.0).is_as_old_as(dock.ProcessRow(9, created=created)), same
-                )
+                self.assertEqual(dock.Process(9, created=100.0).is_as_old_as(dock.Process(9, created=created)), same)
 
     def test_a_row_of_an_earlier_process_has_ended_already(self):
-        other = dock.ProcessRow(
-            self.pid, created=self.row.created - 60, start_ticks=self.row.start_ticks and self.row.start_ticks - 6000
+        other = dock.Process(
+            self.pid,
+            created=self.process.created - 60,
+            start_ticks=self.process.start_ticks and self.process.start_ticks - 6000,
         )
         self.assertTrue(dock.wait_for_exit(other, 0))
 
@@ -2048,37 +2048,37 @@ class TheFamily(Stage):
         child, orphan, deserter = (self.said(word)[0] for word in ("child", "grandchild", "marked"))
         for pid in (child, orphan, deserter):
             self.addCleanup(self.end_pid, pid)
-        row = dock.process_table().row(process.pid)
+        row = dock.process_table().process(process.pid)
         if not WINDOWS:
-            self.assertNotEqual(dock.process_table().row(orphan).ppid, process.pid)
-            self.assertEqual(dock.process_table().row(deserter).session, deserter)
-        family = [one.pid for one in dock.family_of(row, run_id)]
+            self.assertNotEqual(dock.process_table().process(orphan).ppid, process.pid)
+            self.assertEqual(dock.process_table().process(deserter).session, deserter)
+        family = [one.pid for one in dock.process_tree(row, run_id)]
         self.assertEqual(set(family), {process.pid, child, orphan, deserter})
         self.assertEqual(family[0], process.pid)
-        self.assertNotIn(deserter, [one.pid for one in dock.family_of(row, None)])
+        self.assertNotIn(deserter, [one.pid for one in dock.process_tree(row, None)])
         process.kill()
         process.wait()
-        left = {one.pid for one in dock.family_of(row, run_id)}
+        left = {one.pid for one in dock.process_tree(row, run_id)}
         self.assertEqual(left, {child, orphan, deserter})
 
     def test_neither_we_nor_those_above_us_are_family(self):
         code = (
             f"import os, sys; sys.path.insert(0, {HERE!r}); import comfydock as m\n"
-            f"t = m.process_table(); top = t.row({os.getpid()}); found = m.family_of(top, 'run-me')\n"
+            f"t = m.process_table(); top = t.process({os.getpid()}); found = m.process_tree(top, 'run-me')\n"
             f"print([r.pid for r in found if r.pid in ({os.getpid()}, os.getpid())], len(found) >= 0)"
         )
         done = dock.run_command([sys.executable, "-c", code], env={**os.environ, "COMFYDOCK_RUN_ID": "run-me"})
         self.assertEqual(done.stdout, "[] True\n", done.stderr)
 
     def test_a_process_older_than_its_parent_is_not_its_child(self):
-        parent = dock.ProcessRow(50, 1, created=100.0, start_ticks=1000)
+        parent = dock.Process(50, 1, created=100.0, start_ticks=1000)
         for child, expected in (
-            (dock.ProcessRow(51, 50, created=100.0, start_ticks=1001), True),
-            (dock.ProcessRow(51, 50, created=100.0, start_ticks=999), False),
-            (dock.ProcessRow(51, 50, created=90.0), False),
-            (dock.ProcessRow(51, 50), True),
-            (dock.ProcessRow(51, 49, start_ticks=2000), False),
-            (dock.ProcessRow(50, 50, start_ticks=1000), False),
+            (dock.Process(51, 50, created=100.0, start_ticks=1001), True),
+            (dock.Process(51, 50, created=100.0, start_ticks=999), False),
+            (dock.Process(51, 50, created=90.0), False),
+            (dock.Process(51, 50), True),
+            (dock.Process(51, 49, start_ticks=2000), False),
+            (dock.Process(50, 50, start_ticks=1000), False),
         ):
             with self.subTest(child=child):
                 self.assertEqual(child.can_be_child_of(parent), expected)
@@ -2087,8 +2087,8 @@ class TheFamily(Stage):
         process = self.start(FAMILY)
         for word in ("child", "grandchild", "marked"):
             self.addCleanup(self.end_pid, self.said(word)[0])
-        row = dock.process_table().row(process.pid)
-        old = dock.ProcessRow(
+        row = dock.process_table().process(process.pid)
+        old = dock.Process(
             row.pid,
             row.ppid,
             row.session,
@@ -2097,17 +2097,17 @@ class TheFamily(Stage):
             row.created - 60,
             row.start_ticks and row.start_ticks - 6000,
         )
-        self.assertEqual(dock.family_of(old, None), [])
+        self.assertEqual(dock.process_tree(old, None), [])
 
     @unittest.skipIf(WINDOWS, "fork")
     def test_forked_workers_with_the_same_command_line_are_not_shown_as_more_comfyuis(self):
         process = self.start(WORKERS)
-        row = dock.process_table().row(process.pid)
-        family = dock.family_of(row, None)
+        row = dock.process_table().process(process.pid)
+        family = dock.process_tree(row, None)
         for one in family[1:]:
             self.addCleanup(self.end_pid, one.pid)
         self.assertEqual(len(family), 3)
-        self.assertEqual(len(dock.process_table().rows(containing=self.script)), 3)
+        self.assertEqual(len(dock.process_table().processes(containing=self.script)), 3)
         self.assertEqual([one.pid for one in dock.comfyui_processes(self.folder)], [process.pid])
 
 
@@ -2136,7 +2136,7 @@ class SomeoneElse(Stage):
     def test_another_users_process_is_seen_and_not_signalled_and_nothing_raises(self):
         run_id = str(uuid.uuid4())
         process = self.start(env={"COMFYDOCK_RUN_ID": run_id})
-        row = dock.process_table().row(process.pid)
+        row = dock.process_table().process(process.pid)
         identity = dock.identity_of(row)
 
         def look():
@@ -2147,7 +2147,7 @@ class SomeoneElse(Stage):
                 table.cwd(process.pid),
                 table.markers().get(process.pid),
                 table.listeners(1),
-                [one.pid for one in dock.family_of(seen, run_id)] == [process.pid],
+                [one.pid for one in dock.process_tree(seen, run_id)] == [process.pid],
             ]
             try:
                 dock.signal_process(process.pid, "kill")
@@ -2164,7 +2164,7 @@ sys.path.insert(0, sys.argv[1])
 import comfydock as m
 start = lambda: subprocess.Popen([sys.executable, sys.argv[2]], stdout=subprocess.DEVNULL)
 first = start()
-identity = m.identity_of(m.process_table().row(first.pid))
+identity = m.identity_of(m.process_table().process(first.pid))
 same = m.find_process(first.pid, identity, sys.argv[2]) is not None
 first.kill(); first.wait()
 while time.clock_gettime(time.CLOCK_BOOTTIME) * m.clock_ticks() < identity["start_ticks"] + 2: pass
@@ -2241,13 +2241,13 @@ class ProbesKnowWhatAnswers(unittest.TestCase):
             (stats(["main.py"]), dock.HEALTHY),
             (b"HTTP/1.0 401 No\r\n\r\n", dock.HEALTHY),
             (b"HTTP/1.0 403 No\r\n\r\n", dock.HEALTHY),
-            (b"HTTP/1.0 404 No\r\n\r\n", dock.STRANGER),
-            (b"HTTP/1.0 302 Go\r\nLocation: http://example.org/\r\n\r\n", dock.STRANGER),
-            (b"HTTP/1.0 200 OK\r\n\r\n{}", dock.STRANGER),
-            (b"HTTP/1.0 200 OK\r\n\r\n[]", dock.STRANGER),
-            (b"HTTP/1.0 200 OK\r\n\r\n" + b"[" * 100000, dock.STRANGER),
-            (b"SSH-2.0-OpenSSH\r\n", dock.STRANGER),
-            (b"", dock.STRANGER),
+            (b"HTTP/1.0 404 No\r\n\r\n", dock.OTHER_SERVICE),
+            (b"HTTP/1.0 302 Go\r\nLocation: http://example.org/\r\n\r\n", dock.OTHER_SERVICE),
+            (b"HTTP/1.0 200 OK\r\n\r\n{}", dock.OTHER_SERVICE),
+            (b"HTTP/1.0 200 OK\r\n\r\n[]", dock.OTHER_SERVICE),
+            (b"HTTP/1.0 200 OK\r\n\r\n" + b"[" * 100000, dock.OTHER_SERVICE),
+            (b"SSH-2.0-OpenSSH\r\n", dock.OTHER_SERVICE),
+            (b"", dock.OTHER_SERVICE),
         ]
         for text, kind in cases:
             with self.subTest(text=text[:40]):
@@ -2258,11 +2258,11 @@ class ProbesKnowWhatAnswers(unittest.TestCase):
 
     def test_a_dripping_server_costs_no_more_than_the_timeout(self):
         found, took = self.probe(dripping)
-        self.assertEqual(found.kind, dock.SILENT)
+        self.assertEqual(found.kind, dock.TIMEOUT)
         self.assertLess(took, 1.5)
 
     def test_an_endless_body_is_given_up(self):
-        self.assertIn(self.probe(endless, 5)[0].kind, (dock.STRANGER, dock.SILENT))
+        self.assertIn(self.probe(endless, 5)[0].kind, (dock.OTHER_SERVICE, dock.TIMEOUT))
 
     def test_nobody_there_is_refused(self):
         self.assertEqual(dock.probe(dock.ComfyUIConfig("127.0.0.1", free_port()), 2).kind, dock.REFUSED)
@@ -2285,7 +2285,7 @@ class ProbesKnowWhatAnswers(unittest.TestCase):
             began = time.monotonic()
             answers = dock.probe_all(configs, 0.5)
             self.assertLess(time.monotonic() - began, 2.5)
-        self.assertEqual({answer.kind for answer in answers}, {dock.SILENT})
+        self.assertEqual({answer.kind for answer in answers}, {dock.TIMEOUT})
 
 
 class TheQueueIsCounted(unittest.TestCase):
@@ -3206,10 +3206,10 @@ class RemovalTest(InWorkshop):
                 raise OSError(errno.EBUSY, "in use")
 
         with unittest.mock.patch.object(dock, "BUSY_RETRIES", 2):
-            dock.persist(rename, self.precious)
+            dock.retry_while_busy(rename, self.precious)
             self.assertEqual(len(tries), 2)
             with self.assertRaises(dock.CDEnvironmentError) as caught:
-                dock.persist(rename, self.precious)
+                dock.retry_while_busy(rename, self.precious)
         self.assertIn(f"{self.precious} cannot be changed: in use", caught.exception.message)
         self.assertEqual((caught.exception.code, len(tries)), ("in-use", 4))
 
@@ -3772,7 +3772,7 @@ class CreateTest(InWorkshop):
         with self.assertRaises(dock.CDEnvironmentError) as caught:
             self.make(paths, source=Workshop.comfyui, comfyui="v0.9.0")
         self.assertEqual(caught.exception.code, "exists")
-        self.assertIn(f"comfydock create env --source {dock.as_word(Workshop.comfyui)}", caught.exception.hint)
+        self.assertIn(f"comfydock create env --source {dock.quote(Workshop.comfyui)}", caught.exception.hint)
         self.assertEqual(self.make(paths, source=Workshop.comfyui)[0].comfyui_version, "v0.10.0")
 
     def test_killed_at_any_step_it_is_never_complete_and_resumes(self):
@@ -3876,7 +3876,7 @@ class DeleteTest(InWorkshop):
         self.assertTrue(report.is_synced)
         self.assertEqual((report.found_nodes, report.extra_nodes), (["mine"], []))
         self.assertEqual(manager.requirement_folders(), [])
-        manager.bring_in_line()
+        manager.sync()
         self.assertEqual(git(checkout, "status", "--porcelain"), "?? custom_nodes/mine/")
         self.assertEqual(manager.track("mine").source, "development")
         self.assertEqual(manager.compare().found_nodes, [])
@@ -4240,7 +4240,7 @@ class ChangeTest(NodeCase):
             os.rename(folder, place)
             with self.subTest(place=place):
                 self.assertEqual(self.manager.compare().missing_nodes, [])
-                self.assertEqual(self.manager.bring_in_line().installed, [])
+                self.assertEqual(self.manager.sync().installed, [])
                 self.assertFalse(os.path.exists(folder))
             os.rename(place, folder)
 
@@ -4253,10 +4253,10 @@ class ChangeTest(NodeCase):
         result = self.manager.update_node("Asleep")
         self.assertEqual((result.changed, "is disabled" in result.message), (False, True))
         self.assertFalse(os.path.exists(folder))
-        self.manager.bring_in_line()
-        self.assertTrue(self.manager.is_in_line())
+        self.manager.sync()
+        self.assertTrue(self.manager.is_synced())
         shutil.rmtree(f"{folder}.disabled")
-        self.assertFalse(self.manager.is_in_line())
+        self.assertFalse(self.manager.is_synced())
 
     def test_a_clone_that_is_tracked_keeps_its_branch_unless_it_is_the_usual_one(self):
         repository = make_repository("Cloned", {"__init__.py": ""})
@@ -4385,9 +4385,9 @@ class ChangeTest(NodeCase):
             {item["name"]: item["actual"] for item in report.version_mismatches},
             {"drifted": "2.0.0", "Moved-On": pinned},
         )
-        done = self.manager.bring_in_line()
+        done = self.manager.sync()
         self.assertEqual((done.installed, done.corrected, done.problems), (["lost"], [], []))
-        done = self.manager.bring_in_line(correct_versions=True)
+        done = self.manager.sync(correct_versions=True)
         self.assertEqual((done.corrected, [line.split(":")[0] for line in done.problems]), (["Moved-On"], ["drifted"]))
         self.assertEqual(self.manager.track("stray").source, "development")
         write(os.path.join(self.nodes, "junk", "precious.py"), "x")
@@ -4397,17 +4397,17 @@ class ChangeTest(NodeCase):
         self.assertEqual(self.manager.compare().extra_nodes, [])
 
     def test_nothing_changed_costs_nothing(self):
-        self.assertFalse(self.manager.is_in_line())
-        self.manager.bring_in_line()
+        self.assertFalse(self.manager.is_synced())
+        self.manager.sync()
         with unittest.mock.patch.object(dock, "run_command", side_effect=AssertionError("a program was run")):
-            self.assertTrue(self.manager.is_in_line())
+            self.assertTrue(self.manager.is_synced())
         for path in (os.path.join(self.paths.comfyui, "requirements.txt"), self.paths.manifest):
             with open(path, "a", encoding="utf-8") as file:
                 file.write("# changed\n")
-            self.assertFalse(self.manager.is_in_line())
-            self.manager.bring_in_line()
+            self.assertFalse(self.manager.is_synced())
+            self.manager.sync()
         os.makedirs(os.path.join(self.nodes, "new"))
-        self.assertFalse(self.manager.is_in_line())
+        self.assertFalse(self.manager.is_synced())
 
     def test_tracking_knows_what_a_folder_is(self):
         repository = make_repository("Tracked", {"__init__.py": ""})
@@ -4468,7 +4468,7 @@ class KilledTest(NodeCase):
 
     def check(self):
         manifest = dock.read_manifest(self.paths)
-        self.manager.bring_in_line()
+        self.manager.sync()
         report = self.manager.compare()
         self.assertEqual((report.missing_nodes, report.extra_nodes, report.interrupted), ([], [], 0))
         self.assertEqual([name for name in os.listdir(self.nodes) if name.startswith(".")], [])
@@ -4608,13 +4608,13 @@ class OddMachines(unittest.TestCase):
         with unittest.mock.patch.object(
             dock, "Packages", side_effect=dock.CDEnvironmentError("no pip, no uv", "install uv", code="no-pip")
         ):
-            self.assertEqual(manager.bring_in_line().problems, [])
+            self.assertEqual(manager.sync().problems, [])
         self.assertIn("warning: no pip, no uv, so its packages were not looked at: install uv", said)
-        self.assertFalse(manager.is_in_line())  # pip may be there next time
+        self.assertFalse(manager.is_synced())  # pip may be there next time
         with unittest.mock.patch.object(
             dock, "Packages", side_effect=dock.CDEnvironmentError("broken", code="packages")
         ):
-            self.assertRaises(dock.CDEnvironmentError, manager.bring_in_line)
+            self.assertRaises(dock.CDEnvironmentError, manager.sync)
 
     @unittest.skipIf(WINDOWS, "a script as a program")
     def test_of_several_pythons_the_one_with_pytorch_is_taken(self):
@@ -4769,8 +4769,8 @@ class UvTest(InWorkshop):
                 self.assertEqual(installer.freeze(), before)
             manager.add_node("uv-node0")
             self.assertIn("uv-only==1.0", installer.freeze())
-            manager.bring_in_line()
-            self.assertTrue(manager.is_in_line())
+            manager.sync()
+            self.assertTrue(manager.is_synced())
 
 
 def run_and_die(body, step):
@@ -4804,36 +4804,36 @@ for name in ("write_atomic", "move", "remove_file", "remove_tree", "make_folder"
 class EndingAProcess(Stage):
     def setUp(self):
         super().setUp()
-        self.process = self.start()
-        self.row = dock.process_table().row(self.process.pid)
+        self.child = self.start()
+        self.process = dock.process_table().process(self.child.pid)
 
     def test_one_that_survives_even_the_kill_is_told(self):
         signals = []
         with unittest.mock.patch.object(dock, "signal_process", lambda pid, how: signals.append(how)):
             with unittest.mock.patch.object(dock, "wait_for_exit", lambda row, seconds, meanwhile: False):
                 with self.assertRaisesRegex(dock.CDEnvironmentError, "did not end, not even when killed"):
-                    dock.end_politely(self.row, 4)
+                    dock.terminate(self.process, 4)
         self.assertEqual([how for how in signals if how != "continue"], ["interrupt", "terminate", "kill"])
 
     def test_one_of_another_user_is_left_alone_and_told(self):
         with unittest.mock.patch.object(dock, "signal_process", side_effect=PermissionError):
-            self.assertFalse(dock.signal_row(self.row, "interrupt"))
+            self.assertFalse(dock.signal_process_of(self.process, "interrupt"))
             with self.assertRaises(dock.CDEnvironmentError) as caught:
-                dock.end_politely(self.row, 0)
-            dock.wake(self.row)
+                dock.terminate(self.process, 0)
+            dock.resume(self.process)
         self.assertEqual(caught.exception.code, "permission")
         self.assertIn(f"PID {self.process.pid}", caught.exception.message)
 
     def test_one_that_ends_by_itself_meanwhile_is_ended(self):
         with unittest.mock.patch.object(dock, "signal_process", side_effect=ProcessLookupError):
-            self.assertTrue(dock.signal_row(self.row, "kill"))
-            with dock.paused([self.row]):
+            self.assertTrue(dock.signal_process_of(self.process, "kill"))
+            with dock.paused([self.process]):
                 pass
         self.assertTrue(alive(self.process.pid))
 
     def test_the_exit_code_is_told_once_it_is_there(self):
-        self.process.kill()
-        self.assertTrue(dock.wait_for_exit(self.row, 20))
+        self.child.kill()
+        self.assertTrue(dock.wait_for_exit(self.process, 20))
         self.assertEqual(dock.exit_code_of(self.process.pid), 1 if WINDOWS else -9)
         if not WINDOWS:
             self.assertIsNone(dock.exit_code_of(self.process.pid))
@@ -4846,13 +4846,13 @@ class EndingAProcess(Stage):
             dock.CDEnvironmentError(**error)
 
     def test_a_server_elsewhere_is_not_ours(self):
-        row = dock.ProcessRow(1, command=[sys.executable, self.script, "--cpu"])
+        row = dock.Process(1, command=[sys.executable, self.script, "--cpu"])
         cases = [(None, True), ([self.script, "--cpu"], True), ([self.script], True), (["main.py", "--cpu"], False),
                  ([self.script + "x"], False), (["main.py"], False)]  # fmt: skip
         for argv, ours in cases:
             with self.subTest(argv=argv):
                 self.assertEqual(dock.is_own_argv(argv, row, self.script), ours)
-        by_hand = dock.ProcessRow(1, command=["python", "main.py", "--cpu"])
+        by_hand = dock.Process(1, command=["python", "main.py", "--cpu"])
         self.assertTrue(dock.is_own_argv(["main.py", "--cpu"], by_hand, self.script))
 
 
@@ -5363,7 +5363,7 @@ class MakingAWorkspace(unittest.TestCase):
                     workspace.adopt(checkout, "a", sys.executable)
             environment = workspace.get_environment("a")
             self.assertFalse(environment.is_complete)
-            places = [dock.as_word(path) for path in (os.path.realpath(checkout), sys.executable)]
+            places = [dock.quote(path) for path in (os.path.realpath(checkout), sys.executable)]
             command = f"comfydock create a --from {places[0]} --python {places[1]}"
             self.assertEqual(environment.report()["resume"], command)
             said = self.refusal(workspace.create, dock.CreateOptions("a", no_install=True), lambda line: None)
@@ -5394,7 +5394,7 @@ class MakingAWorkspace(unittest.TestCase):
             with self.assertRaises(KeyboardInterrupt):
                 workspace.create(dock.CreateOptions("x", **options), lambda line: None)
         environment = workspace.get_environment("x")
-        command = f"comfydock create x --source {dock.as_word(code)} --torch-backend auto --no-install"
+        command = f"comfydock create x --source {dock.quote(code)} --torch-backend auto --no-install"
         self.assertEqual(environment.report()["resume"], command)
         art = os.path.join(environment.paths.comfyui, "output", "art.png")
         write(art, "precious")
@@ -5593,7 +5593,7 @@ class TheSleeper(Stage):
 
     def test_where_no_process_can_become_it_the_monitor_waits_itself(self):
         process = self.child()
-        row = dock.process_table().row(process.pid)
+        row = dock.process_table().process(process.pid)
         self.assertFalse(dock.wait_for_exit(row, 0.05, pause=0.5))
         with unittest.mock.patch.object(dock, "wait_handle", lambda pid, seconds: None):
             self.assertFalse(dock.wait_for_exit(row, 0.05, pause=0.5))
@@ -5826,7 +5826,7 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
         console.work("pip talks")
         console.warn("careful")
         data = {"pid": 7, "url": "http://x", "log": "/l"}
-        console.show("run", dock.Report(data), dock.run_words)
+        console.show("run", dock.Report(data), dock.format_run)
         self.assertEqual(out.getvalue().splitlines()[0], "✓ ComfyUI started in background (PID 7)")
         self.assertNotIn("Tip", out.getvalue())
         self.assertEqual(err.getvalue(), "⚠ careful\n")
@@ -6516,7 +6516,7 @@ class Foreground(Journey):
         text = read_until(child, "To see the GUI go to")
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)", text)[1])
         self.assertEqual(http_status(port), 200)
-        rows = dock.process_table().rows(containing=self.person.program)
+        rows = dock.process_table().processes(containing=self.person.program)
         inner = next(row for row in rows if row.command[-1] == str(port) and row.command[1] == self.person.program)
         dock.signal_process(inner.pid, "terminate")
         self.assertEqual(child.wait(30), 143)
@@ -6628,7 +6628,7 @@ class StoppingAndNothingElse(Journey):
 
     def test_a_pid_that_is_another_python_now_is_never_signalled(self):
         child = self.bystander()
-        row = dock.process_table().row(child.pid)
+        row = dock.process_table().process(child.pid)
         for identity in ({}, {**dock.identity_of(row), "start_ticks": (row.start_ticks or 0) - 1, "created": 1.0}):
             with self.subTest(identity=identity):
                 shutil.rmtree(self.person.workspace, ignore_errors=True)
@@ -6716,7 +6716,7 @@ class StoppingAndNothingElse(Journey):
         self.assertEqual(done.returncode, 0, done.stderr)
 
     def test_a_state_from_before_a_reboot_is_not_running(self):
-        here = dock.identity_of(dock.process_table().row(os.getpid()))
+        here = dock.identity_of(dock.process_table().process(os.getpid()))
         if here["boot_id"] is None:
             self.skipTest("this system names no boots")
         self.write_state(pid=os.getpid(), identity={**here, "boot_id": "before"})
@@ -6765,9 +6765,9 @@ class NobodyGetsLost(Journey):
     def test_what_runs_is_not_brought_in_line(self):
         self.run_demo()
         environment = dock.Workspace(self.person.workspace).get_environment("demo")
-        self.assertFalse(environment.nodes.is_in_line())
-        with unittest.mock.patch.object(dock.NodeManager, "bring_in_line", side_effect=AssertionError):
-            self.assertEqual(environment.bring_in_line(), dock.SyncReport())
+        self.assertFalse(environment.nodes.is_synced())
+        with unittest.mock.patch.object(dock.NodeManager, "sync", side_effect=AssertionError):
+            self.assertEqual(environment.sync(), dock.SyncReport())
 
     def test_what_a_stop_that_was_broken_off_has_told_to_end_is_awaited_by_run(self):
         data = self.run_demo(COMFYDOCK_DEMO_STOP_SECONDS="1.5")
@@ -6906,7 +6906,7 @@ class WhatUsersMet(Journey):
         done = self.person.types("-e", "demo", "repair", "-y", "--json")
         said = json.loads(done.stdout)
         self.assertEqual((done.returncode, said["ok"], said["error"]["code"]), (1, False, "repair"), done.stderr)
-        self.assertIn(f"node remove {dock.as_word('my node')}", said["error"]["message"])
+        self.assertIn(f"node remove {dock.quote('my node')}", said["error"]["message"])
 
     @needs_links
     def test_a_node_is_the_folder_one_stands_in_but_not_what_holds_all_nodes(self):
@@ -6984,7 +6984,7 @@ class WhatUsersMet(Journey):
         self.addCleanup(waiting.communicate)
         environment = self.environment_of_person()
         record = dock.read_state(environment.paths.state)
-        record.monitor = {"pid": waiting.pid, "identity": dock.identity_of(dock.process_table().row(waiting.pid))}
+        record.monitor = {"pid": waiting.pid, "identity": dock.identity_of(dock.process_table().process(waiting.pid))}
         dock.write_state(environment.paths.state, record)
         self.assertIn("its monitor starts it no more", self.person.types("stop").stdout)
         self.assertIn("is not running", self.person.types("stop").stdout)
@@ -6995,7 +6995,7 @@ class WhatUsersMet(Journey):
         with unittest.mock.patch.object(dock.Environment, "observe", side_effect=PermissionError(errno.EACCES, "no")):
             listed = dock.Workspace(self.person.workspace).reports()
         self.assertEqual([item["state"] for item in listed], [dock.UNKNOWN])
-        said = list(dock.list_words({"environments": listed}))
+        said = list(dock.format_list({"environments": listed}))
         self.assertIn("(unknown, ⚠ unreadable state file)", said[-1])
         self.assertTrue(environment.is_running())
 
@@ -7045,7 +7045,7 @@ class WhatUsersMet(Journey):
     @unittest.skipIf(WINDOWS, "whoever starts a monitor there is not told by a marker")
     def test_a_monitor_belongs_to_no_family_of_the_shell_it_was_typed_in(self):
         self.run_demo("--monitor", COMFYDOCK_RUN_ID="another")
-        monitor = dock.process_table().row(self.person.state()["monitor"]["pid"])
+        monitor = dock.process_table().process(self.person.state()["monitor"]["pid"])
         self.assertNotEqual(dock.run_id_of(monitor), "another")
 
     def test_a_monitored_start_that_fails_shows_the_last_lines(self):
@@ -7067,7 +7067,9 @@ class WhatUsersMet(Journey):
             answer = saying(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(text), text))
             with self.subTest(script=script), listening(data["port"], answer):
                 told = self.person.status()
-                self.assertEqual((told["state"], told["answer"], told["queue"]), (dock.STARTING, dock.STRANGER, None))
+                self.assertEqual(
+                    (told["state"], told["answer"], told["queue"]), (dock.STARTING, dock.OTHER_SERVICE, None)
+                )
                 self.assertIn("Another program answers on port", self.person.types("status").stdout)
                 self.assertIsNone(self.environment_of_person().queue())
 
@@ -7109,7 +7111,7 @@ class WhatUsersMet(Journey):
     def test_paths_in_hints_are_left_as_they_are_and_quoted_where_they_must_be(self):
         place = os.path.join(self.person.home, "my comfydock list", ".comfydock")
         done = self.person.types("init", place)
-        self.assertIn(f"--workspace {dock.as_word(place)} list", done.stdout)
+        self.assertIn(f"--workspace {dock.quote(place)} list", done.stdout)
 
     @unittest.skipIf(WINDOWS, "no modes of files on Windows")
     def test_a_rotated_log_is_its_owners_to_read(self):
@@ -7143,15 +7145,18 @@ class WhatUsersMet(Journey):
         self.assertTrue(alive(self.person.state()["pid"]))
 
     def test_a_log_is_followed_as_long_as_a_monitor_starts_comfyui_again(self):
-        row = dock.ProcessRow(os.getpid(), command=["python"])
+        row = dock.Process(os.getpid(), command=["python"])
         record = dock.ProcessState.from_dict(PLANS_STATE)
         for monitor, present, followed in (
             (None, None, False), ({"gave_up": None}, row, True), ({"gave_up": "6 crashes"}, row, False), ({"gave_up": None}, None, False),
         ):  # fmt: skip
             record.monitor = monitor
-            with self.subTest(monitor=monitor), unittest.mock.patch.object(dock, "monitor_row", return_value=present):
-                self.assertEqual(dock.lives_on(dock.Sighting(dock.CRASHED, record)), followed)
-        self.assertTrue(dock.lives_on(dock.Sighting(dock.STARTING)))
+            with (
+                self.subTest(monitor=monitor),
+                unittest.mock.patch.object(dock, "monitor_process", return_value=present),
+            ):
+                self.assertEqual(dock.lives_on(dock.Snapshot(dock.CRASHED, record)), followed)
+        self.assertTrue(dock.lives_on(dock.Snapshot(dock.STARTING)))
 
     def test_restart_while_the_monitor_waits_to_start_it_again(self):
         data = self.run_demo("--monitor")
@@ -7894,11 +7899,11 @@ class Monitored(Journey):
         return self.person.state()["monitor"]["pid"]
 
     def is_asleep(self):
-        row = dock.process_table().row(self.monitor_pid())
+        row = dock.process_table().process(self.monitor_pid())
         return row is not None and "wait_beside" in row.text
 
     def crash(self, pid):
-        row = dock.process_table().row(pid)
+        row = dock.process_table().process(pid)
         dock.signal_process(pid, "kill")
         self.assertTrue(dock.wait_for_exit(row, 10))
 
@@ -8154,7 +8159,7 @@ class EveryWayToHaveIt(Journey):
 
     def test_one_file_that_was_copied(self):
         path = os.path.join(self.folder, "comfydock.py")
-        self.assertIn(f"{dock.as_word(path)} -e demo logs", self.goes_all_the_way(path))
+        self.assertIn(f"{dock.quote(path)} -e demo logs", self.goes_all_the_way(path))
         self.assertEqual([name for name in os.listdir(self.folder) if name != "__pycache__"], ["comfydock.py"])
 
     def test_as_a_module(self):
@@ -8283,7 +8288,9 @@ class Trouble(Journey):
         self.assertEqual(keeper.stdout.readline(), b"ready\n")
         inside = keeper.pid
         if options:  # unshare has forked
-            inside = eventually(lambda: [row for row in dock.process_table().rows() if row.ppid == keeper.pid])[0].pid
+            inside = eventually(lambda: [row for row in dock.process_table().processes() if row.ppid == keeper.pid])[
+                0
+            ].pid
         spaces = [f"--mount=/proc/{inside}/ns/mnt", *([f"--pid=/proc/{inside}/ns/pid"] if options else [])]
         self.person.prefix = ["nsenter", *spaces]
         return inside
@@ -8430,7 +8437,7 @@ class KilledAnywhere(Trouble):
                 kills += self.killed(point, *words)
                 self.assertQuiet(person.types("-e", "demo", "status"), 0)
                 self.assertEqual((person.state()["pid"], person.state()["phase"]), (pid, "running"))
-                eventually(lambda: dock.process_table().row(pid).state == "running")
+                eventually(lambda: dock.process_table().process(pid).state == "running")
         self.assertEqual(http_status(json.loads(done.stdout)["data"]["port"]), 200)
         self.assertQuiet(person.types("stop"), 0)
         log = os.path.join(person.workspace, "logs", "demo", "comfyui.log")
@@ -8512,8 +8519,10 @@ class ManyAtOnce(Trouble):
         dock.signal_process(old.pid, "kill")
         eventually(lambda: not alive(old.pid))
         with unittest.mock.patch.object(dock, "comfyui_processes", restarted_meanwhile):
-            sight = environment.observe()
-        self.assertEqual((sight.state, sight.note, sight.row.pid), ("running", "", self.person.state()["pid"]))
+            snapshot = environment.observe()
+        self.assertEqual(
+            (snapshot.state, snapshot.note, snapshot.process.pid), ("running", "", self.person.state()["pid"])
+        )
 
 
 class DisksAndFolders(Trouble):
@@ -9142,7 +9151,7 @@ class DamagedFiles(Trouble):
 
     def test_state_files(self):
         self.person.environment("a")
-        here = dock.identity_of(dock.process_table().row(os.getpid()))
+        here = dock.identity_of(dock.process_table().process(os.getpid()))
         record = dock.ProcessState.from_dict(
             {**PLANS_STATE, "pid": os.getpid(), "identity": {**here, "start_ticks": 1, "created": 1.0}}
         )
@@ -9538,7 +9547,7 @@ def bench_follow_burst(bench):
 def bench_orphans(bench):
     def scan():
         began = time.perf_counter()
-        dock.ProcTable().rows(containing="main.py")
+        dock.ProcTable().processes(containing="main.py")
         return time.perf_counter() - began
 
     crowd = [os.posix_spawnp("sleep", ["sleep", "600"], os.environ) for _ in range(2000)]
@@ -9563,7 +9572,7 @@ def sleeping_monitor(bench):
         "last_check"
     ]  # noted by `run --wait`; the monitor wakes once to note its own
     eventually(lambda: bench.person.state()["health"]["last_check"] != first)
-    eventually(lambda: "wait_beside" in dock.process_table().row(pid).text)
+    eventually(lambda: "wait_beside" in dock.process_table().process(pid).text)
     time.sleep(1)
     return pid
 
@@ -9609,7 +9618,7 @@ CASES = {  # name: (what is measured, the reference, what to reach, unit, how)
 
 
 def measure(name):
-    """One row of the table as a dict; "error" says why it cannot be measured here."""
+    """One process of the table as a dict; "error" says why it cannot be measured here."""
     what, against, goal, unit, how = CASES[name]
     row = {"name": name, "what": what, "unit": unit, "reference": against or None, "goal": goal}
     try:
