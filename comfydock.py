@@ -65,7 +65,9 @@ if TYPE_CHECKING:
     from dataclasses import dataclass, field
     from datetime import timedelta
     from pathlib import Path
-    from typing import IO, Any, BinaryIO, Optional, Union
+    from typing import IO, Any, BinaryIO, Optional, TypeVar, Union
+
+    Thing = TypeVar("Thing")
 else:
     Any = object
 
@@ -795,6 +797,17 @@ IS_WINDOWS = sys.platform == "win32"
 
 # How soon a program that refuses its arguments has ended: 0.05 s (observed); Windows looks for viruses first.
 EARLY_END_SECONDS = 1.0 if IS_WINDOWS else 0.25
+
+
+def until(question: "Callable[[], Thing]", seconds: float, pause: float = 0.01) -> "Thing":
+    """Ask until the answer is true, for so many seconds (infinity, too), and return the last answer.
+
+    The question is asked at once, then every `pause` seconds, a last time when the time is up.
+    """
+    deadline = time.monotonic() + seconds
+    while not (answer := question()) and (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(pause, left))
+    return answer
 
 
 def files_are_locked_in_use() -> bool:
@@ -2587,9 +2600,7 @@ def non_reaping_init() -> Optional[str]:
 
 def await_standstill(processes: list[Process], seconds: float = 1.0) -> None:
     """Wait until paused processes stand still: a stop is asked for, and each thread heeds it by itself."""
-    deadline = time.monotonic() + seconds
-    while not all(map(is_stopped, processes)) and time.monotonic() < deadline:
-        time.sleep(0.001)
+    until(lambda: all(map(is_stopped, processes)), seconds, 0.001)
 
 
 def is_stopped(process: Process) -> bool:
@@ -7374,9 +7385,7 @@ class Environment:
 
     @staticmethod
     def _await_port(record: ProcessState) -> None:
-        deadline = time.monotonic() + 5
-        while is_port_bound(record.port, host=record.host) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: not is_port_bound(record.port, host=record.host), 5, 0.02)
 
 
 def _state_word(snapshot: Snapshot, answer: Answer) -> str:
