@@ -125,80 +125,33 @@ def no_progress(line: str) -> None:
 if not TYPE_CHECKING:
 
     class field:
-        """Stands for dataclasses.field: a default that is made anew for each record."""
+        """Stand for dataclasses.field: a default that is made anew for each record."""
 
         def __init__(self, default_factory):
             self.default_factory = default_factory
 
-    class FieldsOnDemand:
-        """The `__dataclass_fields__` of a record: who asks (asdict, replace, is_dataclass ...) gets the real ones."""
-
-        def __init__(self, kind, defaults):
-            self.kind, self.defaults = kind, defaults
-
-        def real(self):
-            """The record as dataclasses makes it."""
-            import dataclasses
-
-            columns = []
-            for name, type_ in self.kind.__annotations__.items():
-                default = self.defaults.get(name, dataclasses.MISSING)
-                if isinstance(default, field):
-                    default = dataclasses.field(default_factory=default.default_factory)
-                columns.append((name, type_) if default is dataclasses.MISSING else (name, type_, default))
-            return dataclasses.make_dataclass(self.kind.__name__, columns)
-
-        def __get__(self, record, asker):  # the asker may be a class derived from the record's
-            real = self.real()
-            for name in ("__dataclass_params__", "__dataclass_fields__"):
-                setattr(self.kind, name, getattr(real, name))
-            return real.__dataclass_fields__
-
-    class SignatureOnDemand:
-        """The `__signature__` of a record's class, for inspect and help()."""
-
-        def __init__(self, fields):
-            self.fields = fields
-
-        def __get__(self, record, asker):
-            import inspect
-
-            return inspect.signature(self.fields.real())
-
     def dataclass(kind):
-        """Stands for dataclasses.dataclass, which writes and compiles the methods of each class at every start.
-
-        Not offered: inheritance among records, and what nobody here needs (order, frozen, slots, copy.replace).
-        """
-        names = tuple(kind.__annotations__)
+        """Stand for dataclasses.dataclass, whose import costs as much as the interpreter: init, equality and repr."""
+        names = list(kind.__annotations__)
         defaults = {name: value for name, value in vars(kind).items() if name in names}
-        made_anew = {name: value.default_factory for name, value in defaults.items() if isinstance(value, field)}
-        known = frozenset(names)
-        needed = known - defaults.keys()
 
         def __init__(self, *values, **named):
             given = {**dict(zip(names, values)), **named}
-            if len(given) < len(values) + len(named) or not needed <= given.keys() <= known:
-                wrong = sorted(given.keys() - known) or sorted(needed - given.keys()) or "given twice"
-                raise TypeError(f"{kind.__name__}({', '.join(names)}): unknown, missing or repeated: {wrong}")
-            vars(self).update({**defaults, **{name: make() for name, make in made_anew.items()}, **given})
-            if hasattr(kind, "__post_init__"):
-                self.__post_init__()
-
-        def values_of(record):
-            return [getattr(record, name) for name in names]
+            if len(given) < len(values) + len(named) or not set(names) - set(defaults) <= set(given) <= set(names):
+                raise TypeError(f"{kind.__name__}({', '.join(names)}): an argument is missing, unknown or repeated")
+            for name in names:
+                default = defaults.get(name)
+                made = default.default_factory() if isinstance(default, field) and name not in given else default
+                setattr(self, name, given.get(name, made))
+            getattr(self, "__post_init__", bool)()
 
         def __eq__(self, other):
-            return values_of(self) == values_of(other) if type(other) is type(self) else NotImplemented
+            return vars(self) == vars(other) if type(other) is kind else NotImplemented
 
         def __repr__(self):
-            return f"{kind.__name__}({', '.join(f'{name}={value!r}' for name, value in zip(names, values_of(self)))})"
+            return f"{kind.__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
-        for name in made_anew:
-            delattr(kind, name)
         kind.__init__, kind.__eq__, kind.__hash__, kind.__repr__ = __init__, __eq__, None, __repr__
-        fields = FieldsOnDemand(kind, defaults)
-        kind.__match_args__, kind.__dataclass_fields__, kind.__signature__ = names, fields, SignatureOnDemand(fields)
         return kind
 
 
