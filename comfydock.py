@@ -636,11 +636,12 @@ class EnvironmentPaths:
 
     IGNORED = (
         ".comfyui.state .comfyui.state.damaged .comfyui.last .comfyui.lock .content.lock .complete "
-        ".create.json .manifest.json .sync.json removed/ *.tmp"
+        ".manifest.json .sync.json removed/ *.tmp"
     ).split()
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self.name = os.path.basename(root)
         self.cec = os.path.join(root, ".cec")
         inside = os.path.join(self.cec, "")
         self.manifest = inside + "pyproject.toml"
@@ -652,7 +653,6 @@ class EnvironmentPaths:
         self.content_lock = inside + ".content.lock"
         self.gitignore = inside + ".gitignore"
         self.removed = inside + "removed"
-        self.creation = inside + ".create.json"
         self.stamp = inside + ".sync.json"
         self.python_version = inside + ".python-version"
         self.venv = os.path.join(root, ".venv")
@@ -5778,198 +5778,170 @@ class NodeManager:
 
 # Creating and deleting an environment
 
-CREATE_MESSAGE = "Initial environment setup"
 DISK_NEEDED = {"code": 500, "cpu": 4000, "other": 12000}  # MB: the code, PyTorch for the CPU, for a graphics card
 
 
-@dataclass
-class CreateOptions:
-    """What `create` was asked for.
+def create_environment(
+    paths: EnvironmentPaths,
+    tell: Progress,
+    *,
+    comfyui: Optional[str] = None,
+    source: Optional[str] = None,
+    python: Optional[str] = None,
+    torch_backend: str = "auto",
+    no_install: bool = False,
+) -> None:
+    """Make an environment in stages, each of which looks at its own result: run again it goes on where it broke off.
 
     `source` is a git address, a folder or an archive (path or address); `comfyui` a tag, branch or commit, None for the
-    newest release; `python` an interpreter's path or a version such as 3.12.
+    newest release; `python` an interpreter's path or a version such as 3.12. Raises CDEnvironmentError: code "exists"
+    as `claimed` does, or when an unfinished environment has another ComfyUI; else as the stages do.
+    """
+    with claimed(paths):
+        check_space(paths, "code" if no_install or os.path.isdir(paths.venv) else torch_backend)
+        if not os.path.isdir(paths.comfyui):
+            with stage("ComfyUI", tell):  # beside its place, then renamed: a folder ComfyUI is a whole one
+                remove_tree(paths.partial)
+                fetch_comfyui(source, comfyui, paths.partial, tell)
+                move(paths.partial, paths.comfyui)
+        settings = code_facts(paths.comfyui, source, comfyui)
+        make_folder(custom_nodes_of(paths.comfyui))
+        frozen: list[str] = []
+        if not no_install:
+            settings["python_version"] = ensure_venv(paths, python, tell)
+            frozen = install_packages(paths, torch_backend, tell)
+        settings["torch_backend"] = torch_backend
+        text = first_manifest(paths, settings, requirement_lines(node_requirements(paths.comfyui)), frozen)
+        parse_toml(text, paths.manifest, None if no_install else venv_python(paths.venv))
+        write_atomic(paths.manifest, text.encode(), 0o644)
+        start_history(paths, tell)
+        write_atomic(paths.complete, b"", 0o644)
+
+
+@contextmanager
+def claimed(paths: EnvironmentPaths, adopts: Optional[str] = None) -> Iterator[None]:
+    """Hold an environment's folder while it becomes one; when nothing comes of it, nothing stays.
+
+    `adopts` is the checkout that it is to adopt. Raises CDEnvironmentError (code "exists") for one that is complete or
+    was to become another, and for a folder of somebody else: ours begins with its lock.
     """
 
-    name: str
-    source: Optional[str] = None
-    comfyui: Optional[str] = None
-    python: Optional[str] = None
-    torch_backend: str = "auto"
-    no_install: bool = False
+    def refuse() -> None:
+        if os.path.exists(paths.complete):
+            raise CDEnvironmentError(f"{paths.root} already holds an environment", "choose another name", "exists")
+        begun = last_known_manifest(paths).comfyui_path
+        if begun not in (None, adopts) or adopts and any(map(os.path.lexists, (paths.partial, paths.comfyui))):
+            message = f"{paths.root} is another environment, whose creation was interrupted"
+            hint = f"{create_command(paths)}  (or: comfydock delete {quote(paths.name)})"
+            raise CDEnvironmentError(message, hint, "exists")
 
-
-def create_environment(paths: EnvironmentPaths, options: CreateOptions, tell: Progress) -> None:
-    """Make an environment; run again after a failure or a kill it goes on with the first stage that is not done.
-
-    Raises CDEnvironmentError: code "exists" when there is a complete environment, a folder of somebody else, or an
-    unfinished environment that was begun with other options; else as the stages do. Once there is ComfyUI's code, what
-    was made stays for the next try, without `.complete`.
-    """
+    refuse()
     is_new = not os.path.lexists(paths.root)
-    claim_place(paths, None)
+    found = [] if is_new else os.listdir(paths.root) + (os.listdir(paths.cec) if os.path.isdir(paths.cec) else [])
+    if set(found) - {os.path.basename(paths.cec)} and not os.path.exists(paths.content_lock):
+        raise CDEnvironmentError(f"{paths.root} exists and is no unfinished environment", "use another name", "exists")
+    make_folder(paths.cec)
     try:
-        go_on_with_creation(paths, options, tell)
+        with locked(paths.content_lock, 5.0, f"create {paths.name}"):
+            refuse()  # another command may have completed it meanwhile
+            yield
     except BaseException:
-        is_empty = not os.path.exists(paths.complete) and not os.path.exists(paths.comfyui)
-        if is_new and is_empty and not is_held(paths.content_lock):
+        kept = (paths.complete, paths.manifest, paths.comfyui)
+        if is_new and not any(map(os.path.exists, kept)) and not is_held(paths.content_lock):
             with suppress(CDEnvironmentError, OSError):
-                remove_tree(paths.root)  # nothing came of it: nothing stays
+                remove_tree(paths.root)
         raise
 
 
-def go_on_with_creation(paths: EnvironmentPaths, options: CreateOptions, tell: Progress) -> None:
-    """Do the stages that are not done."""
-    with locked(paths.content_lock, 5.0, f"create {options.name}"):
-        claim_place(paths, None)  # another command may have completed it meanwhile
-        creation = Creation(paths, options, tell)
-        creation.check_space()
-        creation.stage("ComfyUI", creation.get_comfyui)
-        if not options.no_install:
-            creation.stage("Python", creation.make_venv)
-            creation.stage("PyTorch", creation.install_torch)
-            creation.stage("requirements", creation.install_requirements)
-        creation.stage("manifest", creation.write_manifest)
-        creation.stage("git", lambda: start_history(paths, tell))
-        creation.finish()
-
-
-def claim_place(paths: EnvironmentPaths, adopts: Optional[str], python: Optional[str] = None) -> None:
-    """Make the environment's folder, unless there is one that is complete, not ours, or to become another one.
-
-    `adopts` is the checkout that it is to adopt, with which `python`; None when it gets a ComfyUI of its own.
-    """
-    if os.path.exists(paths.complete):
-        raise CDEnvironmentError(f"{paths.root} already holds an environment", "choose another name", "exists")
-    if os.path.exists(paths.creation):
-        record = read_json(paths.creation)
-        if record and record.get("adopts") != adopts:
-            message = f"{paths.root} is another environment, whose creation was interrupted"
-            hint = f"{command_to_resume(paths)}  (or: comfydock delete {quote(os.path.basename(paths.root))})"
-            raise CDEnvironmentError(message, hint, "exists")
-        return
-    root, cec = (os.listdir(folder) if os.path.isdir(folder) else [] for folder in (paths.root, paths.cec))
-    if set(root) - {os.path.basename(paths.cec)} or not all(name.endswith(".tmp") for name in cec):
-        raise CDEnvironmentError(f"{paths.root} exists and is no unfinished environment", "use another name", "exists")
-    make_folder(paths.cec)
-    write_atomic(paths.creation, json.dumps({"adopts": adopts, "python": python}).encode())
-
-
-def command_to_resume(paths: EnvironmentPaths) -> str:
+def create_command(paths: EnvironmentPaths) -> str:
     """What to type to go on with a creation that was interrupted."""
-    record = read_json(paths.creation)
-    asked = record.get("options")
-    given = {**record, "from": record.get("adopts"), **(asked if isinstance(asked, dict) else {})}
-    flags = ("from", "source", "comfyui", "python", "torch_backend")
-    words = [f" --{name.replace('_', '-')} {quote(given[name])}" for name in flags if isinstance(given.get(name), str)]
-    no_install = " --no-install" if given.get("no_install") is True else ""
-    return f"comfydock create {quote(os.path.basename(paths.root))}{''.join(words)}{no_install}"
+    adopted = last_known_manifest(paths).comfyui_path
+    return f"comfydock create {quote(paths.name)}" + (f" --from {quote(adopted)}" if adopted else "")
 
 
-class Creation:
-    """An environment being made: the stages that are `done` and the `facts` they found out are kept on disk."""
+@contextmanager
+def stage(title: str, tell: Progress) -> Iterator[None]:
+    """Tell of one stage of a creation, and how long it took."""
+    tell(f"{title} ...")
+    began = time.monotonic()
+    yield
+    tell(f"{title}: done in {time.monotonic() - began:.1f} s")
 
-    def __init__(self, paths: EnvironmentPaths, options: CreateOptions, tell: Progress) -> None:
-        self.paths, self.options, self.tell = paths, options, tell
-        self.python = venv_python(paths.venv)
-        record = read_json(paths.creation)
-        has_begun = record.get("done") or os.path.isdir(paths.comfyui)
-        if has_begun and record.get("options") not in (None, vars(options)):
-            raise CDEnvironmentError(
-                f"environment '{options.name}' is unfinished, and was begun with other options",
-                f"{command_to_resume(paths)}  (or, to begin anew: comfydock delete {quote(options.name)})",
-                "exists",
-            )
-        self.done: list[str] = record.get("done", [])
-        self.facts: dict[str, Any] = record.get("facts", {})
-        self.save()
 
-    def save(self) -> None:
-        """Write down how far it has come."""
-        record = {"options": self.options.__dict__, "done": self.done, "facts": self.facts}
-        write_atomic(self.paths.creation, json.dumps(record).encode())
+def check_space(paths: EnvironmentPaths, backend: str) -> None:
+    """Refuse to begin what cannot end. Sizes are measured: 1.7 GB of packages for the CPU, 5 to 8 GB else."""
+    import shutil
 
-    def stage(self, title: str, work: Callable[[], None]) -> None:
-        """Do one stage unless it is done; tell how long it took."""
-        if title in self.done:
-            return
-        self.tell(f"{title} ...")
-        start = time.monotonic()
-        work()
-        self.tell(f"{title}: done in {time.monotonic() - start:.1f} s")
-        self.done.append(title)
-        self.save()
+    backend = detect_torch_backend() if backend == "auto" else backend
+    needed = DISK_NEEDED.get(backend, DISK_NEEDED["other"])
+    free = shutil.disk_usage(paths.root).free // MEGABYTE
+    if free < needed:
+        message = f"{paths.root} has {free} MB free, about {needed} MB are needed"
+        raise CDEnvironmentError(message, "make room, or use another --workspace", "disk-full")
 
-    def check_space(self) -> None:
-        """Refuse to begin what cannot end. Sizes are measured: 1.7 GB of packages for the CPU, 5 to 8 GB else."""
-        import shutil
 
-        code_only = self.options.no_install or "PyTorch" in self.done
-        backend = self.options.torch_backend
-        backend = detect_torch_backend() if backend == "auto" and not code_only else backend
-        needed = DISK_NEEDED["code" if code_only else "cpu" if backend == "cpu" else "other"]
-        free = shutil.disk_usage(self.paths.root).free // MEGABYTE
-        if free < needed:
-            message = f"{self.paths.root} has {free} MB free, about {needed} MB are needed"
-            raise CDEnvironmentError(message, "make room, or use another --workspace", "disk-full")
+def ensure_venv(paths: EnvironmentPaths, python: Optional[str], tell: Progress) -> str:
+    """Make the venv, with pip in it as ComfyUI-Manager needs it, unless it is there; return its Python's version.
 
-    def get_comfyui(self) -> None:
-        """Fetch ComfyUI beside its place, then rename: a folder ComfyUI is a whole one."""
-        if not os.path.isdir(self.paths.comfyui):
-            remove_tree(self.paths.partial)
-            self.facts["comfyui_version"] = fetch_comfyui(self.options, self.paths.partial, self.tell)
-            self.save()
-            move(self.paths.partial, self.paths.comfyui)
-        self.facts = code_facts(self.paths.comfyui, self.facts.get("comfyui_version"))
-        make_folder(custom_nodes_of(self.paths.comfyui))
-
-    def make_venv(self) -> None:
-        """A new venv with pip in it, as ComfyUI-Manager needs it."""
-        remove_tree(self.paths.venv)
-        make_venv(self.paths.venv, self.options.python)
-        words = "import sys; print('%d.%d' % sys.version_info[:2])"
-        version = run_command([self.python, "-c", words], timeout=60.0).stdout.strip()
+    `.python-version` is written when the venv is whole.
+    """
+    interpreter, version = venv_python(paths.venv), read_text(paths.python_version)
+    wanted = version if python is None else python if python[:1].isdigit() else version_of_python(python)
+    if version and os.path.exists(interpreter) and wanted.startswith(version):
+        return version
+    with stage("Python", tell):
+        remove_file(paths.python_version)
+        remove_tree(paths.venv)
+        make_venv(paths.venv, python)
+        version = version_of_python(interpreter)
         if not version:
-            raise CDEnvironmentError(f"{self.python} does not run", "name another --python", "python")
-        self.facts["python_version"] = version
-        write_atomic(self.paths.python_version, f"{version}\n".encode(), 0o644)
+            raise CDEnvironmentError(f"{interpreter} does not run", "name another --python", "python")
+        write_atomic(paths.python_version, f"{version}\n".encode(), 0o644)
+    return version
 
-    def install_torch(self) -> None:
-        """PyTorch from its own index, before the requirements: else the usual index decides for which hardware."""
-        find_installer(self.python).install_torch(self.options.torch_backend, self.tell)
 
-    def install_requirements(self) -> None:
-        """What ComfyUI itself needs, PyTorch held as it is."""
-        if node_requirements(self.paths.comfyui).strip():
-            packages = Packages(self.python, self.paths.cec)
-            packages.install([self.paths.comfyui], self.tell)
+def version_of_python(python: str) -> str:
+    """Return "3.12" for an interpreter that works, else ""."""
+    words = "import sys; print('%d.%d' % sys.version_info[:2])"
+    try:
+        return str(run_command([python, "-c", words], timeout=60.0).stdout.strip())
+    except CDEnvironmentError:
+        return ""
+
+
+def install_packages(paths: EnvironmentPaths, backend: str, tell: Progress) -> list[str]:
+    """Install PyTorch and what ComfyUI needs; return what is installed then.
+
+    PyTorch comes first and from its own index: else the usual index decides for which hardware.
+    """
+    python = venv_python(paths.venv)
+    installer = find_installer(python)
+    frozen = installer.freeze()
+    is_other = backend != "auto" and held_index(frozen) not in (None, torch_index(backend))
+    if is_other or not set(map(package_name, frozen)).issuperset(TORCH_PACKAGES):
+        with stage("PyTorch", tell):
+            if is_other:
+                installer.uninstall(TORCH_PACKAGES)
+            installer.install_torch(backend, tell)
+    if node_requirements(paths.comfyui).strip():
+        with stage("requirements", tell):
+            packages = Packages(python, paths.cec)
+            packages.install([paths.comfyui], tell)
             remove_file(packages.constraints)
-
-    def write_manifest(self) -> None:
-        """The manifest, in the tables of 1.0.x."""
-        frozen = [] if self.options.no_install else find_installer(self.python).freeze()
-        needed = requirement_lines(node_requirements(self.paths.comfyui))
-        settings = {**self.facts, "torch_backend": self.options.torch_backend}
-        text = first_manifest(self.options.name, settings, needed, held_packages(frozen))
-        parse_toml(text, self.paths.manifest, None if self.options.no_install else self.python)
-        write_atomic(self.paths.manifest, text.encode(), 0o644)
-
-    def finish(self) -> None:
-        """The last stage: from here on it is an environment."""
-        write_atomic(self.paths.complete, b"", 0o644)
-        remove_file(self.paths.creation)
+    return installer.freeze()
 
 
 def start_history(paths: EnvironmentPaths, tell: Progress) -> None:
     """Make the manifest's git repository, where there is a git that works: the environment does without."""
     try:
-        GitManager(paths.cec).initialize_environment_repo(CREATE_MESSAGE)
+        GitManager(paths.cec).initialize_environment_repo("Initial environment setup")
     except CDEnvironmentError as error:
         tell(f"warning: no history is kept of the manifest: {error.message}")
 
 
-def fetch_comfyui(options: CreateOptions, folder: str, tell: Progress) -> Optional[str]:
-    """Bring ComfyUI's code into a new folder; the version that was chosen, None where only the code itself tells."""
-    source, version = options.source or COMFYUI_REPOSITORY, None
+def fetch_comfyui(source: Optional[str], reference: Optional[str], folder: str, tell: Progress) -> None:
+    """Bring ComfyUI's code into a new folder."""
+    source = source or COMFYUI_REPOSITORY
     is_folder = os.path.isdir(source)
     is_archive = source.lower().endswith((".zip", ".tar.gz", ".tgz")) and not is_folder
     is_plain = is_folder and not os.path.lexists(os.path.join(source, ".git")) and not source.endswith(".git")
@@ -5978,31 +5950,28 @@ def fetch_comfyui(options: CreateOptions, folder: str, tell: Progress) -> Option
     )
     if is_plain and not os.path.isfile(main_script(source)):
         raise no_comfyui
-    if options.comfyui and (is_archive or is_plain):
-        message = f"{source} is no repository, so it has no {options.comfyui}"
+    if reference and (is_archive or is_plain):
+        message = f"{source} is no repository, so it has no {reference}"
         raise CDEnvironmentError(message, "leave --comfyui out", "usage")
     if is_archive:
         unpack_code(source, folder, tell)
     elif is_plain:
         copy_any(source, folder)
     else:
-        version = fetch_repository(os.path.abspath(source) if is_folder else source, options.comfyui, folder, tell)
+        fetch_repository(os.path.abspath(source) if is_folder else source, reference, folder, tell)
     if not os.path.isfile(main_script(folder)):
         raise no_comfyui
-    return version
 
 
-def fetch_repository(url: str, reference: Optional[str], folder: str, tell: Progress) -> Optional[str]:
-    """ComfyUI by git, or without git as the archive that GitHub makes of it; returns the reference it chose, if any."""
+def fetch_repository(url: str, reference: Optional[str], folder: str, tell: Progress) -> None:
+    """ComfyUI by git, or without git as the archive that GitHub makes of it."""
     check_repository(url)
     reference = reference or newest_release(url)
     tell(f"fetching {url} {reference or '(no release: its default branch)'}")
     if git_path() is not None:
-        clone(url, reference, folder)
-    else:
-        check_reference(reference or "HEAD")
-        unpack_code(f"https://github.com/{github_name(url)}/archive/{reference or 'HEAD'}.tar.gz", folder, tell)
-    return reference
+        return clone(url, reference, folder)
+    check_reference(reference or "HEAD")
+    unpack_code(f"https://github.com/{github_name(url)}/archive/{reference or 'HEAD'}.tar.gz", folder, tell)
 
 
 def unpack_code(source: str, folder: str, tell: Progress) -> None:
@@ -6021,16 +5990,35 @@ def unpack_code(source: str, folder: str, tell: Progress) -> None:
         remove_file(archive)
 
 
-def code_facts(folder: str, version: Optional[str] = None) -> dict[str, Any]:
-    """What the manifest says of a checkout, in the words of 1.0.x; the code's own version counts when none is given."""
+def code_facts(folder: str, source: Optional[str] = None, reference: Optional[str] = None) -> dict[str, Any]:
+    """What the manifest says of a checkout, in the words of 1.0.x.
+
+    `source` and `reference` are what was asked for. Raises CDEnvironmentError when a clone is of something else.
+    """
     path = os.path.join(folder, "comfyui_version.py")
     found = re.search(r"""__version__\s*=\s*["']([^"']+)""", read_any_text(path)) if os.path.isfile(path) else None
-    version = version or (f"v{found.group(1)}" if found else None)
+    tag = git_answer(["describe", "--tags", "--exact-match", "--match=v[0-9]*"], folder)
+    version = tag or (f"v{found.group(1)}" if found else None)
+    commit, remote = git_answer(["rev-parse", "HEAD"], folder), remote_of(folder)
+    is_other = (
+        commit and reference and git_answer(["rev-parse", "--verify", f"{reference}^{{commit}}"], folder) != commit
+    )
+    if (
+        is_other
+        or remote
+        and source
+        and not same_repository(remote, os.path.abspath(source) if os.path.isdir(source) else source)
+    ):
+        message = (
+            f"{folder} is {version or 'another version'} from {remote or 'an archive'}, which was asked for before"
+        )
+        raise CDEnvironmentError(message, "comfydock delete NAME, to begin anew", "exists")
+    version = reference or version
     kind = "commit" if re.fullmatch(COMMIT, version or "") else "branch" if version else None
     return {
         "comfyui_version": version,
         "comfyui_version_type": "release" if re.fullmatch(r"v?\d+\.\d+\.\d+", version or "") else kind,
-        "comfyui_commit_sha": git_answer(["rev-parse", "HEAD"], folder),
+        "comfyui_commit_sha": commit,
     }
 
 
@@ -6056,16 +6044,18 @@ def make_venv(folder: str, python: Optional[str]) -> None:
         raise CDEnvironmentError(message, hint, "python")
 
 
-def first_manifest(name: str, settings: dict[str, Any], requirements: list[str], held: list[str]) -> str:
+def first_manifest(
+    paths: EnvironmentPaths, settings: dict[str, Any], requirements: list[str], frozen: list[str]
+) -> str:
     """The text of a new environment's manifest; the tables of uv are those by which it finds the same PyTorch again."""
     project = {
-        "name": f"comfydock-env-{name}",
+        "name": f"comfydock-env-{paths.name}",
         "version": "0.1.0",
         "requires-python": f">={settings.get('python_version') or '3.9'}",
         "dependencies": requirements,
     }
     tables: dict[str, dict[str, Any]] = {"[project]": project, "[tool.comfydock]": settings}
-    torch = [line for line in held if package_name(line) in TORCH_PACKAGES]
+    torch = [line for line in held_packages(frozen) if package_name(line) in TORCH_PACKAGES]
     index = held_index(torch)
     if index:
         title = "pytorch-" + index.removeprefix(TORCH_INDEX)
@@ -6075,33 +6065,27 @@ def first_manifest(name: str, settings: dict[str, Any], requirements: list[str],
     return toml_text(tables)
 
 
-def adopt_environment(paths: EnvironmentPaths, name: str, comfyui: str, python: str, tell: Progress) -> Manifest:
+def adopt_environment(paths: EnvironmentPaths, comfyui: str, python: str, tell: Progress) -> None:
     """Make an environment of a checkout that is there already; nothing is written into it.
 
     The nodes in it are recorded as found: left alone until somebody has them tracked.
     """
     comfyui = os.path.realpath(comfyui)
-    if not os.path.isfile(main_script(comfyui)):
-        raise CDEnvironmentError(f"{comfyui} holds no ComfyUI: there is no main.py", "name another folder", "not-found")
     if has_control(comfyui) or has_control(python):
         message = f"no manifest can hold such a path: {comfyui!r}, {python!r}"
         raise CDEnvironmentError(message, "rename the folder", "path")
-    claim_place(paths, comfyui, python)
-    with locked(paths.content_lock, 5.0, f"create {name}"):
-        claim_place(paths, comfyui, python)  # another command may have completed it meanwhile
+    with claimed(paths, comfyui):
         settings = {**code_facts(comfyui), "comfyui_path": comfyui, "python_path": python}
-        write_atomic(paths.manifest, first_manifest(name, settings, [], []).encode(), 0o644)
+        write_atomic(paths.manifest, first_manifest(paths, settings, [], []).encode(), 0o644)
         found = NodeManager(paths, python, tell).folders()
         change_settings(paths, {"found_nodes": found or None}, python)
         start_history(paths, tell)
         write_atomic(paths.complete, b"", 0o644)
-        remove_file(paths.creation)
-    return read_manifest(paths, python)
 
 
-def write_demo_manifest(paths: EnvironmentPaths, name: str, python: str) -> None:
+def write_demo_manifest(paths: EnvironmentPaths, python: str) -> None:
     """The manifest of the built-in demo, which runs on the Python that comfydock itself runs on."""
-    project = {"name": f"comfydock-env-{name}", "version": "0.1.0"}
+    project = {"name": f"comfydock-env-{paths.name}", "version": "0.1.0"}
     text = toml_text({"[project]": project, "[tool.comfydock]": {"demo": True, "python_path": python}})
     make_folder(paths.cec)
     write_atomic(paths.manifest, text.encode(), 0o644)
@@ -6532,7 +6516,7 @@ class Environment:
             "note": snapshot.note or None,
             "demo": self.manifest.demo,
             "complete": is_complete,
-            "resume": None if is_complete else command_to_resume(self.paths),
+            "resume": None if is_complete else create_command(self.paths),
             "missing": self.missing_script if is_complete else None,
             "pid": process.pid if process else None,
             "host": config.host if process else None,
@@ -6767,10 +6751,10 @@ class Environment:
 
     def require_complete(self) -> None:
         """Raises CDEnvironmentError for an environment whose creation was interrupted."""
-        if not self.is_complete and os.path.exists(self.paths.creation):
+        if not self.is_complete:
             raise CDEnvironmentError(
-                f"Environment '{self.name}' is not complete: its creation was interrupted.",
-                command_to_resume(self.paths),
+                f"Environment '{self.name}' is not complete.",
+                f"Go on with: {create_command(self.paths)}",
                 "incomplete",
             )
 
@@ -7929,7 +7913,7 @@ class Workspace:
 
     def _adopter_of(self, checkout: str) -> Optional[Environment]:
         for environment in self.list_environments():
-            path = environment.manifest.comfyui_path or read_json(environment.paths.creation).get("adopts")
+            path = environment.manifest.comfyui_path
             if path and os.path.realpath(path) == os.path.realpath(checkout):
                 return environment
         return None
@@ -7952,19 +7936,18 @@ class Workspace:
                 "exists",
             )
         environment = present or self._new_environment(name or self._free_name(sanitize_name(_folder_title(checkout))))
-        if os.path.isdir(environment.paths.cec) and not os.path.exists(environment.paths.creation):
+        if environment.is_complete:
             return self._adopted_again(environment, checkout, python)
-        begun_with = read_json(environment.paths.creation).get("python")
-        interpreter = working_python(python or begun_with or find_checkout_python(checkout))
+        interpreter = working_python(python or environment.manifest.python_path or find_checkout_python(checkout))
         self._change_settings()
-        adopt_environment(environment.paths, environment.name, checkout, interpreter, environment.tell)
+        adopt_environment(environment.paths, checkout, interpreter, environment.tell)
         return environment
 
     def _adopted_again(self, environment: Environment, checkout: str, python: Optional[str]) -> Environment:
         """An environment that is there: its checkout has moved, it gets another interpreter, or nothing changes."""
         former = environment.manifest.comfyui_path
         has_moved = former is None or not same_path(former, checkout)
-        if not environment.is_complete or has_moved and not (former and environment.missing_script):
+        if has_moved and not (former and environment.missing_script):
             message = f"Environment '{environment.name}' exists already."
             raise CDEnvironmentError(message, f"comfydock -e {quote(environment.name)} status", "exists")
         if has_moved or python is not None:
@@ -7978,9 +7961,8 @@ class Workspace:
     def demo(self) -> Environment:
         """The environment of the built-in demo, made or brought up to date. Raises CDEnvironmentError, OSError."""
         environment = self._environment(DEMO_NAME)
-        is_there = os.path.isdir(environment.paths.cec)
-        is_being_made = os.path.exists(environment.paths.creation)
-        if is_there and (environment.is_complete or is_being_made) and not environment.manifest.demo:
+        is_there = os.path.lexists(environment.paths.content_lock) or environment.is_complete
+        if is_there and not environment.manifest.demo:
             raise CDEnvironmentError(
                 f"The environment '{DEMO_NAME}' is one of yours, not the demo.",
                 "comfydock --workspace DIR run --demo",
@@ -7993,18 +7975,15 @@ class Workspace:
         sweep_folder(environment.paths.comfyui)
         if _file_differs(script, source):
             write_atomic(script, source, 0o644)
-        if not is_there or not environment.is_complete or environment.manifest.python_path != sys.executable:
-            write_demo_manifest(environment.paths, environment.name, sys.executable)
+        if not environment.is_complete or environment.manifest.python_path != sys.executable:
+            write_demo_manifest(environment.paths, sys.executable)
         return environment
 
-    def create(self, options: CreateOptions, tell: Progress) -> Environment:
-        """Make an environment with a ComfyUI of its own. Raises as `create_environment`."""
-        environment = self._new_environment(options.name)
-        if os.path.exists(environment.paths.creation):  # an unfinished one may have been started all the same
-            environment.require_idle()
+    def create(self, name: str, *, tell: Progress = no_progress, **options: Any) -> Environment:
+        """Make an environment with a ComfyUI of its own; `options` and what is raised are `create_environment`'s."""
+        environment = self._new_environment(name)
         self._change_settings()
-        make_folder(self.paths.environments)
-        create_environment(environment.paths, options, tell)
+        create_environment(environment.paths, tell, **options)
         return environment
 
     def delete(self, name: str) -> None:
@@ -8132,11 +8111,8 @@ def _folder_title(checkout: str) -> str:
 def working_python(path: str) -> str:
     """The absolute path of an interpreter. Raises CDEnvironmentError unless there is a Python that works."""
     path = os.path.abspath(os.path.expanduser(path))
-    try:
-        if run_command([path, "-c", "print(6 * 7)"], timeout=60).stdout.strip() == "42":
-            return path
-    except CDEnvironmentError:
-        pass
+    if version_of_python(path):
+        return path
     raise CDEnvironmentError(f"There is no Python at {path}.", "give the path of an interpreter", "missing")
 
 
@@ -9750,10 +9726,15 @@ def create(console: Console, args: Arguments) -> Report:
     if args.from_dir is not None:
         environment = workspace.adopt(args.from_dir, args.name, args.python)
     else:
-        options = CreateOptions(
-            args.name, args.source, args.comfyui, args.python, args.torch_backend or "auto", args.no_install
+        environment = workspace.create(
+            args.name,
+            comfyui=args.comfyui,
+            source=args.source,
+            python=args.python,
+            torch_backend=args.torch_backend or "auto",
+            no_install=args.no_install,
+            tell=console.work,
         )
-        environment = workspace.create(options, console.work)
     if args.use:
         workspace.use(args.name)
     has_python = os.path.exists(environment.python)

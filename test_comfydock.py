@@ -27,7 +27,6 @@ import posixpath
 import random
 import re
 import select
-import shlex
 import shutil
 import signal
 import socket
@@ -557,9 +556,7 @@ def shared_environment():
     if Workshop.paths is None:
         paths = dock.EnvironmentPaths(os.path.join(Workshop.root, "environments", "main"))
         dock.create_environment(
-            paths,
-            dock.CreateOptions("main", source=Workshop.comfyui, python=sys.executable, torch_backend="cpu"),
-            lambda line: None,
+            paths, lambda line: None, source=Workshop.comfyui, python=sys.executable, torch_backend="cpu"
         )
         make_wheel("torch", "3.0.0")
         Workshop.paths, Workshop.python = paths, dock.venv_python(paths.venv)
@@ -3634,7 +3631,7 @@ class CreateTest(InWorkshop):
     def make(self, paths, **options):
         """Create an environment; returns its manifest and what was said."""
         said = []
-        dock.create_environment(paths, dock.CreateOptions("env", **{"no_install": True, **options}), said.append)
+        dock.create_environment(paths, said.append, **{"no_install": True, **options})
         return dock.read_manifest(paths), said
 
     def test_a_whole_environment_with_its_venv(self):
@@ -3644,7 +3641,6 @@ class CreateTest(InWorkshop):
         self.assertEqual(manifest.settings["comfyui_version_type"], "release")
         self.assertEqual(manifest.settings["comfyui_commit_sha"], git(paths.comfyui, "rev-parse", "HEAD"))
         self.assertTrue(os.path.exists(paths.complete))
-        self.assertFalse(os.path.exists(paths.creation))
         frozen = dock.find_installer(Workshop.python).freeze()
         for line in ("torch==2.0.0+cpu", "numpy==1.26.0"):
             self.assertIn(line, frozen)
@@ -3719,14 +3715,16 @@ class CreateTest(InWorkshop):
         with self.assertRaises(dock.CDEnvironmentError) as caught:
             self.make(paths, source=Workshop.comfyui, comfyui="v0.9.0")
         self.assertEqual(caught.exception.code, "exists")
-        self.assertIn(f"comfydock create env --source {dock.quote(Workshop.comfyui)}", caught.exception.hint)
+        self.assertIn("v0.10.0", caught.exception.message)
+        with self.assertRaises(dock.CDEnvironmentError):
+            self.make(paths, source="https://github.com/another/fork")
         self.assertEqual(self.make(paths, source=Workshop.comfyui)[0].comfyui_version, "v0.10.0")
 
     def test_killed_at_any_step_it_is_never_complete_and_resumes(self):
         for step in range(1, 40):
             paths = self.paths()
-            body = f"""dock.create_environment(dock.EnvironmentPaths({paths.root!r}),
-                           dock.CreateOptions("env", source={Workshop.comfyui!r}, no_install=True), lambda line: None)"""
+            body = f"""dock.create_environment(dock.EnvironmentPaths({paths.root!r}), lambda line: None,
+                           source={Workshop.comfyui!r}, no_install=True)"""
             killed = run_and_die(body, step)
             if not killed:
                 self.assertGreater(step, 6)
@@ -3802,9 +3800,7 @@ class DeleteTest(InWorkshop):
         root = tempfile.mkdtemp(dir=Workshop.root)
         write(os.path.join(root, "models", "x"), "years")
         paths = dock.EnvironmentPaths(os.path.join(root, "env"))
-        dock.create_environment(
-            paths, dock.CreateOptions("env", source=Workshop.comfyui, no_install=True), lambda line: None
-        )
+        dock.create_environment(paths, lambda line: None, source=Workshop.comfyui, no_install=True)
         os.symlink(os.path.join(root, "models"), os.path.join(paths.comfyui, "models"))
         dock.delete_environment(paths, contextlib.nullcontext())
         self.assertEqual(tree(root), {"models/x": b"years"})
@@ -3814,7 +3810,8 @@ class DeleteTest(InWorkshop):
         checkout = self.checkout()
         before = tree(checkout)
         paths = dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
-        manifest = dock.adopt_environment(paths, "env", checkout, sys.executable, lambda line: None)
+        dock.adopt_environment(paths, checkout, sys.executable, lambda line: None)
+        manifest = dock.read_manifest(paths)
         self.assertEqual(
             (manifest.comfyui_path, manifest.python_path, manifest.found_nodes), (checkout, sys.executable, ["mine"])
         )
@@ -3834,23 +3831,19 @@ class DeleteTest(InWorkshop):
     @needs_git
     def test_of_two_that_adopt_under_one_name_the_second_is_refused(self):
         paths = dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
-        caught, looked, real, checkout = [], threading.Event(), dock.claim_place, self.checkout()
-
-        def look(*words):
-            real(*words)
-            looked.set()
+        caught = []
 
         def adopt():
             try:
-                dock.adopt_environment(paths, "env", checkout, sys.executable, lambda line: None)
+                dock.adopt_environment(paths, self.checkout(), sys.executable, lambda line: None)
             except dock.CDEnvironmentError as error:
                 caught.append(error.code)
 
-        write(paths.creation, json.dumps({"adopts": os.path.realpath(checkout)}))
-        with unittest.mock.patch.object(dock, "claim_place", look), dock.locked(paths.content_lock, 1, "create env"):
+        os.makedirs(paths.cec)
+        with dock.locked(paths.content_lock, 1, "create env"):
             second = threading.Thread(target=adopt)
             second.start()
-            self.assertTrue(looked.wait(20))
+            time.sleep(0.3)  # it waits for the lock, or the test is a weaker one
             write(paths.complete, "")
         second.join()
         self.assertEqual(caught, ["exists"])
@@ -4696,9 +4689,7 @@ class UvTest(InWorkshop):
             wheel = os.path.join(Workshop.wheels, "torch-3.0.0-py3-none-any.whl")
             os.rename(wheel, wheel + ".later")
             dock.create_environment(
-                paths,
-                dock.CreateOptions("uv", source=Workshop.comfyui, python=sys.executable, torch_backend="cpu"),
-                said.append,
+                paths, said.append, source=Workshop.comfyui, python=sys.executable, torch_backend="cpu"
             )
             os.rename(wheel + ".later", wheel)
             python = dock.venv_python(paths.venv)
@@ -5294,9 +5285,9 @@ class MakingAWorkspace(unittest.TestCase):
     def setUp(self):
         self.folder = temporary_folder(self)
 
-    def refusal(self, function, *words):
+    def refusal(self, function, *words, **options):
         with self.assertRaises(dock.CDEnvironmentError) as caught:
-            function(*words)
+            function(*words, **options)
         return caught.exception.message
 
     def test_an_adoption_that_was_interrupted_goes_on_and_becomes_nothing_else(self):
@@ -5308,16 +5299,18 @@ class MakingAWorkspace(unittest.TestCase):
             with unittest.mock.patch.object(dock, broken, side_effect=KeyboardInterrupt):
                 with self.assertRaises(KeyboardInterrupt):
                     workspace.adopt(checkout, "a", sys.executable)
+            if broken == "first_manifest":
+                self.assertEqual(workspace.list_environments(), [])
+                continue
             environment = workspace.get_environment("a")
             self.assertFalse(environment.is_complete)
-            places = [dock.quote(path) for path in (os.path.realpath(checkout), sys.executable)]
-            command = f"comfydock create a --from {places[0]} --python {places[1]}"
+            command = f"comfydock create a --from {dock.quote(os.path.realpath(checkout))}"
             self.assertEqual(environment.report()["resume"], command)
-            said = self.refusal(workspace.create, dock.CreateOptions("a", no_install=True), lambda line: None)
-            self.assertIn("is another environment", said)
+            self.assertIn("is another environment", self.refusal(workspace.create, "a", no_install=True))
         for name in ("a", None):
-            environment = workspace.adopt(checkout, name, sys.executable)
-            self.assertEqual((environment.name, environment.manifest.found_nodes), ("a", ["pack"]))
+            environment = workspace.adopt(checkout, name)
+            self.assertEqual((environment.name, environment.python), ("a", sys.executable))
+            self.assertEqual(environment.manifest.found_nodes, ["pack"])
             self.assertTrue(environment.is_complete)
             self.assertIsNone(environment.report()["resume"])
 
@@ -5327,9 +5320,7 @@ class MakingAWorkspace(unittest.TestCase):
         os.mkdir(empty)
         for options in ({"source": "nothere.zip"}, {"source": "ext::sh -c id"}, {"source": empty}, {"comfyui": "v0 1"}):
             with self.subTest(options=options), self.assertRaises(dock.CDEnvironmentError):
-                workspace.create(
-                    dock.CreateOptions("x", no_install=True, **{"source": self.folder, **options}), lambda line: None
-                )
+                workspace.create("x", no_install=True, **{"source": self.folder, **options})
             self.assertEqual(workspace.list_environments(), [])
 
     def test_an_unfinished_environment_is_gone_on_with_or_deleted_but_never_made_anew(self):
@@ -5339,18 +5330,16 @@ class MakingAWorkspace(unittest.TestCase):
         options = {"source": code, "no_install": True}
         with unittest.mock.patch.object(dock, "start_history", side_effect=KeyboardInterrupt):
             with self.assertRaises(KeyboardInterrupt):
-                workspace.create(dock.CreateOptions("x", **options), lambda line: None)
+                workspace.create("x", **options)
         environment = workspace.get_environment("x")
-        command = f"comfydock create x --source {dock.quote(code)} --torch-backend auto --no-install"
-        self.assertEqual(environment.report()["resume"], command)
+        self.assertEqual(environment.report()["resume"], "comfydock create x")
         art = os.path.join(environment.paths.comfyui, "output", "art.png")
         write(art, "precious")
-        said = self.refusal(workspace.create, dock.CreateOptions("x", no_install=True), lambda line: None)
-        self.assertIn("begun with other options", said)
-        self.assertIn("creation was interrupted", self.refusal(environment.run))
-        _, args = dock.parse([*shlex.split(command)[1:]])
-        self.assertEqual((args.source, args.no_install), (code, True))
-        workspace.create(dock.CreateOptions("x", **options), lambda line: None)
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            environment.run()
+        self.assertEqual(caught.exception.message, "Environment 'x' is not complete.")
+        self.assertEqual(caught.exception.hint, "Go on with: comfydock create x")
+        workspace.create("x", **options)
         self.assertTrue(environment.is_complete and os.path.exists(art))
 
     def test_an_adopted_checkout_that_was_moved_is_found_again(self):
@@ -5371,10 +5360,13 @@ class MakingAWorkspace(unittest.TestCase):
     def test_what_was_there_before_a_creation_that_fails_stays(self):
         workspace = dock.Workspace(os.path.join(self.folder, "w"))
         model = os.path.join(workspace.paths.environments, "x", "models", "big")
-        options = dock.CreateOptions("x", source="nothere.zip", no_install=True)
-        write(os.path.join(workspace.paths.environments, "x", ".cec", ".create.json"), "{}")
         write(model, "big")
-        self.assertIn("is not there", self.refusal(workspace.create, options, lambda line: None))
+        with self.assertRaises(dock.CDEnvironmentError):
+            workspace.create("x", source="nothere.zip", no_install=True)
+        self.assertEqual(os.listdir(os.path.join(workspace.paths.environments, "x")), ["models"])
+        write(os.path.join(workspace.paths.environments, "x", ".cec", ".content.lock"), "")
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "is not there"):
+            workspace.create("x", source="nothere.zip", no_install=True)
         self.assertTrue(os.path.exists(model))
 
     def test_no_name_is_made_that_cannot_be_opened(self):
@@ -7527,8 +7519,6 @@ class FromNothingToANode(Journey):
         self.assertIn("No environments found.", self.types("list"))
         self.types("create", "main", "--source", self.source, "--no-install")
         paths = dock.Workspace(self.person.workspace).get_environment("main").paths
-        options = dock.CreateOptions("main", source=self.source, no_install=True)
-        write(paths.creation, json.dumps({"options": vars(options), "done": ["ComfyUI"], "facts": {}}))
         os.remove(paths.complete)
         self.assertIn("(incomplete)", self.types("list"))
         self.types("create", "main", "--source", self.source, "--no-install")
