@@ -25,8 +25,8 @@ Words: a workspace holds environments; an environment has a ComfyUI checkout, a 
 To follow `comfydock run`: main (16) -> answer -> run (14) -> Environment.run -> _start (9) ->
 create_background_process (3). To vendor it: `comfydock.Workspace().get_environment("main").run(["--port", "8190"])`.
 
-The file is read downward: a room uses only itself and what stands above it. Two programs live here as guests, exempt
-from the rules at the doors: the demo (10) and the monitor's sleeper (`wait_beside`, 12).
+The file is read downward: a section uses only itself and what stands above it. Another program lives here as a guest,
+exempt from the rules of the sections: the demo (10).
 
     1. Words                         what the others speak of
     2. Places                        the layout on disk
@@ -1581,13 +1581,6 @@ def format_exit(code: int) -> str:
         return f"signal {-code} ({signal.Signals(-code).name})"
     except ValueError:
         return f"signal {-code}"
-
-
-def become(command: list[str], variables: dict[str, str]) -> None:
-    """Go on as another program under the same PID, children kept. Does nothing on Windows, which has no such thing."""
-    if IS_WINDOWS:
-        return
-    os.execve(command[0], command, variables)
 
 
 def exit_code_within(process: "subprocess.Popen[Any]", seconds: float) -> Optional[int]:
@@ -6124,7 +6117,7 @@ def delete_environment(paths: EnvironmentPaths, idle: Any) -> None:
 LOCK_SECONDS = 10.0
 LEAVING_SECONDS = 3.0  # a clean stop takes up to 2 s
 START_GRACE = 180.0  # first starts with many custom nodes take minutes: until then silence is no fault
-MONITOR_VARIABLE, EVENT_VARIABLE = "COMFYDOCK_MONITOR_TASK", "COMFYDOCK_MONITOR_EVENT"
+MONITOR_VARIABLE = "COMFYDOCK_MONITOR_TASK"
 DROPPED_VARIABLES = ("__COMFY_CLI_SESSION__", "PYTHONHOME", "PYTHONPATH")
 
 
@@ -6503,6 +6496,48 @@ class Environment:
         if snapshot.record is not None and snapshot.note != "untracked":
             return config_told_by(snapshot.record.args)
         return config_told_by(arguments_of(snapshot.process) if snapshot.process else [])
+
+    def watch(self, pause: float) -> "Iterator[tuple[Snapshot, Optional[int]]]":
+        """Yield (snapshot, exit code) of ComfyUI now, every `pause` seconds, and at once when it ends; never end.
+
+        Once it has ended a snapshot has no process; the exit code is told once, where the system tells it. A restart,
+        by whomever, is one more process: who watches decides when to go.
+        """
+        snapshot = self.observe()
+        gone = snapshot.record is not None and snapshot.process is None and snapshot.record.pid
+        code = exit_code_of(gone) if gone else None
+        while True:
+            yield snapshot, code
+            process, code = snapshot.process, None
+            if process is None:
+                time.sleep(max(pause, 0.2))  # now a look is one at all processes
+            else:
+                with exit_code_kept(process.pid):
+                    while not wait_for_exit(process, pause, pause=min(pause, 1.0)):
+                        yield snapshot, None
+                    code = exit_code_of(process.pid)
+            snapshot = self.observe()
+
+    def wait_until_ready(self, seconds: float = 180.0, tell: Progress = no_progress) -> None:
+        """Wait for ComfyUI's first healthy answer, and record it; `tell` hears of the waiting.
+
+        Raises CDEnvironmentError: code "ended" when ComfyUI ends first, "timeout" when the time is up: then it runs on.
+        """
+        began = time.monotonic()
+        for snapshot, _ in self.watch(0.1):
+            if snapshot.process is None:
+                reason = self.last_error()
+                message = "ComfyUI ended before it answered" + (f": {reason}" if reason else ".")
+                raise CDEnvironmentError(message, "comfydock logs", "ended")
+            config, waited = self.config_of(snapshot), time.monotonic() - began
+            if self.describe(snapshot, probe(config, 1.0))["state"] == RUNNING:
+                return self.note_health(HEALTHY)
+            if waited > seconds:
+                message = (
+                    f"ComfyUI did not answer within {seconds:g} s; it goes on starting (PID {snapshot.process.pid})."
+                )
+                raise CDEnvironmentError(message, "comfydock logs -f", "timeout")
+            tell(f"   Waiting for ComfyUI to answer on {local_url(config)} ... {waited:.0f} s")
 
     def describe(self, snapshot: Snapshot, answer: Answer) -> dict[str, Any]:
         """A snapshot and a probe as one JSON-ready object: UTC ISO times, seconds, bytes."""
@@ -6920,8 +6955,7 @@ class Environment:
 
     def _variables(self, record: ProcessState) -> dict[str, str]:
         """The environment variables ComfyUI starts with."""
-        unwanted = (*DROPPED_VARIABLES, MONITOR_VARIABLE, EVENT_VARIABLE)
-        inherited = {key: value for key, value in os.environ.items() if key not in unwanted}
+        inherited = {key: value for key, value in os.environ.items() if key not in DROPPED_VARIABLES}
         inherited.pop("PYTHONUNBUFFERED", None)  # ComfyUI wraps its streams: what it prints would be held back longer
         ours = {"PYTHONIOENCODING": "utf-8", **record.env, RUN_ID_VARIABLE: record.run_id or ""}
         return {**with_interpreter(inherited, self.python), **ours}
@@ -8161,43 +8195,24 @@ def select_workspace(chosen: Optional[str], named: bool, folder: str) -> Workspa
 # What the file runs when it starts itself: never typed by anyone.
 
 
-HEALTH_PAUSE, LOOK_PAUSE = 10.0, 300.0
+HEALTH_PAUSE, NOTE_PAUSE = 10.0, 300.0  # how often the monitor asks for health, and how often it writes the same down
 CRASH_LIMIT, CRASH_WINDOW = 5, 300.0
 LONGEST_BACKOFF = 30.0
 REBORN_PATIENCE = 15.0  # ComfyUI-Manager's restart on Windows: another process, there before the former has ended
 
 
 def console_interrupt_entry(words: list[str]) -> int:
-    """The short-lived Windows helper: attach to the console of the PID in `words` and press Ctrl-C there."""
+    """Be the short-lived Windows helper: attach to the console of the PID in `words` and press Ctrl-C there."""
     attach_and_interrupt(int(words[0]))
     return 0
 
 
 def monitor_entry(words: list[str]) -> int:
-    """The optional watcher: start ComfyUI or take on the one that runs, answer the one who started us, and watch.
-
-    The same process becomes a small sleeper (`wait_beside`) and comes back here with an event: the end of ComfyUI
-    ("ended:CODE"), or that it is time to look after it ("look").
-    """
-    task = json.loads(os.environ[MONITOR_VARIABLE])
-    event, _, code = os.environ.get(EVENT_VARIABLE, "start").partition(":")
-    workspace = Workspace(task["workspace"])
-    if event == "start" and not start_and_answer(workspace, task):
-        return 1
-    environment = workspace.get_environment(task["environment"])
-    monitor = Monitor(environment)
-    if event == "look":
-        monitor.look_after()
-    if event == "ended" and not monitor.goes_on(int(code) if code else None):
-        return 0
-    return Monitor(environment).watch()
-
-
-def start_and_answer(workspace: Workspace, task: dict[str, Any]) -> bool:
-    """Start ComfyUI or take on the one that runs, and tell the one who waits at our pipe; whether it succeeded."""
+    """Start ComfyUI or take on the one that runs, answer the one who waits at our pipe, and watch."""
+    task = json.loads(os.environ.pop(MONITOR_VARIABLE))
     reply: dict[str, Any] = {}
     try:
-        environment = workspace.get_environment(task["environment"])
+        environment = Workspace(task["workspace"]).get_environment(task["environment"])
         if not environment.take_on_as_monitor():
             environment.run(task["args"], monitored=True, **task["options"])
     except CDEnvironmentError as error:
@@ -8208,227 +8223,111 @@ def start_and_answer(workspace: Workspace, task: dict[str, Any]) -> bool:
         reply = {"error": {"message": f"{error.filename}: {error.strerror}", "hint": "", "code": "system"}}
     except Exception as error:  # who waits at the pipe must hear of it
         reply = {"error": {"message": f"{type(error).__name__}: {error}", "hint": "", "code": "bug"}}
-    answer_and_let_go(json.dumps(reply))
-    return not reply
-
-
-def answer_and_let_go(line: str) -> None:
-    """Write one line to the one who started us and close that pipe, on which it waits."""
-    os.write(1, line.encode() + b"\n")
+    os.write(1, json.dumps(reply).encode() + b"\n")
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     os.close(sink)
+    return 1 if reply else Monitor(environment).watch()
 
 
 class Monitor:
     """Watches one ComfyUI: health, exit codes, restarts after crashes, rotation. It talks through the state file alone.
 
-    `note` is what the record says of us: PID, times of restarts, and why we gave up.
+    `record` is the run it watches; `note` is what the record says of us: PID, times of restarts, and why we gave up.
     """
 
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
         self.record = environment._read_state()
         self.note: dict[str, Any] = dict((self.record.monitor if self.record else None) or {})
+        self.noted = ("", 0.0)  # the health that was written down last, and when
 
     def watch(self) -> int:
-        """Returns when ComfyUI was stopped, ended well, or crashed too often.
-
-        Where a process can become another program, this one becomes a sleeper of a few MiB meanwhile.
-        """
-        while self.record is not None and self.record.pid is not None:
-            self._become_sleeper(self.record.pid)
-            process = process_table().process(self.record.pid)
-            with exit_code_kept(self.record.pid):
-                if process is not None and not wait_for_exit(process, HEALTH_PAUSE, pause=0.5):
-                    self.look_after()
-                    continue
-                code = exit_code_of(self.record.pid)
-            if not self.goes_on(code):
-                return 0
-            self.record = self.environment._read_state()
+        """Return when ComfyUI was stopped, ended well, or crashed too often."""
+        for snapshot, code in self.environment.watch(HEALTH_PAUSE):
+            if snapshot.process is not None:
+                self.look_after(snapshot)
+            elif not self.goes_on(code):
+                break
+            else:
+                self.record = self.environment._read_state()
         return 0
 
-    def _become_sleeper(self, pid: int) -> None:
-        """Never returns where exec keeps the PID and the source of the sleeper can be read."""
-        import inspect
-
-        try:
-            program = inspect.getsource(wait_beside) + "\nwait_beside()\n"
-        except (OSError, TypeError):
-            return
-        config = self.environment.config_of(Snapshot(RUNNING, self.record))
-        place = ["", "0"] if config.tls else [connect_host(config.host), str(config.port)]
-        known = (self.record.health_status if self.record else None) or ""
-        facts = [str(pid), *place, self.environment.log_path, str(LOG_LIMIT), known, str(HEALTH_PAUSE), str(LOOK_PAUSE)]
-        again = [*own_command(), "--monitor", self.environment.paths.root]
-        become([sys.executable, "-I", "-S", "-c", program, EVENT_VARIABLE, *facts, *again], dict(os.environ))
-
-    def look_after(self) -> None:
-        """Health into the state, and rotation by size."""
+    def look_after(self, snapshot: Snapshot) -> None:
+        """Write news of its health down, and rotate a log that has grown."""
         environment = self.environment
         try:
-            state = environment.report(timeout=5.0)["state"]
-            environment.note_health({RUNNING: HEALTHY, STARTING: STARTING}.get(state, "unhealthy"))
+            state = environment.describe(snapshot, probe(environment.config_of(snapshot), 5.0))["state"]
+            health, now = {RUNNING: HEALTHY, STARTING: STARTING}.get(state, "unhealthy"), time.monotonic()
+            if health != self.noted[0] or now - self.noted[1] > NOTE_PAUSE:
+                environment.note_health(health)
+                self.noted = (health, now)
             if os.path.getsize(environment.log_path) > LOG_LIMIT:
                 environment.rotate_log()
         except (CDEnvironmentError, OSError):  # another command is at work, or the disk is full: next time
             pass
 
     def goes_on(self, code: Optional[int]) -> bool:
-        """What to do after an end: whether ComfyUI runs again, by itself or by us."""
-        environment, run_id = self.environment, self.record.run_id if self.record else None
+        """Decide what to do after an end; return whether ComfyUI runs again, by itself or by us."""
         if not self._is_wanted():
             return False
-        if code in (0, None) and self._restarted_itself():
+        if IS_WINDOWS and code in (0, None) and until(self._is_taken_on, REBORN_PATIENCE, 0.5):
             return True
-        environment.note_exit(run_id, code)
-        if code in (0, 2):  # a good end, or arguments that ComfyUI refuses every time
-            return False
-        return self._restart(run_id, code)
+        while self.record is not None:
+            self.environment.note_exit(self.record.run_id, code)
+            if code in (0, 2):  # a good end, or arguments that ComfyUI refuses every time
+                break
+            now = time.time()
+            recent = [moment for moment in self.note.get("restarts", []) if 0 <= now - moment < CRASH_WINDOW]
+            if len(recent) >= CRASH_LIMIT:
+                last = "an unknown code" if code is None else format_exit(code)
+                return self._give_up(
+                    f"{len(recent) + 1} crashes within {format_duration(CRASH_WINDOW)}, the last with {last}"
+                )
+            try:
+                return self._restarts(recent)
+            except CDEndedError as error:  # a crash like any other
+                if error.exit_code == 2:  # the record is then still that of the former run
+                    return self._give_up(f"it could not be started again: {error}")
+                code, self.record = error.exit_code, self.environment._read_state()
+            except (CDEnvironmentError, OSError) as error:
+                return self._give_up(f"it could not be started again: {error}")
+        return False
 
     def _is_wanted(self) -> bool:
-        """Whether nobody stopped it, and no other run has begun."""
+        """Tell whether nobody stopped it, and no other run has begun."""
         now = self.environment._read_state()
         if now is None or self.record is None:
             return False
         return (now.run_id == self.record.run_id or is_own_intent(now)) and now.wanted == "running"
 
-    def _restarted_itself(self) -> bool:
-        """On Windows ComfyUI-Manager's restart is a good end and another PID: found by its marker, and recorded."""
-        deadline = time.monotonic() + (REBORN_PATIENCE if IS_WINDOWS else 0)
-        while time.monotonic() < deadline:
-            try:
-                if self.environment.take_on_as_monitor(self.note):
-                    return True
-            except (CDEnvironmentError, OSError):  # another command is at work
-                pass
-            time.sleep(0.5)
+    def _is_taken_on(self) -> bool:
+        """On Windows ComfyUI-Manager's restart is a good end and another PID: find it by its marker and record it."""
+        with suppress(CDEnvironmentError, OSError):  # another command is at work
+            return self.environment.take_on_as_monitor(self.note)
         return False
 
-    def _restart(self, run_id: Optional[str], code: Optional[int]) -> bool:
-        """Start again after a pause that doubles, unless there were too many crashes."""
-        now = time.time()
-        recent = [moment for moment in self.note.get("restarts", []) if now - moment < CRASH_WINDOW]
-        if len(recent) >= CRASH_LIMIT:
-            self.note["gave_up"] = (
-                f"{len(recent) + 1} crashes within {format_duration(CRASH_WINDOW)}, the last with "
-                + ("an unknown code" if code is None else format_exit(code))
-            )
-            self.environment.note_monitor(run_id, self.note)
-            return False
-        self._wait_wanted(min(2.0 ** len(recent), LONGEST_BACKOFF))
-        if not self._is_wanted():
-            return False
-        self.note["restarts"] = [*recent, time.time()]
-        try:
-            return self._start_once_there_is_room()
-        except CDEndedError as error:  # a crash like any other
-            if error.exit_code == 2:  # the record is then still that of the former run
-                return self._give_up(run_id, error)
-            self.record = self.environment._read_state()
-            return self._restart(self.record.run_id if self.record else None, error.exit_code)
-        except (CDEnvironmentError, OSError) as error:
-            return self._give_up(run_id, error)
-
-    def _start_once_there_is_room(self) -> bool:
-        """Start again; on a full disk, where no record can be written, as soon as that works."""
+    def _restarts(self, recent: list[float]) -> bool:
+        """Start again after a pause that doubles; a full disk, where nothing can be written, is waited for."""
         import errno
 
-        while self.record is not None:
+        pause = min(2.0 ** len(recent), LONGEST_BACKOFF)
+        while not until(lambda: not self._is_wanted(), pause, 0.2) and self.record is not None:
+            self.note["restarts"] = [*recent, time.time()]
             try:
                 return self.environment.restart_after_crash(self.record, self.note)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
                     raise
-            self._wait_wanted(LONGEST_BACKOFF)
-            if not self._is_wanted():
-                break
+            pause = LONGEST_BACKOFF
         return False
 
-    def _give_up(self, run_id: Optional[str], error: Exception) -> bool:
+    def _give_up(self, reason: str) -> bool:
         """Record why, and watch no longer."""
-        self.note["gave_up"] = f"it could not be started again: {error}"
-        self.environment.note_monitor(run_id, self.note)
+        self.note["gave_up"] = reason
+        self.environment.note_monitor(self.record.run_id if self.record else None, self.note)
         return False
-
-    def _wait_wanted(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self._is_wanted():
-            time.sleep(0.2)
-
-
-def wait_beside() -> None:  # noqa: C901 (a whole program)
-    """The sleeper: another program, written out as a whole, that uses nothing from outside its own body.
-
-    It waits for the end of the PID in its arguments, asks ComfyUI for a sign of life now and then, and becomes the
-    monitor again when there is something to do. It imports so little that it costs a few MiB and no measurable time.
-    """
-    import os
-    import select
-    import socket
-    import sys
-    import time
-
-    variable, number, host, port, log, limit, known, pause, longest = sys.argv[1:10]
-    pid = int(number)
-
-    def resume(event: str) -> None:
-        """Go on as the monitor."""
-        os.environ[variable] = event
-        os.execve(sys.argv[10], sys.argv[10:], dict(os.environ))
-
-    def ended(seconds: float) -> bool:
-        """Whether the process ends within so many seconds."""
-        if handle is not None:
-            return bool(select.select([handle], [], [], seconds)[0])
-        time.sleep(min(seconds, 0.5))
-        try:
-            done, status = os.waitpid(pid, getattr(os, "WNOHANG", 1))
-            codes.extend([str(os.waitstatus_to_exitcode(status))] if done else [])
-            return bool(done)
-        except ChildProcessError:  # not our child: we were started after it
-            try:
-                os.kill(pid, 0)
-                return False
-            except OSError:
-                return True
-
-    def code_of_child() -> str:
-        """The exit code, negative for a signal; empty when it is not told to us."""
-        try:
-            return codes[0] if codes else str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-        except ChildProcessError:
-            return ""
-
-    def answers() -> bool:
-        """Whether ComfyUI says that it is well."""
-        try:
-            # A str would have Python import the rules of international names.
-            name: Any = host.encode() if host.isascii() else host
-            with socket.create_connection((name, int(port)), 5) as connection:
-                connection.settimeout(5)
-                connection.sendall(b"GET /system_stats HTTP/1.0\r\n\r\n")
-                return connection.recv(12)[-4:] in (b" 200", b" 401", b" 403", b" 407")
-        except OSError:
-            return False
-
-    codes: list[str] = []
-    try:
-        handle = getattr(os, "pidfd_open", lambda number: None)(pid)
-    except OSError:
-        handle = None
-    began = asked = time.monotonic()
-    while not ended(float(pause)):
-        now = time.monotonic()
-        if now - asked < float(pause):
-            continue
-        asked = now
-        is_news = bool(host) and answers() != (known == "healthy")
-        if is_news or now - began > float(longest) or os.path.exists(log) and os.path.getsize(log) > int(limit):
-            resume("look")
-    resume("ended:" + code_of_child())
 
 
 HIDDEN_ENTRIES = {"--console-interrupt": console_interrupt_entry, "--monitor": monitor_entry}
@@ -9147,11 +9046,15 @@ def run_in_background(console: Console, args: Arguments, environment: Environmen
     if args.wait is not None:
         began = time.monotonic()
         try:
-            wait_until_ready(console, environment, args.wait)
+            environment.wait_until_ready(args.wait, console.progress)
         except CDEnvironmentError as error:
+            if error.code == "ended":
+                show_last_lines(console, environment)
             if not console.json_mode:
                 raise
             report.error, report.code = error, 1  # a script needs to know the PID all the same
+        finally:
+            console.progress("")
         report.data.update(ready=report.error is None, waited=round(time.monotonic() - began, 3))
     return report
 
@@ -9267,42 +9170,6 @@ def started_report(environment: Environment) -> Report:
     return Report(data, environment.name)
 
 
-def wait_until_ready(console: Console, environment: Environment, seconds: float) -> None:
-    """Wait for the first healthy answer.
-
-    Raises CDEnvironmentError when ComfyUI ends first, or when the time is up (then it runs on).
-    """
-    began = time.monotonic()
-    while True:
-        data = environment.report(timeout=1.0)
-        waited = time.monotonic() - began
-        if data["state"] == RUNNING:
-            console.progress("")
-            environment.note_health(HEALTHY)
-            return
-        if data["pid"] is None:
-            console.progress("")
-            raise ended_while_waiting(console, environment)
-        if waited > seconds:
-            console.progress("")
-            raise CDEnvironmentError(
-                f"ComfyUI did not answer within {seconds:g} s; it goes on starting (PID {data['pid']}).",
-                "comfydock logs -f",
-                "timeout",
-            )
-        console.progress(f"   Waiting for ComfyUI to answer on {data['url']} ... {waited:.0f} s")
-        time.sleep(0.1)
-
-
-def ended_while_waiting(console: Console, environment: Environment) -> CDEnvironmentError:
-    """The last lines of the log go to the error stream; the sentence names the one that matters."""
-    show_last_lines(console, environment)
-    reason = environment.last_error()
-    return CDEnvironmentError(
-        "ComfyUI ended before it answered" + (f": {reason}" if reason else "."), "comfydock logs", "ended"
-    )
-
-
 def show_last_lines(console: Console, environment: Environment) -> None:
     """The last lines of this run, on the error stream."""
     for line in last_lines(environment, SHOWN_ON_FAILURE).decode("utf-8", "replace").split("\n"):
@@ -9329,12 +9196,13 @@ def stay_in_foreground(console: Console, environment: Environment, received: lis
     return Report({}, environment.name, Foreground(console, environment, received).watch(), already_printed=True)
 
 
-def show_new(console: Console, follower: LogFollower) -> bool:
-    """Show what is new in a log; whether there was anything."""
-    piece = follower.read()
-    if piece:
+def show_new(console: Console, follower: LogFollower) -> None:
+    """Show what is new in a log, as far as one look can tell: it may grow faster than it can be shown."""
+    for _ in range(16):
+        piece = follower.read()
+        if not piece:
+            break
         console.raw(piece)
-    return bool(piece)
 
 
 def shell_code(code: Optional[int]) -> int:
@@ -9353,53 +9221,45 @@ class Foreground:
         self.environment = environment
         self.received = received
         self.follower = LogFollower(environment.log_path, environment.session_offset())
-        self.record = environment._read_state()
-        self.was_healthy = False
 
     def watch(self) -> int:
-        """Returns the exit code of the command."""
-        pid = self.record.pid if self.record and self.record.pid else 0
-        process = process_table().process(pid)
-        with exit_code_kept(pid):
-            while process is not None and is_same_process(process):
-                has_more = self._pump()
-                if self.received:
-                    return self._stop()
-                if os.getpid() == 1:
-                    reap_strangers(pid)
-                elif not self.console.has_reader():  # `run -f | head`: the reader has seen enough
-                    raise BrokenPipeError
-                if not has_more:
-                    time.sleep(FOLLOW_PAUSE)
-            self._drain()
-            code = exit_code_of(pid)
-        snapshot = self.environment.observe()
-        if (
-            snapshot.note == "moved"
-            and self.record
-            and snapshot.record
-            and snapshot.record.run_id == self.record.run_id
-        ):
-            self.record = snapshot.record
-            return self.watch()
-        return self._ended(code)
+        """Return the exit code of the command; what another command starts in place of ours is watched, too."""
+        ours, gone_since = None, None
+        for snapshot, code in self.environment.watch(FOLLOW_PAUSE):
+            record, now = snapshot.record, time.monotonic()
+            self._pump()
+            if self.received:
+                return self._stop()
+            if os.getpid() == 1:
+                reap_strangers(snapshot.process.pid if snapshot.process else 0)
+            elif not self.console.has_reader():  # `run -f | head`: the reader has seen enough
+                raise BrokenPipeError
+            if snapshot.process is not None or snapshot.state == STARTING:
+                ours, gone_since = record, None
+            elif record is not None and record.run_id == (ours or record).run_id and record.wanted != STOPPED:
+                return self._ended(record, code)
+            else:
+                gone_since = gone_since or now
+                if now - gone_since > FOLLOW_PATIENCE:
+                    self._drain()
+                    self.console.say("\nComfyUI was stopped from elsewhere.")
+                    break
+        return 0
 
-    def _pump(self) -> bool:
-        """Show a piece of what is new in the log, and return to where signals are heard; whether there may be more.
+    def _pump(self) -> None:
+        """Show what is new in the log, and return to where signals are heard.
 
         A terminal that is closed says EIO, perhaps before its SIGHUP comes: that is a hangup, with nobody to tell.
         """
         import errno
 
-        piece = self.follower.read()
         try:
-            self.console.raw(piece)
+            show_new(self.console, self.follower)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
             self.received.append("hangup")
             forget_output()
-        return bool(piece)
 
     def _drain(self) -> None:
         """Show what is left, up to where the log ends now: a child of ComfyUI may go on writing for ever."""
@@ -9407,8 +9267,10 @@ class Foreground:
             end = os.path.getsize(self.environment.log_path)
         except OSError:
             end = 0
-        while self._pump() and self.follower.position < end:
-            pass
+        before = -1
+        while before < self.follower.position < end:
+            before = self.follower.position
+            self._pump()
 
     def _stop(self) -> int:
         """Stop ComfyUI for the first signal; a second Ctrl-C meanwhile kills it."""
@@ -9430,34 +9292,12 @@ class Foreground:
         self._pump()
         return self.received.count("interrupt") > 1
 
-    def _ended(self, code: Optional[int]) -> int:
-        record = self.environment._read_state()
-        is_ours = record is not None and self.record is not None and record.run_id == self.record.run_id
-        if not is_ours or record is None or record.wanted == STOPPED:
-            return self._gone_elsewhere()
-        self.environment.note_exit(self.record.run_id if self.record else None, code)
+    def _ended(self, record: ProcessState, code: Optional[int]) -> int:
+        """Tell of an end that nobody asked for."""
+        self._drain()
+        self.environment.note_exit(record.run_id, code)
         self.console.say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({format_exit(code)})'}")
         return shell_code(code)
-
-    def _gone_elsewhere(self) -> int:
-        """Stopped by another command: go on with what a restart starts, else say so."""
-        successor = await_successor(self.environment, self.record.run_id if self.record else None)
-        if successor is not None:
-            self.record = successor
-            return self.watch()
-        self.console.say("\nComfyUI was stopped from elsewhere.")
-        return 0
-
-
-def await_successor(environment: Environment, run_id: Optional[str]) -> Optional[ProcessState]:
-    """The record of a run that replaces `run_id` within 2 s, or None."""
-    deadline = time.monotonic() + FOLLOW_PATIENCE
-    while time.monotonic() < deadline:
-        record = environment._read_state()
-        if record is not None and record.pid is not None and record.run_id != run_id and environment.is_running():
-            return record
-        time.sleep(FOLLOW_PAUSE)
-    return None
 
 
 def stop(console: Console, args: Arguments) -> Report:
@@ -9976,29 +9816,19 @@ def copy_span(console: Console, span: "tuple[str, int, int]") -> None:
         copy_bytes(log, console.raw, end - start)
 
 
-def lives_on(snapshot: Snapshot) -> bool:
-    """Whether a ComfyUI is there, or its monitor is about to start it again."""
-    noted = (snapshot.record.monitor if snapshot.record else None) or {}
-    return snapshot.state in LIVE_STATES or monitor_process(snapshot.record) is not None and not noted.get("gave_up")
-
-
 def follow_log(console: Console, environment: Environment, tail: int) -> None:
     """Show the last `tail` lines and what comes, until ComfyUI has been gone for 2 s and no monitor will start it."""
     follower = LogFollower(environment.log_path, log_spans(environment, False, tail)[-1][1])
-    last_alive = next_look = time.monotonic()
-    while True:
-        if show_new(console, follower):
-            continue
-        now = time.monotonic()
-        if now >= next_look:
-            next_look = now + 0.5
-            if not console.has_reader():
-                raise BrokenPipeError
-            last_alive = now if lives_on(environment.observe()) else last_alive
-        if now - last_alive > FOLLOW_PATIENCE:
-            console.say("\n⚠️  ComfyUI process exited")
-            return
-        time.sleep(FOLLOW_PAUSE)
+    last_alive = time.monotonic()
+    for snapshot, _ in environment.watch(FOLLOW_PAUSE):
+        show_new(console, follower)
+        if not console.has_reader():
+            raise BrokenPipeError
+        noted = (snapshot.record.monitor if snapshot.record else None) or {}
+        if snapshot.state in LIVE_STATES or monitor_process(snapshot.record) is not None and not noted.get("gave_up"):
+            last_alive = time.monotonic()
+        elif time.monotonic() - last_alive > FOLLOW_PATIENCE:
+            return console.say("\n⚠️  ComfyUI process exited")
 
 
 def completion(console: Console, args: Arguments) -> Report:
