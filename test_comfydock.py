@@ -7810,7 +7810,8 @@ class Monitored(Journey):
 
     @unittest.skipUnless(LINUX, "reads /proc")
     def test_it_costs_next_to_nothing(self):
-        self.monitored_demo()
+        self.person.program = shutil.copy(MODULE, self.person.home)
+        self.monitored_demo(PYTHONDONTWRITEBYTECODE="1")
         code = "import time; print('up', flush=True); time.sleep(60)"
         bare = subprocess.Popen([sys.executable, "-I", "-c", code], stdout=subprocess.PIPE)
         self.person.children.append(bare)
