@@ -53,7 +53,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 # Importing typing and dataclasses would cost every command 1.5 times what the interpreter itself costs, so only type
 # checkers do: they take this name as true.
@@ -2655,7 +2655,7 @@ def port_holders(port: int) -> list[Process]:
 
 # ====================================================================================================================
 # 5. The network
-# The only room that opens a socket or a URL; every call has a wall-clock deadline and a byte limit.
+# Alone opens sockets and URLs; every call has a wall-clock deadline and a byte limit.
 
 HEALTHY, REFUSED, TIMEOUT, OTHER_SERVICE, BAD_ANSWER = "healthy", "refused", "silent", "stranger", "garbled"
 ANSWER_LIMIT = 1 << 20
@@ -2676,143 +2676,135 @@ class Answer:
     queue: Optional[tuple[int, int]] = None
 
 
-def http_get(config: ComfyUIConfig, path: str, timeout: float, limit: int = ANSWER_LIMIT) -> tuple[int, bytes]:
-    """(status, body) of one GET to ComfyUI, all within `timeout` seconds and `limit` bytes.
+def begin(work: "Callable[[], Thing]") -> "Callable[[float], Thing]":
+    """Begin work in a thread; return what waits for its result until a moment of the monotonic clock.
 
-    A raw exchange: urllib would follow redirects and proxies, and its timeout counts from each
-    byte (0.5 s became 8 s against a dripping server). No Origin header, which ComfyUI would
-    compare with Host. Raises OSError (refused, TimeoutError) or ValueError (no HTTP, too long).
+    For what heeds no deadline: a silent name server takes seconds, and a server that drips its headers takes what it
+    likes. TimeoutError is raised at the deadline, and the work is left to itself: no program waits for it at its end.
     """
-    deadline = time.monotonic() + timeout
-    host = connect_host(config.host)
-    place = local_url(config).partition("//")[2]
-    request = f"GET {path} HTTP/1.0\r\nHost: {place}\r\nAccept: application/json\r\n\r\n"
-    with _connected(config, host, deadline) as connection:
-        connection.sendall(request.encode("ascii", "replace"))
-        return _read_answer(connection, deadline, limit)
+    import threading
 
+    done, results, troubles = threading.Event(), [], []
 
-@contextmanager
-def _connected(config: ComfyUIConfig, host: str, deadline: float) -> "Iterator[Any]":
-    with connected_socket(host, config.port, deadline) as plain:
-        plain.settimeout(_remaining(deadline))
-        if not config.tls:
-            yield plain
-            return
-        with _loopback_tls().wrap_socket(plain) as secured:
-            yield secured
-
-
-def connected_socket(host: str, port: int, deadline: float) -> Any:
-    """A TCP connection to the first address of a host that takes one. Raises OSError; TimeoutError at the deadline.
-
-    socket.create_connection would give each address the whole time.
-    """
-    import socket
-
-    problem: OSError = ConnectionRefusedError(f"{host} has no address")
-    for family, kind, protocol, _, address in socket.getaddrinfo(plain_host(host), port, type=socket.SOCK_STREAM):
-        connection = socket.socket(family, kind, protocol)
+    def run() -> None:
         try:
-            connection.settimeout(_remaining(deadline))
-            connection.connect(address)
-            return connection
-        except OSError as error:
-            connection.close()
-            problem = error
-    raise problem
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001 (raised in whoever asks for the result)
+            troubles.append(error)
+        done.set()
+
+    def result(deadline: float) -> "Thing":
+        if not done.wait(min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)):
+            raise TimeoutError("no answer in time")
+        for trouble in troubles:
+            raise trouble
+        return results[0]
+
+    try:
+        threading.Thread(target=run, daemon=True).start()
+    except RuntimeError:  # the system gives no more threads
+        run()
+    return result
 
 
-def _loopback_tls() -> "Any":
-    """TLS to our own server: its certificate is self-signed, and nothing secret is sent."""
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def plain_host(host: str) -> Any:
-    """A host as bytes where it can be: for a str Python imports the rules of international names (2 ms)."""
-    return host.encode() if host.isascii() else host
-
-
-def _remaining(deadline: float) -> float:
+def remaining(deadline: float) -> float:
+    """Return the seconds until a moment of the monotonic clock. Raises TimeoutError when it has passed."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError("no answer in time")
     return left
 
 
-def _read_answer(connection: "Any", deadline: float, limit: int) -> tuple[int, bytes]:
-    received, wanted = b"", limit
-    while len(received) < wanted:
-        connection.settimeout(_remaining(deadline))
-        piece = connection.recv(65536)
-        if not piece:
-            break
-        received += piece
-        wanted = min(wanted, _answer_length(received, limit))
-    else:
-        if len(received) >= limit:
-            raise ValueError("the answer is too long")
-    head, _, body = received.partition(b"\r\n\r\n")
-    return _status_code(head), body
+def addresses(host: str, port: int, deadline: float) -> list[Any]:
+    """Return what getaddrinfo says of a host ("" is every address), by the deadline. Raises OSError, UnicodeError."""
+    import socket
+
+    # For a str Python imports the rules of international names (2 ms).
+    place: Any = (host.encode() if host.isascii() else host) or None
+    try:
+        return socket.getaddrinfo(place, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE | socket.AI_NUMERICHOST)
+    except socket.gaierror:  # a name
+        return begin(lambda: socket.getaddrinfo(place, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE))(deadline)
 
 
-def _answer_length(received: bytes, limit: int) -> int:
-    """The length of the whole answer once its head tells it, else `limit`. Raises ValueError for what is no HTTP."""
-    if not b"HTTP/".startswith(received[:5]):
-        raise ValueError("not HTTP")
-    head, end, _ = received.partition(b"\r\n\r\n")
-    for line in head.split(b"\r\n")[1:] if end else []:
-        name, _, value = line.partition(b":")
-        if name.strip().lower() == b"content-length" and value.strip().isdigit():
-            return len(head) + len(end) + int(value)
-    return limit
+def connected_socket(host: str, port: int, deadline: float, tls: bool = False) -> Any:
+    """Return a connection to the first address of a host that takes one. Raises OSError; TimeoutError at the deadline.
+
+    socket.create_connection would give each address the whole time.
+    """
+    import socket
+
+    problem: OSError = ConnectionRefusedError(f"{host} has no address")
+    for family, kind, protocol, _, address in addresses(host, port, deadline):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(remaining(deadline))
+            connection.connect(address)
+            if not tls:
+                return connection
+            import ssl
+
+            connection.settimeout(remaining(deadline))
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # its certificate is self-signed, and we send no secret
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+            return context.wrap_socket(connection)
+        except OSError as error:
+            connection.close()
+            problem = error
+    raise problem
 
 
-def _status_code(head: bytes) -> int:
-    words = head.split(b"\r\n")[0].split()
-    if len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
-        raise ValueError("not HTTP")
-    return int(words[1])
+def http_get(config: ComfyUIConfig, path: str, timeout: float, limit: int = ANSWER_LIMIT) -> tuple[int, bytes]:
+    """Return (status, body) of one GET to ComfyUI, all within `timeout` seconds and `limit` bytes.
+
+    A raw exchange: urllib would follow redirects and proxies, and its timeout counts from each byte (0.5 s became 8 s
+    against a dripping server). No Origin header, which ComfyUI would compare with Host. Raises OSError (refused,
+    TimeoutError) or ValueError (no HTTP, too long).
+    """
+    deadline = time.monotonic() + timeout
+    place = local_url(config).partition("//")[2]
+    request = f"GET {path} HTTP/1.0\r\nHost: {place}\r\nAccept: application/json\r\nConnection: close\r\n\r\n"
+    answer = bytearray()
+    with connected_socket(connect_host(config.host), config.port, deadline, config.tls) as connection:
+        connection.settimeout(remaining(deadline))
+        connection.sendall(request.encode("ascii", "replace"))
+        piece = b"HTTP"
+        while piece:
+            connection.settimeout(remaining(deadline))
+            piece = connection.recv(65536)
+            answer += piece
+            if len(answer) > limit or not b"HTTP/".startswith(answer[:5]):
+                raise ValueError("too long, or no HTTP")
+    head, _, body = bytes(answer).partition(b"\r\n\r\n")
+    status = re.match(rb"HTTP/\S+ ([0-9]{3})\b", head)
+    if status is None:
+        raise ValueError("no HTTP")
+    return int(status[1]), body
 
 
 def probe(config: ComfyUIConfig, timeout: float) -> Answer:
-    """What answers where ComfyUI should: `GET /system_stats`, within `timeout` seconds. Never raises."""
-    began = time.monotonic()
-    answer = _probe(config, timeout)
+    """Return what answers where ComfyUI should: `GET /system_stats`, within `timeout` seconds. Never raises."""
+    began, answer = time.monotonic(), Answer(OTHER_SERVICE)
+    try:
+        status, body = http_get(config, "/system_stats", timeout)
+        if status == 200:
+            argv = json.loads(body)["system"].get("argv")
+            answer = Answer(HEALTHY, argv if is_text_list(argv) else None)
+        elif status in (401, 403, 407):  # a reverse proxy with a password: up, but not for us to read
+            answer = Answer(HEALTHY)
+    except ConnectionRefusedError:
+        answer = Answer(REFUSED)
+    except OSError:
+        answer = Answer(TIMEOUT)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
     trace(f"GET {local_url(config)}/system_stats: {answer.kind} after {time.monotonic() - began:.2f} s")
     return answer
 
 
-def _probe(config: ComfyUIConfig, timeout: float) -> Answer:
-    try:
-        status, body = http_get(config, "/system_stats", timeout)
-    except ConnectionRefusedError:
-        return Answer(REFUSED)
-    except ValueError:
-        return Answer(OTHER_SERVICE)
-    except OSError:
-        return Answer(TIMEOUT)
-    if status in (401, 403, 407):  # a reverse proxy with a password: up, but not for us to read
-        return Answer(HEALTHY)
-    return _read_stats(body) if status == 200 else Answer(OTHER_SERVICE)
-
-
-def _read_stats(body: bytes) -> Answer:
-    try:
-        system = json.loads(body)["system"]
-        argv = system.get("argv")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return Answer(OTHER_SERVICE)
-    return Answer(HEALTHY, argv if is_text_list(argv) else None)
-
-
 def queue_counts(config: ComfyUIConfig, timeout: float) -> Optional[tuple[int, int]]:
-    """(running, pending) prompts of ComfyUI, within `timeout` seconds; None when it cannot be asked. Never raises.
+    """Return (running, pending) prompts within `timeout` seconds; None when ComfyUI cannot be asked. Never raises.
 
     `/queue` holds the whole workflows; where they are too long to read, `/prompt` at least tells their number.
     """
@@ -2824,14 +2816,14 @@ def queue_counts(config: ComfyUIConfig, timeout: float) -> Optional[tuple[int, i
         pass
     try:
         left = max(0.0, deadline - time.monotonic())
-        remaining = int(json.loads(http_get(config, "/prompt", left)[1])["exec_info"]["queue_remaining"])
-        return min(1, remaining), max(0, remaining - 1)
+        count = int(json.loads(http_get(config, "/prompt", left)[1])["exec_info"]["queue_remaining"])
+        return min(1, count), max(0, count - 1)
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
 def look_at(config: ComfyUIConfig, timeout: float) -> Answer:
-    """`probe`, and of a healthy ComfyUI the queue, all within `timeout` seconds. Never raises."""
+    """Return what `probe` does, and of a healthy ComfyUI the queue, all within `timeout` seconds. Never raises."""
     deadline = time.monotonic() + timeout
     answer = probe(config, timeout)
     if answer.kind == HEALTHY and answer.argv is not None:
@@ -2841,21 +2833,17 @@ def look_at(config: ComfyUIConfig, timeout: float) -> Answer:
 
 def probe_all(configs: list[ComfyUIConfig], timeout: float) -> list[Answer]:
     """`look_at` each, all at once: as slow as the slowest, not as their sum."""
-    if len(configs) < 2:
-        return [look_at(config, timeout) for config in configs]
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(len(configs)) as pool:
-        return list(pool.map(lambda config: look_at(config, timeout), configs))
+    results = [begin(lambda config=config: look_at(config, timeout)) for config in configs]  # type: ignore[misc]
+    return [result(float("inf")) for result in results]
 
 
 def check_http_health(host: str, port: int, timeout: float = 2.0) -> bool:
-    """Whether a ComfyUI answers on host:port within `timeout` seconds. For display only."""
+    """Tell whether a ComfyUI answers on host:port within `timeout` seconds. For display only."""
     return probe(ComfyUIConfig(host, port), timeout).kind == HEALTHY
 
 
 def is_port_bound(port: int, expected_pid: Optional[int] = None, host: str = DEFAULT_HOST) -> bool:
-    """Whether `port` is in use where ComfyUI with `--listen host` would bind it.
+    """Tell whether `port` is in use where ComfyUI with `--listen host` would bind it.
 
     With `expected_pid`: whether that process is the one that listens. The question is asked as
     ComfyUI binds (each address, reuse on POSIX, so that TIME_WAIT after a stop does not count) and
@@ -2863,9 +2851,16 @@ def is_port_bound(port: int, expected_pid: Optional[int] = None, host: str = DEF
     """
     if expected_pid is not None:
         return expected_pid in process_table().listeners(port)
-    names = [name.strip() for name in host.split(",")]
+    if not all(_can_bind(name.strip(), port) for name in host.split(",")):
+        return True
     nearby = connect_host(host)
-    return any(not _can_bind(name, port) for name in names) or (is_loopback(nearby) and _accepts(nearby, port))
+    try:
+        if is_loopback(nearby):
+            connected_socket(nearby, port, time.monotonic() + 0.2).close()
+            return True
+    except OSError:
+        pass
+    return False
 
 
 def _can_bind(name: str, port: int) -> bool:
@@ -2873,41 +2868,26 @@ def _can_bind(name: str, port: int) -> bool:
     import socket
 
     try:
-        places = socket.getaddrinfo(plain_host(name) or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        places = addresses(name, port, time.monotonic() + 2.0)
     except (OSError, UnicodeError):
         return True  # ComfyUI itself will say that the name does not resolve
+    is_windows = hasattr(socket, "SO_EXCLUSIVEADDRUSE")
     for family, kind, protocol, _, address in places:
         try:
             with socket.socket(family, kind, protocol) as trial:
-                _bind_as_comfyui_does(trial, address)
+                option = getattr(socket, "SO_EXCLUSIVEADDRUSE" if is_windows else "SO_REUSEADDR")
+                trial.setsockopt(socket.SOL_SOCKET, option, 1)
+                if family == socket.AF_INET6:
+                    trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                trial.bind(address)
         except OSError as problem:
             if problem.errno in (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", None)):
                 return False
     return True
 
 
-def _bind_as_comfyui_does(trial: "Any", address: "Any") -> None:
-    import socket
-
-    if hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-    else:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if trial.family == socket.AF_INET6:
-        trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    trial.bind(address)
-
-
-def _accepts(host: str, port: int) -> bool:
-    try:
-        connected_socket(host, port, time.monotonic() + 0.2).close()
-        return True
-    except (OSError, UnicodeError):
-        return False
-
-
 def next_free_port(start: int, host: str, taken: "dict[int, str]") -> int:
-    """The first port from `start` on that nobody has. Raises CDEnvironmentError when there is none."""
+    """Return the first port from `start` on that nobody has. Raises CDEnvironmentError when there is none."""
     for port in range(start, min(start + 1000, 65536)):
         if port not in taken and not is_port_bound(port, host=host):
             return port
@@ -2928,11 +2908,11 @@ def check_url(url: str) -> None:
 
     try:
         parts = urlsplit(url)
-        host = parts.hostname or ""
+        host = (parts.hostname or "") if parts.port != 0 else ""  # asking for a port that is none raises ValueError
     except ValueError:
         host = ""
-    if not host or parts.scheme not in ("https", "http") or not url.isprintable() or " " in url:
-        raise CDEnvironmentError(f"{url!r} is not an https address", "use an https:// address", "url")
+    if not host or parts.scheme not in ("https", "http") or not (url.isascii() and url.isprintable()) or " " in url:
+        raise CDEnvironmentError(f"{url[:200]!a} is not an https address", "use an https:// address", "url")
     if "@" in parts.netloc:
         raise CDEnvironmentError(f"the address of {host} holds a user name or password", "leave them out", "url")
     if parts.scheme == "http" and not is_loopback(host):
@@ -2940,7 +2920,7 @@ def check_url(url: str) -> None:
 
 
 def url_opener(url: str) -> Any:
-    """An opener whose redirects stay on https; proxies from the environment serve other machines only."""
+    """Return an opener whose redirects stay on https; proxies from the environment serve other machines only."""
     from urllib.parse import urlsplit
     from urllib.request import HTTPRedirectHandler, ProxyHandler, build_opener
 
@@ -2958,120 +2938,74 @@ def url_opener(url: str) -> Any:
 def download(
     url: str, limit: int, timeout: float = 30.0, seconds: float = 3600.0, tell: Progress = no_progress
 ) -> Iterator[bytes]:
-    """The bytes at an https URL, in pieces; a broken transfer goes on where it stopped, a busy server is asked again.
+    """Yield the bytes at an https URL, in pieces; a busy server is asked again, and a broken transfer begins anew.
 
     `limit` is in bytes; `timeout` the seconds without a byte that end one try, `seconds` the time for all of it; `tell`
     hears of progress once a second. Raises CDEnvironmentError with code "url" (refused address), "network" (down, too
     slow, broken), "too-big", or "http-404" and the like.
     """
     from http.client import HTTPException
+    from urllib.request import Request
 
     check_url(url)
-    transfer = Transfer(url, limit, time.monotonic() + seconds, tell)
+    request = Request(url, headers={"User-Agent": USER_AGENT, "Accept": "*/*"})  # noqa: S310 (check_url has seen it)
+    deadline, told, received, whole = time.monotonic() + seconds, time.monotonic(), 0, None
     for delay in (*RETRY_DELAYS, None):
         try:
-            yield from transfer.chunks(timeout)
+            opening = begin(lambda: url_opener(url).open(request, timeout=timeout))
+            reply = opening(min(deadline, time.monotonic() + timeout))
+            read = partial(reply.read1, CHUNK)  # never closed but dropped: to close waits for a reading that hangs
+            if received and whole != (reply.length, reply.headers.get("ETag")):
+                message = f"{url} changed while it was downloaded"
+                raise CDEnvironmentError(message, "run the command again", "network")
+            whole, skip = (reply.length, reply.headers.get("ETag")), received  # what was handed on comes again
+            while piece := begin(read)(min(deadline, time.monotonic() + timeout)):
+                fresh, skip = piece[skip:], max(0, skip - len(piece))
+                received += len(fresh)
+                if max(received, whole[0] or 0) > limit:
+                    raise CDEnvironmentError(f"{url} is larger than {limit // MEGABYTE or 1} MB", code="too-big")
+                if time.monotonic() - told >= 1.0:
+                    told, size = time.monotonic(), f" of {whole[0] / MEGABYTE:.1f}" if whole[0] else ""
+                    tell(f"downloaded {received / MEGABYTE:.1f}{size} MB")
+                yield fresh
+            if received < (whole[0] or 0):
+                raise ConnectionResetError("the connection broke off")
             return
-        except (OSError, HTTPException) as error:
-            pause = transfer.pause_after(error, delay)
-        time.sleep(pause)
+        except (OSError, HTTPException, ValueError) as error:
+            if time.monotonic() >= deadline:
+                raise CDEnvironmentError(f"the download of {url} took too long", code="network") from None
+            pause = pause_after(url, error, delay)
+        time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
 
 
-class Transfer:
-    """One download over several tries.
-
-    `received` counts the bytes handed on so far; `total` is what the server announced for the whole, None if it did
-    not; `deadline` and `told`, when progress was last told, are by the monotonic clock.
-    """
-
-    def __init__(self, url: str, limit: int, deadline: float, tell: Progress) -> None:
-        self.url, self.limit, self.deadline, self.tell = url, limit, deadline, tell
-        self.received = 0
-        self.total: Optional[int] = None
-        self.told = time.monotonic()
-
-    def chunks(self, timeout: float) -> Iterator[bytes]:
-        """What has not been received yet. Raises OSError or HTTPException when this try broke."""
-        from urllib.request import Request
-
-        headers = {"User-Agent": USER_AGENT, "Accept": "*/*"}
-        if self.received:
-            headers["Range"] = f"bytes={self.received}-"
-        request = Request(self.url, headers=headers)  # noqa: S310 (check_url has seen it)
-        with url_opener(self.url).open(request, timeout=timeout) as reply:
-            skip = 0 if reply.status == 206 else self.received  # a server without ranges sends all of it again
-            self.note_total(reply.headers.get("Content-Length", ""), skip)
-            while piece := reply.read1(CHUNK):  # one recv: a server that drips cannot hold us past the deadline
-                if time.monotonic() > self.deadline:
-                    raise CDEnvironmentError(f"the download of {self.url} took too long", code="network")
-                yield self.counted(piece[skip:])
-                skip = max(0, skip - len(piece))
-        if self.total is not None and self.received < self.total:
-            raise ConnectionResetError("the connection broke off")
-
-    def note_total(self, length: str, skip: int) -> None:
-        """Learn from a Content-Length how long the whole is, of which `skip` bytes come for the second time."""
-        if not length.isdigit():
-            return
-        total = int(length) + self.received - skip
-        if self.total not in (None, total):
-            raise CDEnvironmentError(f"{self.url} changed while it was downloaded", "run the command again", "network")
-        self.total = total
-
-    def counted(self, piece: bytes) -> bytes:
-        """The piece itself, once it is counted and told of. Raises CDEnvironmentError (code "too-big")."""
-        self.received += len(piece)
-        if max(self.received, self.total or 0) > self.limit:
-            raise CDEnvironmentError(f"{self.url} is larger than {self.limit // MEGABYTE or 1} MB", code="too-big")
-        if time.monotonic() - self.told >= 1.0:
-            self.told = time.monotonic()
-            whole = f" of {self.total / MEGABYTE:.1f}" if self.total else ""
-            self.tell(f"downloaded {self.received / MEGABYTE:.1f}{whole} MB")
-        return piece
-
-    def pause_after(self, error: Exception, delay: Optional[float]) -> float:
-        """Seconds to wait before the next try. Raises CDEnvironmentError when there is none."""
-        from urllib.error import HTTPError
-
-        if isinstance(error, HTTPError):
-            error.close()
-            if error.code not in PASSING_ANSWERS or delay is None:
-                answer = f"{self.url} answered {error.code} {error.reason}"
-                raise CDEnvironmentError(answer, code=f"http-{error.code}") from None
-            delay = max(delay, retry_after(error.headers.get("Retry-After", "")))
-        elif delay is None or "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise network_error(self.url, error) from None
-        if delay > LONGEST_RETRY_AFTER or time.monotonic() + delay > self.deadline:
-            wait = f"{self.url} asks to wait for {delay:.0f} seconds"
-            raise CDEnvironmentError(wait, "run the command again later", "network") from None
-        return delay
-
-
-def retry_after(value: str) -> float:
-    """Seconds that a Retry-After header asks for, by a number or an HTTP date; 0 when it says nothing readable."""
-    from email.utils import parsedate_to_datetime
-
-    try:
-        return float(value) if value.strip().isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return 0.0
-
-
-def network_error(url: str, error: Exception) -> CDEnvironmentError:
-    """The clear sentence for a connection that does not come about."""
+def pause_after(url: str, error: Exception, delay: Optional[float]) -> float:
+    """Return the seconds to wait before a download is tried again. Raises CDEnvironmentError when it is not."""
+    from urllib.error import HTTPError
     from urllib.parse import urlsplit
 
+    if isinstance(error, HTTPError):
+        error.close()
+        if error.code not in PASSING_ANSWERS or delay is None:
+            raise CDEnvironmentError(f"{url} answered {error.code} {error.reason}", code=f"http-{error.code}") from None
+        asked = error.headers.get("Retry-After", "")
+        delay = max(delay, float(asked) if asked.isdecimal() else 0.0)
+        if delay > LONGEST_RETRY_AFTER:
+            message = f"{url} asks to wait for {delay:.0f} seconds"
+            raise CDEnvironmentError(message, "run the command again later", "network") from None
     host, reason = urlsplit(url).hostname, getattr(error, "reason", None) or error
     words = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-    message, hint = f"cannot reach {host}: {words}", "check the network (and https_proxy), then run the command again"
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         message = f"the TLS certificate of {host} cannot be verified: {words}"
         hint = "update the machine's certificates, or set SSL_CERT_FILE"
-    return CDEnvironmentError(message, hint, "network")
+        raise CDEnvironmentError(message, hint, "network") from None
+    if delay is None or isinstance(error, ValueError):  # a host that can be no name, for one
+        hint = "check the network (and https_proxy), then run the command again"
+        raise CDEnvironmentError(f"cannot reach {host}: {words}", hint, "network") from None
+    return delay
 
 
 def fetch_json(url: str, limit: int = 16 * MEGABYTE) -> Any:
-    """The JSON document at a URL. Raises CDEnvironmentError as download does, and code "network" when it is no JSON."""
+    """Return the JSON document at a URL. Raises CDEnvironmentError as download does, "network" when it is no JSON."""
     try:
         return json.loads(b"".join(download(url, limit, seconds=300.0)))
     except (ValueError, RecursionError):
@@ -3658,7 +3592,6 @@ def remove_tree(path: str) -> None:
     file system is mounted inside, as a volume with somebody's models must not be emptied.
     """
     import shutil
-    from functools import partial
 
     def remove() -> None:
         if is_link(path) or not os.path.isdir(path):
@@ -3858,7 +3791,6 @@ def members_of(path: str, stack: Any) -> Iterator[Member]:
 def zip_members(file: Any) -> Iterator[Member]:
     """The members of a zip file; raises CDEnvironmentError for one that is neither file nor folder."""
     import stat
-    from functools import partial
 
     for info in file.infolist():
         name, mode = info.orig_filename, info.external_attr >> 16
@@ -3870,8 +3802,6 @@ def zip_members(file: Any) -> Iterator[Member]:
 
 def tar_members(file: Any) -> Iterator[Member]:
     """The members of a tar file; raises CDEnvironmentError for one that is neither file nor folder."""
-    from functools import partial
-
     for info in file:
         if not (info.isreg() or info.isdir()) or info.issparse():
             raise refused_member(info.name, "is a link or a device")
@@ -4939,8 +4869,6 @@ class Packages:
 
     def put_back(self, tell: Progress) -> None:
         """Install what was there before and remove what was not; tells the packages, and what could not be done."""
-        from functools import partial
-
         now = self.installer.freeze()
         gone = [line for line in self.before if line not in now]
         kept = {package_name(line) for line in self.before}

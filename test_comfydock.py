@@ -482,17 +482,12 @@ class RegistryHandler(BaseHTTPRequestHandler):
         if isinstance(answer, list):
             answer = answer.pop(0) if len(answer) > 1 else answer[0]
         status, headers, body = answer
-        cut = headers.get("cut")
-        start = 0
-        if "Range" in self.headers and not headers.get("no_ranges"):
-            start = int(self.headers["Range"][6:-1])
-            status = 206
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), str(value))
-        self.send_header("Content-Length", str(len(body) - start))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[start:cut] if cut else body[start:])
+        self.wfile.write(body[: headers.get("cut")])
 
     def log_message(self, *words):
         """Say nothing."""
@@ -2156,18 +2151,31 @@ def stats(argv=None):
 
 
 class ProbesKnowWhatAnswers(unittest.TestCase):
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "no IPv6 here")
     def test_an_address_of_ipv6_stands_in_brackets(self):
-        asked = []
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+            port = server.getsockname()[1]
+            asking = dock.begin(lambda: dock.http_get(dock.ComfyUIConfig("::", port), "/", 5))
+            connection, _ = server.accept()
+            with connection:
+                request = connection.recv(65536)
+                connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nthere")
+        self.assertIn(b"\r\nHost: [::1]:%d\r\n" % port, request)
+        self.assertEqual(asking(time.monotonic() + 5), (200, b"there"))
 
-        @contextlib.contextmanager
-        def connected(config, host, deadline):
-            asked.append(host)
-            yield unittest.mock.Mock(recv=lambda size: b"", sendall=asked.append)
-
-        with unittest.mock.patch.object(dock, "_connected", connected), self.assertRaises(ValueError):
-            dock.http_get(dock.ComfyUIConfig("::", 8188), "/", 1)
-        self.assertEqual(asked[0], "::1")
-        self.assertIn(b"\r\nHost: [::1]:8188\r\n", asked[1])
+    def test_a_name_server_that_is_silent_costs_no_more_than_the_timeout(self):
+        silent, began = threading.Event(), time.monotonic()
+        self.addCleanup(silent.set)
+        resolve = lambda place, port, family, kind, protocol, flags: (  # noqa: E731
+            socket_getaddrinfo(place, port, family, kind, protocol, flags)
+            if flags & socket.AI_NUMERICHOST
+            else silent.wait(20)
+        )
+        socket_getaddrinfo = socket.getaddrinfo
+        with unittest.mock.patch.object(socket, "getaddrinfo", resolve):
+            self.assertEqual(dock.probe(dock.ComfyUIConfig("box.example", 8188), 0.3).kind, dock.TIMEOUT)
+            self.assertFalse(dock.is_port_bound(8188, host="box.example"))
+        self.assertLess(time.monotonic() - began, 5)
 
     def probe(self, answer, timeout=0.5):
         with listening(answer=answer) as port:
@@ -2376,11 +2384,10 @@ class DownloadTest(InWorkshop):
             self.get("/nothing-here")
         self.assertEqual((caught.exception.code, len(self.registry.calls) - before), ("http-404", 1))
 
-    def test_a_broken_transfer_goes_on_where_it_stopped(self):
+    def test_a_broken_transfer_begins_anew_and_nothing_is_handed_on_twice(self):
         body = random.Random(1).randbytes(900_000) if sys.version_info >= (3, 9) else b""
-        for headers in ({}, {"no_ranges": 1}):
-            self.registry.answers["/broken"] = [(200, {"cut": 300_000}, body), (200, headers, body)]
-            self.assertEqual(hashlib.sha256(self.get("/broken")).digest(), hashlib.sha256(body).digest())
+        self.registry.answers["/broken"] = [(200, {"cut": 300_000}, body), (200, {}, body)]
+        self.assertEqual(hashlib.sha256(self.get("/broken")).digest(), hashlib.sha256(body).digest())
 
     def test_too_much_is_refused(self):
         self.registry.say("/big", b"x" * 5000)
@@ -2405,27 +2412,33 @@ class DownloadTest(InWorkshop):
 
     def test_a_file_that_changed_between_two_tries_is_not_pieced_together(self):
         body = b"x" * 300_000
-        self.registry.answers["/other"] = [(200, {"cut": 100_000}, body), (200, {"no_ranges": 1}, body + b"more")]
+        self.registry.answers["/other"] = [(200, {"cut": 100_000}, body), (200, {}, body + b"more")]
         with self.assertRaisesRegex(dock.CDEnvironmentError, "changed while it was downloaded"):
             self.get("/other")
 
     def test_progress_is_told_with_the_size_where_it_is_known(self):
         told = []
-        transfer = dock.Transfer("https://example.org/", 10 * dock.MEGABYTE, 0.0, told.append)
-        for length in ("", str(4 * dock.MEGABYTE)):
-            transfer.note_total(length, 0)
-            transfer.told -= 1
-            transfer.counted(b"x" * dock.MEGABYTE)
-            transfer.counted(b"")
-        self.assertEqual(told, ["downloaded 1.0 MB", "downloaded 2.0 of 5.0 MB"])
 
-    def test_a_certificate_that_does_not_hold_is_called_one(self):
+        def slowly(connection, head):
+            connection.recv(65536)
+            connection.sendall(head)
+            for _ in range(2):
+                connection.sendall(b"x" * dock.MEGABYTE)
+                time.sleep(0.6)
+
+        for head, size in ((b"", ""), (b"Content-Length: %d\r\n" % (2 * dock.MEGABYTE), " of 2.0")):
+            with listening(answer=lambda talk, head=head: slowly(talk, b"HTTP/1.0 200 OK\r\n%s\r\n" % head)) as port:
+                clock, told = time.monotonic, []
+                with unittest.mock.patch.object(dock.time, "monotonic", lambda clock=clock: clock() * 4):
+                    for _ in dock.download(f"http://127.0.0.1:{port}/", 10 * dock.MEGABYTE, tell=told.append):
+                        pass
+            self.assertRegex(told[-1], rf"^downloaded [12]\.\d{size} MB$")
+
+    def test_a_certificate_that_does_not_hold_is_called_one_and_not_tried_again(self):
         trouble = ssl.SSLCertVerificationError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate has expired")
-        error = dock.network_error("https://example.org/x", trouble)
-        self.assertIn("the TLS certificate of example.org cannot be verified", error.message)
-        self.assertIn("SSL_CERT_FILE", error.hint)
-        with self.assertRaises(dock.CDEnvironmentError):  # trying again would not help
-            dock.Transfer("https://example.org/", 1, time.monotonic() + 60, print).pause_after(trouble, 1.0)
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "the TLS certificate of example.org cannot be") as caught:
+            dock.pause_after("https://example.org/x", trouble, 1.0)
+        self.assertIn("SSL_CERT_FILE", caught.exception.hint)
 
     def test_a_network_that_is_down_is_one_clear_line(self):
         with self.assertRaises(dock.CDEnvironmentError) as caught:
@@ -2433,13 +2446,33 @@ class DownloadTest(InWorkshop):
         self.assertIn("cannot reach 127.0.0.1: Connection refused", caught.exception.message)
         self.assertIn("check the network", caught.exception.hint)
 
-    def test_a_dripping_server_meets_the_deadline(self):
-        self.registry.say("/x", b"x" * 100)
-        with (
-            unittest.mock.patch.object(dock.time, "monotonic", side_effect=[0.0, 0.0, 99.0]),
-            self.assertRaisesRegex(dock.CDEnvironmentError, "too long"),
-        ):
-            list(dock.download(self.registry.url + "/x", 1000, seconds=50.0))
+    def test_a_server_that_drips_anything_meets_the_deadline(self):
+        heads = (
+            b"HTTP/1.1 200 OK\r\nX: ",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;",
+            b"HTTP/1.1 200 OK\r\n\r\n",
+        )
+
+        def drip(connection, head):
+            connection.sendall(head)
+            for _ in range(100):
+                connection.sendall(b"x")
+                time.sleep(0.05)
+
+        for head in heads:
+            with self.subTest(head), listening(answer=lambda connection, head=head: drip(connection, head)) as port:
+                began = time.monotonic()
+                with self.assertRaisesRegex(dock.CDEnvironmentError, "took too long"):
+                    list(dock.download(f"http://127.0.0.1:{port}/x", 1000, seconds=0.5))
+                self.assertLess(time.monotonic() - began, 2)
+
+    def test_addresses_that_nobody_can_have_are_one_clear_line(self):
+        hosts = ("https://a..b/x", "https://" + "a" * 70 + ".example/x")
+        ports = ("http://127.0.0.1:99999/x", "http://127.0.0.1:abc/x", "http://127.0.0.1/\u00fc", "https://a/\ud800")
+        for url in (*hosts, *ports):
+            with self.subTest(url), self.assertRaises(dock.CDEnvironmentError) as caught:
+                list(dock.download(url, 1000, seconds=1))
+            self.assertIn(caught.exception.code, ("url", "network"))
 
     def test_no_json_is_said(self):
         self.registry.say("/html", b"<html>")
