@@ -8623,269 +8623,6 @@ def how_called(argv: list[str]) -> str:
     return f"{python} {quote(script)}"
 
 
-def environment_title(data: dict[str, Any]) -> str:
-    """The name of an environment as reports show it: the demo is always labelled."""
-    return f"{data['name']} (the built-in demo)" if data.get("demo") else str(data["name"])
-
-
-def format_run(data: dict[str, Any]) -> Iterator[str]:
-    """What `run` says once ComfyUI is started."""
-    if data.get("ready"):
-        yield f"✓ ComfyUI is ready ({data['waited']:.1f} s)"
-    if data.get("only_watched"):
-        yield f"✓ A monitor now watches the ComfyUI that runs (PID {data['pid']})"
-    else:
-        yield f"✓ ComfyUI started in background (PID {data['pid']})"
-    yield f"✓ Running on {data['url']}"
-    yield f"  Log: {data['log']}"
-    yield ""
-    yield "Tip: View logs with 'comfydock logs', stop with 'comfydock stop'"
-
-
-def format_restart(data: dict[str, Any]) -> Iterator[str]:
-    """What `restart` says when it is done."""
-    yield f"✓ Restarted (new PID: {data['pid']})"
-    yield f"✓ Running on {data['url']}"
-
-
-def format_stop(data: dict[str, Any]) -> Iterator[str]:
-    """What `stop` says when it is done."""
-    if data["stopped"]:
-        yield "✓ ComfyUI stopped"
-    elif data.get("called_off"):
-        yield "✓ ComfyUI was down after a crash; its monitor starts it no more"
-    elif data.get("dry_run"):
-        yield f"PID {data['pid']} is the ComfyUI on port {data['port']}; it would be ended: {data['command']}"
-    else:
-        yield f"ComfyUI is not running in environment '{data['name']}'"
-
-
-def format_status(data: dict[str, Any]) -> Iterator[str]:
-    """The report of one environment."""
-    yield f"Environment: {environment_title(data)}"
-    yield ""
-    yield "📋 Process:"
-    yield f"   Status: {_status_line(data)}"
-    if data["state"] in LIVE_STATES and data["pid"]:
-        yield from _live_lines(data)
-    if data["state"] == CRASHED:
-        yield from _crash_lines(data)
-    if data["monitor"]:
-        yield f"   Monitor: {_monitor_line(data['monitor'])}"
-    yield f"   Log: {data['log'] or 'none, for comfydock has not started it'}"
-    if data["difference"] is not None and not data["difference"]["synced"]:
-        yield ""
-        yield "⚠️  Environment needs repair: comfydock repair"
-        yield from difference_lines(data["difference"])
-    if data["missing"]:
-        yield f"⚠ Its ComfyUI is missing: {data['missing']}"
-    if not data["complete"]:
-        yield f"⚠ Not complete: its creation was interrupted ({data['resume']} goes on)."
-
-
-def _status_line(data: dict[str, Any]) -> str:
-    if data["state"] == FOREIGN:
-        return f"Unknown: started on another machine or in another container ({data['machine']})"
-    if data["state"] == CRASHED:
-        return "Stopped: ComfyUI ended by itself"
-    if data["state"] == STOPPED:
-        return "Stopped" + _NOTES.get(data["note"], "")
-    if data["state"] == STARTING:
-        return "Starting (alive, not answering yet)" if data["pid"] else "Starting"
-    return ("Running ✓" if data["state"] == RUNNING else "Running") + _NOTES.get(data["note"], "")
-
-
-_NOTES = {
-    "interrupted": " (a start was interrupted before ComfyUI came up)",
-    "rebooted": " (the machine was restarted since)",
-    "damaged": " (the state file is damaged)",
-    "untracked": " (not tracked: comfydock repair --orphan)",
-    "moved": " (it has restarted itself under another PID)",
-}
-_HEALTH_WORDS = {
-    "healthy": "✓ Healthy",
-    "starting": "not answering yet",
-    "unhealthy": "⚠ Not responding",
-}
-
-
-def format_queue(running: int, pending: int) -> str:
-    """A queue for people."""
-    return f"{running} running, {pending} pending"
-
-
-def _monitor_line(monitor: dict[str, Any]) -> str:
-    count = monitor["restarts"]
-    times = f", restarted ComfyUI {count} time{'s' if count != 1 else ''}" if count else ""
-    if monitor["gave_up"]:
-        return f"⚠ gave up: {monitor['gave_up']}"
-    return f"watching{times}" if monitor["alive"] else f"⚠ gone{times} (start a new one: comfydock run --monitor)"
-
-
-def _live_lines(data: dict[str, Any]) -> Iterator[str]:
-    health = _HEALTH_WORDS[data["health"]]
-    if data["answer"] == OTHER_SERVICE and data["health"] != "healthy":
-        health = f"⚠ Another program answers on port {data['port']}"
-    if data["answer"] == BAD_ANSWER:
-        health = "⚠ It answers, but not as a healthy ComfyUI does"
-    yield f"   PID: {data['pid']}"
-    yield f"   URL: {data['url']}"
-    yield f"   Health: {health}"
-    if data["queue"]:
-        yield f"   Queue: {format_queue(data['queue']['running'], data['queue']['pending'])}"
-    yield f"   Uptime: {format_duration(data['uptime'])}"
-
-
-def _crash_lines(data: dict[str, Any]) -> Iterator[str]:
-    if data["exit_code"] is not None:
-        yield f"   Ended with: {format_exit(data['exit_code'])}"
-    if data["last_alive"]:
-        alive = epoch_of(data["last_alive"])
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(alive))
-        yield f"   Last known alive: {moment} ({format_duration(time.time() - alive)} ago)"
-    if data["last_error"]:
-        yield f"   Last error: {data['last_error']}"
-    if data["monitor"] and data["monitor"]["alive"] and not data["monitor"]["gave_up"]:
-        yield "   Its monitor starts it again in a moment"
-    else:
-        yield "   Start it again: comfydock restart"
-
-
-def format_list(data: dict[str, Any]) -> Iterator[str]:
-    """All environments, a line each."""
-    if not data["environments"]:
-        yield "No environments found."
-        yield "Create one with: comfydock create <name>"
-        return
-    yield "Environments:"
-    width = max(15, *(len(environment_title(item)) for item in data["environments"]))
-    for item in data["environments"]:
-        marker, label = ("✓", "(active)") if item["active"] else (" ", "        ")
-        yield f"  {marker} {environment_title(item):{width}} {label} {_list_status(item)}"
-
-
-def _list_status(item: dict[str, Any]) -> str:
-    state = item["state"]
-    if state in LIVE_STATES and item["pid"]:
-        queue = item["queue"]
-        busy = f", {format_queue(queue['running'], queue['pending'])}" if queue and any(queue.values()) else ""
-        monitor = item["monitor"]
-        watched = "" if not monitor else ", monitored" if monitor["alive"] else ", ⚠ its monitor is gone"
-        sign = "✓" if state == RUNNING else "⚠"
-        words = {RUNNING: "running", STARTING: "starting", UNRESPONSIVE: "not responding"}[state]
-        return f"({sign} {words} on {item['url']}, PID {item['pid']}{busy}{watched})" + (
-            " untracked" if item["note"] == "untracked" else ""
-        )
-    if state == STOPPED and not item["complete"]:
-        return "(incomplete)"
-    if item["note"] in ("damaged", "unreadable"):
-        return f"({state}, ⚠ {item['note']} state file)"
-    if item["missing"]:
-        return f"({state}, ⚠ its ComfyUI is missing)"
-    return f"({state})"
-
-
-def format_repair(data: dict[str, Any]) -> Iterator[str]:
-    """What `repair` found and did."""
-    if data["cleaned"]:
-        yield "🧹 Cleaned a stale process state file"
-    yield from _orphan_lines(data["orphans"])
-    if data["orphan_only"]:
-        yield "✓ Process repair complete (no environment changes made)"
-        return
-    for name in data["installed"]:
-        yield f"✓ Installed {name}"
-    for name in data["corrected"]:
-        yield f"✓ Put right {name}"
-    for name in data["tracked"]:
-        yield f"✓ Tracked {name}"
-    for path in data["moved"]:
-        yield f"✓ Moved aside to {path}"
-    for problem in data["problems"]:
-        yield f"✗ {problem}"
-    if data["synced"]:
-        yield "✓ No changes to apply"
-
-
-def _orphan_lines(orphans: list[dict[str, Any]]) -> Iterator[str]:
-    if not orphans:
-        yield "✓ No orphaned processes found"
-    for item in orphans:
-        done = {"adopted": "✓ Adopted", "ended": "✓ Ended", "left": "Left running:"}[item["action"]]
-        yield f"  {done} PID {item['pid']}"
-    if any(item["action"] == "left" for item in orphans):
-        yield "Take it back with: comfydock repair --orphan --adopt, or end it with: comfydock repair --orphan --end"
-
-
-def difference_lines(difference: dict[str, Any]) -> Iterator[str]:
-    """How an environment differs from its manifest."""
-    if difference.get("error"):
-        yield f"   • {difference['error']}"
-        return
-    if difference["missing"]:
-        missing = difference["missing"]
-        yield f"   • {len(missing)} nodes in pyproject.toml not installed: {', '.join(missing)}"
-    if difference["untracked"]:
-        yield f"   • {len(difference['untracked'])} extra nodes on filesystem: {', '.join(difference['untracked'])}"
-    for item in difference["mismatches"]:
-        yield f"   • {item['name']} is {item['actual']}, the manifest says {item['expected']}"
-    if difference["interrupted"]:
-        yield f"   • {difference['interrupted']} node changes were broken off"
-
-
-def orphan_line(item: dict[str, Any]) -> str:
-    """An orphaned process in one line."""
-    return f"  • PID {item['pid']}, {format_duration(item['age'])} old, port {item['port']}: {item['command']}"
-
-
-def format_use(data: dict[str, Any]) -> Iterator[str]:
-    """What `use` says."""
-    yield f"✓ Active environment: {data['name']}"
-
-
-def format_create(data: dict[str, Any]) -> Iterator[str]:
-    """What `create` says."""
-    yield f"✓ Environment '{data['name']}' is ready"
-    yield f"  ComfyUI: {data['comfyui']}" + (f" ({data['version']})" if data["version"] else "")
-    yield f"  Python: {data['python'] or 'none yet: make a venv at ' + data['venv'] + ' before you run it'}"
-    yield ""
-    yield f"Start it with: comfydock -e {data['name']} run"
-
-
-def format_delete(data: dict[str, Any]) -> Iterator[str]:
-    """What `delete` says."""
-    yield (
-        f"✓ Environment '{data['name']}' deleted"
-        if data["deleted"]
-        else f"Environment '{data['name']}' was left as it is"
-    )
-
-
-def format_init(data: dict[str, Any]) -> Iterator[str]:
-    """What `init` says."""
-    yield f"✓ Workspace {data['workspace']}" + ("" if data["made"] else " (it was one already)")
-    yield f"Use it with: comfydock --workspace {quote(data['workspace'])} list, or set COMFYDOCK_HOME"
-
-
-def format_node(data: dict[str, Any]) -> Iterator[str]:
-    """How a command for nodes ended; what became of each was told when it happened."""
-    if data["restarted"]:
-        yield f"✓ Restarted (new PID: {data['pid']})"
-
-
-def format_node_list(data: dict[str, Any]) -> Iterator[str]:
-    """The nodes of an environment."""
-    if not data["nodes"]:
-        yield "No custom nodes installed"
-    for item in data["nodes"]:
-        version = item["version"] or ""
-        shown = {"git": f"@ {version[:8]}", "development": "(dev)"}.get(
-            item["source"], f"v{version}" if version else ""
-        )
-        missing = "" if item["installed"] else "  ⚠ not installed: comfydock repair"
-        yield printable(f"  • {item['name']} ({item['source']}) {shown}") + missing
-
-
 def format_text(data: dict[str, Any]) -> Iterator[str]:
     """A report that is a text."""
     yield data["text"]
@@ -8902,21 +8639,82 @@ SHOWN_ON_FAILURE = 20
 
 
 class Arguments:
-    """What was typed, by name: options, operands and `comfyui_args`. What the command does not have is None.
-
-    `help_text` is what `help` and `completion` show.
-    """
+    """What was typed, by name: options, operands and `comfyui_args`. What the command does not have is None."""
 
     comfyui_args: list[str]
     set_env: dict[str, str]
-    help_text: str
 
     def __init__(self, values: dict[str, Any]) -> None:
         vars(self).update(values)
 
-    if TYPE_CHECKING:
+    def __getattr__(self, name: str) -> Any:
+        return None
 
-        def __getattr__(self, name: str) -> Any: ...
+
+@dataclass
+class Command:
+    """A command: how it is typed, what runs it, its options (a line each: flags, metavar, text), examples, words.
+
+    A metavar in brackets may be left out, and a single word behind "default:" is the default.
+    """
+
+    usage: str
+    summary: str
+    options: str
+    act: Callable[[Console, Arguments], Report]
+    examples: tuple[str, ...] = ()
+    words: Callable[[dict[str, Any]], Iterator[str]] = format_text
+
+    @property
+    def name(self) -> str:
+        """Its name: one word, or two."""
+        return re.split(r" [\[A-Z]", self.usage)[0]
+
+    @property
+    def operand(self) -> str:
+        """What is typed behind it: "NAME", "ID...", "[PATH]" or ""."""
+        return self.usage[len(self.name) :].strip()
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether words that are not ours are ComfyUI's."""
+        return self.name == "run"
+
+    @property
+    def has_json(self) -> bool:
+        """Whether it reports: `logs` shows bytes as they come."""
+        return self.name != "logs"
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(
+    usage: str,
+    summary: str,
+    options: str,
+    examples: tuple[str, ...],
+    words: Callable[[dict[str, Any]], Iterator[str]] = format_text,
+) -> "Callable[[Callable[[Console, Arguments], Report]], Callable[[Console, Arguments], Report]]":
+    """Make a command of the function below: see Command."""
+
+    def enter(act: Callable[[Console, Arguments], Report]) -> Callable[[Console, Arguments], Report]:
+        made = Command(usage, summary, options, act, examples, words)
+        COMMANDS[made.name] = made
+        return act
+
+    return enter
+
+
+QUEUE_OPTIONS = """
+    --timeout SECONDS     seconds until it is killed (default: 10)
+    --when-idle [SECONDS]  first wait until nothing is queued, at most this long (default: 3600)
+    --force               do not ask about queued work
+"""
+RESTART_OPTIONS = """
+    --restart             restart a running ComfyUI afterwards, without asking
+    --no-restart          do not restart it, and do not ask
+"""
 
 
 def is_given(args: Arguments, name: str) -> bool:
@@ -8944,6 +8742,36 @@ def selected(console: Console, args: Arguments) -> Environment:
     return made_known(console, args, environment)
 
 
+def format_run(data: dict[str, Any]) -> Iterator[str]:
+    """What `run` says once ComfyUI is started."""
+    if data.get("ready"):
+        yield f"✓ ComfyUI is ready ({data['waited']:.1f} s)"
+    if data.get("only_watched"):
+        yield f"✓ A monitor now watches the ComfyUI that runs (PID {data['pid']})"
+    else:
+        yield f"✓ ComfyUI started in background (PID {data['pid']})"
+    yield f"✓ Running on {data['url']}"
+    yield f"  Log: {data['log']}"
+    yield ""
+    yield "Tip: View logs with 'comfydock logs', stop with 'comfydock stop'"
+
+
+@command(
+    "run",
+    "start ComfyUI in the background; its own arguments pass through",
+    """
+    -f --foreground       stay and stream the log; Ctrl-C stops ComfyUI
+    --wait [SECONDS]      return only when ComfyUI answers (default: 180)
+    --auto-port           take the next free port when the port is in use
+    --set-env KEY=VALUE   an environment variable for ComfyUI, kept for restarts
+    --monitor             start it under a small watcher that restarts it after a crash
+    --demo                run the built-in stand-in for ComfyUI
+    --take-over           drop the record of another machine or container
+    --no-sync             do not bring the environment in line first
+    """,
+    ("run --demo", "run --wait -- --listen --port 8190", "-e dev run --foreground"),
+    format_run,
+)
 def run(console: Console, args: Arguments) -> Report:
     """Start ComfyUI, and stay with it when asked to."""
     parse_comfyui_args(args.comfyui_args)  # before anything is made or changed
@@ -9231,6 +9059,35 @@ class Foreground:
         return shell_code(code)
 
 
+def format_stop(data: dict[str, Any]) -> Iterator[str]:
+    """What `stop` says when it is done."""
+    if data["stopped"]:
+        yield "✓ ComfyUI stopped"
+    elif data.get("called_off"):
+        yield "✓ ComfyUI was down after a crash; its monitor starts it no more"
+    elif data.get("dry_run"):
+        yield f"PID {data['pid']} is the ComfyUI on port {data['port']}; it would be ended: {data['command']}"
+    else:
+        yield f"ComfyUI is not running in environment '{data['name']}'"
+
+
+def format_queue(running: int, pending: int) -> str:
+    """A queue for people."""
+    return f"{running} running, {pending} pending"
+
+
+@command(
+    "stop",
+    "stop ComfyUI and what it started",
+    QUEUE_OPTIONS
+    + """
+    --kill                kill it at once
+    --port PORT           end the ComfyUI on this port, whoever started it
+    --dry-run             with --port: only say what would be ended
+    """,
+    ("stop", "-e dev stop --timeout 60"),
+    format_stop,
+)
 def stop(console: Console, args: Arguments) -> Report:
     """End ComfyUI: the environment's, or the one on a port."""
     if args.port is not None:
@@ -9318,6 +9175,13 @@ def wait_until_idle(console: Console, environment: Environment, seconds: float) 
         time.sleep(min(0.25, left))
 
 
+def format_restart(data: dict[str, Any]) -> Iterator[str]:
+    """What `restart` says when it is done."""
+    yield f"✓ Restarted (new PID: {data['pid']})"
+    yield f"✓ Running on {data['url']}"
+
+
+@command("restart", "stop and start again with the same arguments", QUEUE_OPTIONS, ("restart",), format_restart)
 def restart(console: Console, args: Arguments) -> Report:
     """Stop and start again with the same arguments."""
     environment = selected(console, args)
@@ -9334,6 +9198,122 @@ def restart(console: Console, args: Arguments) -> Report:
     return report
 
 
+def environment_title(data: dict[str, Any]) -> str:
+    """The name of an environment as reports show it: the demo is always labelled."""
+    return f"{data['name']} (the built-in demo)" if data.get("demo") else str(data["name"])
+
+
+def format_status(data: dict[str, Any]) -> Iterator[str]:
+    """The report of one environment."""
+    yield f"Environment: {environment_title(data)}"
+    yield ""
+    yield "📋 Process:"
+    yield f"   Status: {_status_line(data)}"
+    if data["state"] in LIVE_STATES and data["pid"]:
+        yield from _live_lines(data)
+    if data["state"] == CRASHED:
+        yield from _crash_lines(data)
+    if data["monitor"]:
+        yield f"   Monitor: {_monitor_line(data['monitor'])}"
+    yield f"   Log: {data['log'] or 'none, for comfydock has not started it'}"
+    if data["difference"] is not None and not data["difference"]["synced"]:
+        yield ""
+        yield "⚠️  Environment needs repair: comfydock repair"
+        yield from difference_lines(data["difference"])
+    if data["missing"]:
+        yield f"⚠ Its ComfyUI is missing: {data['missing']}"
+    if not data["complete"]:
+        yield f"⚠ Not complete: its creation was interrupted ({data['resume']} goes on)."
+
+
+def _status_line(data: dict[str, Any]) -> str:
+    if data["state"] == FOREIGN:
+        return f"Unknown: started on another machine or in another container ({data['machine']})"
+    if data["state"] == CRASHED:
+        return "Stopped: ComfyUI ended by itself"
+    if data["state"] == STOPPED:
+        return "Stopped" + _NOTES.get(data["note"], "")
+    if data["state"] == STARTING:
+        return "Starting (alive, not answering yet)" if data["pid"] else "Starting"
+    return ("Running ✓" if data["state"] == RUNNING else "Running") + _NOTES.get(data["note"], "")
+
+
+_NOTES = {
+    "interrupted": " (a start was interrupted before ComfyUI came up)",
+    "rebooted": " (the machine was restarted since)",
+    "damaged": " (the state file is damaged)",
+    "untracked": " (not tracked: comfydock repair --orphan)",
+    "moved": " (it has restarted itself under another PID)",
+}
+
+
+_HEALTH_WORDS = {
+    "healthy": "✓ Healthy",
+    "starting": "not answering yet",
+    "unhealthy": "⚠ Not responding",
+}
+
+
+def _monitor_line(monitor: dict[str, Any]) -> str:
+    count = monitor["restarts"]
+    times = f", restarted ComfyUI {count} time{'s' if count != 1 else ''}" if count else ""
+    if monitor["gave_up"]:
+        return f"⚠ gave up: {monitor['gave_up']}"
+    return f"watching{times}" if monitor["alive"] else f"⚠ gone{times} (start a new one: comfydock run --monitor)"
+
+
+def _live_lines(data: dict[str, Any]) -> Iterator[str]:
+    health = _HEALTH_WORDS[data["health"]]
+    if data["answer"] == OTHER_SERVICE and data["health"] != "healthy":
+        health = f"⚠ Another program answers on port {data['port']}"
+    if data["answer"] == BAD_ANSWER:
+        health = "⚠ It answers, but not as a healthy ComfyUI does"
+    yield f"   PID: {data['pid']}"
+    yield f"   URL: {data['url']}"
+    yield f"   Health: {health}"
+    if data["queue"]:
+        yield f"   Queue: {format_queue(data['queue']['running'], data['queue']['pending'])}"
+    yield f"   Uptime: {format_duration(data['uptime'])}"
+
+
+def _crash_lines(data: dict[str, Any]) -> Iterator[str]:
+    if data["exit_code"] is not None:
+        yield f"   Ended with: {format_exit(data['exit_code'])}"
+    if data["last_alive"]:
+        alive = epoch_of(data["last_alive"])
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(alive))
+        yield f"   Last known alive: {moment} ({format_duration(time.time() - alive)} ago)"
+    if data["last_error"]:
+        yield f"   Last error: {data['last_error']}"
+    if data["monitor"] and data["monitor"]["alive"] and not data["monitor"]["gave_up"]:
+        yield "   Its monitor starts it again in a moment"
+    else:
+        yield "   Start it again: comfydock restart"
+
+
+def difference_lines(difference: dict[str, Any]) -> Iterator[str]:
+    """How an environment differs from its manifest."""
+    if difference.get("error"):
+        yield f"   • {difference['error']}"
+        return
+    if difference["missing"]:
+        missing = difference["missing"]
+        yield f"   • {len(missing)} nodes in pyproject.toml not installed: {', '.join(missing)}"
+    if difference["untracked"]:
+        yield f"   • {len(difference['untracked'])} extra nodes on filesystem: {', '.join(difference['untracked'])}"
+    for item in difference["mismatches"]:
+        yield f"   • {item['name']} is {item['actual']}, the manifest says {item['expected']}"
+    if difference["interrupted"]:
+        yield f"   • {difference['interrupted']} node changes were broken off"
+
+
+@command(
+    "status",
+    "what ComfyUI is doing (exit code 3 when it is not running)",
+    "",
+    ("status", "-e dev status --json"),
+    format_status,
+)
 def status(console: Console, args: Arguments) -> Report:
     """The truth about one environment."""
     environment = selected(console, args)
@@ -9344,6 +9324,41 @@ def status(console: Console, args: Arguments) -> Report:
     return Report(data, environment.name, 3 if data["state"] in (STOPPED, CRASHED) else 0)
 
 
+def format_list(data: dict[str, Any]) -> Iterator[str]:
+    """All environments, a line each."""
+    if not data["environments"]:
+        yield "No environments found."
+        yield "Create one with: comfydock create <name>"
+        return
+    yield "Environments:"
+    width = max(15, *(len(environment_title(item)) for item in data["environments"]))
+    for item in data["environments"]:
+        marker, label = ("✓", "(active)") if item["active"] else (" ", "        ")
+        yield f"  {marker} {environment_title(item):{width}} {label} {_list_status(item)}"
+
+
+def _list_status(item: dict[str, Any]) -> str:
+    state = item["state"]
+    if state in LIVE_STATES and item["pid"]:
+        queue = item["queue"]
+        busy = f", {format_queue(queue['running'], queue['pending'])}" if queue and any(queue.values()) else ""
+        monitor = item["monitor"]
+        watched = "" if not monitor else ", monitored" if monitor["alive"] else ", ⚠ its monitor is gone"
+        sign = "✓" if state == RUNNING else "⚠"
+        words = {RUNNING: "running", STARTING: "starting", UNRESPONSIVE: "not responding"}[state]
+        return f"({sign} {words} on {item['url']}, PID {item['pid']}{busy}{watched})" + (
+            " untracked" if item["note"] == "untracked" else ""
+        )
+    if state == STOPPED and not item["complete"]:
+        return "(incomplete)"
+    if item["note"] in ("damaged", "unreadable"):
+        return f"({state}, ⚠ {item['note']} state file)"
+    if item["missing"]:
+        return f"({state}, ⚠ its ComfyUI is missing)"
+    return f"({state})"
+
+
+@command("list", "all environments and what runs in them", "", ("list",), format_list)
 def list_all(console: Console, args: Arguments) -> Report:
     """The truth about all environments."""
     workspace = select_workspace(args.workspace, args.env is not None, current_folder())
@@ -9372,6 +9387,56 @@ def difference_data(found: EnvironmentComparison) -> dict[str, Any]:
     }
 
 
+def format_repair(data: dict[str, Any]) -> Iterator[str]:
+    """What `repair` found and did."""
+    if data["cleaned"]:
+        yield "🧹 Cleaned a stale process state file"
+    yield from _orphan_lines(data["orphans"])
+    if data["orphan_only"]:
+        yield "✓ Process repair complete (no environment changes made)"
+        return
+    for name in data["installed"]:
+        yield f"✓ Installed {name}"
+    for name in data["corrected"]:
+        yield f"✓ Put right {name}"
+    for name in data["tracked"]:
+        yield f"✓ Tracked {name}"
+    for path in data["moved"]:
+        yield f"✓ Moved aside to {path}"
+    for problem in data["problems"]:
+        yield f"✗ {problem}"
+    if data["synced"]:
+        yield "✓ No changes to apply"
+
+
+def _orphan_lines(orphans: list[dict[str, Any]]) -> Iterator[str]:
+    if not orphans:
+        yield "✓ No orphaned processes found"
+    for item in orphans:
+        done = {"adopted": "✓ Adopted", "ended": "✓ Ended", "left": "Left running:"}[item["action"]]
+        yield f"  {done} PID {item['pid']}"
+    if any(item["action"] == "left" for item in orphans):
+        yield "Take it back with: comfydock repair --orphan --adopt, or end it with: comfydock repair --orphan --end"
+
+
+def orphan_line(item: dict[str, Any]) -> str:
+    """An orphaned process in one line."""
+    return f"  • PID {item['pid']}, {format_duration(item['age'])} old, port {item['port']}: {item['command']}"
+
+
+@command(
+    "repair",
+    "bring an environment in line with its manifest; settle lost processes",
+    """
+    -y --yes              do not ask
+    --orphan              processes and state only; no file of the environment is touched
+    --adopt               take back the first orphaned process found, without asking
+    --end                 end every orphaned process found, without asking
+    """
+    + RESTART_OPTIONS,
+    ("repair", "-e dev repair --orphan --adopt"),
+    format_repair,
+)
 def repair(console: Console, args: Arguments) -> Report:
     """Clean a stale record, settle orphans, and (without --orphan) bring the environment in line with its manifest."""
     environment = selected(console, args)
@@ -9484,12 +9549,42 @@ def settle_orphan(console: Console, args: Arguments, environment: Environment, p
     return "left"
 
 
+def format_use(data: dict[str, Any]) -> Iterator[str]:
+    """What `use` says."""
+    yield f"✓ Active environment: {data['name']}"
+
+
+@command("use NAME", "choose the active environment", "", ("use dev",), format_use)
 def use(console: Console, args: Arguments) -> Report:
     """Choose the active environment."""
     environment = select_workspace(args.workspace, True, current_folder()).use(args.name)
     return Report({"name": environment.name}, environment.name)
 
 
+def format_create(data: dict[str, Any]) -> Iterator[str]:
+    """What `create` says."""
+    yield f"✓ Environment '{data['name']}' is ready"
+    yield f"  ComfyUI: {data['comfyui']}" + (f" ({data['version']})" if data["version"] else "")
+    yield f"  Python: {data['python'] or 'none yet: make a venv at ' + data['venv'] + ' before you run it'}"
+    yield ""
+    yield f"Start it with: comfydock -e {data['name']} run"
+
+
+@command(
+    "create NAME",
+    "make an environment, with a ComfyUI of its own or of a folder that is there",
+    """
+    --from DIR            adopt this ComfyUI folder, which stays where it is
+    --comfyui REF         the version: a tag, branch or commit (default: the newest release)
+    --source URL|DIR|ARCHIVE  where ComfyUI comes from (default: the official repository)
+    --python PATH         an interpreter, or a version such as 3.12
+    --torch-backend BACKEND  cpu, cu128, rocm6.4, xpu ... (default: what this machine has)
+    --no-install          the code only: no Python packages
+    --use                 make it the active environment
+    """,
+    ("create main --use", "create old --from ~/ComfyUI"),
+    format_create,
+)
 def create(console: Console, args: Arguments) -> Report:
     """Make an environment: of a ComfyUI folder that is there, or with a ComfyUI of its own."""
     workspace = select_workspace(args.workspace, True, current_folder())
@@ -9519,6 +9614,22 @@ def create(console: Console, args: Arguments) -> Report:
     return Report(data, environment.name)
 
 
+def format_delete(data: dict[str, Any]) -> Iterator[str]:
+    """What `delete` says."""
+    yield (
+        f"✓ Environment '{data['name']}' deleted"
+        if data["deleted"]
+        else f"Environment '{data['name']}' was left as it is"
+    )
+
+
+@command(
+    "delete NAME",
+    "delete an environment (its logs, and a folder that was adopted, stay)",
+    "-y --yes              do not ask",
+    ("delete dev",),
+    format_delete,
+)
 def delete(console: Console, args: Arguments) -> Report:
     """Delete an environment, after a question."""
     workspace = select_workspace(args.workspace, True, current_folder())
@@ -9537,6 +9648,13 @@ def delete(console: Console, args: Arguments) -> Report:
     return Report({"name": args.name, "deleted": bool(answer)}, args.name, 0 if answer else 1)
 
 
+def format_init(data: dict[str, Any]) -> Iterator[str]:
+    """What `init` says."""
+    yield f"✓ Workspace {data['workspace']}" + ("" if data["made"] else " (it was one already)")
+    yield f"Use it with: comfydock --workspace {quote(data['workspace'])} list, or set COMFYDOCK_HOME"
+
+
+@command("init [PATH]", "set up a workspace elsewhere", "", ("init /data/comfy",), format_init)
 def init(console: Console, args: Arguments) -> Report:
     """Set up a workspace elsewhere."""
     workspace = select_workspace(args.workspace if args.path is None else args.path, True, current_folder())
@@ -9544,6 +9662,24 @@ def init(console: Console, args: Arguments) -> Report:
     return Report({"workspace": workspace.paths.root, "made": made})
 
 
+def format_node(data: dict[str, Any]) -> Iterator[str]:
+    """How a command for nodes ended; what became of each was told when it happened."""
+    if data["restarted"]:
+        yield f"✓ Restarted (new PID: {data['pid']})"
+
+
+@command(
+    "node add ID...",
+    "add custom nodes: registry ids, git addresses (id@version, address@ref), or folders with --dev",
+    """
+    --dev                 the ID is a folder with your own work
+    --force               replace what is in the way; your own changes are moved aside
+    --no-test             do not try the requirements first
+    """
+    + RESTART_OPTIONS,
+    ("node add comfyui-kjnodes", "node add https://github.com/owner/pack@v1.2 --restart"),
+    format_node,
+)
 def node_add(console: Console, args: Arguments) -> Report:
     """Add custom nodes, each for itself."""
 
@@ -9554,6 +9690,13 @@ def node_add(console: Console, args: Arguments) -> Report:
     return change_nodes_one_by_one(console, args, add)
 
 
+@command(
+    "node remove NODE...",
+    "remove custom nodes (development nodes are disabled, not deleted)",
+    RESTART_OPTIONS,
+    ("node remove comfyui-kjnodes",),
+    format_node,
+)
 def node_remove(console: Console, args: Arguments) -> Report:
     """Remove custom nodes, each for itself."""
 
@@ -9565,6 +9708,18 @@ def node_remove(console: Console, args: Arguments) -> Report:
     return change_nodes_one_by_one(console, args, remove)
 
 
+@command(
+    "node update [NODE...]",
+    "update custom nodes, or all of them",
+    """
+    -y --yes              do not ask
+    --force               replace your own changes; they are moved aside
+    --no-test             do not try the requirements first
+    """
+    + RESTART_OPTIONS,
+    ("node update", "node update comfyui-kjnodes -y --restart"),
+    format_node,
+)
 def node_update(console: Console, args: Arguments) -> Report:
     """Update custom nodes, each for itself; without names all of them."""
 
@@ -9593,7 +9748,7 @@ def change_nodes_one_by_one(
     """
     environment = selected(console, args)
     environment.require_comfyui()
-    names = args.ids or list(environment.nodes.list_nodes())
+    names = args.ids or args.nodes or list(environment.nodes.list_nodes())
     stopped_for_it = stop_for_change(console, args, environment)
     items, reasons, first_error = [], [], None
     for name in names:
@@ -9657,6 +9812,20 @@ def offer_restart(console: Console, args: Arguments, environment: Environment, r
     return False
 
 
+def format_node_list(data: dict[str, Any]) -> Iterator[str]:
+    """The nodes of an environment."""
+    if not data["nodes"]:
+        yield "No custom nodes installed"
+    for item in data["nodes"]:
+        version = item["version"] or ""
+        shown = {"git": f"@ {version[:8]}", "development": "(dev)"}.get(
+            item["source"], f"v{version}" if version else ""
+        )
+        missing = "" if item["installed"] else "  ⚠ not installed: comfydock repair"
+        yield printable(f"  • {item['name']} ({item['source']}) {shown}") + missing
+
+
+@command("node list", "the custom nodes of an environment", "", ("node list",), format_node_list)
 def node_list(console: Console, args: Arguments) -> Report:
     """The custom nodes of the manifest."""
     environment = selected(console, args)
@@ -9676,6 +9845,19 @@ def node_list(console: Console, args: Arguments) -> Report:
     return Report({"name": environment.name, "nodes": items}, environment.name)
 
 
+@command(
+    "logs",
+    "the log of this run; it is kept after a crash",
+    """
+    -f --follow           the last 20 lines and what comes
+    -n --tail N           the last N lines
+    --all                 earlier runs too
+    --rotate              move the log aside now, while ComfyUI goes on writing
+    --keep N              with --rotate: how many old logs stay (default: as many as there are)
+    --path                where the log is
+    """,
+    ("logs -n 50", "logs -f"),
+)
 def logs(console: Console, args: Arguments) -> Report:
     """The log of this run, of all runs, or as it grows."""
     environment = selected(console, args)
@@ -9762,770 +9944,21 @@ def follow_log(console: Console, environment: Environment, tail: int) -> None:
             return console.say("\n⚠️  ComfyUI process exited")
 
 
-def completion(console: Console, args: Arguments) -> Report:
-    """The script that teaches a shell our words; as it is, for a shell takes no other line ends."""
-    if not console.json_mode:
-        console.raw(args.help_text.encode())
-    return Report({"shell": args.shell, "text": args.help_text}, already_printed=True)
-
-
-def known_names(what: str, words: list[str]) -> list[str]:
-    """The "environments" or "nodes" that an unfinished command line of these words may be about."""
-    name, folder = given_value(words, "-e", "--env"), current_folder()
-    workspace = select_workspace(given_value(words, "--workspace"), name is not None, folder)
-    if what == "environments":
-        names = [environment.name for environment in workspace.list_environments()]
-    else:
-        nodes = workspace.select(name, folder).nodes.list_nodes().values()
-        names = [node.registry_id or node.name for node in nodes]
-    return [name for name in names if name.isprintable()]
-
-
-def given_value(words: list[str], *flags: str) -> Optional[str]:
-    """The value that unfinished words give an option."""
-    for index, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag in flags:
-            return value if equals else next(iter(words[index + 1 :]), None)
-    return None
-
-
-def show_help(console: Console, args: Arguments) -> Report:
-    """How to use comfydock, or one of its commands."""
-    return Report({"text": args.help_text})
-
-
-def show_version(console: Console, args: Arguments) -> Report:
-    """Which comfydock this is."""
-    return Report({"text": f"comfydock {__version__}"})
-
-
 # ====================================================================================================================
 # 15. The command line
-# The only room that names argparse: a literal table of commands, and what walks it to read words and to write help.
+# The only section that names argparse: it reads what was typed, writes help, and completes.
 
-
-@dataclass
-class Option:
-    """An option of comfydock: a switch without `metavar`, else with a value, which `bare` lets one leave out.
-
-    `spelled` are its flags, `completes` what a shell offers as its value: see VALUES.
-    """
-
-    spelled: str
-    text: str
-    metavar: str = ""
-    kind: Callable[[str], Any] = str
-    default: Any = None
-    bare: Any = None
-    repeated: bool = False
-    completes: str = ""
-
-    @property
-    def flags(self) -> list[str]:
-        """How it may be typed."""
-        return self.spelled.split()
-
-    @property
-    def name(self) -> str:
-        """What its value is called in Arguments; "from" is a word of Python, so it cannot be that."""
-        name = self.flags[-1].strip("-").replace("-", "_")
-        return "from_dir" if name == "from" else name
-
-    def value_in(self, words: list[str]) -> Any:
-        """Its value, by the word that names it and perhaps the next one. Raises ValueError, which says why."""
-        flag, equals, text = words[0].partition("=")
-        if not self.metavar:
-            if equals:
-                raise ValueError(f"{flag} takes no value")
-            return True
-        if not equals and len(words) == 1 and self.bare is not None:
-            return self.bare
-        text = text if equals else words[1] if len(words) > 1 else ""
-        if not equals and (not text or text.startswith("-") and not is_number(text[1:])):
-            raise ValueError(f"{flag} needs a value, {self.metavar}")
-        try:
-            return self.kind(text)
-        except ValueError:
-            raise ValueError(f"{flag} takes {self.metavar}, not '{text}'") from None
-
-
-@dataclass
-class Command:
-    """A command: its name, what runs it, how its report reads, its options, and examples that can be typed.
-
-    `completes` is what a shell offers as an operand: see VALUES.
-    """
-
-    name: str
-    summary: str
-    act: Callable[[Console, Arguments], Report]
-    words: Callable[[dict[str, Any]], Iterator[str]]
-    options: tuple[Option, ...] = ()
-    operands: tuple[tuple[str, str], ...] = ()
-    passes_on: bool = False
-    has_json: bool = True
-    examples: tuple[str, ...] = ()
-    completes: str = ""
-
-    @property
-    def takes_many(self) -> bool:
-        """Whether any number of words may stand as its operand."""
-        return any("..." in name for name, _ in self.operands)
-
-
-def is_number(text: str) -> bool:
-    """Whether a word is a number, and no argument of ComfyUI (such as 1.2.3.4)."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def as_seconds(text: str) -> float:
-    """A length of time in seconds. Raises ValueError."""
-    value = float(text)
-    if not 0 <= value < 1e8:
-        raise ValueError(text)
-    return value
-
-
-def as_count(text: str) -> int:
-    """A number of lines. Raises ValueError."""
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
-
-
-def port_number(text: str) -> int:
-    """A port. Raises ValueError."""
-    value = int(text)
-    if not is_port(value):
-        raise ValueError(text)
-    return value
-
-
-def assignment(text: str) -> "tuple[str, str]":
-    """KEY=VALUE, for an environment variable. Raises ValueError."""
-    key, equals, value = text.partition("=")
-    if not equals or not key or "\0" in text:
-        raise ValueError(text)
-    return key, value
-
-
-def colour_choice(text: str) -> str:
-    """When to use colours. Raises ValueError."""
-    if text not in COLOUR_CHOICES:
-        raise ValueError(text)
-    return text
-
-
-SHELLS = ("bash", "zsh", "fish", "powershell")
-# What `completes` may say: "environments" and "nodes" (asked of the file itself), "folders", "files", "commands", or
-# the words themselves.
-VALUES = {"colours": " ".join(COLOUR_CHOICES), "shells": " ".join(SHELLS)}
-EVERYWHERE = (
-    Option(
-        "-e --env",
-        "the environment (default: the one you stand in, else the active one)",
-        "NAME",
-        completes="environments",
-    ),
-    Option("--workspace", "the workspace (default: COMFYDOCK_HOME, else ~/.comfydock)", "DIR", completes="folders"),
-    Option("--json", "one JSON object instead of words"),
-    Option("-q --quiet", "results, warnings and errors only"),
-    Option("-v --verbose", "tell what is run, where, and how long it took"),
-    Option("--color", "auto, always or never", "WHEN", colour_choice, "auto", completes="colours"),
-    Option("-h --help", "this help"),
-    Option("--version", "the version of comfydock"),
-)
-QUEUE_OPTIONS = (
-    Option("--timeout", "seconds until it is killed (default: 10)", "SECONDS", as_seconds, 10.0),
-    Option(
-        "--when-idle",
-        "first wait until nothing is queued, an hour or SECONDS at most",
-        "SECONDS",
-        as_seconds,
-        bare=3600.0,
-    ),
-    Option("--force", "do not ask about queued work"),
-)
-RESTART_OPTIONS = (
-    Option("--restart", "restart a running ComfyUI afterwards, without asking"),
-    Option("--no-restart", "do not restart it, and do not ask"),
-)
-COMMANDS = (
-    Command(
-        "run",
-        "start ComfyUI in the background; its own arguments pass through",
-        run,
-        format_run,
-        (
-            Option("-f --foreground", "stay and stream the log; Ctrl-C stops ComfyUI"),
-            Option(
-                "--wait", "return only when ComfyUI answers (default: 180 s)", "SECONDS", as_seconds, bare=READY_SECONDS
-            ),
-            Option("--auto-port", "take the next free port when the port is in use"),
-            Option(
-                "--set-env",
-                "an environment variable for ComfyUI, kept for restarts",
-                "KEY=VALUE",
-                assignment,
-                repeated=True,
-            ),
-            Option("--monitor", "start it under a small watcher that restarts it after a crash"),
-            Option("--demo", "run the built-in stand-in for ComfyUI"),
-            Option("--take-over", "drop the record of another machine or container"),
-            Option("--no-sync", "do not bring the environment in line first"),
-        ),
-        passes_on=True,
-        examples=(
-            "comfydock run --demo",
-            "comfydock run --wait -- --listen --port 8190",
-            "comfydock -e dev run --foreground",
-        ),
-    ),
-    Command(
-        "stop",
-        "stop ComfyUI and what it started",
-        stop,
-        format_stop,
-        (
-            *QUEUE_OPTIONS,
-            Option("--kill", "kill it at once"),
-            Option("--port", "end the ComfyUI on this port, whoever started it", "PORT", port_number),
-            Option("--dry-run", "with --port: only say what would be ended"),
-        ),
-        examples=("comfydock stop", "comfydock -e dev stop --timeout 60"),
-    ),
-    Command(
-        "restart",
-        "stop and start again with the same arguments",
-        restart,
-        format_restart,
-        QUEUE_OPTIONS,
-        examples=("comfydock restart",),
-    ),
-    Command(
-        "status",
-        "what ComfyUI is doing (exit code 3 when it is not running)",
-        status,
-        format_status,
-        examples=("comfydock status", "comfydock -e dev status --json"),
-    ),
-    Command("list", "all environments and what runs in them", list_all, format_list, examples=("comfydock list",)),
-    Command(
-        "logs",
-        "the log of this run; it is kept after a crash",
-        logs,
-        format_text,
-        (
-            Option("-f --follow", "the last 20 lines and what comes"),
-            Option("-n --tail", "the last N lines", "N", as_count),
-            Option("--all", "earlier runs too"),
-            Option("--rotate", "move the log aside now, while ComfyUI goes on writing"),
-            Option("--keep", "with --rotate: how many old logs stay (default: as many as there are)", "N", as_count),
-            Option("--path", "where the log is"),
-        ),
-        has_json=False,
-        examples=("comfydock logs -n 50", "comfydock logs -f"),
-    ),
-    Command(
-        "create",
-        "make an environment, with a ComfyUI of its own or of a folder that is there",
-        create,
-        format_create,
-        (
-            Option("--from", "adopt this ComfyUI folder, which stays where it is", "DIR", completes="folders"),
-            Option("--comfyui", "the version: a tag, branch or commit (default: the newest release)", "REF"),
-            Option(
-                "--source",
-                "where ComfyUI comes from (default: the official repository)",
-                "URL|DIR|ARCHIVE",
-                completes="files",
-            ),
-            Option("--python", "an interpreter, or a version such as 3.12", "PATH", completes="files"),
-            Option("--torch-backend", "auto, cpu, cu128, rocm6.4, xpu ... (default: auto)", "NAME"),
-            Option("--no-install", "the code only: no Python packages"),
-            Option("--use", "make it the active environment"),
-        ),
-        (("NAME", "the name of the new environment"),),
-        examples=("comfydock create main --use", "comfydock create old --from ~/ComfyUI"),
-    ),
-    Command(
-        "node add",
-        "add custom nodes: registry ids, git addresses, or folders with --dev",
-        node_add,
-        format_node,
-        (
-            Option("--dev", "the ID is a folder with your own work"),
-            Option("--force", "replace what is in the way; your own changes are moved aside"),
-            Option("--no-test", "do not try the requirements first"),
-            *RESTART_OPTIONS,
-        ),
-        (("ID...", "registry id[@version], git address[@ref], or folder"),),
-        examples=(
-            "comfydock node add comfyui-kjnodes",
-            "comfydock node add https://github.com/owner/pack@v1.2 --restart",
-        ),
-        completes="folders",
-    ),
-    Command(
-        "node remove",
-        "remove custom nodes (development nodes are disabled, not deleted)",
-        node_remove,
-        format_node,
-        RESTART_OPTIONS,
-        (("ID...", "a node's name or id"),),
-        examples=("comfydock node remove comfyui-kjnodes",),
-        completes="nodes",
-    ),
-    Command(
-        "node update",
-        "update custom nodes, or all of them",
-        node_update,
-        format_node,
-        (
-            Option("-y --yes", "do not ask"),
-            Option("--force", "replace your own changes; they are moved aside"),
-            Option("--no-test", "do not try the requirements first"),
-            *RESTART_OPTIONS,
-        ),
-        (("[ID...]", "a node's name or id"),),
-        examples=("comfydock node update", "comfydock node update comfyui-kjnodes -y --restart"),
-        completes="nodes",
-    ),
-    Command(
-        "node list",
-        "the custom nodes of an environment",
-        node_list,
-        format_node_list,
-        examples=("comfydock node list",),
-    ),
-    Command(
-        "repair",
-        "bring an environment in line with its manifest; settle lost processes",
-        repair,
-        format_repair,
-        (
-            Option("-y --yes", "do not ask"),
-            Option("--remove-untracked", "move nodes that the manifest does not have aside, into .cec/removed"),
-            Option("--orphan", "processes and state only; no file of the environment is touched"),
-            Option("--adopt", "take back the first orphaned process found, without asking"),
-            Option("--end", "end every orphaned process found, without asking"),
-            *RESTART_OPTIONS,
-        ),
-        examples=("comfydock repair", "comfydock -e dev repair --orphan --adopt"),
-    ),
-    Command(
-        "use",
-        "choose the active environment",
-        use,
-        format_use,
-        (),
-        (("NAME", "the environment"),),
-        examples=("comfydock use dev",),
-        completes="environments",
-    ),
-    Command(
-        "delete",
-        "delete an environment (its logs, and a folder that was adopted, stay)",
-        delete,
-        format_delete,
-        (Option("-y --yes", "do not ask"),),
-        (("NAME", "the environment"),),
-        examples=("comfydock delete dev",),
-        completes="environments",
-    ),
-    Command(
-        "init",
-        "set up a workspace elsewhere",
-        init,
-        format_init,
-        (),
-        (("[PATH]", "its folder"),),
-        examples=("comfydock init /data/comfy",),
-        completes="folders",
-    ),
-    Command(
-        "completion",
-        "print what makes a shell complete our words",
-        completion,
-        format_text,
-        (),
-        (("SHELL", ", ".join(SHELLS)),),
-        examples=('eval "$(comfydock completion bash)"', "comfydock completion fish | source"),
-        completes="shells",
-    ),
-    Command(
-        "help",
-        "how to use a command",
-        show_help,
-        format_text,
-        (),
-        (("[COMMAND...]", "a command"),),
-        examples=("comfydock help run",),
-        completes="commands",
-    ),
-)
-
-
-# Completion: a shell's script hands the words to `--complete` and offers what comes back: a line each, perhaps with a
-# tab and a text, or ":files" or ":folders", which the shell itself knows best. @CALL@ becomes what starts this file.
-BASH_SCRIPT = r"""# Completion of comfydock for bash 3.2 and later. In ~/.bashrc:  eval "$(comfydock completion bash)"
-_comfydock() {
-    local current=${COMP_WORDS[COMP_CWORD]} paths='' word text
-    COMPREPLY=()
-    [[ $current == '=' ]] && current=''
-    while IFS=$'\t' read -r word text; do
-        case $word in
-            :folders) paths=-d ;;
-            :files) paths=-f ;;
-            *) COMPREPLY+=("$(printf %q "$word")") ;;
-        esac
-    done < <(@CALL@ --complete bash "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
-    [[ -n $paths ]] || return
-    compopt -o filenames 2>/dev/null # readline itself quotes paths
-    while IFS= read -r word; do COMPREPLY+=("$word"); done < <(compgen "$paths" -- "$current")
-}
-complete -F _comfydock comfydock comfydock.py
+EVERYWHERE = """
+    -e --env NAME         the environment (default: the one you stand in, else the active one)
+    --workspace DIR       the workspace (default: COMFYDOCK_HOME, else ~/.comfydock)
+    --json                one JSON object instead of words
+    -q --quiet            results, warnings and errors only
+    -v                    tell what is run, where, and how long it took
+    --color WHEN          auto, always or never (default: auto)
+    -h --help             this help
+    --version             the version of comfydock
 """
-ZSH_SCRIPT = r"""#compdef comfydock comfydock.py
-# Completion of comfydock for zsh. In ~/.zshrc:  source <(comfydock completion zsh)
-_comfydock() {
-    local word text
-    local -a typed found
-    typed=("${(@Q)words[2,CURRENT-1]}" "$PREFIX")
-    [[ $PREFIX == --*=* ]] && compset -P '*='
-    while IFS=$'\t' read -r word text; do
-        case $word in
-            (:folders) _files -/; return ;;
-            (:files) _files; return ;;
-            (*) found+=("${word//:/\\:}${text:+:$text}") ;;
-        esac
-    done < <(@CALL@ --complete zsh "${(@)typed}" 2>/dev/null)
-    (( $#found )) && _describe word found
-}
-if [[ $funcstack[1] == _comfydock ]]; then
-    _comfydock "$@"
-else
-    (( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
-    compdef _comfydock comfydock comfydock.py
-fi
-"""
-FISH_SCRIPT = r"""# Completion of comfydock for fish. In ~/.config/fish/config.fish:  comfydock completion fish | source
-function __comfydock_complete
-    set -l words (commandline -opc)
-    set -e words[1]
-    set -l current (commandline -ct)
-    for line in (@CALL@ --complete fish $words "$current" 2>/dev/null)
-        switch $line
-            case ':folders'
-                __fish_complete_directories "$current"
-            case ':files'
-                set -l flag (string match -r '^--[^=]*=' -- "$current")
-                printf '%s\n' "$flag"(__fish_complete_path (string replace -- "$flag" '' "$current"))
-            case '*'
-                echo $line
-        end
-    end
-end
-for name in comfydock comfydock.py
-    complete -c $name -f -a '(__comfydock_complete)'
-end
-"""
-POWERSHELL_SCRIPT = r"""# Completion of comfydock for PowerShell. In $PROFILE:
-#   comfydock completion powershell | Out-String | Invoke-Expression
-Register-ArgumentCompleter -Native -CommandName 'comfydock', 'comfydock.py' -ScriptBlock {
-    param($current, $tree, $cursor)
-    $typed = @($tree.CommandElements | Select-Object -Skip 1 | Where-Object { $_.Extent.EndOffset -lt $cursor } |
-        ForEach-Object { if ($null -ne $_.Value) { $_.Value } else { $_.Extent.Text } })
-    & @CALL@ --complete powershell $typed "=$current" 2>$null | Where-Object { $_ -notlike ':*' } | ForEach-Object {
-        $word, $text = $_ -split "`t", 2
-        $told = if ($text) { $text } else { $word }
-        $typable = if ($word -match '[^\w./\\=-]') { "'" + $word.Replace("'", "''") + "'" } else { $word }
-        [System.Management.Automation.CompletionResult]::new($typable, $word, 'ParameterValue', $told)
-    }
-}
-"""
-Offer = tuple[str, str]  # a word, and what it means or ""
-
-
-def unfinished(words: list[str]) -> "tuple[Optional[Command], list[str], Optional[Option]]":
-    """The command that words begin, the plain words behind it, and the option whose value comes next.
-
-    As long as there is no command, all plain words are its beginning.
-    """
-    command: Optional[Command] = None
-    plain: list[str] = []
-    index = 0
-    while index < len(words):
-        options = (*EVERYWHERE, *(command.options if command else ()))
-        width = width_of(words, index, options)
-        if index + width > len(words):
-            return command, plain, option_named(words[index], options)
-        if not width and not words[index].startswith("-"):
-            plain.append(words[index])
-            if command is None:
-                command = command_named(" ".join(plain))
-                plain = [] if command else plain
-        index += max(width, 1)
-    return command, plain, None
-
-
-def offers_of_commands(plain: list[str]) -> list[Offer]:
-    """The words that may go on with the name of a command."""
-    begun = "".join(f"{word} " for word in plain)
-    going_on = [(entry.name[len(begun) :], entry.summary) for entry in COMMANDS if entry.name.startswith(begun)]
-    words = dict.fromkeys(name.partition(" ")[0] for name, _ in going_on)
-    texts = dict(going_on)
-    return [(word, texts.get(word, "add, remove, update or list custom nodes")) for word in words]
-
-
-def offers_of_kind(kind: str, words: list[str]) -> list[Offer]:
-    """What `completes` stands for, behind these words."""
-    if kind in ("environments", "nodes"):
-        return [(name, "") for name in known_names(kind, words)]
-    if kind in ("files", "folders"):
-        return [(f":{kind}", "")]
-    return [(word, "") for word in VALUES.get(kind, "").split()]
-
-
-def offers(words: list[str], current: str) -> list[Offer]:
-    """What may stand at the cursor, behind `words`; of "--flag=" its values alone."""
-    if "--" in words:
-        return [(":files", "")]
-    command, plain, option = unfinished(words)
-    known = (*(command.options if command else ()), *EVERYWHERE)
-    if "=" in current and option is None:
-        option = option_named(current, known)
-    if option is not None:
-        return offers_of_kind(option.completes, words)
-    if current.startswith("-"):
-        return [(flag, one.text) for one in known for flag in one.flags]
-    if command is None or command.completes == "commands":
-        return offers_of_commands(plain)
-    is_taken = len(plain) >= len(command.operands) and not command.takes_many
-    return offers_of_kind("files" if command.passes_on and plain else "" if is_taken else command.completes, words)
-
-
-def rejoined(words: list[str]) -> list[str]:
-    """The words of bash, which cuts "--env=x" into three."""
-    whole: list[str] = []
-    for word in words:
-        if whole and (word == "=" or whole[-1].startswith("--") and whole[-1].endswith("=")):
-            whole[-1] += word
-        else:
-            whole.append(word)
-    return whole
-
-
-def completions(shell: str, words: list[str]) -> Iterator[str]:
-    """The lines for a completion script: `words` end with the one at the cursor, which may be empty.
-
-    PowerShell, which drops empty words, has a "=" before it. What stands before the value in "--env=x" is left out for
-    the shell that takes it for a word of its own. zsh and fish themselves look what fits: they know quotes and cases.
-    """
-    *before, current = rejoined(words) if shell == "bash" else words
-    current = current[1:] if shell == "powershell" else current
-    end = current.find("=") + 1 if current.startswith("--") else 0
-    head, value = current[:end], current[end:]
-    is_cut = shell == "zsh" or shell == "bash" and not words[-1].startswith("--")
-    for word, text in offers(before, current):
-        if word.startswith(":"):
-            yield word
-        elif shell in ("zsh", "fish") or word.startswith(value):
-            yield ("" if is_cut else head) + word + (f"\t{text}" if text else "")
-
-
-def fish_quote(text: str) -> str:
-    """`text` as one word for fish."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def powershell_quote(text: str) -> str:
-    """`text` as one word for PowerShell."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def completion_script(shell: str) -> str:
-    """The script that teaches a shell our words. Raises CDEnvironmentError for a shell we do not know."""
-    from shlex import quote
-
-    scripts = {
-        "bash": (BASH_SCRIPT, quote),
-        "zsh": (ZSH_SCRIPT, quote),
-        "fish": (FISH_SCRIPT, fish_quote),
-        "powershell": (POWERSHELL_SCRIPT, powershell_quote),
-    }
-    if shell not in scripts:
-        raise CDEnvironmentError(
-            f"'{shell}' is no shell of: {', '.join(SHELLS)}.", "comfydock help completion", "usage"
-        )
-    script, quoted = scripts[shell]
-    return script.replace("@CALL@", " ".join(map(quoted, own_command())))
-
-
-def command_named(name: str) -> Optional[Command]:
-    """The command of this name, or None."""
-    return next((command for command in COMMANDS if command.name == name), None)
-
-
-def find_command(words: list[str]) -> "tuple[Optional[Command], list[str]]":
-    """(command, the other words): its name is the first word, or two, that are no options of comfydock.
-
-    Raises CDEnvironmentError for words that are no command.
-    """
-    places = list(plain_places(words))
-    if not places:
-        return None, words
-    for taken in (places[:1], places[:2]):
-        name = " ".join(words[place] for place in taken)
-        command = command_named(name)
-        if command is not None:
-            return command, [word for place, word in enumerate(words) if place not in taken]
-    if name == "node":
-        if {"-h", "--help"} & set(words):
-            return COMMANDS[-1], [name]
-        raise CDEnvironmentError("'node' needs one of: add, remove, update, list.", "comfydock help node", "usage")
-    raise unknown_command(name if name.startswith("node ") else words[places[0]])
-
-
-def plain_places(words: list[str]) -> Iterator[int]:
-    """The indices of the words that are neither options valid everywhere nor their values, up to `--`."""
-    index = 0
-    while index < len(words) and words[index] != "--":
-        width = width_of(words, index, EVERYWHERE)
-        if not width and not words[index].startswith("-"):
-            yield index
-        index += max(width, 1)
-
-
-def unknown_command(word: str) -> CDEnvironmentError:
-    """The error of words that are no command, with the command that they may have been."""
-    from difflib import get_close_matches
-
-    names = [command.name for command in COMMANDS]
-    close = get_close_matches(word, [*names, "node"], 1)
-    close = [name for name in names if name.startswith((close or [word])[0] + " ")] or close
-    hint = f"did you mean: comfydock {close[0]}" if close else "comfydock help"
-    return CDEnvironmentError(f"'{word}' is no command of comfydock.", hint, "usage")
-
-
-def option_named(word: str, options: "tuple[Option, ...]") -> Optional[Option]:
-    """The option that `word` spells in full, with its value behind "=" or without."""
-    flag = word.partition("=")[0] if word.startswith("--") else word
-    return next((option for option in options if flag in option.flags), None)
-
-
-def width_of(words: list[str], index: int, options: "tuple[Option, ...]") -> int:
-    """How many words the option at `index` takes with its value; 0 when it is none of `options`."""
-    word = words[index]
-    option = option_named(word, options)
-    if option is None:
-        return 0
-    if not option.metavar or "=" in word and word.startswith("--"):
-        return 1
-    if option.bare is None:
-        return 2
-    following = words[index + 1] if index + 1 < len(words) else ""
-    return 2 if is_number(following) else 1
-
-
-def known_attributes() -> Iterator[str]:
-    """Every name of Arguments, whatever command it belongs to."""
-    for command in COMMANDS:
-        yield from (option.name for option in command.options)
-        yield from (operand_attribute(name) for name, _ in command.operands)
-
-
-def operand_attribute(name: str) -> str:
-    """The name in Arguments of an operand: NAME is name, `[ID...]` is ids."""
-    plain = name.strip("[].").lower()
-    return "ids" if plain == "id" else plain
-
-
-def read_words(words: list[str], command: Command) -> Arguments:
-    """What the words behind a command say. The first `--` is dropped, and all after it is ComfyUI's.
-
-    Raises CDEnvironmentError with code "usage".
-    """
-    options = (*EVERYWHERE, *command.options)
-    values: dict[str, Any] = dict.fromkeys(known_attributes())
-    for option in options:
-        values[option.name] = [] if option.repeated else option.default if option.metavar else False
-    theirs: list[str] = []
-    index = 0
-    while index < len(words) and words[index] != "--":
-        named, width = option_named(words[index], options), max(width_of(words, index, options), 1)
-        if named is None or command.passes_on and is_comfyuis(words, index, bool(theirs)):
-            theirs += words[index : index + width]
-        else:
-            keep_value(values, command, named, words[index : index + width])
-        index += width
-    return Arguments({**values, "comfyui_args": theirs + words[index + 1 :]})
-
-
-def help_hint(command: Command) -> str:
-    """How to see what a command takes."""
-    return "comfydock help" if command.name == "help" else f"comfydock help {command.name}"
-
-
-def keep_value(values: dict[str, Any], command: Command, option: Option, words: list[str]) -> None:
-    """Put what `words` give an option into `values`. Raises CDEnvironmentError with code "usage"."""
-    try:
-        value = option.value_in(words)
-    except ValueError as error:
-        raise CDEnvironmentError(f"'{command.name}': {error}.", help_hint(command), "usage") from None
-    if option.repeated:
-        values[option.name].append(value)
-    else:
-        values[option.name] = value
-
-
-def is_comfyuis(words: list[str], index: int, has_begun: bool) -> bool:
-    """Whether an option that both have is ComfyUI's here: after its own first argument, or with a log level."""
-    flag, equals, value = words[index].partition("=")
-    following = value if equals else words[index + 1] if index + 1 < len(words) else ""
-    has_level = flag == "--verbose" and following in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-    return has_level or has_begun and flag in ("-h", "--help", "-v", "--verbose")
-
-
-def parse(words: list[str]) -> "tuple[Command, Arguments]":
-    """The command and its arguments. Raises CDEnvironmentError with code "usage"."""
-    command, rest = find_command(words)
-    if command is None:
-        command = COMMANDS[-1]
-        if "--" in words:
-            raise CDEnvironmentError("No command stands before '--'.", "comfydock help", "usage")
-    args = read_words(rest, command)
-    if not command.passes_on:
-        set_operands(args, command, take_operands(command, args.comfyui_args))
-    return finish(command, args)
-
-
-def take_operands(command: Command, words: list[str]) -> list[str]:
-    """The words that are no options. Raises CDEnvironmentError when there are more than the command takes."""
-    unknown = next((word for word in words if word.startswith("-")), None)
-    if unknown is not None:
-        who = "comfydock" if command.name == "help" else f"'{command.name}'"
-        raise CDEnvironmentError(f"{who} has no option {unknown}.", help_hint(command), "usage")
-    if len(words) > len(command.operands) and not command.takes_many:
-        extra = words[len(command.operands)]
-        raise CDEnvironmentError(
-            f"'{command.name}' does not take '{extra}'.", f"comfydock help {command.name}", "usage"
-        )
-    return words
-
-
-def set_operands(args: Arguments, command: Command, words: list[str]) -> None:
-    """Give each operand its word: NAME one, `ID...` a list, `[...]` perhaps none."""
-    for name, _ in command.operands:
-        setattr(args, operand_attribute(name), words if "..." in name else words[0] if words else None)
-
-
+FLAGS = {"verbose": "-v", "from_dir": "--from"}  # those whose value has another name in Arguments
 EXCLUDE_EACH_OTHER = (
     ("quiet", "verbose"),
     ("adopt", "end"),
@@ -10538,101 +9971,261 @@ EXCLUDE_EACH_OTHER = (
 )
 
 
-def finish(command: Command, args: Arguments) -> "tuple[Command, Arguments]":
-    """The command that is meant: help and version may stand behind any. Raises CDEnvironmentError with code "usage"."""
-    if args.version:
-        return Command("version", "", show_version, format_text), args
-    if args.help or command.name == "help":
-        args.help_text = help_text_of(" ".join(args.command) if command.name == "help" else command.name)
-        return COMMANDS[-1], args
-    check(command, args)
-    if command.name == "run":
-        args.set_env = dict(args.set_env)
-    if command.name == "completion":
-        args.help_text = completion_script(args.shell)
-    return command, args
+def usage_error(message: str, topic: str = "") -> CDEnvironmentError:
+    """Return the error of wrong words; `topic` is the command whose help tells more."""
+    return CDEnvironmentError(message, f"comfydock help {topic}".rstrip(), "usage")
 
 
-def check(command: Command, args: Arguments) -> None:
-    """Raises CDEnvironmentError with code "usage" for what is missing, or does not go together."""
-    for name, _ in command.operands:
-        if not name.startswith("[") and not args.comfyui_args:
-            raise CDEnvironmentError(f"'{command.name}' needs {name.rstrip('.')}.", help_hint(command), "usage")
-    if args.env is not None and command.name in ("use", "create", "delete"):
-        raise CDEnvironmentError(f"'{command.name}' takes the name without -e.", help_hint(command), "usage")
-    for one, other in EXCLUDE_EACH_OTHER:
-        refuse_together(command, args, one, other)
-    refuse_alone(command, args, "dry_run", "port")
-    refuse_alone(command, args, "keep", "rotate")
-    if args.json and (not command.has_json or args.foreground):
-        what = "run --foreground" if command.has_json else command.name
-        raise CDEnvironmentError(f"'{what}' streams a log, so it has no --json.", f"comfydock {what}", "usage")
+def is_number(text: str) -> bool:
+    """Tell whether a word is a number, and no argument of ComfyUI (such as 1.2.3.4)."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
-def help_text_of(topic: str) -> str:
-    """The help of a command, of several that begin with one word, or of the whole. Raises CDEnvironmentError."""
-    if not topic:
-        return overview()
-    command = command_named(topic)
-    if command is not None:
-        return build_parser(command).format_help().rstrip()
-    group = [entry for entry in COMMANDS if entry.name.startswith(f"{topic} ")]
-    if not group:
-        raise unknown_command(topic)
-    lines = [f"  {entry.name:12} {entry.summary}" for entry in group]
-    return "\n".join([*lines, "", f"  comfydock help {group[0].name}   all options of a command"])
+def as_seconds(text: str) -> float:
+    """Return a length of time in seconds. Raises ValueError."""
+    if not 0 <= float(text) < 1e8:
+        raise ValueError(text)
+    return float(text)
 
 
-def refuse_alone(command: Command, args: Arguments, one: str, other: str) -> None:
-    """Raises CDEnvironmentError when the first option was given without the second, which it belongs to."""
-    if is_given(args, one) and not is_given(args, other):
-        flags = [name.replace("_", "-") for name in (one, other)]
-        raise CDEnvironmentError(f"--{flags[0]} needs --{flags[1]}.", help_hint(command), "usage")
+def as_count(text: str) -> int:
+    """Return a number of lines or files. Raises ValueError."""
+    if int(text) < 0:
+        raise ValueError(text)
+    return int(text)
 
 
-def refuse_together(command: Command, args: Arguments, one: str, other: str) -> None:
-    """Raises CDEnvironmentError when both options were given."""
-    if is_given(args, one) and is_given(args, other):
-        flags = " and ".join("--" + name.replace("_dir", "").replace("_", "-") for name in (one, other))
-        raise CDEnvironmentError(f"{flags} exclude each other.", help_hint(command), "usage")
+def as_port(text: str) -> int:
+    """Return a port. Raises ValueError."""
+    if not is_port(int(text)):
+        raise ValueError(text)
+    return int(text)
 
 
-def build_parser(command: Command) -> "argparse.ArgumentParser":
-    """The parser of one command, which writes its help; the others' are never built.
+def as_variable(text: str) -> "tuple[str, str]":
+    """Return key and value of KEY=VALUE. Raises ValueError."""
+    key, _, value = text.partition("=")
+    if "=" not in text or not is_variable(key, value):
+        raise ValueError(text)
+    return key, value
 
-    What was typed is read by `read_words`: argparse knows no words that belong to another program.
+
+def as_colour_choice(text: str) -> str:
+    """Return when to use colours. Raises ValueError."""
+    if text not in COLOUR_CHOICES:
+        raise ValueError(text)
+    return text
+
+
+KINDS: "dict[str, Callable[[str], Any]]" = {  # what stands behind an option -> how it is read
+    "SECONDS": as_seconds,
+    "N": as_count,
+    "PORT": as_port,
+    "KEY=VALUE": as_variable,
+    "WHEN": as_colour_choice,
+}
+
+
+def options_of(command: Optional[Command]) -> "Iterator[tuple[list[str], str, str]]":
+    """Yield flags, metavar ("" for a switch) and text of each option of a command and of those valid everywhere."""
+    for line in ((command.options if command else "") + EVERYWHERE).splitlines():
+        spelled, _, text = line.strip().partition("  ")
+        words = spelled.split()
+        flags = [word for word in words if word.startswith("-")]
+        if flags:
+            yield flags, "".join(words[len(flags) :]), text.strip()
+
+
+def build_parser(command: Command, call: str = "comfydock") -> "argparse.ArgumentParser":
+    """Return the parser of one command; the others' are never built.
+
+    It knows no operands: argparse has no words that belong to another program, so they are taken from what it leaves.
     """
     import argparse
 
-    def formatter(prog: str) -> argparse.HelpFormatter:
-        return argparse.RawDescriptionHelpFormatter(prog, width=columns(sys.stdout) - 2)
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            flags, _, problem = message.removeprefix("argument ").partition(": ")
+            what = "takes no value" if "explicit" in problem else "needs a value"
+            raise usage_error(f"{flags} {what}.", command.name)
 
-    operands = "".join(f" {name}" for name, _ in command.operands)
-    passed_on = " [--] [ComfyUI's arguments]" if command.passes_on else ""
-    parser = argparse.ArgumentParser(
-        usage=f"comfydock {command.name} [options]{operands}{passed_on}",
+    def reader(flag: str, metavar: str) -> Callable[[str], Any]:
+        def read(text: str) -> Any:
+            try:
+                return KINDS.get(metavar, str)(text)
+            except ValueError:
+                raise usage_error(f"{flag} takes {metavar}, not '{text}'.", command.name) from None
+
+        return read
+
+    parser = Parser(
+        usage=f"{call} {command.usage} [options]" + (" [--] [ComfyUI's arguments]" if command.passes_on else ""),
         description=command.summary[0].upper() + command.summary[1:] + ".",
-        epilog="examples:\n" + "\n".join(f"  {line}" for line in command.examples),
-        formatter_class=formatter,
+        epilog="\n".join(["examples:", *(f"  {call} {line}" for line in command.examples)]),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=columns(sys.stdout) - 2),
         add_help=False,
+        allow_abbrev=False,
     )
     vars(parser)["color"] = False  # from 3.14 on argparse has colours of its own
-    for option in (*command.options, *(one for one in EVERYWHERE if command.has_json or one.name != "json")):
-        shown: dict[str, Any] = {"action": "store_true", "help": option.text}
-        if option.metavar:
-            shown.update(action="store", metavar=option.metavar, nargs=None if option.bare is None else "?")
-        parser.add_argument(*option.flags, **shown)
+    for flags, metavar, text in options_of(command):
+        name = {flag: name for name, flag in FLAGS.items()}.get(flags[-1], flags[-1][2:].replace("-", "_"))
+        named: dict[str, Any] = {"dest": name, "help": text}
+        default = None if metavar.startswith("[") else re.search(r"\(default: (\S+)\)", text)
+        if metavar:
+            action = "append" if metavar == "KEY=VALUE" else "store"
+            kind = reader(flags[-1], metavar.strip("[]"))
+            parser.add_argument(
+                *flags, metavar=metavar, type=kind, action=action, default=default and default[1], **named
+            )
+        else:
+            parser.add_argument(*flags, action="store_true", **named)
     return parser
 
 
-def overview() -> str:
-    """The help of the whole, on one screen."""
-    lines = [
+def find_command(words: list[str]) -> "tuple[Optional[Command], list[str], list[str]]":
+    """Return the command, the options before its name and the words behind it; it is None where no name stands."""
+    start = 0
+    while start < len(words) and words[start].startswith("-"):
+        start += 2 if words[start] in ("-e", "--env", "--workspace", "--color") else 1
+    for end in (start + 2, start + 1):
+        command = COMMANDS.get(" ".join(words[start:end]))
+        if command is not None:
+            return command, words[:start], words[end:]
+    return None, words[:start], words[start:]
+
+
+def parse(words: list[str]) -> "tuple[Command, Arguments]":
+    """Return the command and its arguments. The first `--` is dropped, and all after it is ComfyUI's.
+
+    Raises CDEnvironmentError with code "usage".
+    """
+    cut = words.index("--") if "--" in words else len(words)
+    command, front, rest = find_command(words[:cut])
+    if command is None:
+        if rest and not (rest[0] == "node" and {"-h", "--help"} & set(rest)):
+            raise unknown_command(rest)
+        if cut < len(words):
+            raise usage_error("No command stands before '--'.")
+        command = COMMANDS["help"]
+    known, others = build_parser(command).parse_known_args(with_values(command, [*front, *rest]))
+    args = Arguments(vars(known))
+    args.comfyui_args = [*others, *words[cut + 1 :]]
+    if args.version:
+        return Command("version", "", "", show_version), args
+    if args.help and command.name != "help":
+        args.comfyui_args = command.name.split()
+        command = COMMANDS["help"]
+    if not command.passes_on:
+        take_operands(command, args)
+    check(command, args)
+    args.set_env = dict(args.set_env or ())
+    return command, args
+
+
+def with_values(command: Command, words: list[str]) -> list[str]:
+    """Return `words` with a value for each option that may go without one: the number that follows, or its default.
+
+    Raises CDEnvironmentError for letters that share a dash: `-n5` and `-fn 5` are no words of ours, nor ComfyUI's.
+    """
+    defaults = {
+        flags[0]: text.rpartition("(default: ")[2].rstrip(")")
+        for flags, metavar, text in options_of(command)
+        if metavar.startswith("[")
+    }
+    done: list[str] = []
+    for word in words:
+        if word.startswith("-") and word[1:2] not in ("-", "") and len(word) > 2 and not is_number(word):
+            raise usage_error(f"A single dash takes one letter, so '{word}' is no option.", command.name)
+        if done and done[-1] in defaults:
+            done[-1] += f"={word if is_number(word) else defaults[done[-1]]}"
+            if is_number(word):
+                continue
+        done.append(word)
+    if done and done[-1] in defaults:
+        done[-1] += f"={defaults[done[-1]]}"
+    return done
+
+
+def take_operands(command: Command, args: Arguments) -> None:
+    """Give each operand its word: NAME one, `ID...` a list, `[...]` perhaps none.
+
+    Raises CDEnvironmentError with code "usage" for an unknown option, and for too few and too many words.
+    """
+    words, operand = args.comfyui_args, command.operand
+    unknown = next((word for word in words if word.startswith("-")), None)
+    if unknown is not None:
+        who = "comfydock" if command.name == "help" else f"'{command.name}'"
+        raise usage_error(f"{who} has no option {unknown}.", command.name)
+    if "..." not in operand and len(words) > bool(operand):
+        raise usage_error(f"'{command.name}' does not take '{words[bool(operand)]}'.", command.name)
+    if operand and not words and not operand.startswith("["):
+        raise usage_error(f"'{command.name}' needs {operand.rstrip('.')}.", command.name)
+    attribute = operand.strip("[.]").lower() + "s" * operand.endswith(("...", "...]"))
+    setattr(args, attribute, words if "..." in operand else next(iter(words), None))
+
+
+def check(command: Command, args: Arguments) -> None:
+    """Raises CDEnvironmentError with code "usage" for what does not go together."""
+    if args.env is not None and command.operand == "NAME":
+        raise usage_error(f"'{command.name}' takes the name without -e.", command.name)
+    for one, other in EXCLUDE_EACH_OTHER:
+        if is_given(args, one) and is_given(args, other):
+            flags = " and ".join(FLAGS.get(name, "--" + name.replace("_", "-")) for name in (one, other))
+            raise usage_error(f"{flags} cannot be combined.", command.name)
+    for one, other in (("dry_run", "port"), ("keep", "rotate")):
+        if is_given(args, one) and not is_given(args, other):
+            raise usage_error(f"--{one.replace('_', '-')} needs --{other}.", command.name)
+    if args.json and (not command.has_json or args.foreground):
+        what = "run --foreground" if command.has_json else command.name
+        raise usage_error(f"'{what}' streams a log, so it has no --json.", command.name)
+
+
+def unknown_command(words: list[str]) -> CDEnvironmentError:
+    """Return the error of words that are no command, with the command that they may have been."""
+    from difflib import get_close_matches
+
+    if words[0] == "node":
+        names = ", ".join(name[5:] for name in COMMANDS if name.startswith("node "))
+        return usage_error(f"'node' needs one of: {names}.", "node")
+    close = [name for word in get_close_matches(words[0], COMMANDS, 1) for name in COMMANDS if name == word]
+    hint = f"comfydock {close[0]}" if close else "comfydock help"
+    return CDEnvironmentError(f"Unknown command '{words[0]}'.", hint, "usage")
+
+
+@command("completion SHELL", "print what makes a shell complete our words", "", ("completion bash", "completion fish"))
+def completion(console: Console, args: Arguments) -> Report:
+    """Print the script that teaches a shell our words; as it is, for a shell takes no other line ends."""
+    script = completion_script(args.shell)
+    if not console.json_mode:
+        console.raw(script.encode())
+    return Report({"shell": args.shell, "text": script}, already_printed=True)
+
+
+@command("help [COMMAND...]", "how to use a command", "", ("help run",))
+def show_help(console: Console, args: Arguments) -> Report:
+    """Tell how to use comfydock, or one of its commands."""
+    topic = " ".join(args.commands)
+    if topic in COMMANDS:
+        return Report({"text": build_parser(COMMANDS[topic]).format_help().rstrip()})
+    chosen = [entry for name, entry in COMMANDS.items() if name.startswith(f"{topic} ") or not topic]
+    if not chosen:
+        raise unknown_command(args.commands)
+    lines = [f"  {entry.name:12} {entry.summary}" for entry in chosen]
+    return Report({"text": "\n".join(lines if topic else overview(lines))})
+
+
+def overview(lines: list[str]) -> list[str]:
+    """Return the help of the whole, on one screen, around the lines of its commands."""
+    return [
         f"comfydock {__version__}: run ComfyUI in the background, and know the truth about it",
         "",
         "usage: comfydock COMMAND [-e NAME] [options]",
         "",
-        *(f"  {command.name:12} {command.summary}" for command in COMMANDS),
+        *lines,
         "",
         "examples:",
         "  comfydock run --demo          try everything in a second, without ComfyUI",
@@ -10640,7 +10233,112 @@ def overview() -> str:
         "  comfydock logs -f             watch the log",
         "  comfydock help run            all options of a command",
     ]
-    return "\n".join(lines)
+
+
+def show_version(console: Console, args: Arguments) -> Report:
+    """Tell which comfydock this is."""
+    return Report({"text": f"comfydock {__version__}"})
+
+
+# Completion: a shell's script hands on the words before the cursor and, behind "=", the one at it (PowerShell drops
+# empty words); each line that comes back is a word to offer. Without one a shell offers files.
+SCRIPTS = {
+    "bash": r"""# Completion of comfydock for bash 3.2 and later. In ~/.bashrc:  eval "$(comfydock completion bash)"
+_comfydock() {
+    local IFS=$'\n'
+    COMPREPLY=($(@CALL@ --complete "${COMP_WORDS[@]:1:COMP_CWORD-1}" "=${COMP_WORDS[COMP_CWORD]}" 2>/dev/null))
+}
+complete -o default -F _comfydock comfydock comfydock.py
+""",
+    "zsh": r"""#compdef comfydock comfydock.py
+# Completion of comfydock for zsh. In ~/.zshrc:  source <(comfydock completion zsh)
+_comfydock() {
+    local -a found
+    found=(${(f)"$(@CALL@ --complete "${(@)words[2,CURRENT-1]}" "=$PREFIX" 2>/dev/null)"})
+    if (( $#found )); then compadd -a found; else _files; fi
+}
+if [[ $funcstack[1] == _comfydock ]]; then
+    _comfydock "$@"
+else
+    (( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
+    compdef _comfydock comfydock comfydock.py
+fi
+""",
+    "fish": r"""# Completion of comfydock for fish. In ~/.config/fish/config.fish:  comfydock completion fish | source
+function __comfydock_complete
+    set -l words (commandline -opc)
+    set -l current (commandline -ct)
+    set -l found (@CALL@ --complete $words[2..-1] "=$current" 2>/dev/null)
+    or set found (__fish_complete_path "$current")
+    printf '%s\n' $found
+end
+for name in comfydock comfydock.py
+    complete -c $name -f -a '(__comfydock_complete)'
+end
+""",
+    "powershell": r"""# Completion of comfydock for PowerShell. In $PROFILE:
+#   comfydock completion powershell | Out-String | Invoke-Expression
+Register-ArgumentCompleter -Native -CommandName 'comfydock', 'comfydock.py' -ScriptBlock {
+    param($current, $tree, $cursor)
+    $typed = @($tree.CommandElements | Select-Object -Skip 1 | Where-Object { $_.Extent.EndOffset -lt $cursor } |
+        ForEach-Object { "$_" })
+    & @CALL@ --complete $typed "=$current" 2>$null
+}
+""",
+}
+
+
+def completion_script(shell: str) -> str:
+    """Return the script that teaches a shell our words. Raises CDEnvironmentError for a shell we do not know."""
+    from shlex import quote as quote_posix
+
+    if shell not in SCRIPTS:
+        raise usage_error(f"Unknown shell '{shell}': choose one of {', '.join(SCRIPTS)}.", "completion")
+    doubled = [word.replace("'", "''") for word in own_command()]
+    call = [f"'{word}'" for word in doubled] if shell == "powershell" else map(quote_posix, own_command())
+    return SCRIPTS[shell].replace("@CALL@", " ".join(call))
+
+
+def completions(words: list[str]) -> list[str]:
+    """Return what may stand at the cursor: `words` are those before it and, behind "=", the one there."""
+    before, current = words[:-1], words[-1][1:]
+    if "--" in before:
+        return []
+    command, front, rest = find_command(before)
+    flags = {flag: metavar for names, metavar, _ in options_of(command) for flag in names}
+    last = before[-1] if before else ""
+    if flags.get(last, "[")[:1] != "[" and flags[last]:
+        offers = values_of(flags[last], before)
+    elif current.startswith("-"):
+        offers = list(flags)
+    elif command is None or command.name == "help":
+        begun = "".join(f"{word} " for word in rest)
+        offers = [
+            name[len(begun) :].split()[0] for name in COMMANDS if name.startswith(begun) and name != begun.strip()
+        ]
+    else:
+        is_taken = "..." not in command.operand and any(not word.startswith("-") for word in rest)
+        offers = [] if is_taken else values_of(command.operand.strip("[.]"), before)
+    return [word for word in dict.fromkeys(offers) if word.startswith(current)]
+
+
+def values_of(metavar: str, before: list[str]) -> list[str]:
+    """Return the words that may stand for a metavar; names that a shell would have to quote are left out."""
+    if metavar == "SHELL":
+        return list(SCRIPTS)
+    if metavar == "WHEN":
+        return list(COLOUR_CHOICES)
+    if metavar not in ("NAME", "NODE"):
+        return []
+    chosen = {flag: value for flag, value in zip(before, before[1:])}
+    name, folder = chosen.get("-e", chosen.get("--env")), current_folder()
+    workspace = select_workspace(chosen.get("--workspace"), name is not None, folder)
+    if metavar == "NAME":
+        names = [environment.name for environment in workspace.list_environments()]
+    else:
+        nodes = workspace.select(name, folder).nodes.list_nodes().values()
+        names = [node.registry_id or node.name for node in nodes]
+    return [name for name in names if re.fullmatch(r"[\w.@/-]+", name)]
 
 
 # ====================================================================================================================
@@ -10694,7 +10392,7 @@ def answer(console: Console, words: list[str]) -> int:
     command, args = parse(words)
     console.quiet, console.colour = args.quiet, args.color
     console.where = f" --workspace {quote(args.workspace)}" if args.workspace else ""
-    streams = args.foreground or not command.has_json and not args.rotate
+    streams = args.foreground or command.name == "logs" and not args.rotate
     with traced(console.trace) if args.verbose else nullcontext():
         with nullcontext() if streams else console.ticking(command.name):
             report = command.act(console, args)
@@ -10721,29 +10419,20 @@ def interrupted(console: Console, words: list[str], is_program: bool) -> int:
 
 
 def complete(words: list[str]) -> int:
-    """What completion scripts ask for: the shell, then the words up to the cursor. Says nothing else."""
+    """What completion scripts ask for; 1 when there is nothing to offer. Says nothing else."""
     try:
-        console = Console(sys.stdout, None, None)
-        for line in completions(words[0], words[1:]):
-            console.result(line)
-        return 0
+        offers = completions(words)
+        Console(sys.stdout, None, None).result("\n".join(offers))
+        return 0 if offers else 1
     except Exception:
         return 1
 
 
-def name_of_command(words: list[str]) -> str:
-    """The command that `words` begin, as far as they tell."""
-    try:
-        command, _ = find_command(words)
-    except CDEnvironmentError:
-        command = None
-    return command.name if command is not None else ""
-
-
 def complain(console: Console, words: list[str], error: CDEnvironmentError, code: int) -> int:
     """Show an error as far as the streams allow; returns `code`."""
+    named, _, _ = find_command(words)
     try:
-        console.fail(name_of_command(words), error)
+        console.fail(named.name if named else "", error)
         console.flush()
     except OSError:
         forget_output()
