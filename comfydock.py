@@ -768,8 +768,6 @@ def files_are_locked_in_use() -> bool:
     return IS_WINDOWS
 
 
-LONGEST_FOLDER = 258  # what Windows lets a process stand in, also where longer paths are allowed
-
 # How `ps` is asked for the environment behind each command: macOS has -E, procps the BSD letter e.
 PS_WITH_ENVIRONMENT = "-axwwE" if sys.platform == "darwin" else "axeww"
 
@@ -805,12 +803,6 @@ def own_command() -> list[str]:
     return [sys.executable, "-c", IMPORTED.format(name), folder] if is_module else [sys.executable, here]
 
 
-def random_uuid() -> str:
-    """Return what str(uuid.uuid4()) does (RFC 9562: version 4, variant 10); importing uuid would take 3 ms."""
-    digits = f"{int.from_bytes(os.urandom(16), 'big') & ~(0xF << 76 | 3 << 62) | 4 << 76 | 2 << 62:032x}"
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
-
-
 def quote(path: str) -> str:
     """Return a path as it must be typed: quoted where it has to be, by the rules of the shells of this system."""
     import shlex
@@ -827,16 +819,6 @@ def on_path(program: str) -> bool:
     return which(program) is not None
 
 
-def require_short_path(cwd: "Optional[Union[str, Path]]") -> None:
-    """Raise CDEnvironmentError (code "path") for a folder in which Windows starts no program.
-
-    It is not left to the system to refuse: its error names nothing, and Wine overwrites memory of ours.
-    """
-    if IS_WINDOWS and cwd is not None and len(os.path.abspath(cwd)) > LONGEST_FOLDER:
-        message = f"{cwd}: on Windows no program starts in a folder with so long a path"
-        raise CDEnvironmentError(f"{message} (over {LONGEST_FOLDER} characters)", "move it to a shorter one", "path")
-
-
 def cannot_start(cmd: list[str], cwd: "Optional[Union[str, Path]]", error: OSError) -> CDEnvironmentError:
     """Put into words why `cmd` did not start; code "missing" where the program or its folder is not there."""
     if cwd is not None and not os.path.isdir(cwd):
@@ -849,18 +831,20 @@ def cannot_start(cmd: list[str], cwd: "Optional[Union[str, Path]]", error: OSErr
 
 @dataclass
 class ProcessFacts:
-    """What Windows tells about one process; what it does not tell is None.
-
-    `created` is in seconds since 1970 (UTC); `command_line` is one string, as Windows keeps it.
-    """
+    """What Windows tells about one process; what it does not tell is None. `created` is in seconds since 1970 (UTC)."""
 
     pid: int
     alive: bool = True
     ppid: Optional[int] = None
     created: Optional[float] = None
-    command_line: Optional[str] = None
+    command: list[str] = field(default_factory=list)
     cwd: Optional[str] = None
     environment: dict[str, str] = field(default_factory=dict)
+
+
+def unknown(*_: object) -> Any:
+    """Answer for a system that has no such thing: it does not tell, there is none, and there is nothing to do."""
+    return None
 
 
 if sys.platform == "win32":
@@ -897,6 +881,7 @@ if sys.platform == "win32":
         kernel.ReadProcessMemory.argtypes = [handle, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
         kernel.CreateFileW.argtypes = [wintypes.LPCWSTR, dword, dword, ctypes.c_void_p, dword, dword, handle]
         kernel.SetConsoleCtrlHandler.argtypes = [ctypes.c_void_p, wintypes.BOOL]
+        kernel.LocalFree.argtypes = [ctypes.c_void_p]
         ntdll.NtQueryInformationProcess.argtypes = [handle, ctypes.c_int, ctypes.c_void_p, dword, ctypes.c_void_p]
         ntdll.NtSuspendProcess.argtypes = ntdll.NtResumeProcess.argtypes = [handle]
         return kernel, ntdll
@@ -922,37 +907,19 @@ if sys.platform == "win32":
         """Tell whether an open process has ended, waiting up to `milliseconds`; exit code 259 may be a real one."""
         return bool(libraries()[0].WaitForSingleObject(handle, milliseconds) == 0)
 
-    def detached(cmd: list[str], cwd: str, log_file: "IO[Any]", env: dict[str, str]) -> "subprocess.Popen[bytes]":
-        """Start `cmd` on a console of its own that has no window, outside our terminal's job where that is allowed.
+    BACKGROUND: list[dict[str, Any]] = [{"creationflags": 0x09000000}, {"creationflags": 0x08000000}]
+    """Popen options of a process that outlives us, tried in turn: on a console without a window (CREATE_NO_WINDOW) and
+    outside our terminal's job (CREATE_BREAKAWAY_FROM_JOB), else inside it. No new process group: in one, CTRL_C is
+    switched off, and CTRL_C is the only clean stop."""
 
-        No new process group: in one, CTRL_C is switched off, and CTRL_C is the only clean stop. The switch is
-        inherited, so it is put back first.
-        """
-        import subprocess
+    GROUP: dict[str, Any] = {"creationflags": 0x08000000}
+    """Popen options of a command that we wait for: no console window may flash up."""
 
+    @contextmanager
+    def default_signals() -> Iterator[None]:
+        """Have children hear CTRL_C: the switch is inherited, so it is put back first."""
         libraries()[0].SetConsoleCtrlHandler(None, False)
-
-        def spawn(flags: int) -> "subprocess.Popen[bytes]":
-            return subprocess.Popen(
-                cmd,
-                cwd=cwd,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=subprocess.STDOUT,
-                creationflags=flags | subprocess.CREATE_NO_WINDOW,
-            )
-
-        try:
-            return spawn(subprocess.CREATE_BREAKAWAY_FROM_JOB)
-        except PermissionError:  # the job does not let its processes go
-            return spawn(0)
-
-    def group_options() -> dict[str, Any]:
-        """Return the Popen options of a command that we wait for: no console window may flash up."""
-        import subprocess
-
-        return {"creationflags": subprocess.CREATE_NO_WINDOW}
+        yield
 
     def end_group(process: "subprocess.Popen[str]") -> None:
         """End a waited-for command and all that it started."""
@@ -963,7 +930,7 @@ if sys.platform == "win32":
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            **group_options(),
+            **GROUP,
         )
         process.kill()
 
@@ -1018,58 +985,31 @@ if sys.platform == "win32":
             raise ctypes.WinError(ctypes.get_last_error())
         time.sleep(0.1)  # the event is delivered by threads: who leaves the console at once may take it along
 
-    def is_on_our_console(pid: int) -> bool:
-        """Tell whether a Ctrl-C on the console of `pid` would be one for us, too; where that is not known, yes."""
-        import ctypes
-
-        pids = (ctypes.c_ulong * 256)()
-        count = libraries()[0].GetConsoleProcessList(pids, len(pids))
-        return not 0 < count <= len(pids) or pid in pids[:count]
-
     def console_interrupt(pid: int) -> bool:
         """Have a helper process press Ctrl-C on the console of `pid`; True where it could.
 
-        A process can be attached to one console only, hence the helper. Should the console be ours too, we are deaf
-        meanwhile; else not, for a second Ctrl-C of the user means something.
+        A process can be attached to one console only, hence the helper. Should the console be ours too, or not be told,
+        we are deaf meanwhile; else not, for a second Ctrl-C of the user means something.
         """
+        import ctypes
         import subprocess
 
         kernel, _ = libraries()
-        is_deaf = is_on_our_console(pid)
+        pids = (ctypes.c_ulong * 256)()
+        count = kernel.GetConsoleProcessList(pids, len(pids))
+        is_deaf = not 0 < count <= len(pids) or pid in pids[:count]
         if is_deaf:
             kernel.SetConsoleCtrlHandler(None, True)
         try:
             helper = [*own_command(), "--console-interrupt", str(pid)]
-            return (
-                subprocess.run(
-                    helper,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    timeout=15,
-                    stderr=subprocess.DEVNULL,
-                    **group_options(),
-                ).returncode
-                == 0
-            )
+            quiet = subprocess.DEVNULL
+            done = subprocess.run(helper, timeout=15, stdin=quiet, stdout=quiet, stderr=quiet, **GROUP)
+            return done.returncode == 0
         except (OSError, subprocess.TimeoutExpired):
             return False
         finally:
             if is_deaf:
                 kernel.SetConsoleCtrlHandler(None, False)
-
-    def suspend_or_resume(pid: int, function: str) -> None:
-        """Call NtSuspendProcess or NtResumeProcess; they count, so each pause needs its continue."""
-        with opened_process(pid, PROCESS_SUSPEND_RESUME) as handle:
-            if getattr(libraries()[1], function)(handle) != 0:
-                raise PermissionError(f"{function} was refused for process {pid}")
-
-    def terminate_process(pid: int) -> None:
-        """End a process at once (TerminateProcess); one that has just ended refuses, which is as good."""
-        import ctypes
-
-        with opened_process(pid, PROCESS_TERMINATE | SYNCHRONIZE) as handle:
-            if not libraries()[0].TerminateProcess(handle, 1) and not has_ended(handle):
-                raise ctypes.WinError(ctypes.get_last_error())
 
     def signal_process(pid: int, how: str) -> None:
         """Do to a process what a signal does: "interrupt", "terminate", "kill", "pause" or "continue".
@@ -1077,14 +1017,23 @@ if sys.platform == "win32":
         Raises ProcessLookupError where it is not there, PermissionError where it is refused or has no console to
         interrupt. "terminate" and "kill" are the same here. Never os.kill: its 0 is CTRL_C, all else is the end.
         """
-        if how == "interrupt":
-            with opened_process(pid, PROCESS_QUERY_LIMITED_INFORMATION):
-                if not console_interrupt(pid):
-                    raise PermissionError(f"process {pid} has no console that we may interrupt")
-        elif how in ("terminate", "kill"):
-            terminate_process(pid)
-        else:
-            suspend_or_resume(pid, {"pause": "NtSuspendProcess", "continue": "NtResumeProcess"}[how])
+        import ctypes
+
+        kernel, ntdll = libraries()
+        rights = {
+            "interrupt": PROCESS_QUERY_LIMITED_INFORMATION,
+            "terminate": PROCESS_TERMINATE,
+            "kill": PROCESS_TERMINATE,
+        }
+        with opened_process(pid, rights.get(how, PROCESS_SUSPEND_RESUME) | SYNCHRONIZE) as handle:
+            if how == "interrupt":
+                done = console_interrupt(pid)
+            elif how in rights:
+                done = kernel.TerminateProcess(handle, 1) or has_ended(handle)  # one that has just ended refuses
+            else:  # these count: each pause needs its continue
+                done = {"pause": ntdll.NtSuspendProcess, "continue": ntdll.NtResumeProcess}[how](handle) == 0
+            if not done:
+                raise PermissionError(f"process {pid} refuses to {how}: {ctypes.FormatError(ctypes.get_last_error())}")
 
     def reap(pid: int) -> Optional[int]:
         """Return the exit code of a process that has ended and that somebody still holds open, else None."""
@@ -1107,18 +1056,15 @@ if sys.platform == "win32":
             stack.enter_context(opened_process(pid, SYNCHRONIZE))
         return stack
 
-    def reap_strangers(own: int) -> None:
-        """Do nothing: Windows has no zombies."""
-
-    def wait_handle(pid: int, seconds: float) -> Optional[bool]:
-        """Wait for the end of a process: True it has ended, False the time is up, None it may not be watched."""
+    def await_end(pid: int, seconds: float) -> None:
+        """Wait for the end of a process, or so many seconds; where it may not be watched, always the latter."""
         try:
             with opened_process(pid, SYNCHRONIZE) as handle:
-                return has_ended(handle, max(0, int(seconds * 1000)))
-        except ProcessLookupError:
-            return True
+                has_ended(handle, max(0, int(seconds * 1000)))
+        except PermissionError:
+            time.sleep(seconds)
         except OSError:
-            return None
+            pass
 
     def read_memory(handle: Any, address: int, size: int) -> bytes:
         """Read another process's memory; b"" where it cannot be read."""
@@ -1133,13 +1079,28 @@ if sys.platform == "win32":
 
         return int.from_bytes(read_memory(handle, address, struct.calcsize("P")), "little")
 
-    def read_string(handle: Any, address: int) -> Optional[str]:
+    def read_string(handle: Any, address: int) -> str:
         """Read the text of a UNICODE_STRING (length in bytes, capacity, pointer) at `address`."""
         import struct
 
         length = int.from_bytes(read_memory(handle, address, 2), "little")
         text = read_memory(handle, read_pointer(handle, address + struct.calcsize("P")), length) if length else b""
-        return text.decode("utf-16-le", "replace") if text else None
+        return text.decode("utf-16-le", "replace")
+
+    def split_command_line(line: str) -> list[str]:
+        """Split a command line into words, as programs that Microsoft's C runtime starts do; of none, no words."""
+        import ctypes
+        from ctypes import wintypes
+
+        split, count = ctypes.WinDLL("shell32").CommandLineToArgvW, ctypes.c_int()
+        split.argtypes, split.restype = [wintypes.LPCWSTR, ctypes.c_void_p], ctypes.POINTER(wintypes.LPWSTR)
+        words = split(line, ctypes.byref(count)) if line.strip() else None
+        if not words:
+            return []
+        try:
+            return [str(words[index]) for index in range(count.value)]
+        finally:
+            libraries()[0].LocalFree(words)
 
     def read_environment(handle: Any, address: int) -> dict[str, str]:
         """Read an environment block: NAME=value, each ended by a zero, the last by two; page by page, 1 MB at most."""
@@ -1152,21 +1113,6 @@ if sys.platform == "win32":
                 pairs = (entry.partition("=") for entry in text.split("\0\0")[0].split("\0"))
                 return {name: value for name, _, value in pairs if name}  # "=C:=C:\\here" is cmd's own
         return {}
-
-    def add_basic_facts(facts: ProcessFacts, handle: Any) -> int:
-        """Fill in life, creation time and parent; return the address of the process's PEB, 0 where it is not told."""
-        import ctypes
-
-        kernel, ntdll = libraries()
-        times = (ctypes.c_uint64 * 4)()  # created, ended, in the kernel, outside it
-        if kernel.GetProcessTimes(handle, *(ctypes.byref(times, 8 * index) for index in range(4))):
-            facts.created = (times[0] - FILETIME_OF_1970) / 1e7
-            facts.alive = times[1] == 0
-        basic = (ctypes.c_size_t * 6)()  # exit status, PEB, affinity, priority, PID, parent
-        if ntdll.NtQueryInformationProcess(handle, 0, ctypes.byref(basic), ctypes.sizeof(basic), None) != 0:
-            return 0
-        facts.ppid = int(basic[5])
-        return int(basic[1])
 
     def listed_processes() -> list[tuple[int, str]]:
         """Return (pid, program) of every process from one snapshot of the system, [] where that is refused."""
@@ -1214,29 +1160,28 @@ if sys.platform == "win32":
         The command line, folder and environment are read from the parameter block in its own memory, which needs no
         more than being the same user. learn.microsoft.com documents NtQueryInformationProcess, and the block in part.
         """
-        facts = ProcessFacts(pid)
-        try:
-            with opened_process(pid, PROCESS_QUERY_INFORMATION | PROCESS_VM_READ) as handle:
-                block = read_pointer(handle, add_basic_facts(facts, handle) + PEB_PARAMETERS)
-                if block:
-                    facts.command_line = read_string(handle, block + AT_COMMAND_LINE)
-                    folder = read_string(handle, block + AT_FOLDER)
-                    facts.cwd = os.path.normpath(folder) if folder else None  # Windows keeps a \\ at its end
-                    facts.environment = read_environment(handle, read_pointer(handle, block + AT_ENVIRONMENT))
-            return facts
-        except ProcessLookupError:
-            return None
-        except OSError:
-            return limited_facts(facts)
+        import ctypes
 
-    def limited_facts(facts: ProcessFacts) -> Optional[ProcessFacts]:
-        """Return what even a process of someone else tells: life, creation time, parent."""
-        try:
-            with opened_process(facts.pid, PROCESS_QUERY_LIMITED_INFORMATION) as handle:
-                add_basic_facts(facts, handle)
-            return facts
-        except OSError:
-            return None
+        kernel, ntdll = libraries()
+        facts = ProcessFacts(pid)
+        for rights in (PROCESS_QUERY_INFORMATION | PROCESS_VM_READ, PROCESS_QUERY_LIMITED_INFORMATION):
+            with suppress(OSError), opened_process(pid, rights) as handle:
+                times = (ctypes.c_uint64 * 4)()  # created, ended, in the kernel, outside it
+                if kernel.GetProcessTimes(handle, *(ctypes.byref(times, 8 * index) for index in range(4))):
+                    facts.created = (times[0] - FILETIME_OF_1970) / 1e7
+                    facts.alive = times[1] == 0
+                basic = (ctypes.c_size_t * 6)()  # exit status, PEB, affinity, priority, PID, parent
+                if ntdll.NtQueryInformationProcess(handle, 0, ctypes.byref(basic), ctypes.sizeof(basic), None) != 0:
+                    return facts
+                facts.ppid = int(basic[5])
+                block = read_pointer(handle, int(basic[1]) + PEB_PARAMETERS)
+                if block:
+                    facts.command = split_command_line(read_string(handle, block + AT_COMMAND_LINE))
+                    folder = read_string(handle, block + AT_FOLDER)
+                    facts.cwd = os.path.normpath(folder) if folder else None  # Windows keeps a \ at its end
+                    facts.environment = read_environment(handle, read_pointer(handle, block + AT_ENVIRONMENT))
+                return facts
+        return None
 
     @cache
     def machine_id() -> str:
@@ -1249,39 +1194,26 @@ if sys.platform == "win32":
         except OSError:
             return os.environ.get("COMPUTERNAME", "")
 
-    def boot_id() -> Optional[str]:
-        """Return None: Windows names no boot. Creation times are absolute here, so nothing is lost."""
-        return None
-
-    def pid_namespace() -> Optional[str]:
-        """Return None: Windows has one table of PIDs."""
-        return None
-
     def venv_python(folder: str) -> str:
         """Return the path of the interpreter in a venv folder; whether it is there is not checked."""
         return os.path.join(folder, "Scripts", "python.exe")
 
-    def is_writable_by_others(path: str) -> bool:
-        """Return False: who may write here is a matter of ACLs, which the mode of a file does not show."""
-        return False
-
-    def session_of(pid: int) -> Optional[int]:
-        """Return None: there are no POSIX sessions on Windows."""
-        return None
-
-    def boot_time() -> float:
-        """Return 0.0: nobody counts from the boot here."""
-        return 0.0
-
-    def clock_ticks() -> int:
-        """Return 1: nobody counts in ticks here."""
-        return 1
-
-    def passes_interrupt_on() -> bool:
-        """Tell whether a process started now hears the interrupt; always so here."""
-        return True
+    boot_id = pid_namespace = session_of = kernel_clock = (
+        unknown  # creation times are absolute here, so nothing is lost
+    )
+    is_writable_by_others = unknown  # a matter of ACLs, which the mode of a file does not show
+    reap_strangers = unknown  # there are no zombies
 
 else:
+    BACKGROUND: list[dict[str, Any]] = [{"start_new_session": True}]
+    """Popen options of a process that outlives us: the leader of a session of its own."""
+
+    GROUP: dict[str, Any] = {"start_new_session": True}
+    """Popen options of a command that we wait for: its own session, so that it can be ended as a whole. Without a
+    terminal git and ssh cannot stop and ask for a password either."""
+
+    exit_code_kept = nullcontext  # the system keeps exit codes for parents, and for nobody else
+    attach_and_interrupt = listed_processes = tcp_listeners = process_facts = unknown
 
     @contextmanager
     def default_signals() -> Iterator[None]:
@@ -1307,37 +1239,6 @@ else:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for number in caught:
                 signal.signal(number, signal.SIG_IGN)
-
-    def passes_interrupt_on() -> bool:
-        """Tell whether a process started now hears SIGINT: not where it is ignored and we are off the main thread."""
-        import signal
-        import threading
-
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        return in_main_thread or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-
-    def detached(cmd: list[str], cwd: str, log_file: "IO[Any]", env: dict[str, str]) -> "subprocess.Popen[bytes]":
-        """Start `cmd` as the leader of a session of its own."""
-        import subprocess
-
-        with default_signals():
-            return subprocess.Popen(
-                cmd,
-                cwd=cwd,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=subprocess.STDOUT,
-                close_fds=True,
-                start_new_session=True,
-            )
-
-    def group_options() -> dict[str, Any]:
-        """Return the Popen options of a command that we wait for: its own session, so that it can be ended as a whole.
-
-        Without a terminal git and ssh cannot stop and ask for a password either.
-        """
-        return {"start_new_session": True}
 
     def end_group(process: "subprocess.Popen[str]") -> None:
         """End a waited-for command and all that it started."""
@@ -1369,10 +1270,6 @@ else:
         except BlockingIOError:
             return False
 
-    def exit_code_kept(pid: int) -> "AbstractContextManager[Any]":
-        """Do nothing: the system keeps exit codes for parents, and for nobody else."""
-        return nullcontext()
-
     def reap_strangers(own: int) -> None:
         """Reap, as PID 1 of a container must, every ended process but `own`, whose exit code somebody waits for."""
         if not hasattr(os, "waitid"):  # macOS, where nothing runs as PID 1 of a container
@@ -1384,9 +1281,6 @@ else:
                 os.waitpid(ended.si_pid, os.WNOHANG)
         except ChildProcessError:
             pass
-
-    def attach_and_interrupt(pid: int) -> None:
-        """Do nothing: only Windows presses Ctrl-C through a console."""
 
     def signal_process(pid: int, how: str) -> None:
         """Send a signal to one process: "interrupt", "terminate", "kill", "pause" or "continue".
@@ -1417,40 +1311,25 @@ else:
             return None
         return os.waitstatus_to_exitcode(status) if ended else None
 
-    def wait_handle(pid: int, seconds: float) -> Optional[bool]:
-        """Wait for the end of a process: True it has ended, False the time is up, None this system cannot tell.
+    def await_end(pid: int, seconds: float) -> None:
+        """Wait for the end of a process, or so many seconds; where it may not be watched, always the latter.
 
         Linux 5.3 has pidfd_open; sandboxes and older kernels refuse it. A zombie counts as ended.
         """
         import select
 
-        pidfd_open = getattr(os, "pidfd_open", None)
-        if pidfd_open is None:
-            return None
         try:
-            fd = pidfd_open(pid)
+            fd = getattr(os, "pidfd_open")(pid)  # noqa: B009 (mypy knows that macOS has none)
         except ProcessLookupError:
-            return True
-        except OSError:
-            return None
+            return
+        except (OSError, AttributeError):
+            return time.sleep(seconds)
         try:
             poller = select.poll()
             poller.register(fd, select.POLLIN)
-            return bool(poller.poll(max(0.0, seconds * 1000)))
+            poller.poll(max(0.0, seconds * 1000))
         finally:
             os.close(fd)
-
-    def listed_processes() -> list[tuple[int, str]]:
-        """Return []: only Windows is asked this way."""
-        return []
-
-    def tcp_listeners(family: int) -> bytes:
-        """Return b"": only Windows is asked this way."""
-        return b""
-
-    def process_facts(pid: int) -> Optional[ProcessFacts]:
-        """Return None: only Windows is asked this way."""
-        return None
 
     def mac_text(function: str, *arguments: Any) -> Optional[str]:
         """Call a C function of macOS that fills a buffer with text or a UUID, None where it does not."""
@@ -1510,14 +1389,19 @@ else:
         except OSError:
             return None
 
-    def boot_time() -> float:
-        """Return when the machine was started, in seconds since 1970, by the clock as it goes now."""
+    def kernel_clock() -> tuple[float, int]:
+        """Return when the machine was started (seconds since 1970, by the clock as it goes now), and ticks a second."""
         clock = getattr(time, "CLOCK_BOOTTIME", None)
-        return time.time() - time.clock_gettime(clock) if clock is not None else 0.0
+        return time.time() - time.clock_gettime(clock) if clock is not None else 0.0, os.sysconf("SC_CLK_TCK")
 
-    def clock_ticks() -> int:
-        """Return how many ticks of /proc are one second."""
-        return os.sysconf("SC_CLK_TCK")
+
+def passes_interrupt_on() -> bool:
+    """Tell whether a process started now hears the interrupt: not off the main thread where it is ignored."""
+    import signal
+    import threading
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return IS_WINDOWS or in_main_thread or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
 
 
 TRACERS: list[Progress] = []  # who is told what is run, where, and how long it took; empty but for --verbose
@@ -1525,7 +1409,7 @@ TRACERS: list[Progress] = []  # who is told what is run, where, and how long it 
 
 @contextmanager
 def traced(tell: Progress) -> Iterator[None]:
-    """Progress every command that is run meanwhile."""
+    """Tell of every command that is run meanwhile."""
     TRACERS.append(tell)
     try:
         yield
@@ -1534,7 +1418,7 @@ def traced(tell: Progress) -> Iterator[None]:
 
 
 def trace(line: str) -> None:
-    """Progress a line to those who want to know; what stands before the @ of an address may be a password."""
+    """Tell a line to those who want to know; what stands before the @ of an address may be a password."""
     if TRACERS:
         line = re.sub(r"://[^/@\s]+@", "://***@", line)
     for tell in TRACERS:
@@ -1542,7 +1426,7 @@ def trace(line: str) -> None:
 
 
 def trace_command(cmd: list[str], cwd: "Optional[Union[str, Path]]") -> None:
-    """Progress a command as a shell would take it, and its folder."""
+    """Tell of a command as a shell would take it, and its folder."""
     if TRACERS:
         from shlex import join
 
@@ -1558,12 +1442,25 @@ def create_background_process(
     are at their defaults when called in the main thread. The caller closes its `log_file`, and hands the process to
     `release` when it no longer watches it. Raises CDEnvironmentError where the program cannot be started.
     """
+    import subprocess
+
     trace_command(cmd, cwd)
-    require_short_path(cwd)
-    try:
-        return detached(cmd, os.fspath(cwd), log_file, dict(os.environ) if env is None else env)
-    except OSError as error:
-        raise cannot_start(cmd, cwd, error) from error
+    for options in BACKGROUND:
+        try:
+            with default_signals():
+                return subprocess.Popen(
+                    cmd,
+                    cwd=cwd,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log_file,
+                    stderr=subprocess.STDOUT,
+                    **options,
+                )
+        except OSError as error:
+            if options is BACKGROUND[-1] or not isinstance(error, PermissionError):
+                raise cannot_start(cmd, cwd, error) from error
+    raise AssertionError("unreachable")
 
 
 def release(process: "subprocess.Popen[Any]") -> None:
@@ -1677,7 +1574,6 @@ def run_command(
     import subprocess
 
     trace_command(cmd, cwd)
-    require_short_path(cwd)
     began = time.monotonic()
     try:
         process = subprocess.Popen(
@@ -1689,7 +1585,7 @@ def run_command(
             stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
-            **group_options(),
+            **GROUP,
         )
     except OSError as error:
         raise cannot_start(cmd, cwd, error) from error
@@ -1756,29 +1652,6 @@ def is_python(name: str) -> bool:
     return False
 
 
-def option_width(option: str) -> int:
-    """Return how many words an option of the interpreter takes, 0 when no script can follow it (-c, -m, -)."""
-    if option.startswith("--"):
-        return 2 if option == "--check-hash-based-pycs" else 1
-    for place, letter in enumerate(option[1:], 2):
-        if letter in "cm":
-            return 0
-        if letter in "XW":
-            return 1 if place < len(option) else 2
-    return 1 if option != "-" else 0
-
-
-def options_width(words: list[str]) -> Optional[int]:
-    """Return how many of the words behind the interpreter are its options, None when no script follows them."""
-    index = 0
-    while index < len(words) and words[index].startswith("-"):
-        width = option_width(words[index])
-        if not width:
-            return None
-        index += width
-    return index if index < len(words) else None
-
-
 def interpreter_width(words: list[str], joined: bool) -> int:
     """Return how many words are the path of a Python, 0 when another program runs.
 
@@ -1794,12 +1667,14 @@ def interpreter_width(words: list[str], joined: bool) -> int:
 
 def possible_scripts(words: list[str], joined: bool) -> list[str]:
     """Return what a Python's command may mean as its script: one word, or any run of joined words that begins there."""
-    start = interpreter_width(words, joined)
-    width = options_width(words[start:]) if start else None
-    if width is None:
-        return []
-    rest = words[start + width :]
-    return [" ".join(rest[:end]) for end in range(1, len(rest) + 1 if joined else 2)]
+    rest = words[interpreter_width(words, joined) or len(words) :]
+    while rest and rest[0].startswith("-"):
+        option = re.fullmatch(r"-[^-cmXW]*([cmXW])(.*)", rest[0], re.DOTALL)
+        if rest[0] == "-" or option and option[1] in "cm":  # no script follows these
+            return []
+        takes_next = rest[0] == "--check-hash-based-pycs" or option and not option[2]
+        rest = rest[2 if takes_next else 1 :]
+    return [" ".join(rest[:end]) for end in range(1, len(rest) + 1 if joined else 2) if rest]
 
 
 class Process:
@@ -1863,48 +1738,13 @@ class Process:
         """Tell whether the command line contains a text, in whatever case where paths have none."""
         return PATH_RULES.normcase(text) in PATH_RULES.normcase(self.text)
 
-    def is_as_old_as(self, other: "Process") -> bool:
-        """Tell whether this is the start of the same process: same ticks, else created within 2 s."""
-        if self.start_ticks is not None and other.start_ticks is not None:
-            return self.start_ticks == other.start_ticks
-        return self.created is None or other.created is None or abs(self.created - other.created) <= 2
-
-    def can_be_child_of(self, parent: "Process") -> bool:
-        """Tell whether `parent` is the parent and not a later process that was given the dead parent's PID."""
-        if self.ppid != parent.pid or self.pid == parent.pid:
-            return False
-        if self.start_ticks is not None and parent.start_ticks is not None:
-            return self.start_ticks >= parent.start_ticks
-        return self.created is None or parent.created is None or self.created >= parent.created - 1
-
-    def scripts(self, name: str, cwd_of: Callable[[int], Optional[str]]) -> list[str]:
-        """Return the absolute paths of what this Python may run as its script, if that is a file called `name`.
-
-        Options such as -s, -u, -X utf8 may stand before the script. An editor of it, or another script that is given it
-        as an argument, does not count. `cwd_of` resolves relative paths.
-        """
-
-        def plain_name(path: str) -> str:
-            return PATH_RULES.normcase(PATH_RULES.basename(path))
-
-        found = []
-        for path in possible_scripts(self.command, self.joined):
-            if plain_name(path) == plain_name(name):
-                folder = "" if PATH_RULES.isabs(path) else cwd_of(self.pid)
-                found += [PATH_RULES.join(folder, path)] if folder is not None else []
-        return found
-
-    def runs(self, script: str, cwd_of: Callable[[int], Optional[str]]) -> bool:
-        """Tell whether this is a Python that runs the file `script` (absolute); see `scripts`."""
-        return any(same_path(path, script) for path in self.scripts(script, cwd_of))
-
 
 def parse_stat(
     data: bytes,
     boot: float,
     ticks: int,
     uid: Optional[int] = None,
-    command: Optional[Callable[[int], list[str]]] = None,
+    command: Callable[[int], list[str]] = lambda pid: [],
 ) -> Optional[Process]:
     """Read one /proc/PID/stat (man 5 proc_pid_stat); None where it is none.
 
@@ -1915,20 +1755,12 @@ def parse_stat(
     fields = tail.split(None, 20)
     if len(fields) < 20:
         return None
-    start, (number, _, name) = int(fields[19]), head.partition(b" (")
-    pid, letter = int(number), fields[0]
+    number, _, name = head.partition(b" (")
+    pid, start, letter = int(number), int(fields[19]), fields[0]
     # A leader that ended before its threads is not dead yet: it still holds its sockets and cannot be reaped.
     state = "zombie" if letter in b"ZXx" and int(fields[17]) <= 1 else "stopped" if letter == b"T" else "running"
-    return Process(
-        pid,
-        int(fields[1]),
-        int(fields[3]),
-        uid,
-        state,
-        boot + start / ticks,
-        start,
-        lambda: command and command(pid) or [os.fsdecode(name)],
-    )
+    created, words = boot + start / ticks, lambda: command(pid) or [os.fsdecode(name)]
+    return Process(pid, int(fields[1]), int(fields[3]), uid, state, created, start, words)
 
 
 def parse_proc_net(text: str, port: int) -> set[int]:
@@ -1936,11 +1768,8 @@ def parse_proc_net(text: str, port: int) -> set[int]:
 
     Columns: number, local address:port (hex), remote, state (0A = LISTEN), ..., the tenth is the inode.
     """
-    processes = (line.split() for line in text.splitlines()[1:])
-    end = f":{port:04X}"
-    return {
-        int(process[9]) for process in processes if len(process) > 9 and process[3] == "0A" and process[1].endswith(end)
-    }
+    rows = (line.split() for line in text.splitlines()[1:])
+    return {int(row[9]) for row in rows if len(row) > 9 and row[3] == "0A" and row[1].endswith(f":{port:04X}")}
 
 
 def parse_ps_date(text: str) -> Optional[float]:
@@ -1972,19 +1801,8 @@ def parse_ps(text: str) -> list[Process]:
         if " " not in command and command[:1] + command[-1:] == "()":
             command = command[1:-1]
         uid = int(fields[2]) if fields[2].lstrip("-").isdigit() else None
-        processes.append(
-            Process(
-                int(fields[0]),
-                int(fields[1]),
-                None,
-                uid,
-                state,
-                parse_ps_date(fields[4][:24]),
-                None,
-                command.split(" "),
-                joined=True,
-            )
-        )
+        created, words = parse_ps_date(fields[4][:24]), command.split(" ")
+        processes.append(Process(int(fields[0]), int(fields[1]), None, uid, state, created, None, words, joined=True))
     return processes
 
 
@@ -2004,8 +1822,8 @@ def parse_tasklist(text: str) -> list[tuple[int, str]]:
 
     Where nothing matches Windows prints a line of words (INFO: ...) instead, in its own language.
     """
-    processes = (line.strip().strip('"').split('","') for line in text.splitlines() if line.startswith('"'))
-    return [(int(process[1]), process[0]) for process in processes if len(process) >= 2 and process[1].isdigit()]
+    rows = (line.strip().strip('"').split('","') for line in text.splitlines() if line.startswith('"'))
+    return [(int(row[1]), row[0]) for row in rows if len(row) >= 2 and row[1].isdigit()]
 
 
 def parse_netstat(text: str, port: int) -> list[int]:
@@ -2013,30 +1831,27 @@ def parse_netstat(text: str, port: int) -> list[int]:
 
     The word for LISTENING is translated (ABHÖREN, ECOUTE); that the foreign port is 0 is not.
     """
-    processes = (line.split() for line in text.splitlines())
+    rows = (line.split() for line in text.splitlines())
     found = {
-        int(process[-1])
-        for process in processes
-        if len(process) >= 4
-        and process[0] == "TCP"
-        and process[1].endswith(f":{port}")
-        and process[2].endswith(":0")
-        and process[-1].isdigit()
+        row[-1]
+        for row in rows
+        if len(row) > 3 and row[0] == "TCP" and row[1].endswith(f":{port}") and row[2][-2:] == ":0"
     }
-    return sorted(found)
+    return sorted(int(pid) for pid in found if pid.isdigit())
 
 
-# What the families of sockets are called on Windows (AF_INET, AF_INET6), how many numbers of 32 bits a process of their
+# What the families of sockets are called on Windows (AF_INET, AF_INET6), how many numbers of 32 bits a row of their
 # tables has, and which one is the port, in the network's order; the last is the PID.
 TCP_TABLES = ((2, 6, 2), (23, 14, 5))
 
 
 def parse_tcp_listeners(table: bytes, width: int, port_at: int) -> list[tuple[int, int]]:
-    """Return (port, PID) of each process of a table whose first number says how many there are."""
+    """Return (port, PID) of each row of a table whose first number says how many there are."""
     count = int.from_bytes(table[:4], "little")
-    processes = (table[start : start + 4 * width] for start in range(4, 4 + 4 * width * count, 4 * width))
-    ports = ((process[4 * port_at : 4 * port_at + 2], process[-4:]) for process in processes)
-    return [(int.from_bytes(port, "big"), int.from_bytes(pid, "little")) for port, pid in ports]
+    rows = (table[start : start + 4 * width] for start in range(4, 4 + 4 * width * count, 4 * width))
+    return [
+        (int.from_bytes(row[4 * port_at : 4 * port_at + 2], "big"), int.from_bytes(row[-4:], "little")) for row in rows
+    ]
 
 
 def parse_lsof(text: str, letter: str) -> list[str]:
@@ -2044,48 +1859,16 @@ def parse_lsof(text: str, letter: str) -> list[str]:
     return [line[1:] for line in text.splitlines() if line.startswith(letter)]
 
 
-def split_windows_command(line: str) -> list[str]:
-    """Split a Windows command line into words, as Microsoft's C runtime does.
-
-    The program's name knows quotes but no escapes. Behind it 2n backslashes before a quote are n, one more makes the
-    quote a letter, and two quotes inside quotes are one letter.
-    """
-    words: list[str] = []
-    rest = line.lstrip()
-    while rest:
-        word, rest = first_word(rest, escapes=bool(words))
-        words.append(word)
-        rest = rest.lstrip()
-    return words
-
-
-def first_word(rest: str, escapes: bool) -> tuple[str, str]:
-    """Return the first word of a Windows command line without its quotes, and what follows it."""
-    word, quoted, index = "", False, 0
-    while index < len(rest) and (quoted or rest[index] not in " \t"):
-        slashes = len(rest) - index - len(rest[index:].lstrip("\\")) if escapes else 0
-        index += slashes
-        if rest[index : index + 1] != '"':
-            word += "\\" * slashes
-            if not slashes:
-                word, index = word + rest[index], index + 1
-            continue
-        word, index = word + "\\" * (slashes // 2), index + 1
-        if slashes % 2:
-            word += '"'
-        elif quoted and escapes and rest[index : index + 1] == '"':
-            word, index = word + '"', index + 1
-        else:
-            quoted = not quoted
-    return word, rest[index:]
-
-
 class ProcessTable:
-    """What every source can be asked; what it cannot tell is None, {} or []."""
+    """What every source can be asked; what it cannot tell is None, "" or []."""
 
     @classmethod
     def usable(cls) -> bool:
         """Tell whether this source works here."""
+        raise NotImplementedError
+
+    def pids(self) -> list[int]:
+        """Return all PIDs."""
         raise NotImplementedError
 
     def process(self, pid: int) -> Optional[Process]:
@@ -2093,12 +1876,18 @@ class ProcessTable:
         raise NotImplementedError
 
     def processes(self, containing: str = "") -> list[Process]:
-        """Return all processes, or those whose command line contains a text."""
+        """Return all processes, or those whose command line contains a text, in whatever case where paths have none."""
+        needle = PATH_RULES.normcase(containing)
+        processes = filter(None, map(self.process, self.pids()))
+        return [process for process in processes if needle in PATH_RULES.normcase(process.text)]
+
+    def marker(self, pid: int) -> str:
+        """Return the COMFYDOCK_RUN_ID in the environment of a process, where it has one that may be read."""
         raise NotImplementedError
 
     def markers(self) -> dict[int, str]:
-        """Return pid -> COMFYDOCK_RUN_ID of all processes whose environment has it and may be read."""
-        raise NotImplementedError
+        """Return pid -> marker of all processes that have one."""
+        return {pid: marker for pid in self.pids() if (marker := self.marker(pid))}
 
     def cwd(self, pid: int) -> Optional[str]:
         """Return the folder a process stands in."""
@@ -2167,23 +1956,18 @@ class ProcTable(ProcessTable):
 
     def process(self, pid: int) -> Optional[Process]:
         """Return one process from one read of its stat file."""
-        return proc_process(pid, boot_time(), clock_ticks())
+        return proc_process(pid, *kernel_clock())
 
     def processes(self, containing: str = "") -> list[Process]:
         """Return all processes, or those whose command line contains a text (only they are looked at closely)."""
-        boot, ticks, needle = boot_time(), clock_ticks(), os.fsencode(containing)
-        pids = [pid for pid in self.pids() if not needle or needle in read_bytes(f"/proc/{pid}/cmdline")]
-        processes = (proc_process(pid, boot, ticks) for pid in pids)
-        return [process for process in processes if process is not None]
+        clock, needle = kernel_clock(), os.fsencode(containing)
+        pids = (pid for pid in self.pids() if not needle or needle in read_bytes(f"/proc/{pid}/cmdline"))
+        return [process for pid in pids if (process := proc_process(pid, *clock)) is not None]
 
-    def markers(self) -> dict[int, str]:
-        """Return run ids by PID from /proc/PID/environ (our own user's processes; all for root)."""
-        found, needle = {}, b"\0" + RUN_ID_VARIABLE.encode() + b"="
-        for pid in self.pids():
-            _, marked, value = (b"\0" + read_bytes(f"/proc/{pid}/environ")).partition(needle)
-            if marked:
-                found[pid] = os.fsdecode(value.partition(b"\0")[0])
-        return found
+    def marker(self, pid: int) -> str:
+        """Return what /proc/PID/environ has (our own user's processes; all for root)."""
+        block = b"\0" + read_bytes(f"/proc/{pid}/environ")
+        return os.fsdecode(block.partition(f"\0{RUN_ID_VARIABLE}=".encode())[2].partition(b"\0")[0])
 
     def cwd(self, pid: int) -> Optional[str]:
         """Return the folder a process stands in, None where it may not be read."""
@@ -2198,15 +1982,15 @@ class ProcTable(ProcessTable):
         for name in ("tcp", "tcp6"):
             text = read_bytes(f"/proc/net/{name}").decode("ascii", "replace")
             wanted.update(f"socket:[{inode}]" for inode in parse_proc_net(text, port))
-        return [pid for pid in self.pids() if self.holds(pid, wanted)] if wanted else []
+        return [pid for pid in self.pids() if wanted & self.open_files(pid)] if wanted else []
 
-    def holds(self, pid: int, wanted: set[str]) -> bool:
-        """Tell whether a process has one of these links among its descriptors."""
+    def open_files(self, pid: int) -> set[str]:
+        """Return what the descriptors of a process lead to; of one that is gone or someone else's, nothing."""
         folder = f"/proc/{pid}/fd"
         try:
-            return any(os.readlink(f"{folder}/{fd}") in wanted for fd in os.listdir(folder))
-        except OSError:  # gone, or someone else's
-            return False
+            return {os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)}
+        except OSError:
+            return set()
 
 
 def psutil_module() -> Any:
@@ -2227,52 +2011,35 @@ class PsutilTable(ProcessTable):
         except Exception:
             return False
 
-    def make_process(self, facts: dict[str, Any]) -> Process:
-        """Make a process of what Process.as_dict gave; what may not be read is None there."""
-        state = {"zombie": "zombie", "dead": "zombie", "stopped": "stopped"}.get(facts["status"], "running")
-        pid, uids = facts["pid"], facts.get("uids")
-        return Process(
-            pid,
-            facts["ppid"] or 0,
-            session_of(pid),
-            uids.real if uids else None,
-            state,
-            facts["create_time"],
-            proc_start_ticks(pid),
-            facts["cmdline"] or [facts["name"] or ""],
-        )
-
-    def facts(self) -> list[str]:
-        """Return the names to ask for: Windows has no uids."""
-        return [name for name in PSUTIL_FACTS if hasattr(psutil_module().Process, name)]
+    def pids(self) -> list[int]:
+        """Return all PIDs."""
+        return list(psutil_module().pids())
 
     def process(self, pid: int) -> Optional[Process]:
-        """Return one process."""
-        psutil, names = psutil_module(), self.facts()
+        """Return one process; what may not be read of it is None."""
+        psutil = psutil_module()
+        names = [name for name in PSUTIL_FACTS if hasattr(psutil.Process, name)]  # Windows has no uids
         try:
             process = psutil.Process(pid)
             try:
-                return self.make_process(process.as_dict(names))
+                facts = process.as_dict(names)
             except OSError:  # Windows reads no command line of a process that is just ending
                 names.remove("cmdline")
-                return self.make_process({"cmdline": None, **process.as_dict(names)})
+                facts = {"cmdline": None, **process.as_dict(names)}
         except (psutil.Error, OSError, ValueError, OverflowError):
             return None
+        uids, words = facts.get("uids"), facts["cmdline"] or [facts["name"] or ""]
+        state = {"zombie": "zombie", "dead": "zombie", "stopped": "stopped"}.get(facts["status"], "running")
+        uid, created, start = uids.real if uids else None, facts["create_time"], proc_start_ticks(pid)
+        return Process(facts["pid"], facts["ppid"] or 0, session_of(pid), uid, state, created, start, words)
 
-    def processes(self, containing: str = "") -> list[Process]:
-        """Return all processes, or those whose command line contains a text."""
-        processes = filter(None, map(self.process, psutil_module().pids()))
-        return [process for process in processes if process.mentions(containing)]
-
-    def markers(self) -> dict[int, str]:
-        """Return run ids by PID."""
-        psutil, found = psutil_module(), {}
-        for pid in psutil.pids():
-            try:
-                found[pid] = psutil.Process(pid).environ().get(RUN_ID_VARIABLE)
-            except (psutil.Error, OSError, ValueError):
-                continue
-        return {pid: marker for pid, marker in found.items() if marker}
+    def marker(self, pid: int) -> str:
+        """Return what the environment of a process has."""
+        psutil = psutil_module()
+        try:
+            return str(psutil.Process(pid).environ().get(RUN_ID_VARIABLE, ""))
+        except (psutil.Error, OSError, ValueError):
+            return ""
 
     def cwd(self, pid: int) -> Optional[str]:
         """Return the folder a process stands in; psutil says "" of a zombie."""
@@ -2326,11 +2093,15 @@ class PsTable(ProcessTable):
 
     def processes(self, containing: str = "") -> list[Process]:
         """Return all processes, or those whose command line contains a text."""
-        processes = parse_ps(self.ps("-axww", "-o", PS_COLUMNS))
-        return self.with_start([process for process in processes if process.mentions(containing)])
+        processes, needle = parse_ps(self.ps("-axww", "-o", PS_COLUMNS)), PATH_RULES.normcase(containing)
+        return self.with_start([process for process in processes if needle in PATH_RULES.normcase(process.text)])
+
+    def marker(self, pid: int) -> str:
+        """Return what ps shows of the environment of our own user's processes."""
+        return self.markers().get(pid, "")
 
     def markers(self) -> dict[int, str]:
-        """Return run ids by PID; ps shows the environment of our own user's processes."""
+        """Return pid -> marker from one ps."""
         return parse_markers(self.ps(PS_WITH_ENVIRONMENT, "-o", "pid=,command="))
 
     def cwd(self, pid: int) -> Optional[str]:
@@ -2357,8 +2128,7 @@ class WindowsTable(ProcessTable):
         facts = facts or ProcessFacts(pid)
         if not facts.alive:
             return None
-        words = split_windows_command(facts.command_line or "") or [program]
-        return Process(pid, facts.ppid or 0, created=facts.created, command=words)
+        return Process(pid, facts.ppid or 0, created=facts.created, command=facts.command or [program])
 
     def listed(self, pid: Optional[int] = None) -> list[tuple[int, str]]:
         """Return (pid, program) of all processes, or of one."""
@@ -2367,21 +2137,19 @@ class WindowsTable(ProcessTable):
     def process(self, pid: int) -> Optional[Process]:
         """Return one process; the list is asked only where the process itself does not tell its command line."""
         facts = process_facts(pid)
-        if facts is not None and (facts.command_line or not facts.alive):
+        if facts is not None and (facts.command or not facts.alive):
             return self.make_process(pid, "", facts)
         processes = [self.make_process(*one, facts) for one in self.listed(pid)]
         return processes[0] if processes else None
 
-    def processes(self, containing: str = "") -> list[Process]:
-        """Return all processes, or those whose command line contains a text, in whatever case."""
-        processes = (self.make_process(pid, program, process_facts(pid)) for pid, program in self.listed())
-        return [process for process in processes if process is not None and process.mentions(containing)]
+    def pids(self) -> list[int]:
+        """Return all PIDs."""
+        return [pid for pid, _ in self.listed()]
 
-    def markers(self) -> dict[int, str]:
-        """Return run ids by PID."""
-        facts = (process_facts(pid) for pid, _ in self.listed())
-        marked = (one for one in facts if one is not None and RUN_ID_VARIABLE in one.environment)
-        return {one.pid: one.environment[RUN_ID_VARIABLE] for one in marked}
+    def marker(self, pid: int) -> str:
+        """Return what the environment of a process has."""
+        facts = process_facts(pid)
+        return facts.environment.get(RUN_ID_VARIABLE, "") if facts is not None else ""
 
     def cwd(self, pid: int) -> Optional[str]:
         """Return the folder a process stands in."""
@@ -2449,9 +2217,23 @@ def process_table() -> ProcessTable:
     )
 
 
-def is_script_of(process: Process, script: str, folder: str = "") -> bool:
-    """Tell whether `process` is a Python that runs `script` (absolute, or the name of a file in `folder`)."""
-    return process.runs(PATH_RULES.join(folder, script), process_table().cwd)
+def scripts_of(process: Process, name: str) -> list[str]:
+    """Return the absolute paths of what a Python may run as its script, if that is a file called `name`.
+
+    Options such as -s, -u, -X utf8 may stand before the script. An editor of it, or another script that is given it as
+    an argument, does not count.
+    """
+    found = []
+    for path in possible_scripts(process.command, process.joined):
+        if PATH_RULES.normcase(PATH_RULES.basename(path)) == PATH_RULES.normcase(name):
+            folder = "" if PATH_RULES.isabs(path) else process_table().cwd(process.pid)
+            found += [PATH_RULES.join(folder, path)] if folder is not None else []
+    return found
+
+
+def runs_script(process: Process, script: str) -> bool:
+    """Tell whether this is a Python that runs the file `script` (absolute)."""
+    return any(same_path(path, script) for path in scripts_of(process, PATH_RULES.basename(script)))
 
 
 def identity_of(process: Optional[Process]) -> dict[str, Any]:
@@ -2464,6 +2246,22 @@ def identity_of(process: Optional[Process]) -> dict[str, Any]:
         "machine": machine_id(),
         "created": process.created,
     }
+
+
+def is_identity_of(process: Process, recorded: object) -> bool:
+    """Tell whether an identity is that of a process: each field that this system can tell must be there and match.
+
+    Where the boot has a name the machine's is not compared, for host names change; where there are ticks, the creation
+    time is not, for clocks move; else it may differ by 2 s. Without either nothing is proved.
+    """
+    told = {key: value for key, value in identity_of(process).items() if value is not None}
+    known = recorded if isinstance(recorded, dict) else {}
+    if "boot_id" in told:
+        del told["machine"]
+    created, theirs = told.pop("created", None), known.get("created")
+    is_number = isinstance(theirs, (int, float)) and not isinstance(theirs, bool)
+    is_as_old = created is not None and is_number and abs(theirs - created) <= 2
+    return ("start_ticks" in told or is_as_old) and all(known.get(key) == value for key, value in told.items())
 
 
 def locate(identity: object) -> str:
@@ -2484,32 +2282,37 @@ def locate(identity: object) -> str:
     return "foreign" if differs("pid_ns", pid_namespace()) else "here"
 
 
-def number_in(identity: object, key: str) -> Optional[float]:
-    """Return a number of a recorded identity, None where there is none (a state file may hold anything)."""
-    value = identity.get(key) if isinstance(identity, dict) else None
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+def recorded_process(pid: object, identity: object, is_it: Callable[[Process], bool]) -> Optional[Process]:
+    """Return the live process that was recorded with this PID and identity and is what it should be, else None."""
+    process = process_table().process(pid) if isinstance(pid, int) and is_pid(pid) else None
+    is_alive = process is not None and process.state != "zombie"
+    return process if process and is_alive and is_identity_of(process, identity) and is_it(process) else None
 
 
-def matches(process: Process, identity: object, script: Optional[str]) -> bool:
-    """Tell whether a live process is the recorded one: by its start ticks, else by script and creation time (2 s)."""
-    ticks, created = number_in(identity, "start_ticks"), number_in(identity, "created")
-    if ticks is not None and process.start_ticks is not None:
-        return process.start_ticks == ticks
-    if created is not None and (process.created is None or abs(process.created - created) > 2):
-        return False
-    return created is not None if script is None else is_script_of(process, script)
+def recorded_comfyui(record: ProcessState, script: str) -> Optional[Process]:
+    """Return the live process of a record that has a PID, if it is a Python that runs `script` (absolute).
 
-
-def find_process(pid: object, identity: object, script: Optional[str] = None) -> Optional[Process]:
-    """Return the process that was recorded with this PID and identity, None where it is dead, a zombie or elsewhere.
-
-    `identity` is what identity_of gave; an empty one (a state file that has only a PID) is matched by `script`
-    (absolute) in the command line. Without a `script` any program will do whose start is the recorded one.
+    A record with the plan's keys alone has no identity: it names a candidate, which is its own proof.
     """
-    if not isinstance(pid, int) or not is_pid(pid) or locate(identity) != "here":
-        return None
-    process = process_table().process(pid)
-    return process if process is not None and process.state != "zombie" and matches(process, identity, script) else None
+    identity = record.identity or identity_of(process_table().process(record.pid or 0))
+    return recorded_process(record.pid, identity, lambda process: runs_script(process, script))
+
+
+def recorded_starter(record: ProcessState) -> Optional[Process]:
+    """Return the process that wrote an intent, if it lives."""
+    return recorded_process(record.starter.get("pid"), record.starter.get("identity"), lambda process: True)
+
+
+def recorded_monitor(record: Optional[ProcessState], root: str) -> Optional[Process]:
+    """Return the living monitor that a record names, if it is our own entry for the environment at `root`."""
+
+    def is_monitor(process: Process) -> bool:
+        head, _, place = process.text.rpartition(" --monitor ")
+        is_entry = IMPORTED.partition("{}")[0] in head or runs_script(process, own_command()[-1])
+        return is_python(process.name) and is_entry and same_path(place, root)
+
+    noted = (record.monitor if record is not None else None) or {}
+    return recorded_process(noted.get("pid"), noted.get("identity"), is_monitor)
 
 
 def is_process_alive(pid: int) -> bool:
@@ -2521,36 +2324,26 @@ def is_process_alive(pid: int) -> bool:
 def is_same_process(process: Process) -> bool:
     """Tell whether the very process of `process` runs, and is neither a zombie nor another one with its PID."""
     now = process_table().process(process.pid) if is_pid(process.pid) else None
-    return now is not None and now.state != "zombie" and now.is_as_old_as(process)
+    return now is not None and now.state != "zombie" and is_identity_of(now, identity_of(process))
 
 
-def hears_of_orphans(status: str) -> bool:
-    """Progress by the text of /proc/1/status whether PID 1 reaps processes that it has not started, as an init does.
+def non_reaping_init(status: Optional[str] = None) -> Optional[str]:
+    """Return the command of a PID 1 that does not reap orphans: their entries stay until the container ends.
 
     Who neither catches, blocks (signalfd, sigwait) nor ignores SIGCHLD never hears of them; but a thread may be
-    waiting, and a shell reaps whatever ends while it waits for its own. Where in doubt, yes.
+    waiting, and a shell reaps whatever ends while it waits for its own. `status` is the text of /proc/1/status.
     """
+    status = read_text("/proc/1/status") if status is None else status
     facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-    if facts.get("Threads", "").strip() != "1" or facts.get("Name") in ("init", "sh", "dash", "ash", "bash", "busybox"):
-        return True
-    heard = [int(facts.get(name, "0"), 16) for name in ("SigBlk", "SigIgn", "SigCgt")]
-    return any(mask & 1 << 16 for mask in heard)  # SIGCHLD is number 17
-
-
-def non_reaping_init() -> Optional[str]:
-    """Return the command of a PID 1 that does not reap orphans: their entries stay until the container ends."""
-    if hears_of_orphans(read_text("/proc/1/status")):
+    masks = [int(facts.get(name, "0"), 16) for name in ("SigBlk", "SigIgn", "SigCgt")]
+    is_shell = facts.get("Name") in ("init", "sh", "dash", "ash", "bash", "busybox")
+    if facts.get("Threads", "").strip() != "1" or is_shell or any(mask & 1 << 16 for mask in masks):  # SIGCHLD is 17
         return None
     return " ".join(proc_command(1)) or "the first process"
 
 
-def await_standstill(processes: list[Process], seconds: float = 1.0) -> None:
-    """Wait until paused processes stand still: a stop is asked for, and each thread heeds it by itself."""
-    until(lambda: all(map(is_stopped, processes)), seconds, 0.001)
-
-
 def is_stopped(process: Process) -> bool:
-    """Tell whether no thread of a process runs any more; where there is no /proc, whether the process is stopped."""
+    """Tell whether no thread of a process runs any more: a stop is asked for, and each thread heeds it by itself."""
     folder = f"/proc/{process.pid}/task"
     try:
         threads = os.listdir(folder)
@@ -2567,25 +2360,34 @@ def wait_for_exit(
     """Wait up to `seconds` for the end of a process; True when it has ended (a zombie has).
 
     `meanwhile` is called every `pause` seconds at most; when it returns True the wait is broken off, and the answer is
-    False. Where the system cannot tell of an end, the process is looked at twice as often.
+    False.
     """
-    deadline = time.monotonic() + seconds
-    while is_same_process(process):
-        left = deadline - time.monotonic()
-        if left <= 0 or meanwhile is not None and meanwhile():
-            return False
-        if wait_handle(process.pid, min(left, pause)) is None:
-            time.sleep(min(left, pause / 2))
-    return True
+    began = time.monotonic()
+
+    def outcome() -> str:
+        if not is_same_process(process):
+            return "ended"
+        if meanwhile is not None and meanwhile():
+            return "broken off"
+        await_end(process.pid, min(pause, max(0.0, began + seconds - time.monotonic())))
+        return ""
+
+    return until(outcome, seconds, 0.0) == "ended"
+
+
+def began_before(process: Process, other: Process) -> bool:
+    """Tell whether a process is surely older than another: by ticks, else by more than a second."""
+    if process.start_ticks is not None and other.start_ticks is not None:
+        return process.start_ticks < other.start_ticks
+    return process.created is not None and other.created is not None and process.created < other.created - 1
 
 
 def ancestors_of(pid: int, processes: dict[int, Process]) -> set[int]:
     """Return the PIDs of a process's parent, its parent's parent and so on, as far as `processes` knows them."""
     found: set[int] = set()
     process = processes.get(pid)
-    while process is not None and process.pid not in found:
-        parent = processes.get(process.ppid)
-        if parent is None or not process.can_be_child_of(parent):
+    while process is not None and (parent := processes.get(process.ppid)) and parent.pid not in {process.pid, *found}:
+        if began_before(process, parent):  # a later process that was given the dead parent's PID
             break
         found.add(parent.pid)
         process = parent
@@ -2603,20 +2405,14 @@ def process_tree(process: Process, run_id: Optional[str]) -> list[Process]:
     markers = table.markers() if run_id else {}
     spared = ancestors_of(os.getpid(), processes) | {os.getpid()}
     now = processes.get(process.pid)
-    same = now is not None and now.is_as_old_as(process)
+    same = now is not None and is_identity_of(now, identity_of(process))
     family = {pid for pid in processes if same and process.pid in {pid, *ancestors_of(pid, processes)}}
-    if process.session == process.pid and (
-        same or now is None
-    ):  # a session keeps its number from reuse after its leader's end
+    # A session keeps its number from reuse after its leader's end.
+    if process.session == process.pid and (same or now is None):
         family |= {pid for pid, one in processes.items() if one.session == process.pid}
     family |= {pid for pid in processes if run_id and markers.get(pid) == run_id}
     members = (processes[pid] for pid in family - spared if processes[pid].name.lower() not in SYSTEM_HELPERS)
     return sorted(members, key=lambda one: (one.start_ticks or one.created or 0, one.pid))
-
-
-def run_id_of(process: Process) -> Optional[str]:
-    """Return the run id that a process bears in its environment, None where it has none or does not tell."""
-    return process_table().markers().get(process.pid)
 
 
 Scan = dict[str, list[Process]]  # the live processes that run a main.py, by its real path
@@ -2627,7 +2423,7 @@ def scan_for_comfyui() -> Scan:
     table = process_table()
     found: Scan = {}
     for process in table.processes(containing="main.py"):
-        for script in set(map(real_path, process.scripts("main.py", table.cwd))) if process.state != "zombie" else ():
+        for script in set(map(real_path, scripts_of(process, "main.py"))) if process.state != "zombie" else ():
             found.setdefault(script, []).append(process)
     return found
 
@@ -6105,7 +5901,7 @@ def end_all(processes: "list[Process]") -> None:
 
 def end_with_family(process: Process, timeout: float) -> None:
     """End a process that nobody recorded, and what belongs to it. Raises as `end_politely`."""
-    family = process_tree(process, run_id_of(process))
+    family = process_tree(process, process_table().marker(process.pid))
     terminate(process, timeout)
     end_all(family)
 
@@ -6153,7 +5949,7 @@ def paused(processes: "list[Process]") -> Iterator[None]:
                     signal_process(process.pid, "pause")
             except ProcessLookupError:  # it has ended meanwhile
                 pass
-        await_standstill(standing)
+        until(lambda: all(map(is_stopped, standing)), 1.0, 0.001)
         yield
     finally:
         for process in standing:
@@ -6208,12 +6004,6 @@ def stop_on_port(port: int, timeout: float) -> int:
     process = comfyui_on_port(port)
     end_with_family(process, timeout)
     return process.pid
-
-
-def monitor_process(record: Optional[ProcessState]) -> Optional[Process]:
-    """The living monitor that a record names, or None."""
-    noted = (record.monitor if record is not None else None) or {}
-    return find_process(noted.get("pid"), noted.get("identity"))
 
 
 @contextmanager
@@ -6363,14 +6153,14 @@ class Environment:
             return Snapshot(FOREIGN, record)
         if record.pid is None:
             return self._intended(record, place, scan, lock_held)
-        process = find_process(record.pid, record.identity, self._script) if place == "here" else None
+        process = recorded_comfyui(record, self._script) if place == "here" else None
         if process is not None:
             return Snapshot(RUNNING, record, process)
         return self._unrecorded(record, *self._ending(record, place), scan)
 
     def _intended(self, record: ProcessState, place: str, scan: Optional[Scan], lock_held: bool) -> Snapshot:
         """An intent without a PID: somebody is starting ComfyUI, or was killed while starting it."""
-        is_alive = place == "here" and find_process(*record.holder) is not None
+        is_alive = place == "here" and recorded_starter(record) is not None
         if is_alive and not lock_held:
             return Snapshot(STARTING, record)
         return self._unrecorded(record, STOPPED, "interrupted", scan)
@@ -6392,7 +6182,12 @@ class Environment:
         if not processes:
             return Snapshot(state, record, None, note)
         process = processes[0]
-        if record is None or record.pid is None or not record.run_id or run_id_of(process) != record.run_id:
+        if (
+            record is None
+            or record.pid is None
+            or not record.run_id
+            or process_table().marker(process.pid) != record.run_id
+        ):
             return Snapshot(RUNNING, record, process, "untracked")
         moved = ProcessState.from_dict({**record.to_dict(), "pid": process.pid, "identity": identity_of(process)})
         return Snapshot(RUNNING, moved, process, "moved")
@@ -6506,15 +6301,18 @@ class Environment:
             return answer if answer.kind == HEALTHY else Answer(BAD_ANSWER)
         return Answer(OTHER_SERVICE) if answer.kind == HEALTHY else answer
 
-    @staticmethod
-    def _monitor_data(record: Optional[ProcessState]) -> Optional[dict[str, Any]]:
+    def monitor_process(self, record: Optional[ProcessState]) -> Optional[Process]:
+        """The living monitor that a record names, or None."""
+        return recorded_monitor(record, self.paths.root)
+
+    def _monitor_data(self, record: Optional[ProcessState]) -> Optional[dict[str, Any]]:
         """What there is to tell of the monitor; None where there is none."""
         if record is None or record.monitor is None:
             return None
         noted = record.monitor
         restarts = noted.get("restarts")
         count = len(restarts) if isinstance(restarts, list) else 0
-        return {"alive": monitor_process(record) is not None, "restarts": count, "gave_up": noted.get("gave_up")}
+        return {"alive": self.monitor_process(record) is not None, "restarts": count, "gave_up": noted.get("gave_up")}
 
     def _last_words(self, record: Optional[ProcessState]) -> dict[str, Any]:
         """What is left of a run that ended by itself: last sign of life, last error line, exit code."""
@@ -6598,8 +6396,8 @@ class Environment:
             return None
         if record is None:
             return None
-        if find_process(*record.holder, self._script if record.pid else None) is None:  # or it is another machine's
-            return None
+        if (recorded_comfyui(record, self._script) if record.pid else recorded_starter(record)) is None:
+            return None  # or it is another machine's
         return record.port, f"environment '{self.name}' (PID {record.holder[0]})"
 
     def rotate_log(self, keep: Optional[int] = None) -> bool:
@@ -6657,7 +6455,7 @@ class Environment:
         record = self._read_state()
         if record is None or record.phase != "rotating":
             return
-        process = find_process(record.pid, record.identity, self._script)
+        process = recorded_comfyui(record, self._script)
         path = self.log_path
         was_moved = not os.path.exists(rotation_draft(path)) and same_beginning(path, rotated(path))
         if was_moved and os.path.getsize(path) == os.path.getsize(rotated(path)):
@@ -6839,7 +6637,7 @@ class Environment:
             args = self._with_usable_port(args, auto_port)
             config = parse_comfyui_args(args)
             record = ProcessState(None, config.host, config.port, args, utc_now(), self.log_path, phase=STARTING)
-            record.run_id = random_uuid()
+            record.run_id = os.urandom(16).hex()
             record.command, record.cwd = self._command(args)
             record.env, record.monitor = variables, monitor
             record.starter = {"pid": os.getpid(), "identity": identity_of(process_table().process(os.getpid()))}
@@ -6933,7 +6731,7 @@ class Environment:
 
     def _adopt(self, process: Process, record: Optional[ProcessState]) -> ProcessState:
         """Record a live ComfyUI of ours that has no record. Raises CDEnvironmentError when it is somebody else's."""
-        run_id = run_id_of(process)
+        run_id = process_table().marker(process.pid)
         if not self._is_ours(run_id, record):
             raise CDEnvironmentError(
                 f"PID {process.pid} runs this ComfyUI ({self._checkout}), "
@@ -7016,7 +6814,7 @@ class Environment:
                 )
             if not is_same_process(process):
                 raise CDEnvironmentError(f"PID {process.pid} has ended meanwhile.", "comfydock status", "ended")
-            return self.adopt(process, snapshot.record, run_id_of(process))
+            return self.adopt(process, snapshot.record, process_table().marker(process.pid))
 
     def end_orphan(self, process: Process, timeout: float = 10) -> None:
         """End an orphan and what it started. Raises CDEnvironmentError when it is another user's or does not end."""
@@ -7137,10 +6935,9 @@ class Environment:
         end_all([*family, *process_tree(process, record.run_id)])
         self._await_monitor(record)
 
-    @staticmethod
-    def _await_monitor(record: ProcessState) -> None:
+    def _await_monitor(self, record: ProcessState) -> None:
         """The monitor goes by itself when ComfyUI was stopped; one that does not is ended."""
-        process = monitor_process(record)
+        process = self.monitor_process(record)
         if process is not None and process.pid != os.getpid() and not wait_for_exit(process, 3):
             end_all([process])
 
@@ -7184,7 +6981,7 @@ class Environment:
             record = self._read_state() or read_state(self.paths.last_run)
             if record is None:
                 raise CDEnvironmentError("Cannot restart: ComfyUI not running", "comfydock run", "stopped")
-            if snapshot.process is None and monitor_process(record) is not None:
+            if snapshot.process is None and self.monitor_process(record) is not None:
                 self._want_stopped(record)  # its monitor was about to start it again: let it go
                 self._await_monitor(record)
             self._await_port(record)
@@ -7204,7 +7001,7 @@ class Environment:
             record, process = snapshot.record, snapshot.process
             if process is None:
                 return False
-            present = monitor_process(record)
+            present = self.monitor_process(record)
             if present is not None and present.pid != os.getpid():
                 raise CDEnvironmentError(
                     f"ComfyUI is already running (PID {process.pid}), and a monitor watches it (PID {present.pid}).",
@@ -7337,7 +7134,7 @@ def parse_reply(said: bytes) -> dict[str, Any]:
 
 def is_own_intent(record: ProcessState) -> bool:
     """Whether a record is of a start by this very process that came to nothing."""
-    return record.pid is None and record.holder[0] == os.getpid() and find_process(*record.holder) is not None
+    return record.pid is None and record.starter.get("pid") == os.getpid() and recorded_starter(record) is not None
 
 
 def exit_note(code: Optional[int]) -> dict[str, Any]:
@@ -9097,7 +8894,7 @@ def stop(console: Console, args: Arguments) -> Report:
     snapshot = environment.observe()
     if snapshot.process is not None and snapshot.note != "untracked":
         console.say(f"⏸  Stopping ComfyUI (PID {snapshot.process.pid})...")
-    called_off = snapshot.process is None and monitor_process(snapshot.record) is not None
+    called_off = snapshot.process is None and environment.monitor_process(snapshot.record) is not None
     stopped = environment.stop(args.timeout, kill=args.kill)
     data = {
         "name": environment.name,
@@ -9938,7 +9735,8 @@ def follow_log(console: Console, environment: Environment, tail: int) -> None:
         if not console.has_reader():
             raise BrokenPipeError
         noted = (snapshot.record.monitor if snapshot.record else None) or {}
-        if snapshot.state in LIVE_STATES or monitor_process(snapshot.record) is not None and not noted.get("gave_up"):
+        monitor = environment.monitor_process(snapshot.record)
+        if snapshot.state in LIVE_STATES or monitor is not None and not noted.get("gave_up"):
             last_alive = time.monotonic()
         elif time.monotonic() - last_alive > FOLLOW_PATIENCE:
             return console.say("\n⚠️  ComfyUI process exited")
