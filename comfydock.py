@@ -1185,14 +1185,18 @@ if sys.platform == "win32":
 
     @cache
     def machine_id() -> str:
-        """Return a text that names this machine: the MachineGuid of the installation, else the computer's name."""
+        """Return a text that names this machine: the MachineGuid of the installation."""
         import winreg
 
         try:
             with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SOFTWARE\Microsoft\Cryptography") as key:
                 return str(winreg.QueryValueEx(key, "MachineGuid")[0])
         except OSError:
-            return os.environ.get("COMPUTERNAME", "")
+            return ""
+
+    def host_name() -> str:
+        """Return the name of this computer."""
+        return os.environ.get("COMPUTERNAME", "")
 
     def venv_python(folder: str) -> str:
         """Return the path of the interpreter in a venv folder; whether it is there is not checked."""
@@ -1349,11 +1353,15 @@ else:
 
     @cache
     def machine_id() -> str:
-        """Return a text that names this machine: systemd's machine-id, the host UUID of macOS, else the host name."""
+        """Return a text that names this machine: systemd's machine-id, the host UUID of macOS, "" where it has none."""
         known = read_text("/etc/machine-id") or read_text("/var/lib/dbus/machine-id")
-        if not known and sys.platform == "darwin":  # a Mac's host name changes with the network it is in
+        if not known and sys.platform == "darwin":
             known = mac_text("gethostuuid") or ""
-        return known or os.uname().nodename
+        return known
+
+    def host_name() -> str:
+        """Return what tells clones of one image apart. A Mac's name changes with the network it is in, its UUID is its own."""
+        return "" if sys.platform == "darwin" else os.uname().nodename
 
     @cache
     def boot_id() -> Optional[str]:
@@ -1986,11 +1994,12 @@ class ProcTable(ProcessTable):
 
     def open_files(self, pid: int) -> set[str]:
         """Return what the descriptors of a process lead to; of one that is gone or someone else's, nothing."""
-        folder = f"/proc/{pid}/fd"
-        try:
-            return {os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)}
-        except OSError:
-            return set()
+        folder, found = f"/proc/{pid}/fd", set()
+        with suppress(OSError):
+            for fd in os.listdir(folder):
+                with suppress(FileNotFoundError):  # closed meanwhile
+                    found.add(os.readlink(f"{folder}/{fd}"))
+        return found
 
 
 def psutil_module() -> Any:
@@ -2244,6 +2253,7 @@ def identity_of(process: Optional[Process]) -> dict[str, Any]:
         "boot_id": boot_id(),
         "pid_ns": pid_namespace(),
         "machine": machine_id(),
+        "host": host_name(),
         "created": process.created,
     }
 
@@ -2251,13 +2261,13 @@ def identity_of(process: Optional[Process]) -> dict[str, Any]:
 def is_identity_of(process: Process, recorded: object) -> bool:
     """Tell whether an identity is that of a process: each field that this system can tell must be there and match.
 
-    Where the boot has a name the machine's is not compared, for host names change; where there are ticks, the creation
-    time is not, for clocks move; else it may differ by 2 s. Without either nothing is proved.
+    Where the boot has a name those of the machine are not compared, for they change; where there are ticks, the
+    creation time is not, for clocks move; else it may differ by 2 s. Without either nothing is proved.
     """
     told = {key: value for key, value in identity_of(process).items() if value is not None}
     known = recorded if isinstance(recorded, dict) else {}
     if "boot_id" in told:
-        del told["machine"]
+        del told["machine"], told["host"]
     created, theirs = told.pop("created", None), known.get("created")
     is_number = isinstance(theirs, (int, float)) and not isinstance(theirs, bool)
     is_as_old = created is not None and is_number and abs(theirs - created) <= 2
@@ -2267,19 +2277,21 @@ def is_identity_of(process: Process, recorded: object) -> bool:
 def locate(identity: object) -> str:
     """Return where a recorded process lives: "here", "foreign" (another machine or namespace) or "rebooted".
 
-    "rebooted" is this machine before its last start: the process is surely dead. What either side does not know counts
-    as equal; so an empty identity is "here".
+    "rebooted" is this machine before its last start: the process is surely dead. The same boot is the same kernel; else
+    both names of the machine must match, for clones have one id, and an empty id is nobody's. What a record lacks
+    counts as equal; so an empty identity is "here".
     """
-
-    def differs(key: str, ours: Optional[str]) -> bool:
-        theirs = identity.get(key) if isinstance(identity, dict) else None
-        return bool(theirs) and bool(ours) and str(theirs) != ours
-
-    if differs("machine", machine_id()):
+    ours = identity_of(None)
+    theirs = {**ours, **(identity if isinstance(identity, dict) else {})}
+    same_boot = theirs["boot_id"] == ours["boot_id"]
+    if not (same_boot and ours["boot_id"]) and (theirs["machine"], theirs["host"]) != (
+        ours["machine"] or 0,
+        ours["host"],
+    ):
         return "foreign"
-    if differs("boot_id", boot_id()):
+    if not same_boot:
         return "rebooted"
-    return "foreign" if differs("pid_ns", pid_namespace()) else "here"
+    return "here" if theirs["pid_ns"] == ours["pid_ns"] else "foreign"
 
 
 def recorded_process(pid: object, identity: object, is_it: Callable[[Process], bool]) -> Optional[Process]:
@@ -6288,7 +6300,9 @@ class Environment:
             "started_at": record.started_at if record else None,
             "args": record.args if record else [],
             "log": self.log_path if record is None else record.log_path if record.has_log else None,
-            "machine": record.holder[1].get("machine") if record and state == FOREIGN else None,
+            "machine": record.holder[1].get("host") or record.holder[1].get("machine")
+            if record and state == FOREIGN
+            else None,
             **self._last_words(record if state == CRASHED else None),
         }
 
@@ -6579,7 +6593,8 @@ class Environment:
         )
 
     def _foreign(self, snapshot: Snapshot) -> CDEnvironmentError:
-        machine = snapshot.record.holder[1].get("machine") or "unknown" if snapshot.record else "unknown"
+        identity = snapshot.record.holder[1] if snapshot.record else {}
+        machine = identity.get("host") or identity.get("machine") or "unknown"
         return CDEnvironmentError(
             f"Environment '{self.name}' was started on another machine or in another container ({machine});"
             " whether it still runs there cannot be seen from here.",
