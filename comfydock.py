@@ -1360,7 +1360,7 @@ else:
         return known
 
     def host_name() -> str:
-        """Return what tells clones of one image apart: the host name; a Mac's changes with the network, its UUID not."""
+        """Return what tells clones of one image apart: the host name (a Mac's changes with the network, its id not)."""
         return "" if sys.platform == "darwin" else os.uname().nodename
 
     @cache
