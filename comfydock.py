@@ -5286,13 +5286,6 @@ class NodeManager:
             return NodeInfo(name, identity, version=RegistrySource().version_in(folder), source="registry")
         return NodeInfo(name, version="dev", source="development")
 
-    def move_untracked_aside(self, names: list[str]) -> list[str]:
-        """Move folders that the manifest does not have from custom_nodes to the shelf; returns their new paths."""
-        with self.changing("move nodes aside"):
-            difference = self.compare()
-            untracked = [name for name in names if name in difference.extra_nodes + difference.found_nodes]
-            return [move_aside(os.path.join(self.custom_nodes, name), self.paths.removed) for name in untracked]
-
     # The steps of a change
 
     @contextmanager
@@ -8535,7 +8528,7 @@ def is_given(args: Arguments, name: str) -> bool:
     return value is not None and value is not False and value != []
 
 
-def made_known(console: Console, args: Arguments, environment: Environment) -> Environment:
+def prepare(console: Console, args: Arguments, environment: Environment) -> Environment:
     """The environment, healed and telling the console, whose own commands from now on reach the same one."""
     environment.tell = console.work
     environment.finish_rotation()
@@ -8551,7 +8544,7 @@ def selected(console: Console, args: Arguments) -> Environment:
     folder = current_folder()
     workspace = select_workspace(args.workspace, args.env is not None, folder)
     environment = workspace.select(args.env, folder)
-    return made_known(console, args, environment)
+    return prepare(console, args, environment)
 
 
 def format_run(data: dict[str, Any]) -> Iterator[str]:
@@ -8586,14 +8579,16 @@ def format_run(data: dict[str, Any]) -> Iterator[str]:
 )
 def run(console: Console, args: Arguments) -> Report:
     """Start ComfyUI, and stay with it when asked to."""
-    parse_comfyui_args(args.comfyui_args)  # before anything is made or changed
+    config = parse_comfyui_args(args.comfyui_args)  # before anything is made or changed
     stays = stays_in_foreground(args)
     environment = environment_to_run(console, args)
-    say_what_starts(console, environment, args)
-    if not args.no_sync and not environment.manifest.demo:
+    say_what_starts(console, environment, args.comfyui_args, config.host, stays)
+    is_demo = environment.manifest.demo
+    if not args.no_sync and not is_demo:
         environment.sync()
+    asks_for_port = any(_is_flag(word.partition("=")[0], "--port", "--po") for word in args.comfyui_args)
     options = {
-        "auto_port": args.auto_port or is_demo_on_any_port(args),
+        "auto_port": args.auto_port or args.demo and not asks_for_port,
         "set_env": args.set_env,
         "take_over": args.take_over,
     }
@@ -8604,7 +8599,13 @@ def run(console: Console, args: Arguments) -> Report:
 
 def run_in_background(console: Console, args: Arguments, environment: Environment, options: dict[str, Any]) -> Report:
     """Start ComfyUI, or a monitor that does, and wait for it when asked to."""
-    is_watched = args.monitor and may_only_watch(environment, args.comfyui_args)
+    watched = environment.observe().process if args.monitor else None
+    if watched is not None and args.comfyui_args:
+        raise CDEnvironmentError(
+            f"ComfyUI is already running (PID {watched.pid}), so it cannot be given other arguments.",
+            f"comfydock -e {quote(environment.name)} run --monitor",
+            "running",
+        )
     try:
         starting = environment.start_monitored if args.monitor else environment.run
         starting(args.comfyui_args, **options)
@@ -8613,7 +8614,7 @@ def run_in_background(console: Console, args: Arguments, environment: Environmen
             show_last_lines(console, environment)
         raise
     report = started_report(environment)
-    report.data["only_watched"] = is_watched
+    report.data["only_watched"] = watched is not None
     if args.wait is not None:
         began = time.monotonic()
         try:
@@ -8644,18 +8645,6 @@ def stays_in_foreground(args: Arguments) -> bool:
     return True
 
 
-def may_only_watch(environment: Environment, words: list[str]) -> bool:
-    """Whether a monitor would take on a ComfyUI that runs. Raises CDEnvironmentError when it should get `words`."""
-    snapshot = environment.observe()
-    if snapshot.process is not None and words:
-        raise CDEnvironmentError(
-            f"ComfyUI is already running (PID {snapshot.process.pid}), so it cannot be given other arguments.",
-            f"comfydock -e {quote(environment.name)} run --monitor",
-            "running",
-        )
-    return snapshot.process is not None
-
-
 def run_in_foreground(console: Console, environment: Environment, words: list[str], options: dict[str, Any]) -> Report:
     """Start and stay; from the very start a signal stops ComfyUI instead of leaving it behind."""
     with noted_signals() as received:
@@ -8666,56 +8655,41 @@ def run_in_foreground(console: Console, environment: Environment, words: list[st
             console.problem(error)
             return Report({}, environment.name, shell_code(error.exit_code), already_printed=True)
         console.show("run", started_report(environment), format_run)
-        return stay_in_foreground(console, environment, received)
+        console.say(f"{'=' * 60}\nStreaming logs (Ctrl+C to stop ComfyUI)...\n{'=' * 60}")
+        return Report({}, environment.name, Foreground(console, environment, received).watch(), already_printed=True)
 
 
 def environment_to_run(console: Console, args: Arguments) -> Environment:
     """As `selected`; the demo is made, and a checkout that nobody has adopted is adopted."""
     folder = current_folder()
     workspace = select_workspace(args.workspace, args.env is not None or args.demo, folder)
+    checkout = checkout_above(os.path.realpath(folder))
     if args.demo:
         if args.env not in (None, DEMO_NAME):
             raise CDEnvironmentError("--demo has an environment of its own, so -e cannot name another.", "", "usage")
         environment = workspace.demo()
+    elif args.env is None and checkout is not None and workspace.environment_of(folder) is None:
+        environment = workspace.adopt(checkout)
+        console.result(f"✓ Adopted {checkout} as environment '{environment.name}' (Python: {environment.python})")
     else:
-        environment = adopted_here(console, args, workspace, folder) or workspace.select(args.env, folder)
-    return made_known(console, args, environment)
+        environment = workspace.select(args.env, folder)
+    return prepare(console, args, environment)
 
 
-def adopted_here(console: Console, args: Arguments, workspace: Workspace, folder: str) -> Optional[Environment]:
-    """The checkout one stands in, adopted now if it was not yet."""
-    checkout = checkout_above(os.path.realpath(folder))
-    if args.env is not None or checkout is None or workspace.environment_of(folder) is not None:
-        return None
-    environment = workspace.adopt(checkout)
-    console.result(f"✓ Adopted {checkout} as environment '{environment.name}' (Python: {environment.python})")
-    return environment
-
-
-def is_demo_on_any_port(args: Arguments) -> bool:
-    """Whether the demo may take the next free port: no port was asked for."""
-    words = [word.partition("=")[0] for word in args.comfyui_args]
-    return bool(args.demo) and not any(_is_flag(word, "--port", "--po") for word in words)
-
-
-def say_what_starts(console: Console, environment: Environment, args: Arguments) -> None:
+def say_what_starts(console: Console, environment: Environment, words: list[str], host: str, stays: bool) -> None:
     """What is about to start, and what a user should know before it is up."""
     what = "the built-in demo" if environment.manifest.demo else "ComfyUI"
     console.say(f"🎮 Starting {what} in environment: {environment.name}")
-    if args.comfyui_args:
-        console.say(f"   Arguments: {' '.join(args.comfyui_args)}")
+    if words:
+        console.say(f"   Arguments: {' '.join(words)}")
     for name in environment.dropped_variables():
         console.warn(f"{name} is set here; ComfyUI starts without it.")
     folder = environment.folder_open_to_others()
     if folder is not None:
         console.warn(f"Other users may write into {folder}, and so change what runs here: chmod o-w '{folder}'")
-    careless = None if stays_in_foreground(args) else non_reaping_init()
-    if careless is not None:
-        console.warn(
-            f"PID 1 here ({careless[:60]}) is no init: ended processes stay listed, and all ends when it does."
-        )
-        console.warn("Start the container with --init, or let 'comfydock run' be its command.")
-    host = parse_comfyui_args(args.comfyui_args).host
+    init = None if stays else non_reaping_init()
+    if init is not None:
+        console.warn(f"PID 1 ({init[:60]}) does not reap zombies; start the container with --init.")
     if not is_loopback(host):
         console.warn(f"ComfyUI has no password: whoever can reach this machine on {host or 'any address'} can use it.")
 
@@ -8743,28 +8717,11 @@ def started_report(environment: Environment) -> Report:
 
 def show_last_lines(console: Console, environment: Environment) -> None:
     """The last lines of this run, on the error stream."""
-    for line in last_lines(environment, SHOWN_ON_FAILURE).decode("utf-8", "replace").split("\n"):
-        console.warn_plain(line)
-
-
-def last_lines(environment: Environment, count: int) -> bytes:
-    """The last lines of this run."""
-    try:
-        start = environment.session_offset()
-        with open_log(environment.log_path) as log:
-            end = os.fstat(log.fileno()).st_size
-            log.seek(last_lines_offset(log, count, start, end)[0])
-            return log.read(1 << 20)
-    except OSError:
-        return b""
-
-
-def stay_in_foreground(console: Console, environment: Environment, received: list[str]) -> Report:
-    """Stream the log; Ctrl-C, SIGTERM and SIGHUP stop ComfyUI, its own end ends us with its exit code."""
-    console.say("=" * 60)
-    console.say("Streaming logs (Ctrl+C to stop ComfyUI)...")
-    console.say("=" * 60)
-    return Report({}, environment.name, Foreground(console, environment, received).watch(), already_printed=True)
+    with suppress(OSError), open_log(environment.log_path) as log:
+        end = os.fstat(log.fileno()).st_size
+        log.seek(last_lines_offset(log, SHOWN_ON_FAILURE, environment.session_offset(), end)[0])
+        for line in log.read(1 << 20).decode("utf-8", "replace").split("\n"):
+            console.warn_plain(line)
 
 
 def show_new(console: Console, follower: LogFollower) -> None:
@@ -8973,18 +8930,22 @@ def settle_queue(console: Console, args: Arguments, environment: Environment, co
 def wait_until_idle(console: Console, environment: Environment, seconds: float) -> "Optional[tuple[int, int]]":
     """Wait for an empty queue, up to `seconds`; returns the last counts, None when nobody answers any more."""
     deadline = time.monotonic() + seconds
+    counts: "Optional[tuple[int, int]]" = None
+
+    def is_idle() -> bool:
+        nonlocal counts
+        counts = environment.queue()
+        if counts is None or not any(counts):
+            return True
+        left = format_duration(max(0.0, deadline - time.monotonic()))
+        console.progress(f"   Waiting for ComfyUI's queue: {format_queue(*counts)}, at most {left} more")
+        return False
+
     if not is_terminal(console.err):
         console.warn(f"Waits until ComfyUI has nothing queued, at most {format_duration(seconds)}.")
-    while True:
-        counts = environment.queue()
-        left = deadline - time.monotonic()
-        if counts is None or not any(counts) or left <= 0:
-            console.progress("")
-            return counts
-        console.progress(
-            f"   Waiting for ComfyUI's queue: {format_queue(*counts)}, at most {format_duration(left)} more"
-        )
-        time.sleep(min(0.25, left))
+    until(is_idle, seconds, 0.25)
+    console.progress("")
+    return counts
 
 
 def format_restart(data: dict[str, Any]) -> Iterator[str]:
@@ -9132,7 +9093,12 @@ def status(console: Console, args: Arguments) -> Report:
     data = environment.report()
     if data["note"] == "damaged" and data["pid"] is None:
         raise environment.damaged_state()
-    data["difference"] = None if data["missing"] else difference_of(environment)
+    data["difference"] = None
+    if not data["missing"] and data["complete"] and not data["demo"]:
+        try:
+            data["difference"] = difference_data(environment.nodes.compare())
+        except CDEnvironmentError as error:
+            data["difference"] = {"synced": False, "error": error.message}
     return Report(data, environment.name, 3 if data["state"] in (STOPPED, CRASHED) else 0)
 
 
@@ -9177,16 +9143,6 @@ def list_all(console: Console, args: Arguments) -> Report:
     return Report({"workspace": workspace.paths.root, "environments": workspace.reports()})
 
 
-def difference_of(environment: Environment) -> Optional[dict[str, Any]]:
-    """How an environment differs from its manifest; None for the demo and for one that is not complete."""
-    if environment.manifest.demo or not environment.is_complete:
-        return None
-    try:
-        return difference_data(environment.nodes.compare())
-    except CDEnvironmentError as error:
-        return {"synced": False, "error": error.message}
-
-
 def difference_data(found: EnvironmentComparison) -> dict[str, Any]:
     """A comparison as reports have it."""
     return {
@@ -9213,8 +9169,6 @@ def format_repair(data: dict[str, Any]) -> Iterator[str]:
         yield f"✓ Put right {name}"
     for name in data["tracked"]:
         yield f"✓ Tracked {name}"
-    for path in data["moved"]:
-        yield f"✓ Moved aside to {path}"
     for problem in data["problems"]:
         yield f"✗ {problem}"
     if data["synced"]:
@@ -9254,7 +9208,11 @@ def repair(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     console.say("🔍 Checking for process/state issues...")
     data: dict[str, Any] = {"name": environment.name, "orphan_only": args.orphan, "cleaned": environment.clean_stale()}
-    found = [(process, orphan_data(environment, process)) for process in environment.orphans()]
+    found = []
+    for process in environment.orphans():
+        port = environment.config_of(Snapshot(RUNNING, None, process, "untracked")).port
+        item = {"pid": process.pid, "age": round(process.age(), 3), "port": port, "command": process.text}
+        found.append((process, item))
     if found:
         console.result(f"\n⚠️  Found {len(found)} orphaned ComfyUI process(es):")
     for process, item in found:
@@ -9271,80 +9229,45 @@ def repair(console: Console, args: Arguments) -> Report:
 
 def repair_content(console: Console, args: Arguments, environment: Environment) -> dict[str, Any]:
     """Bring custom nodes and packages in line with the manifest, as far as the user agrees."""
-    lists = ("installed", "corrected", "tracked", "moved", "problems")
-    done: dict[str, Any] = {"synced": False, **{name: [] for name in lists}}
-    difference = environment.nodes.compare()
-    if not (args.yes or args.remove_untracked) and track_found(console, environment, difference.found_nodes):
-        done["tracked"], difference = difference.found_nodes, environment.nodes.compare()
-    if difference.is_synced and not (args.remove_untracked and difference.found_nodes):
-        report = environment.nodes.sync()
+    nodes = environment.nodes
+    done: dict[str, Any] = {"synced": False, "installed": [], "corrected": [], "tracked": [], "problems": []}
+    difference = nodes.compare()
+    found = difference.found_nodes
+    few = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+    question = f"{len(found)} custom nodes are from before the adoption ({few}). Track them in the manifest?"
+    if found and not args.yes and console.ask(question, False):
+        for name in found:
+            nodes.track(name)
+        done["tracked"], difference = found, nodes.compare()
+    if difference.is_synced:
+        report = nodes.sync()
         return {**done, "synced": not report.problems, "problems": report.problems}
     console.result("\n⚠️  Environment needs repair:")
     for line in difference_lines(difference_data(difference)):
         console.say(line)
-    if args.remove_untracked and difference.found_nodes:
-        names = difference.found_nodes
-        console.say(f"   • {len(names)} nodes from before the adoption: {', '.join(names)}")
-    if args.yes or agreed(console, "Put this right?", "comfydock repair -y"):
-        is_done = put_right(console, args, environment, difference, done)
-    else:
-        is_done = bool(done["tracked"])
-    return done if is_done else {**done, "problems": ["Nothing was changed."]}
+    is_agreed = True if args.yes else console.ask("Put this right?", True)
+    if is_agreed is None:
+        console.warn("No terminal to ask on, so nothing was changed: comfydock repair -y")
+    if is_agreed:
+        put_right(console, args, environment, done)
+    if not any(done.values()) and not (is_agreed and not difference.extra_nodes):
+        done["problems"] = ["Nothing was changed."]
+    return done
 
 
-def put_right(
-    console: Console,
-    args: Arguments,
-    environment: Environment,
-    difference: EnvironmentComparison,
-    done: dict[str, Any],
-) -> bool:
-    """Do what was agreed to, noting it in `done`; False when a terminal wanted none of it."""
-    if difference.interrupted:  # what an addition that was broken off left is no node that somebody put there
-        with environment.nodes.changing("repair"):
-            difference = environment.nodes.compare()
-    if args.remove_untracked:
-        done["moved"] = environment.nodes.move_untracked_aside(difference.extra_nodes + difference.found_nodes)
-    else:
-        done["tracked"] += [name for name in difference.extra_nodes if track(console, args, environment, name)]
-    report = environment.nodes.sync(correct_versions=True)
+def put_right(console: Console, args: Arguments, environment: Environment, done: dict[str, Any]) -> None:
+    """Do what was agreed to, noting it in `done`."""
+    nodes = environment.nodes
+    with nodes.changing("repair"):  # what an addition that was broken off left is no node that somebody put there
+        untracked = nodes.compare().extra_nodes
+    for name in untracked:
+        if args.yes or console.ask(f"   Track {name} in the manifest?", True):
+            nodes.track(name)
+            done["tracked"] += [name]
+    report = nodes.sync(correct_versions=True)
     done.update(installed=report.installed, corrected=report.corrected, problems=report.problems)
-    if done["moved"] or done["installed"] or done["corrected"]:
+    if report.installed or report.corrected:
         offer_restart(console, args, environment, "The environment was repaired")
-    return not difference.extra_nodes or any(done.values())
-
-
-def track_found(console: Console, environment: Environment, names: list[str]) -> bool:
-    """Have the nodes that were there at the adoption written into the manifest, if a terminal says so."""
-    few = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    question = f"{len(names)} custom nodes are from before the adoption ({few}). Track them in the manifest?"
-    if not names or not console.ask(question, False):
-        return False
-    for name in names:
-        environment.nodes.track(name)
-    return True
-
-
-def track(console: Console, args: Arguments, environment: Environment, name: str) -> bool:
-    """Have an untracked node written into the manifest, if the user wants it."""
-    if not (args.yes or console.ask(f"   Track {name} in the manifest?", True)):
-        return False
-    environment.nodes.track(name)
-    return True
-
-
-def agreed(console: Console, question: str, hint: str) -> bool:
-    """The answer of a terminal; without one it is no, with a line that says how to say yes."""
-    answer = console.ask(question, True)
-    if answer is None:
-        console.warn(f"No terminal to ask on, so nothing was changed: {hint}")
-    return bool(answer)
-
-
-def orphan_data(environment: Environment, process: Process) -> dict[str, Any]:
-    """What there is to tell of an orphan."""
-    port = environment.config_of(Snapshot(RUNNING, None, process, "untracked")).port
-    return {"pid": process.pid, "age": round(process.age(), 3), "port": port, "command": process.text}
 
 
 def settle_orphan(console: Console, args: Arguments, environment: Environment, process: Process) -> str:
@@ -9535,7 +9458,7 @@ def node_remove(console: Console, args: Arguments) -> Report:
 def node_update(console: Console, args: Arguments) -> Report:
     """Update custom nodes, each for itself; without names all of them."""
 
-    def is_wanted(name: str, old: str, new: str) -> bool:
+    def agreed(name: str, old: str, new: str) -> bool:
         answer = True if args.yes else console.ask(f"Update {name} from {old[:12]} to {new[:12]}?", True)
         if answer is None:
             hint = f"comfydock node update {quote(name)} -y" + " --force" * args.force
@@ -9543,7 +9466,7 @@ def node_update(console: Console, args: Arguments) -> Report:
         return answer
 
     def update(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
-        result = environment.update_node(identifier, is_wanted, args.no_test, args.force)
+        result = environment.update_node(identifier, agreed, args.no_test, args.force)
         return result.message, result.restart_reason if result.restart_recommended else None
 
     return change_nodes_one_by_one(console, args, update)
@@ -9561,7 +9484,12 @@ def change_nodes_one_by_one(
     environment = selected(console, args)
     environment.require_comfyui()
     names = args.ids or args.nodes or list(environment.nodes.list_nodes())
-    stopped_for_it = stop_for_change(console, args, environment)
+    stopped_for_it = False
+    if files_are_locked_in_use() and not args.no_restart and environment.is_running():
+        busy = is_at_work(console, environment)
+        question = "ComfyUI is running and locks its files. Stop it, make the change, and start it again?"
+        if args.restart and not busy or console.ask(question, not busy):
+            stopped_for_it = environment.stop_for_restart()
     items, reasons, first_error = [], [], None
     for name in names:
         try:
@@ -9593,15 +9521,6 @@ def is_at_work(console: Console, environment: Environment) -> bool:
         return False
     console.say(f"\n⚠️  ComfyUI is at work: {format_queue(*counts)}.")
     return True
-
-
-def stop_for_change(console: Console, args: Arguments, environment: Environment) -> bool:
-    """On Windows: stop a running ComfyUI before its files change, if that was asked for or agreed to."""
-    if not files_are_locked_in_use() or args.no_restart or not environment.is_running():
-        return False
-    busy = is_at_work(console, environment)
-    question = "ComfyUI is running and locks its files. Stop it, make the change, and start it again?"
-    return bool(args.restart and not busy or console.ask(question, not busy)) and environment.stop_for_restart()
 
 
 def offer_restart(console: Console, args: Arguments, environment: Environment, reason: str) -> bool:
@@ -9679,35 +9598,24 @@ def logs(console: Console, args: Arguments) -> Report:
     if args.rotate:
         done = environment.rotate_log(None if args.keep is None else max(1, args.keep))
         return Report({"text": f"✓ Rotated to {rotated(path)}" if done else "The log is empty."}, environment.name)
-    require_log(environment, args)
-    if args.follow:
-        follow_log(console, environment, 20 if args.tail is None else args.tail)
-    else:
-        for span in log_spans(environment, args.all, args.tail):
-            copy_span(console, span)
-    return Report({}, environment.name, already_printed=True)
-
-
-def require_log(environment: Environment, args: Arguments) -> None:
-    """Raises CDEnvironmentError when there is no log to show, OSError when one may not look."""
-    record, path = environment._read_state(), environment.log_path
+    is_there = os.path.lexists(path) and bool(os.stat(path))  # OSError: one may not look
+    record, has_older = environment._read_state(), bool(old_logs(path))
     if record is not None and not record.has_log and not args.all:
         message = f"PID {record.pid} was not started by comfydock, so its output is not here."
         raise CDEnvironmentError(message, "comfydock logs --all  (of earlier runs)", "no-log")
-    if not can_be_read(path) and not (args.all and old_logs(path)):
-        hint = "comfydock logs --all" if old_logs(path) else "Start ComfyUI with: comfydock run"
+    if not is_there and not (args.all and has_older):
+        hint = "comfydock logs --all" if has_older else "Start ComfyUI with: comfydock run"
         if environment.is_running():
             hint = "It was removed meanwhile; a new one begins with: comfydock restart"
         raise CDEnvironmentError("No log file found.", hint, "no-log")
-
-
-def can_be_read(path: str) -> bool:
-    """Whether there is such a file. Raises OSError where one may not look."""
-    try:
-        os.stat(path)
-    except FileNotFoundError:
-        return False
-    return True
+    if args.follow:
+        follow_log(console, environment, 20 if args.tail is None else args.tail)
+        return Report({}, environment.name, already_printed=True)
+    for span_path, start, end in log_spans(environment, args.all, args.tail):
+        with open_log(span_path) as log:
+            log.seek(start)
+            copy_bytes(log, console.raw, end - start)
+    return Report({}, environment.name, already_printed=True)
 
 
 def log_spans(environment: Environment, everything: bool, tail: Optional[int]) -> "list[tuple[str, int, int]]":
@@ -9717,28 +9625,17 @@ def log_spans(environment: Environment, everything: bool, tail: Optional[int]) -
     spans = [(path, start, os.path.getsize(path))] if os.path.exists(path) else []
     if everything:
         spans = [(old, 0, os.path.getsize(old)) for old in old_logs(path)] + spans
-    return spans if tail is None else last_of_spans(spans, tail)
-
-
-def last_of_spans(spans: "list[tuple[str, int, int]]", count: int) -> "list[tuple[str, int, int]]":
-    """The part of `spans` that holds their last `count` lines."""
+    if tail is None:
+        return spans
     chosen: "list[tuple[str, int, int]]" = []
     for path, start, end in reversed(spans):
         with open_log(path) as log:
-            offset, found = last_lines_offset(log, count, start, end)
+            offset, found = last_lines_offset(log, tail, start, end)
         chosen.insert(0, (path, offset, end))
-        count -= found
-        if count <= 0:
+        tail -= found
+        if tail <= 0:
             break
     return chosen
-
-
-def copy_span(console: Console, span: "tuple[str, int, int]") -> None:
-    """Show one part of a log."""
-    path, start, end = span
-    with open_log(path) as log:
-        log.seek(start)
-        copy_bytes(log, console.raw, end - start)
 
 
 def follow_log(console: Console, environment: Environment, tail: int) -> None:
