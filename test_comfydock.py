@@ -7546,17 +7546,23 @@ class QueuedWork(Journey):
         self.assertEqual((code, alive(data["pid"])), (0, False), said)
 
     def test_where_files_are_locked_in_use_work_is_not_cut_off_for_a_change_of_nodes(self):
-        data = self.busy_demo()
+        data, seen = self.busy_demo(), []
         environment = dock.Workspace(self.person.workspace).get_environment("demo")
-        args = dock.Arguments({"restart": True, "no_restart": False})
+        words = {"restart": True, "ids": ["x"], "env": "demo", "workspace": self.person.workspace}
+
+        def change(environment, name):
+            seen.append(alive(data["pid"]))
+            return "changed", None
+
         with unittest.mock.patch.object(dock, "files_are_locked_in_use", return_value=True):
-            self.assertFalse(dock.stop_for_change(dock.Console(None, None, None), args, environment))
-            self.assertTrue(alive(data["pid"]))
-            post(data["port"], "/queue", {"clear": True})
-            post(data["port"], "/interrupt", {})
-            eventually(lambda: environment.queue() == (0, 0))
-            self.assertTrue(dock.stop_for_change(dock.Console(None, None, None), args, environment))
-        self.assertFalse(alive(data["pid"]))
+            for _ in range(2):
+                report = dock.change_nodes_one_by_one(dock.Console(None, None, None), dock.Arguments(words), change)
+                self.assertEqual(report.code, 0)
+                post(data["port"], "/queue", {"clear": True})
+                post(data["port"], "/interrupt", {})
+                eventually(lambda: environment.queue() == (0, 0))
+        self.assertEqual(seen, [True, False])
+        self.assertTrue(report.data["restarted"])
 
     def test_force_does_not_ask(self):
         data = self.busy_demo()
