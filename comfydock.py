@@ -8256,13 +8256,17 @@ class Console:
             return False
         return default if not answer.strip() else answer.strip().lower() in ("y", "yes")
 
-    def show(self, command: str, report: Report, words: "Callable[[dict[str, Any]], Iterator[str]]") -> None:
-        """A report, in words or as the one JSON object."""
+    def show(
+        self, command: str, report: Report, words: "Union[str, Callable[[dict[str, Any]], Iterator[str]]]"
+    ) -> None:
+        """A report: in words (by a function, or a text with names of values in braces), or as the one JSON object."""
         if self.json_mode:
             problem = self._problem_data(report.error) if report.error is not None else None
             self._object(command, problem is None, report.environment, report.data, problem)
             return
-        for line in [] if report.already_printed else words(report.data):
+        if report.already_printed:
+            return
+        for line in [words.format(**report.data)] if isinstance(words, str) else words(report.data):
             if not self.quiet or line and not line.startswith("Tip:"):
                 self.result(line)
 
@@ -8428,11 +8432,6 @@ def how_called(argv: list[str]) -> str:
     return f"{python} {quote(script)}"
 
 
-def format_text(data: dict[str, Any]) -> Iterator[str]:
-    """A report that is a text."""
-    yield data["text"]
-
-
 # ====================================================================================================================
 # 14. Commands
 # One short function a command: find, act, return a report. No print, no exit.
@@ -8468,7 +8467,7 @@ class Command:
     options: str
     act: Callable[[Console, Arguments], Report]
     examples: tuple[str, ...] = ()
-    words: Callable[[dict[str, Any]], Iterator[str]] = format_text
+    words: "Union[str, Callable[[dict[str, Any]], Iterator[str]]]" = "{text}"
 
     @property
     def name(self) -> str:
@@ -8499,7 +8498,7 @@ def command(
     summary: str,
     options: str,
     examples: tuple[str, ...],
-    words: Callable[[dict[str, Any]], Iterator[str]] = format_text,
+    words: "Union[str, Callable[[dict[str, Any]], Iterator[str]]]" = "{text}",
 ) -> "Callable[[Callable[[Console, Arguments], Report]], Callable[[Console, Arguments], Report]]":
     """Make a command of the function below: see Command."""
 
@@ -8548,7 +8547,6 @@ def selected(console: Console, args: Arguments) -> Environment:
 
 
 def format_run(data: dict[str, Any]) -> Iterator[str]:
-    """What `run` says once ComfyUI is started."""
     if data.get("ready"):
         yield f"✓ ComfyUI is ready ({data['waited']:.1f} s)"
     if data.get("only_watched"):
@@ -8578,7 +8576,6 @@ def format_run(data: dict[str, Any]) -> Iterator[str]:
     format_run,
 )
 def run(console: Console, args: Arguments) -> Report:
-    """Start ComfyUI, and stay with it when asked to."""
     config = parse_comfyui_args(args.comfyui_args)  # before anything is made or changed
     stays = stays_in_foreground(args)
     environment = environment_to_run(console, args)
@@ -8765,7 +8762,10 @@ class Foreground:
             if snapshot.process is not None or snapshot.state == STARTING:
                 ours, gone_since = record, None
             elif record is not None and record.run_id == (ours or record).run_id and record.wanted != STOPPED:
-                return self._ended(record, code)
+                self._drain()
+                self.environment.note_exit(record.run_id, code)
+                self.console.say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({format_exit(code)})'}")
+                return shell_code(code)
             else:
                 gone_since = gone_since or now
                 if now - gone_since > FOLLOW_PATIENCE:
@@ -8807,9 +8807,7 @@ class Foreground:
         self.environment.stop(meanwhile=self._is_impatient)
         self._drain()
         self.console.say("✓ ComfyUI stopped")
-        if (
-            first == "hangup" and self.console.write_error is not None
-        ):  # its terminal is closed: no fault of this command
+        if first == "hangup" and self.console.write_error is not None:  # its terminal is closed: no fault of ours
             self.console.write_error = None
             forget_output()
         if self._is_impatient():
@@ -8820,16 +8818,8 @@ class Foreground:
         self._pump()
         return self.received.count("interrupt") > 1
 
-    def _ended(self, record: ProcessState, code: Optional[int]) -> int:
-        """Tell of an end that nobody asked for."""
-        self._drain()
-        self.environment.note_exit(record.run_id, code)
-        self.console.say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({format_exit(code)})'}")
-        return shell_code(code)
-
 
 def format_stop(data: dict[str, Any]) -> Iterator[str]:
-    """What `stop` says when it is done."""
     if data["stopped"]:
         yield "✓ ComfyUI stopped"
     elif data.get("called_off"):
@@ -8841,7 +8831,6 @@ def format_stop(data: dict[str, Any]) -> Iterator[str]:
 
 
 def format_queue(running: int, pending: int) -> str:
-    """A queue for people."""
     return f"{running} running, {pending} pending"
 
 
@@ -8858,7 +8847,6 @@ def format_queue(running: int, pending: int) -> str:
     format_stop,
 )
 def stop(console: Console, args: Arguments) -> Report:
-    """End ComfyUI: the environment's, or the one on a port."""
     if args.port is not None:
         return stop_port(console, args)
     environment = selected(console, args)
@@ -8882,17 +8870,11 @@ def stop_port(console: Console, args: Arguments) -> Report:
     """End the ComfyUI on a port, once it is proved to be one; an environment that tracks it is told."""
     process = comfyui_on_port(args.port)
     workspace = select_workspace(args.workspace, args.env is not None, current_folder())
-    data: dict[str, Any] = {
-        "name": None,
-        "stopped": False,
-        "pid": process.pid,
-        "port": args.port,
-        "command": process.text,
-    }
     owner = workspace.tracker_of(process.pid)
-    data["name"] = owner.name if owner else None
+    name = owner.name if owner else None
+    data = {"name": name, "stopped": False, "pid": process.pid, "port": args.port, "command": process.text}
     if args.dry_run:
-        return Report({**data, "dry_run": True}, data["name"])
+        return Report({**data, "dry_run": True}, name)
     if owner is not None:
         data["cut_off"] = settle_queue(console, args, owner, f"stop --port {args.port}")
     console.say(f"⏸  Stopping ComfyUI (PID {process.pid}) on port {args.port}...")
@@ -8900,7 +8882,7 @@ def stop_port(console: Console, args: Arguments) -> Report:
         owner.stop(args.timeout, kill=args.kill)
     else:
         stop_on_port(args.port, 0 if args.kill else args.timeout)
-    return Report({**data, "stopped": True}, data["name"])
+    return Report({**data, "stopped": True}, name)
 
 
 def settle_queue(console: Console, args: Arguments, environment: Environment, command: str) -> Optional[dict[str, int]]:
@@ -8948,15 +8930,14 @@ def wait_until_idle(console: Console, environment: Environment, seconds: float) 
     return counts
 
 
-def format_restart(data: dict[str, Any]) -> Iterator[str]:
-    """What `restart` says when it is done."""
-    yield f"✓ Restarted (new PID: {data['pid']})"
-    yield f"✓ Running on {data['url']}"
-
-
-@command("restart", "stop and start again with the same arguments", QUEUE_OPTIONS, ("restart",), format_restart)
+@command(
+    "restart",
+    "stop and start again with the same arguments",
+    QUEUE_OPTIONS,
+    ("restart",),
+    "✓ Restarted (new PID: {pid})\n✓ Running on {url}",
+)
 def restart(console: Console, args: Arguments) -> Report:
-    """Stop and start again with the same arguments."""
     environment = selected(console, args)
     cut_off = settle_queue(console, args, environment, "restart")
     snapshot = environment.observe()
@@ -8977,7 +8958,6 @@ def environment_title(data: dict[str, Any]) -> str:
 
 
 def format_status(data: dict[str, Any]) -> Iterator[str]:
-    """The report of one environment."""
     yield f"Environment: {environment_title(data)}"
     yield ""
     yield "📋 Process:"
@@ -9088,7 +9068,6 @@ def difference_lines(difference: dict[str, Any]) -> Iterator[str]:
     format_status,
 )
 def status(console: Console, args: Arguments) -> Report:
-    """The truth about one environment."""
     environment = selected(console, args)
     data = environment.report()
     if data["note"] == "damaged" and data["pid"] is None:
@@ -9103,7 +9082,6 @@ def status(console: Console, args: Arguments) -> Report:
 
 
 def format_list(data: dict[str, Any]) -> Iterator[str]:
-    """All environments, a line each."""
     if not data["environments"]:
         yield "No environments found."
         yield "Create one with: comfydock create <name>"
@@ -9138,7 +9116,6 @@ def _list_status(item: dict[str, Any]) -> str:
 
 @command("list", "all environments and what runs in them", "", ("list",), format_list)
 def list_all(console: Console, args: Arguments) -> Report:
-    """The truth about all environments."""
     workspace = select_workspace(args.workspace, args.env is not None, current_folder())
     return Report({"workspace": workspace.paths.root, "environments": workspace.reports()})
 
@@ -9156,38 +9133,23 @@ def difference_data(found: EnvironmentComparison) -> dict[str, Any]:
 
 
 def format_repair(data: dict[str, Any]) -> Iterator[str]:
-    """What `repair` found and did."""
     if data["cleaned"]:
         yield "🧹 Cleaned a stale process state file"
-    yield from _orphan_lines(data["orphans"])
+    if not data["orphans"]:
+        yield "✓ No orphaned processes found"
+    for item in data["orphans"]:
+        done = {"adopted": "✓ Adopted", "ended": "✓ Ended", "left": "Left running:"}[item["action"]]
+        yield f"  {done} PID {item['pid']}"
+    if any(item["action"] == "left" for item in data["orphans"]):
+        yield "Take it back with: comfydock repair --orphan --adopt, or end it with: comfydock repair --orphan --end"
     if data["orphan_only"]:
         yield "✓ Process repair complete (no environment changes made)"
         return
-    for name in data["installed"]:
-        yield f"✓ Installed {name}"
-    for name in data["corrected"]:
-        yield f"✓ Put right {name}"
-    for name in data["tracked"]:
-        yield f"✓ Tracked {name}"
-    for problem in data["problems"]:
-        yield f"✗ {problem}"
+    for what, title in (("installed", "✓ Installed"), ("corrected", "✓ Put right"), ("tracked", "✓ Tracked")):
+        yield from (f"{title} {name}" for name in data[what])
+    yield from (f"✗ {problem}" for problem in data["problems"])
     if data["synced"]:
         yield "✓ No changes to apply"
-
-
-def _orphan_lines(orphans: list[dict[str, Any]]) -> Iterator[str]:
-    if not orphans:
-        yield "✓ No orphaned processes found"
-    for item in orphans:
-        done = {"adopted": "✓ Adopted", "ended": "✓ Ended", "left": "Left running:"}[item["action"]]
-        yield f"  {done} PID {item['pid']}"
-    if any(item["action"] == "left" for item in orphans):
-        yield "Take it back with: comfydock repair --orphan --adopt, or end it with: comfydock repair --orphan --end"
-
-
-def orphan_line(item: dict[str, Any]) -> str:
-    """An orphaned process in one line."""
-    return f"  • PID {item['pid']}, {format_duration(item['age'])} old, port {item['port']}: {item['command']}"
 
 
 @command(
@@ -9204,19 +9166,24 @@ def orphan_line(item: dict[str, Any]) -> str:
     format_repair,
 )
 def repair(console: Console, args: Arguments) -> Report:
-    """Clean a stale record, settle orphans, and (without --orphan) bring the environment in line with its manifest."""
     environment = selected(console, args)
     console.say("🔍 Checking for process/state issues...")
     data: dict[str, Any] = {"name": environment.name, "orphan_only": args.orphan, "cleaned": environment.clean_stale()}
     found = []
     for process in environment.orphans():
         port = environment.config_of(Snapshot(RUNNING, None, process, "untracked")).port
-        item = {"pid": process.pid, "age": round(process.age(), 3), "port": port, "command": process.text}
+        item: dict[str, Any] = {
+            "pid": process.pid,
+            "age": round(process.age(), 3),
+            "port": port,
+            "command": process.text,
+        }
         found.append((process, item))
     if found:
         console.result(f"\n⚠️  Found {len(found)} orphaned ComfyUI process(es):")
     for process, item in found:
-        console.result(orphan_line(item))
+        age = format_duration(item["age"])
+        console.result(f"  • PID {process.pid}, {age} old, port {item['port']}: {process.text}")
         item["action"] = settle_orphan(console, args, environment, process)
     data["orphans"] = [item for _, item in found]
     if not args.orphan:
@@ -9284,20 +9251,13 @@ def settle_orphan(console: Console, args: Arguments, environment: Environment, p
     return "left"
 
 
-def format_use(data: dict[str, Any]) -> Iterator[str]:
-    """What `use` says."""
-    yield f"✓ Active environment: {data['name']}"
-
-
-@command("use NAME", "choose the active environment", "", ("use dev",), format_use)
+@command("use NAME", "choose the active environment", "", ("use dev",), "✓ Active environment: {name}")
 def use(console: Console, args: Arguments) -> Report:
-    """Choose the active environment."""
     environment = select_workspace(args.workspace, True, current_folder()).use(args.name)
     return Report({"name": environment.name}, environment.name)
 
 
 def format_create(data: dict[str, Any]) -> Iterator[str]:
-    """What `create` says."""
     yield f"✓ Environment '{data['name']}' is ready"
     yield f"  ComfyUI: {data['comfyui']}" + (f" ({data['version']})" if data["version"] else "")
     yield f"  Python: {data['python'] or 'none yet: make a venv at ' + data['venv'] + ' before you run it'}"
@@ -9321,7 +9281,6 @@ def format_create(data: dict[str, Any]) -> Iterator[str]:
     format_create,
 )
 def create(console: Console, args: Arguments) -> Report:
-    """Make an environment: of a ComfyUI folder that is there, or with a ComfyUI of its own."""
     workspace = select_workspace(args.workspace, True, current_folder())
     require_new_name(args.name)
     if args.from_dir is not None:
@@ -9350,7 +9309,6 @@ def create(console: Console, args: Arguments) -> Report:
 
 
 def format_delete(data: dict[str, Any]) -> Iterator[str]:
-    """What `delete` says."""
     yield (
         f"✓ Environment '{data['name']}' deleted"
         if data["deleted"]
@@ -9366,7 +9324,6 @@ def format_delete(data: dict[str, Any]) -> Iterator[str]:
     format_delete,
 )
 def delete(console: Console, args: Arguments) -> Report:
-    """Delete an environment, after a question."""
     workspace = select_workspace(args.workspace, True, current_folder())
     environment = workspace.get_environment(args.name)
     environment.require_idle()
@@ -9384,21 +9341,18 @@ def delete(console: Console, args: Arguments) -> Report:
 
 
 def format_init(data: dict[str, Any]) -> Iterator[str]:
-    """What `init` says."""
     yield f"✓ Workspace {data['workspace']}" + ("" if data["made"] else " (it was one already)")
     yield f"Use it with: comfydock --workspace {quote(data['workspace'])} list, or set COMFYDOCK_HOME"
 
 
 @command("init [PATH]", "set up a workspace elsewhere", "", ("init /data/comfy",), format_init)
 def init(console: Console, args: Arguments) -> Report:
-    """Set up a workspace elsewhere."""
     workspace = select_workspace(args.workspace if args.path is None else args.path, True, current_folder())
     made = workspace.initialize()
     return Report({"workspace": workspace.paths.root, "made": made})
 
 
 def format_node(data: dict[str, Any]) -> Iterator[str]:
-    """How a command for nodes ended; what became of each was told when it happened."""
     if data["restarted"]:
         yield f"✓ Restarted (new PID: {data['pid']})"
 
@@ -9416,7 +9370,6 @@ def format_node(data: dict[str, Any]) -> Iterator[str]:
     format_node,
 )
 def node_add(console: Console, args: Arguments) -> Report:
-    """Add custom nodes, each for itself."""
 
     def add(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
         result = environment.add_node(identifier, args.dev, args.no_test, args.force)
@@ -9433,7 +9386,6 @@ def node_add(console: Console, args: Arguments) -> Report:
     format_node,
 )
 def node_remove(console: Console, args: Arguments) -> Report:
-    """Remove custom nodes, each for itself."""
 
     def remove(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
         result = environment.remove_node(identifier)
@@ -9456,7 +9408,6 @@ def node_remove(console: Console, args: Arguments) -> Report:
     format_node,
 )
 def node_update(console: Console, args: Arguments) -> Report:
-    """Update custom nodes, each for itself; without names all of them."""
 
     def agreed(name: str, old: str, new: str) -> bool:
         answer = True if args.yes else console.ask(f"Update {name} from {old[:12]} to {new[:12]}?", True)
@@ -9505,12 +9456,8 @@ def change_nodes_one_by_one(
         environment.restart() if stopped_for_it else reasons and offer_restart(console, args, environment, reasons[0])
     )
     record = environment._read_state() if restarted else None
-    data = {
-        "name": environment.name,
-        "nodes": items,
-        "restarted": bool(restarted),
-        "pid": record.pid if record else None,
-    }
+    pid = record.pid if record else None
+    data = {"name": environment.name, "nodes": items, "restarted": bool(restarted), "pid": pid}
     return Report(data, environment.name, 1 if first_error else 0, error=first_error)
 
 
@@ -9544,7 +9491,6 @@ def offer_restart(console: Console, args: Arguments, environment: Environment, r
 
 
 def format_node_list(data: dict[str, Any]) -> Iterator[str]:
-    """The nodes of an environment."""
     if not data["nodes"]:
         yield "No custom nodes installed"
     for item in data["nodes"]:
@@ -9558,7 +9504,6 @@ def format_node_list(data: dict[str, Any]) -> Iterator[str]:
 
 @command("node list", "the custom nodes of an environment", "", ("node list",), format_node_list)
 def node_list(console: Console, args: Arguments) -> Report:
-    """The custom nodes of the manifest."""
     environment = selected(console, args)
     nodes = environment.nodes
     present = {name.casefold() for name in nodes.folders()}
@@ -9590,7 +9535,6 @@ def node_list(console: Console, args: Arguments) -> Report:
     ("logs -n 50", "logs -f"),
 )
 def logs(console: Console, args: Arguments) -> Report:
-    """The log of this run, of all runs, or as it grows."""
     environment = selected(console, args)
     path = environment.log_path
     if args.path:

@@ -5889,6 +5889,14 @@ class TheHouse(unittest.TestCase):
         if known:
             self.assertLessEqual(names - {"pip"}, set(known))
 
+    def test_what_users_call_is_explained(self):
+        for name in dock.__all__:
+            subject = getattr(dock, name)
+            methods = vars(subject).values() if isinstance(subject, type) else ()
+            public = [method for method in methods if callable(method) and not method.__name__.startswith("_")]
+            for thing in [subject, *public]:
+                self.assertTrue(isinstance(thing, str) or thing.__doc__, thing)
+
     def test_reading_goes_downward(self):
         definitions = [node for node in self.tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
         defined = {node.name: node.lineno for node in definitions}
