@@ -5841,11 +5841,12 @@ def delete_environment(paths: EnvironmentPaths, idle: Any) -> None:
 
 # ====================================================================================================================
 # 9. Environment
-# Returns or raises; never prints, asks or exits. The only room that decides to end a process.
+# Returns or raises; never prints, asks or exits. The only section that decides to end a process.
 
 LOCK_SECONDS = 10.0
 LEAVING_SECONDS = 3.0  # a clean stop takes up to 2 s
 START_GRACE = 180.0  # first starts with many custom nodes take minutes: until then silence is no fault
+MONITOR_SECONDS = 20.0  # a monitor answers within the patience for the lock and the first moments of ComfyUI
 MONITOR_VARIABLE = "COMFYDOCK_MONITOR_TASK"
 DROPPED_VARIABLES = ("__COMFY_CLI_SESSION__", "PYTHONHOME", "PYTHONPATH")
 
@@ -5893,7 +5894,7 @@ def terminate(
 
 
 def end_all(processes: "list[Process]") -> None:
-    """What a process left behind: terminate all, and after a second kill what remains."""
+    """End what a process left behind: terminate all, and after a second kill what remains."""
     for how, seconds in (("terminate", 1.0), ("kill", 2.0)):
         processes = [process for process in processes if is_same_process(process)]
         for process in processes:
@@ -5905,7 +5906,7 @@ def end_all(processes: "list[Process]") -> None:
 
 
 def end_with_family(process: Process, timeout: float) -> None:
-    """End a process that nobody recorded, and what belongs to it. Raises as `end_politely`."""
+    """End a process that nobody recorded, and what belongs to it. Raises as `terminate`."""
     family = process_tree(process, process_table().marker(process.pid))
     terminate(process, timeout)
     end_all(family)
@@ -5913,11 +5914,9 @@ def end_with_family(process: Process, timeout: float) -> None:
 
 def resume(process: Process) -> None:
     """Let a process go on that stands still."""
-    try:
+    with suppress(OSError):
         if is_same_process(process):
             signal_process(process.pid, "continue")
-    except OSError:
-        pass
 
 
 def signal_process_of(process: Process, how: str) -> bool:
@@ -5948,12 +5947,10 @@ def paused(processes: "list[Process]") -> Iterator[None]:
     standing: list[Process] = []
     try:
         for process in processes:
-            try:
+            with suppress(ProcessLookupError):  # it has ended meanwhile
                 if is_same_process(process):
                     standing.append(process)
                     signal_process(process.pid, "pause")
-            except ProcessLookupError:  # it has ended meanwhile
-                pass
         until(lambda: all(map(is_stopped, standing)), 1.0, 0.001)
         yield
     finally:
@@ -5962,7 +5959,7 @@ def paused(processes: "list[Process]") -> Iterator[None]:
 
 
 def comfyui_on_port(port: int) -> Process:
-    """The process that listens on `port`, proved to be a ComfyUI by what it is and by what it says of itself.
+    """Return the process that listens on `port`, proved to be a ComfyUI by what it is and by what it says of itself.
 
     Raises CDEnvironmentError when nobody listens there or the proof fails.
     """
@@ -5972,7 +5969,8 @@ def comfyui_on_port(port: int) -> Process:
             f"Nobody listens on port {port}, as far as this user may see.", "comfydock list", "stopped"
         )
     for process in filter(lambda process: is_python(process.name), holders):
-        argv = probe(config_on_port(process, port), 2.0).argv or [""]
+        told = config_told_by(arguments_of(process))  # its address, and whether by TLS
+        argv = probe(ComfyUIConfig(told.host, port, told.tls), 2.0).argv or [""]
         if os.path.basename(argv[0]) == "main.py" and ends_with_words(process, argv):
             return process
     named = ", ".join(f"{process.name}, PID {process.pid}" for process in holders)
@@ -5984,31 +5982,43 @@ def comfyui_on_port(port: int) -> Process:
 
 
 def arguments_of(process: Process) -> list[str]:
-    """What follows main.py on the command line of a process."""
+    """Return what follows main.py on the command line of a process."""
     words = process.command
     at = next((i for i, word in enumerate(words) if os.path.basename(word) == "main.py"), len(words))
     return words[at + 1 :]
 
 
 def config_told_by(args: list[str]) -> ComfyUIConfig:
-    """Where ComfyUI listens by its arguments; the defaults when they name no port that there can be."""
+    """Return where ComfyUI listens by its arguments; the defaults when they name no port that there can be."""
     try:
         return parse_comfyui_args(args)
     except CDEnvironmentError:
         return ComfyUIConfig()
 
 
-def config_on_port(process: Process, port: int) -> ComfyUIConfig:
-    """Where the process that listens on `port` can be asked: its command line tells the address, and whether by TLS."""
-    told = config_told_by(arguments_of(process))
-    return ComfyUIConfig(told.host, port, told.tls)
+def ends_with_words(process: Process, words: list[str]) -> bool:
+    """Tell whether a command line ends with what its server says of it: all that follows the interpreter."""
+    return process.text.endswith(" " + " ".join(words))
 
 
-def stop_on_port(port: int, timeout: float) -> int:
-    """End the ComfyUI on `port`, whoever started it, with its family; returns its PID. Raises as `comfyui_on_port`."""
-    process = comfyui_on_port(port)
-    end_with_family(process, timeout)
-    return process.pid
+def is_own_argv(argv: Optional[list[str]], process: Process, script: str) -> bool:
+    """Tell whether the command line that a server says it has can be that of `process`, started from `script`."""
+    return not argv or ends_with_words(process, argv) or os.path.isabs(argv[0]) and same_path(argv[0], script)
+
+
+def exit_code_of(pid: int) -> Optional[int]:
+    """Return the exit code of a child that has ended, within the moment that the system may need to hand it out."""
+    for _ in range(10):
+        code = reap(pid)
+        if code is not None:
+            return code
+        time.sleep(0.01)
+    return None
+
+
+def is_own_intent(record: ProcessState) -> bool:
+    """Tell whether a record is of a start by this very process that came to nothing."""
+    return record.pid is None and record.starter.get("pid") == os.getpid() and recorded_starter(record) is not None
 
 
 @contextmanager
@@ -6035,9 +6045,11 @@ class Environment:
         self.name = name
         self.workspace_paths = workspace_paths
         self.paths = EnvironmentPaths(os.path.join(workspace_paths.environments, name))
+        self.log_path = workspace_paths.log_file(name)  # the log of this environment's runs
         self.tell: Progress = no_progress  # long work (nodes, sync) tells its progress here
         self._taken_ports = taken_ports or dict
         self._process: "Optional[subprocess.Popen[bytes]]" = None  # Windows forgets an exit code with the last handle
+        self._manifest: "tuple[str, Manifest]" = ("", Manifest({}, {}))  # as it was read last, and the mark of its file
 
     # Where its things are ------------------------------------------------------------
 
@@ -6063,8 +6075,14 @@ class Environment:
 
     @property
     def manifest(self) -> Manifest:
-        """What the manifest says, or while it is broken what it last said (`nodes.manifest` reads strictly)."""
-        return last_known_manifest(self.paths)
+        """What the manifest says, or while it is broken what it last said (`nodes.manifest` reads strictly).
+
+        It is read again when its file has changed.
+        """
+        mark = file_mark(self.paths.manifest)
+        if not mark or mark != self._manifest[0]:
+            self._manifest = mark, last_known_manifest(self.paths)
+        return self._manifest[1]
 
     @property
     def nodes(self) -> NodeManager:
@@ -6075,11 +6093,6 @@ class Environment:
     def is_complete(self) -> bool:
         """Whether its creation was finished."""
         return os.path.exists(self.paths.complete)
-
-    @property
-    def log_path(self) -> str:
-        """The log of this environment's runs."""
-        return self.workspace_paths.log_file(self.name)
 
     @property
     def _checkout(self) -> str:
@@ -6112,6 +6125,17 @@ class Environment:
         else:
             self._write_state(state)
 
+    def note(self, run_id: Optional[str] = None, seconds: float = LOCK_SECONDS, **fields: Any) -> None:
+        """Set fields of the record, of that run if one is named; `seconds` is the patience for the lock.
+
+        Left undone where another command is at work or the disk is full: it is only a note.
+        """
+        with suppress(CDEnvironmentError, OSError), self._process_lock("note", seconds):
+            record = self._read_state()
+            if record is not None and record.pid is not None and run_id in (None, record.run_id):
+                vars(record).update(fields)
+                self._write_state(record)
+
     @contextmanager
     def _process_lock(self, purpose: str, seconds: float = LOCK_SECONDS) -> Iterator[None]:
         if not os.path.exists(self.paths.lock):  # the first time here: git shall not see our files
@@ -6122,7 +6146,7 @@ class Environment:
             yield
 
     def folder_open_to_others(self) -> Optional[str]:
-        """The first folder of ours in which every user of this machine may plant files, None when there is none."""
+        """Return the first folder of ours in which every user of this machine may plant files, or None."""
         shared, logs = self.workspace_paths, os.path.dirname(self.log_path)
         folders = (shared.root, shared.metadata, shared.environments, self.paths.root, self.paths.cec)
         return next(filter(is_writable_by_others, (*folders, os.path.dirname(logs), logs)), None)
@@ -6130,59 +6154,43 @@ class Environment:
     # Looking -------------------------------------------------------------------------
 
     def observe(self, scan: Optional[Scan] = None, lock_held: bool = False) -> Snapshot:
-        """What is there now; changes nothing. Raises CDEnvironmentError where no process table works, OSError.
+        """Return what is there now; change nothing. Raises CDEnvironmentError where no process table works, OSError.
 
         `scan` is one `scan_for_comfyui` for all, when many environments are looked at.
         Whoever holds the process lock says so: then no starter can be at work. For others the
         record may change between the look at it and the look at the processes: then they look again.
         """
         for _ in range(10):
-            found = look_up_state(self.paths.state)
-            snapshot = self._observe(*found, scan, lock_held)
-            if lock_held or look_up_state(self.paths.state) == found:
+            record, is_damaged = look_up_state(self.paths.state)
+            snapshot = self._compared(record, "damaged" if is_damaged else "", scan, lock_held)
+            if lock_held or look_up_state(self.paths.state) == (record, is_damaged):
                 break
             scan = None
         return snapshot
 
-    def _observe(
-        self,
-        record: Optional[ProcessState],
-        is_damaged: bool,
-        scan: Optional[Scan],
-        lock_held: bool,
-    ) -> Snapshot:
-        if record is None:
-            return self._unrecorded(None, STOPPED, "damaged" if is_damaged else "", scan)
-        place = locate(record.holder[1])
-        if place == "foreign":
-            return Snapshot(FOREIGN, record)
-        if record.pid is None:
-            return self._intended(record, place, scan, lock_held)
-        process = recorded_comfyui(record, self._script) if place == "here" else None
-        if process is not None:
-            return Snapshot(RUNNING, record, process)
-        return self._unrecorded(record, *self._ending(record, place), scan)
-
-    def _intended(self, record: ProcessState, place: str, scan: Optional[Scan], lock_held: bool) -> Snapshot:
-        """An intent without a PID: somebody is starting ComfyUI, or was killed while starting it."""
-        is_alive = place == "here" and recorded_starter(record) is not None
-        if is_alive and not lock_held:
-            return Snapshot(STARTING, record)
-        return self._unrecorded(record, STOPPED, "interrupted", scan)
-
-    @staticmethod
-    def _ending(record: ProcessState, place: str) -> "tuple[str, str]":
-        """(state, note) of a recorded process that is gone."""
-        if place == "rebooted":
-            return STOPPED, "rebooted"
-        ended_well = record.wanted == STOPPED or (record.last_exit or {}).get("code") == 0
-        return (STOPPED if ended_well else CRASHED), ""
-
-    def _unrecorded(self, record: Optional[ProcessState], state: str, note: str, scan: Optional[Scan]) -> Snapshot:
-        """A live ComfyUI of this checkout that the record does not name, else `state` and `note`.
-
-        On Windows a ComfyUI that restarts itself, as ComfyUI-Manager has it do, goes on under another PID.
-        """
+    def _compared(self, record: Optional[ProcessState], note: str, scan: Optional[Scan], lock_held: bool) -> Snapshot:
+        """Compare a record with the processes that there are."""
+        state = STOPPED
+        if record is not None:
+            place = locate(record.holder[1])
+            if place == "foreign":
+                return Snapshot(FOREIGN, record)
+            process = (
+                (recorded_comfyui(record, self._script) if record.pid else recorded_starter(record))
+                if place == "here"
+                else None
+            )
+            if process is not None and record.pid is not None:
+                return Snapshot(RUNNING, record, process)
+            if process is not None and not lock_held:  # somebody is starting ComfyUI
+                return Snapshot(STARTING, record)
+            ended_well = record.wanted == STOPPED or (record.last_exit or {}).get("code") == 0
+            if record.pid is None:
+                note = "interrupted"
+            elif place == "rebooted":
+                note = "rebooted"
+            elif not ended_well:
+                state = CRASHED
         processes = comfyui_processes(self._checkout, scan) if scan != {} else []
         if not processes:
             return Snapshot(state, record, None, note)
@@ -6194,33 +6202,34 @@ class Environment:
             or process_table().marker(process.pid) != record.run_id
         ):
             return Snapshot(RUNNING, record, process, "untracked")
+        # On Windows a ComfyUI that restarts itself, as ComfyUI-Manager has it do, goes on under another PID.
         moved = ProcessState.from_dict({**record.to_dict(), "pid": process.pid, "identity": identity_of(process)})
         return Snapshot(RUNNING, moved, process, "moved")
 
     def is_running(self) -> bool:
-        """Whether a ComfyUI of this environment is alive. Asks only for the process, and changes nothing."""
+        """Tell whether a ComfyUI of this environment is alive. Asks only for the process, and changes nothing."""
         return self.observe().process is not None
 
     def report(self, timeout: float = 1.0) -> dict[str, Any]:
-        """All that `status` tells, with a health check of at most `timeout` seconds. See `describe`."""
+        """Return all that `status` tells, with a health check of at most `timeout` seconds. See `describe`."""
         snapshot = self.observe()
         answer = look_at(self.config_of(snapshot), timeout) if snapshot.process else Answer(REFUSED)
         return self.describe(snapshot, answer)
 
     def queue(self, timeout: float = 2.0) -> Optional[tuple[int, int]]:
-        """(running, pending) prompts; None when nothing runs or it does not answer within `timeout` seconds."""
+        """Return (running, pending) prompts; None when nothing runs or does not answer within `timeout` seconds."""
         snapshot = self.observe()
         if snapshot.process is None:
             return None
         config = self.config_of(snapshot)
-        if is_port_bound(config.port, snapshot.process.pid):  # so the answer will be its own
-            return queue_counts(config, timeout)
         deadline = time.monotonic() + timeout
-        answer = self._own_answer(snapshot, config, probe(config, timeout))
-        return queue_counts(config, max(0.0, deadline - time.monotonic())) if answer.kind == HEALTHY else None
+        is_its_own = is_port_bound(config.port, snapshot.process.pid)  # so the answer will be, too
+        if not is_its_own and self._own_answer(snapshot, config, probe(config, timeout)).kind != HEALTHY:
+            return None
+        return queue_counts(config, max(0.0, deadline - time.monotonic()))
 
     def config_of(self, snapshot: Snapshot) -> ComfyUIConfig:
-        """Where the ComfyUI of a snapshot listens, by its arguments."""
+        """Return where the ComfyUI of a snapshot listens, by its arguments."""
         if snapshot.record is not None and snapshot.note != "untracked":
             return config_told_by(snapshot.record.args)
         return config_told_by(arguments_of(snapshot.process) if snapshot.process else [])
@@ -6246,7 +6255,7 @@ class Environment:
                     code = exit_code_of(process.pid)
             snapshot = self.observe()
 
-    def wait_until_ready(self, seconds: float = 180.0, tell: Progress = no_progress) -> None:
+    def wait_until_ready(self, seconds: float = START_GRACE, tell: Progress = no_progress) -> None:
         """Wait for ComfyUI's first healthy answer, and record it; `tell` hears of the waiting.
 
         Raises CDEnvironmentError: code "ended" when ComfyUI ends first, "timeout" when the time is up: then it runs on.
@@ -6259,7 +6268,7 @@ class Environment:
                 raise CDEnvironmentError(message, "comfydock logs", "ended")
             config, waited = self.config_of(snapshot), time.monotonic() - began
             if self.describe(snapshot, probe(config, 1.0))["state"] == RUNNING:
-                return self.note_health(HEALTHY)
+                return self.note(seconds=0.5, last_health_check=utc_now(), health_status=HEALTHY)
             if waited > seconds:
                 message = (
                     f"ComfyUI did not answer within {seconds:g} s; it goes on starting (PID {snapshot.process.pid})."
@@ -6268,11 +6277,15 @@ class Environment:
             tell(f"   Waiting for ComfyUI to answer on {local_url(config)} ... {waited:.0f} s")
 
     def describe(self, snapshot: Snapshot, answer: Answer) -> dict[str, Any]:
-        """A snapshot and a probe as one JSON-ready object: UTC ISO times, seconds, bytes."""
-        record, process = snapshot.record, snapshot.process
-        config = self.config_of(snapshot)
-        answer, is_complete = self._own_answer(snapshot, config, answer), self.is_complete
-        state = _state_word(snapshot, answer) if process else snapshot.state
+        """Return a snapshot and a probe as one JSON-ready object: UTC ISO times, seconds, bytes."""
+        record, process, state = snapshot.record, snapshot.process, snapshot.state
+        config, is_complete = self.config_of(snapshot), self.is_complete
+        if process is not None:
+            answer = self._own_answer(snapshot, config, answer)
+            was_healthy = record is not None and record.health_status == HEALTHY
+            is_young = process.age() < START_GRACE and process.state != "stopped" and not was_healthy
+            is_late = answer.kind in (TIMEOUT, BAD_ANSWER) or not is_young
+            state = RUNNING if answer.kind == HEALTHY else UNRESPONSIVE if is_late else STARTING
         return {
             "name": self.name,
             "state": state,
@@ -6285,7 +6298,7 @@ class Environment:
             "host": config.host if process else None,
             "port": config.port if process else None,
             "url": local_url(config) if process else None,
-            "health": _health_word(state) if process else None,
+            "health": {RUNNING: "healthy", STARTING: "starting"}.get(state, "unhealthy") if process else None,
             "answer": answer.kind if process else None,
             "queue": {"running": answer.queue[0], "pending": answer.queue[1]} if answer.queue else None,
             "monitor": self._monitor_data(record),
@@ -6293,14 +6306,12 @@ class Environment:
             "started_at": record.started_at if record else None,
             "args": record.args if record else [],
             "log": self.log_path if record is None else record.log_path if record.has_log else None,
-            "machine": record.holder[1].get("host") or record.holder[1].get("machine")
-            if record and state == FOREIGN
-            else None,
+            "machine": self._machine_of(record) if state == FOREIGN else None,
             **self._last_words(record if state == CRASHED else None),
         }
 
     def _own_answer(self, snapshot: Snapshot, config: ComfyUIConfig, answer: Answer) -> Answer:
-        """What a probe met, now that it is known whose answer that is: another ComfyUI on our port is a stranger."""
+        """Return what a probe met, now that it is known whose answer that is: another ComfyUI on our port is none."""
         process = snapshot.process
         if process is None or answer.kind == HEALTHY and is_own_argv(answer.argv, process, self._script):
             return answer
@@ -6309,43 +6320,46 @@ class Environment:
         return Answer(OTHER_SERVICE) if answer.kind == HEALTHY else answer
 
     def monitor_process(self, record: Optional[ProcessState]) -> Optional[Process]:
-        """The living monitor that a record names, or None."""
+        """Return the living monitor that a record names, or None."""
         return recorded_monitor(record, self.paths.root)
 
+    @staticmethod
+    def _machine_of(record: Optional[ProcessState]) -> str:
+        identity = record.holder[1] if record else {}
+        return str(identity.get("host") or identity.get("machine") or "unknown")
+
     def _monitor_data(self, record: Optional[ProcessState]) -> Optional[dict[str, Any]]:
-        """What there is to tell of the monitor; None where there is none."""
         if record is None or record.monitor is None:
             return None
-        noted = record.monitor
-        restarts = noted.get("restarts")
+        restarts = record.monitor.get("restarts")
         count = len(restarts) if isinstance(restarts, list) else 0
-        return {"alive": self.monitor_process(record) is not None, "restarts": count, "gave_up": noted.get("gave_up")}
+        return {
+            "alive": self.monitor_process(record) is not None,
+            "restarts": count,
+            "gave_up": record.monitor.get("gave_up"),
+        }
 
     def _last_words(self, record: Optional[ProcessState]) -> dict[str, Any]:
-        """What is left of a run that ended by itself: last sign of life, last error line, exit code."""
+        """Return what is left of a run that ended by itself: last sign of life, last error line, exit code.
+
+        A sign of life is a health check or (of the log's last run) a line in it; an ISO time in UTC.
+        """
         if record is None:
             return dict.fromkeys(("last_alive", "last_error", "exit_code"))
         end, is_last = self._end_of_session()
+        signs = [os.stat(record.log_path).st_mtime] if is_last and os.path.exists(record.log_path) else []
+        with suppress(ValueError):
+            signs.append(epoch_of(record.last_health_check))
         return {
-            "last_alive": self._last_alive(record, is_last),
+            "last_alive": format_utc(max(signs)) if signs else None,
             "last_error": last_error_line(end),
             "exit_code": (record.last_exit or {}).get("code"),
         }
 
-    @staticmethod
-    def _last_alive(record: ProcessState, is_last: bool) -> Optional[str]:
-        """The last sign of life, a health check or (of the log's last run) a line in it, as an ISO time in UTC."""
-        signs = [os.stat(record.log_path).st_mtime] if is_last and os.path.exists(record.log_path) else []
-        try:
-            signs.append(epoch_of(record.last_health_check))
-        except ValueError:
-            pass
-        return format_utc(max(signs)) if signs else None
-
     # The log -------------------------------------------------------------------------
 
     def session_offset(self) -> int:
-        """Where this run begins in the log. Raises OSError when there is no log."""
+        """Return where this run begins in the log. Raises OSError when there is no log."""
         record = self._read_state()
         with open_log(self.log_path) as log:
             here = os.fstat(log.fileno())
@@ -6353,11 +6367,11 @@ class Environment:
             return record.log_offset if record and is_recorded else find_session(log, here.st_size)
 
     def last_error(self) -> Optional[str]:
-        """The line of this run's log that most likely says why it ended, looked for in the log's last 64 KB."""
+        """Return the line of this run's log that most likely says why it ended, from the log's last 64 KB."""
         return last_error_line(self._end_of_session()[0])
 
     def _end_of_session(self) -> tuple[str, bool]:
-        """What the last 64 KB of the log have of this run, and whether no start that was refused follows it."""
+        """Return what the last 64 KB of the log have of this run, and whether no start that was refused follows it."""
         try:
             start = self.session_offset()
             with open_log(self.log_path) as log:
@@ -6372,38 +6386,16 @@ class Environment:
         own, others, _ = piece.partition(b"\n" + mark)
         return own.decode("utf-8", "replace"), not others
 
-    def note_health(self, status: str) -> None:
-        """Record a health check. Left undone when another command is at work, for it is only a note."""
-        self._note(0.5, last_health_check=utc_now(), health_status=status)
-
-    def note_exit(self, run_id: Optional[str], code: Optional[int]) -> None:
-        """Record how the run `run_id` ended, unless another has begun."""
-        self._note(LOCK_SECONDS, run_id, last_exit=exit_note(code))
-
-    def note_monitor(self, run_id: Optional[str], note: dict[str, Any]) -> None:
-        """Record what the monitor of the run `run_id` has to tell, unless another has begun."""
-        self._note(LOCK_SECONDS, run_id, monitor=note)
-
-    def _note(self, seconds: float, run_id: Optional[str] = None, **fields: Any) -> None:
-        """Set fields of the record, of that run if one is named; `seconds` is the patience for the lock."""
-        try:
-            with self._process_lock("note", seconds):
-                record = self._read_state()
-                if record is not None and record.pid is not None and run_id in (None, record.run_id):
-                    vars(record).update(fields)
-                    self._write_state(record)
-        except (CDEnvironmentError, OSError):
-            pass
-
     def claimed_port(self) -> "Optional[tuple[int, str]]":
-        """(port, words for who has it) when this environment runs or is starting, without a look at all processes."""
+        """Return (port, words for who has it) when this environment runs or is starting, by its record alone."""
         try:
             record, _ = look_up_state(self.paths.state)
         except OSError:  # closed to us: one environment must not keep the others from starting
             return None
-        if record is None:
-            return None
-        if (recorded_comfyui(record, self._script) if record.pid else recorded_starter(record)) is None:
+        if (
+            record is None
+            or (recorded_comfyui(record, self._script) if record.pid else recorded_starter(record)) is None
+        ):
             return None  # or it is another machine's
         return record.port, f"environment '{self.name}' (PID {record.holder[0]})"
 
@@ -6417,57 +6409,52 @@ class Environment:
         with self._process_lock("logs --rotate"):
             self._finish_rotation()
             snapshot = self.observe(lock_held=True)
-            path = self.log_path
+            path, draft = self.log_path, rotation_draft(self.log_path)
             if log_size(path) == 0:
                 return False
             if snapshot.state == FOREIGN:
                 raise self._foreign(snapshot)
             if snapshot.process is None:
                 move_log(path, keep)
-            else:
-                self._rotate_in_use(snapshot.process, self._own_record(snapshot.process, snapshot), keep)
+                return True
+            record = self._own_record(snapshot.process, snapshot)
+            remove_file(draft)
+            try:
+                copied = copy_log(path, draft, 0, spare=1 << 20)
+                record.phase = "rotating"
+                self._write_state(record)
+                with paused(process_tree(snapshot.process, record.run_id)):
+                    copy_log(path, draft, copied, spare=0)
+                    shift_old_logs(path, keep)
+                    replace_file(draft, rotated(path))
+                    self._start_log_anew(record)
+            finally:
+                remove_file(draft)
+                record.phase = "running"
+                self._write_state(record)
             return True
 
-    def _rotate_in_use(self, process: Process, record: ProcessState, keep: Optional[int]) -> None:
-        path, draft = self.log_path, rotation_draft(self.log_path)
-        remove_file(draft)
-        try:
-            copied = copy_log(path, draft, 0, spare=1 << 20)
-            record.phase = "rotating"
-            self._write_state(record)
-            with paused(process_tree(process, record.run_id)):
-                copy_log(path, draft, copied, spare=0)
-                shift_old_logs(path, keep)
-                replace_file(draft, rotated(path))
-                record.log_inode = start_log_anew(path, session_header(record.run_id or "", self.name))
-                record.log_offset = 0
-        finally:
-            remove_file(draft)
-            record.phase = "running"
-            self._write_state(record)
+    def _start_log_anew(self, record: ProcessState) -> None:
+        record.log_inode = start_log_anew(self.log_path, session_header(record.run_id or "", self.name))
+        record.log_offset = 0
 
     def finish_rotation(self) -> None:
-        """Finish a rotation that was killed: wake the processes that it left standing still."""
+        """Finish a rotation that was killed: resume the processes that it left standing still."""
         record, _ = look_up_state(self.paths.state)
         if record is None or record.phase != "rotating":
             return
-        try:
-            with self._process_lock("repair", 0.0):
-                self._finish_rotation()
-        except CDEnvironmentError:  # the rotation is at work just now
-            pass
+        with suppress(CDEnvironmentError), self._process_lock("repair", 0.0):  # else the rotation is at work just now
+            self._finish_rotation()
 
     def _finish_rotation(self) -> None:
         """The caller holds the lock, so a record that says "rotating" is of a rotation that was killed."""
         record = self._read_state()
         if record is None or record.phase != "rotating":
             return
-        process = recorded_comfyui(record, self._script)
-        path = self.log_path
+        path, process = self.log_path, recorded_comfyui(record, self._script)
         was_moved = not os.path.exists(rotation_draft(path)) and same_beginning(path, rotated(path))
         if was_moved and os.path.getsize(path) == os.path.getsize(rotated(path)):
-            record.log_inode = start_log_anew(path, session_header(record.run_id or "", self.name))
-            record.log_offset = 0
+            self._start_log_anew(record)
         remove_file(rotation_draft(path))
         for member in process_tree(process, record.run_id) if process is not None else []:
             resume(member)
@@ -6502,29 +6489,22 @@ class Environment:
         if isinstance(args, str) or not is_text_list(list(args or [])):
             raise TypeError("args is a list of str, one word each")
         words = list(args or [])
-        parse_comfyui_args(words)
+        config = parse_comfyui_args(words)
         self._require_startable()
         with self._process_lock("run"):
-            self._require_not_running(self._after_leaving(self.observe(lock_held=True)), take_over)
+            snapshot = self.observe(lock_held=True)
+            is_told = snapshot.record is not None and snapshot.record.wanted == STOPPED and snapshot.note != "untracked"
+            if is_told and snapshot.process is not None and wait_for_exit(snapshot.process, LEAVING_SECONDS):
+                snapshot = self.observe(lock_held=True)  # by a stop that was broken off then
+            self._require_not_running(snapshot, take_over)
             monitor = self.own_monitor_note() if monitored else None
-            if auto_port:
-                return self._start_on_some_port(words, set_env or {}, monitor)
-            return self._start(words, set_env or {}, monitor=monitor)
+            return self._start(words, config, set_env or {}, monitor=monitor, ports=5 if auto_port else 1)
 
     @staticmethod
     def own_monitor_note() -> dict[str, Any]:
-        """What the record says of this very process as a monitor."""
+        """Return what the record says of this very process as a monitor."""
         identity = identity_of(process_table().process(os.getpid()))
         return {"pid": os.getpid(), "identity": identity, "restarts": [], "gave_up": None}
-
-    def require_complete(self) -> None:
-        """Raises CDEnvironmentError for an environment whose creation was interrupted."""
-        if not self.is_complete:
-            raise CDEnvironmentError(
-                f"Environment '{self.name}' is not complete.",
-                f"Go on with: {create_command(self.paths)}",
-                "incomplete",
-            )
 
     @property
     def missing_script(self) -> Optional[str]:
@@ -6532,8 +6512,11 @@ class Environment:
         return None if os.path.isfile(self._script) else self._script
 
     def require_comfyui(self) -> None:
-        """Raises CDEnvironmentError for an environment that is not complete, or whose checkout is gone."""
-        self.require_complete()
+        """Raise CDEnvironmentError for an environment whose creation was interrupted, or whose checkout is gone."""
+        if not self.is_complete:
+            raise CDEnvironmentError(
+                f"Environment '{self.name}' is not complete.", f"Go on with: {create_command(self.paths)}", "incomplete"
+            )
         if self.missing_script:
             raise CDEnvironmentError(
                 f"Environment '{self.name}' has no ComfyUI: {self._script} is missing.",
@@ -6554,113 +6537,111 @@ class Environment:
                 "missing",
             )
 
-    def _after_leaving(self, snapshot: Snapshot) -> Snapshot:
-        """What there is once a ComfyUI has ended that was told to, by a stop that was broken off then."""
-        already_printed = (
-            snapshot.record is not None and snapshot.record.wanted == STOPPED and snapshot.note != "untracked"
-        )
-        if snapshot.process is not None and already_printed and wait_for_exit(snapshot.process, LEAVING_SECONDS):
-            return self.observe(lock_held=True)
-        return snapshot
-
     def _require_not_running(self, snapshot: Snapshot, take_over: bool) -> None:
-        record, process = snapshot.record, snapshot.process
         if snapshot.state == FOREIGN:
             if not take_over:
                 raise self._foreign(snapshot)
-            return self._require_not_running(self._unrecorded(None, STOPPED, "", None), False)
-        if snapshot.note == "damaged" and process is None:
+            snapshot = self._compared(None, "", None, True)
+        record, process = snapshot.record, snapshot.process
+        if process is not None:
+            if snapshot.note in ("untracked", "moved"):
+                record = self._adopt(process, record)
+            raise CDEnvironmentError(
+                f"ComfyUI is already running (PID {process.pid}, port {record.port if record else DEFAULT_PORT}).",
+                f"comfydock -e {quote(self.name)} restart",
+                "running",
+            )
+        if snapshot.note == "damaged":
             if os.path.islink(self.paths.state):
                 raise CDEnvironmentError(
                     f"{self.paths.state} is a link, which is not followed here.", f"rm {self.paths.state}", "damaged"
                 )
             set_aside(self.paths.state)
-        if process is None:
-            return
-        if snapshot.note in ("untracked", "moved"):
-            record = self._adopt(process, record)
-        raise CDEnvironmentError(
-            f"ComfyUI is already running (PID {process.pid}, port {record.port if record else DEFAULT_PORT}).",
-            f"comfydock -e {quote(self.name)} restart",
-            "running",
-        )
 
     def _foreign(self, snapshot: Snapshot) -> CDEnvironmentError:
-        identity = snapshot.record.holder[1] if snapshot.record else {}
-        machine = identity.get("host") or identity.get("machine") or "unknown"
         return CDEnvironmentError(
-            f"Environment '{self.name}' was started on another machine or in another container ({machine});"
-            " whether it still runs there cannot be seen from here.",
+            f"Environment '{self.name}' was started on another machine or in another container"
+            f" ({self._machine_of(snapshot.record)}); whether it still runs there cannot be seen from here.",
             f"stop it there, or: comfydock -e {quote(self.name)} run --take-over",
             "foreign",
         )
 
-    def _start_on_some_port(
-        self, args: list[str], variables: dict[str, str], monitor: Optional[dict[str, Any]] = None
-    ) -> "subprocess.CompletedProcess[str]":
-        """Start on the first free port; when a stranger snatches it meanwhile, on the next."""
-        for _ in range(4):
-            try:
-                return self._start(args, variables, auto_port=True, monitor=monitor)
-            except CDEnvironmentError as error:
-                if "while attempting to bind on address" not in error.message:
-                    raise
-        return self._start(args, variables, auto_port=True, monitor=monitor)
-
     def _start(
         self,
         args: list[str],
+        config: ComfyUIConfig,
         variables: dict[str, str],
-        auto_port: bool = False,
         previous: Optional[ProcessState] = None,
         monitor: Optional[dict[str, Any]] = None,
+        ports: int = 1,
     ) -> "subprocess.CompletedProcess[str]":
-        """Intent, log, process, record, watch. Whatever fails before the record leaves all as it was."""
+        """Intent, log, process, record, watch. Whatever fails before the record leaves all as it was.
+
+        With more than one of `ports` a free one is taken, and when a stranger snatches it meanwhile the next.
+        """
+        from subprocess import CompletedProcess
+
         previous = previous or self._read_state()
-        record = self._write_intent(args, variables, auto_port, monitor)
+        record = self._write_intent(args, config, variables, monitor, auto_port=ports > 1)
         child = None
         try:
             rotate_at_start(self.log_path)
             header = session_header(record.run_id or "", self.name)
             log, record.log_offset, record.log_inode = begin_session(self.log_path, header)
+            inherited = {key: value for key, value in os.environ.items() if key not in DROPPED_VARIABLES}
+            inherited.pop("PYTHONUNBUFFERED", None)  # ComfyUI wraps its streams: its output would be held back longer
+            ours = {"PYTHONIOENCODING": "utf-8", **record.env, RUN_ID_VARIABLE: record.run_id or ""}
+            environ = {**with_interpreter(inherited, self.python), **ours}
             with log:
-                child = create_background_process(
-                    record.command, record.cwd or self._checkout, log, self._variables(record)
-                )
-            self._write_started(record, child.pid)
+                child = create_background_process(record.command, record.cwd or self._checkout, log, environ)
+            record.pid, record.phase = child.pid, "running"
+            record.identity = identity_of(process_table().process(child.pid))
+            record.started_at = utc_now()
+            self._write_state(record)
         except BaseException:
-            if child is not None:
-                self._end_failed_start(child.pid)
+            process = process_table().process(child.pid) if child is not None else None
+            if process is not None:
+                end_all([process, *process_tree(process, None)])
+                reap(process.pid)
             self._put_back(previous)
             raise
-        self._watch(child, record, previous)
-        config = parse_comfyui_args(record.args)
-        return _completed(record.command, f"Started on {config.host}:{config.port}")
+        try:
+            self._watch(child, record, previous)
+        except CDEndedError as ended:
+            if ports < 2 or "while attempting to bind on address" not in ended.message:
+                raise
+            return self._start(args, config, variables, None, monitor, ports - 1)
+        return CompletedProcess(record.command, 0, f"Started on {record.host}:{record.port}", "")
 
     def _write_intent(
-        self, args: list[str], variables: dict[str, str], auto_port: bool, monitor: Optional[dict[str, Any]]
+        self,
+        args: list[str],
+        config: ComfyUIConfig,
+        variables: dict[str, str],
+        monitor: Optional[dict[str, Any]],
+        auto_port: bool,
     ) -> ProcessState:
-        """Choose the port and write down what is about to start, so that no other environment takes the port."""
+        """Choose the port and write down what is about to start, so that no other environment takes the port.
+
+        The Windows portable build runs from its own root, with -s.
+        """
         with workspace_lock(self.workspace_paths, "run"):
-            args = self._with_usable_port(args, auto_port)
-            config = parse_comfyui_args(args)
-            record = ProcessState(None, config.host, config.port, args, utc_now(), self.log_path, phase=STARTING)
-            record.run_id = os.urandom(16).hex()
-            record.command, record.cwd = self._command(args)
-            record.env, record.monitor = variables, monitor
+            taken, port = self._taken_ports(), config.port
+            if port in taken or is_port_bound(port, host=config.host):
+                if not auto_port:
+                    raise self._port_in_use(config, taken)
+                port = next_free_port(port + 1, config.host, taken)
+                args = with_port(args, port)
+            record = ProcessState(None, config.host, port, args, utc_now(), self.log_path, phase=STARTING)
+            record.run_id, record.env, record.monitor = os.urandom(16).hex(), variables, monitor
+            folder = os.path.dirname(self.python)
+            is_portable = os.path.basename(folder) == "python_embeded"
+            record.command = [self.python, *["-s"] * is_portable, self._script, *args]
+            record.cwd = os.path.dirname(folder) if is_portable else self._checkout
             record.starter = {"pid": os.getpid(), "identity": identity_of(process_table().process(os.getpid()))}
             record.starter["interrupt_ignored"] = not passes_interrupt_on()
             self._write_state(record)
         return record
-
-    def _with_usable_port(self, args: list[str], auto_port: bool) -> list[str]:
-        config = parse_comfyui_args(args)
-        taken = self._taken_ports()
-        if config.port not in taken and not is_port_bound(config.port, host=config.host):
-            return args
-        if not auto_port:
-            raise self._port_in_use(config, taken)
-        return with_port(args, next_free_port(config.port + 1, config.host, taken))
 
     def _port_in_use(self, config: ComfyUIConfig, taken: dict[int, str]) -> CDEnvironmentError:
         port = config.port
@@ -6680,39 +6661,13 @@ class Environment:
             "port",
         )
 
-    def _command(self, args: list[str]) -> "tuple[list[str], str]":
-        """(command, folder) that start ComfyUI. The Windows portable build runs from its own root, with -s."""
-        folder = os.path.dirname(self.python)
-        if os.path.basename(folder) == "python_embeded":
-            return [self.python, "-s", self._script, *args], os.path.dirname(folder)
-        return [self.python, self._script, *args], self._checkout
-
-    def _variables(self, record: ProcessState) -> dict[str, str]:
-        """The environment variables ComfyUI starts with."""
-        inherited = {key: value for key, value in os.environ.items() if key not in DROPPED_VARIABLES}
-        inherited.pop("PYTHONUNBUFFERED", None)  # ComfyUI wraps its streams: what it prints would be held back longer
-        ours = {"PYTHONIOENCODING": "utf-8", **record.env, RUN_ID_VARIABLE: record.run_id or ""}
-        return {**with_interpreter(inherited, self.python), **ours}
-
     @staticmethod
     def dropped_variables() -> list[str]:
-        """Variables that are set here and that ComfyUI does not get, because they would lead it astray."""
+        """Return the variables that are set here and that ComfyUI does not get, because they would lead it astray."""
         return [name for name in DROPPED_VARIABLES if name in os.environ]
 
-    def _write_started(self, record: ProcessState, pid: int) -> None:
-        record.pid, record.phase = pid, "running"
-        record.identity = identity_of(process_table().process(pid))
-        record.started_at = utc_now()
-        self._write_state(record)
-
-    def _end_failed_start(self, pid: int) -> None:
-        process = process_table().process(pid)
-        if process is not None:
-            end_all([process, *process_tree(process, None)])
-            reap(pid)
-
     def _watch(self, child: "subprocess.Popen[bytes]", record: ProcessState, previous: Optional[ProcessState]) -> None:
-        """Raises CDEndedError when ComfyUI ends within the first moments.
+        """Raise CDEndedError when ComfyUI ends within the first moments.
 
         The run is then recorded as a crash; but when it refused its arguments (code 2), nothing has changed.
         """
@@ -6722,7 +6677,7 @@ class Environment:
             self._process = child
             return
         reason = self.last_error()
-        record.last_exit = exit_note(code)
+        record.last_exit = {"code": code, "at": utc_now()}
         with suppress(OSError):  # on a full disk it is told all the same
             self._put_back(previous if code == 2 else record)
         raise CDEndedError(
@@ -6732,15 +6687,23 @@ class Environment:
         )
 
     def _own_record(self, process: Process, snapshot: Snapshot) -> ProcessState:
-        """The record of a process that is seen; of an untracked one of ours it is written now."""
+        """Return the record of a process that is seen; of an untracked one of ours it is written now."""
         if snapshot.record is None or snapshot.note == "untracked":
             return self._adopt(process, snapshot.record)
         return snapshot.record
 
     def _adopt(self, process: Process, record: Optional[ProcessState]) -> ProcessState:
-        """Record a live ComfyUI of ours that has no record. Raises CDEnvironmentError when it is somebody else's."""
+        """Record a live ComfyUI of ours that has no record. Raises CDEnvironmentError when it is somebody else's.
+
+        Its marker must be of a run of this environment: the record or the log's last header has it.
+        """
         run_id = process_table().marker(process.pid)
-        if not self._is_ours(run_id, record):
+        is_ours = bool(run_id) and record is not None and record.run_id == run_id
+        if run_id and not is_ours:
+            with suppress(OSError), open_log(self.log_path) as log:
+                log.seek(find_session(log, os.fstat(log.fileno()).st_size))
+                is_ours = log.read(200).startswith(f"{SESSION_MARK}{run_id} ".encode())
+        if not is_ours:
             raise CDEnvironmentError(
                 f"PID {process.pid} runs this ComfyUI ({self._checkout}), "
                 f"but environment '{self.name}' did not start it.",
@@ -6805,7 +6768,7 @@ class Environment:
     # Orphans -------------------------------------------------------------------------
 
     def orphans(self) -> list[Process]:
-        """The live ComfyUI processes of this checkout that the record does not name, started by whomever."""
+        """Return the live ComfyUI processes of this checkout that the record does not name, started by whomever."""
         snapshot = self.observe()
         tracked = snapshot.process.pid if snapshot.process is not None and snapshot.note != "untracked" else None
         return [process for process in comfyui_processes(self._checkout) if process.pid != tracked]
@@ -6840,17 +6803,6 @@ class Environment:
             self._retire_state()
             return True
 
-    def _is_ours(self, run_id: Optional[str], record: Optional[ProcessState]) -> bool:
-        """Whether a marker is of a run of this environment: the record or the log's last header has it."""
-        if not run_id or (record is not None and record.run_id == run_id):
-            return bool(run_id)
-        try:
-            with open_log(self.log_path) as log:
-                log.seek(find_session(log, os.fstat(log.fileno()).st_size))
-                return log.read(200).startswith(f"{SESSION_MARK}{run_id} ".encode())
-        except OSError:
-            return False
-
     # Stopping ------------------------------------------------------------------------
 
     def stop(
@@ -6870,12 +6822,17 @@ class Environment:
             snapshot = self.observe(lock_held=True)
             if snapshot.state == FOREIGN:
                 raise self._foreign(snapshot)
-            if snapshot.process is None:
-                self._tidy(snapshot)
-                return False
-            self._stop_seen(snapshot, 0 if kill else timeout, meanwhile)
-            self._retire_state()
-            return True
+            if snapshot.note == "damaged" and snapshot.process is None:
+                raise self.damaged_state()
+            if snapshot.process is not None:
+                self._stop_seen(snapshot, 0 if kill else timeout, meanwhile)
+                self._retire_state()
+            elif snapshot.record is not None and snapshot.record.pid is not None:
+                reap(snapshot.record.pid)
+                self._retire_state()
+            else:
+                self._clear_state()
+            return snapshot.process is not None
 
     def _retire_state(self) -> None:
         """The record is no longer of anything that runs: it becomes the last run, which `restart` starts again."""
@@ -6898,32 +6855,20 @@ class Environment:
             yield
 
     def require_idle(self, lock_held: bool = False) -> None:
-        """Raises CDEnvironmentError while a ComfyUI of this environment starts, runs, or may run elsewhere."""
+        """Raise CDEnvironmentError while a ComfyUI of this environment starts, runs, or may run elsewhere."""
         snapshot = self.observe(lock_held=lock_held)
-        if snapshot.state == STARTING:
-            raise CDEnvironmentError(
-                f"ComfyUI starts in environment '{self.name}'.", f"comfydock -e {quote(self.name)} stop", "running"
-            )
         if snapshot.state == FOREIGN:
             raise self._foreign(snapshot)
-        if snapshot.process is not None:
+        if snapshot.state == STARTING or snapshot.process is not None:
+            words = f"runs in environment '{self.name}' (PID {snapshot.process.pid})" if snapshot.process else ""
             raise CDEnvironmentError(
-                f"ComfyUI runs in environment '{self.name}' (PID {snapshot.process.pid}).",
+                f"ComfyUI {words or f'starts in environment {self.name!r}'}.",
                 f"comfydock -e {quote(self.name)} stop",
                 "running",
             )
 
-    def _tidy(self, snapshot: Snapshot) -> None:
-        """Nothing runs: a record of what ran is no longer wanted. Raises CDEnvironmentError for a damaged one."""
-        if snapshot.note == "damaged":
-            raise self.damaged_state()
-        if snapshot.record is not None and snapshot.record.pid is not None:
-            reap(snapshot.record.pid)
-            return self._retire_state()
-        return self._clear_state()
-
     def damaged_state(self) -> CDEnvironmentError:
-        """The error of a state file that is no record."""
+        """Return the error of a state file that is no record."""
         return CDEnvironmentError(
             f"The state file of environment '{self.name}' is damaged, its ComfyUI is not running: {self.paths.state}",
             f"comfydock -e {quote(self.name)} run",
@@ -6931,7 +6876,7 @@ class Environment:
         )
 
     def _stop_seen(self, snapshot: Snapshot, timeout: float, meanwhile: "Optional[Callable[[], bool]]" = None) -> None:
-        """End the process of a snapshot and its family. The caller holds the process lock."""
+        """End the process of a snapshot and its family, and have its monitor go. The caller holds the process lock."""
         process = snapshot.process
         if process is None:
             return
@@ -6950,21 +6895,18 @@ class Environment:
             end_all([process])
 
     def _want_stopped(self, record: ProcessState) -> None:
-        if record.wanted == STOPPED:
-            return
-        record.wanted = STOPPED
-        try:
-            self._write_state(record)
-        except OSError:  # a full disk must not keep anyone from stopping ComfyUI
-            pass
+        if record.wanted != STOPPED:
+            record.wanted = STOPPED
+            with suppress(OSError):  # a full disk must not keep anyone from stopping ComfyUI
+                self._write_state(record)
 
     def recorded_args(self) -> Optional[list[str]]:
-        """The arguments that a restart would start with; None when nothing ever ran."""
+        """Return the arguments that a restart would start with; None when nothing ever ran."""
         record = self._read_state() or read_state(self.paths.last_run)
         return record.args if record is not None else None
 
     def stop_for_restart(self) -> bool:
-        """Stop ComfyUI but keep its record, so that `restart` starts it again; whether it ran."""
+        """Stop ComfyUI but keep its record, so that `restart` starts it again; return whether it ran."""
         with self._process_lock("stop"):
             snapshot = self.observe(lock_held=True)
             self._stop_seen(snapshot, 10)
@@ -6979,12 +6921,24 @@ class Environment:
         self._require_startable()
         with self._process_lock("restart", timeout):
             snapshot = self.observe(lock_held=True)
-            self._require_restartable(snapshot)
+            if snapshot.state == FOREIGN:
+                raise self._foreign(snapshot)
+            if snapshot.note == "damaged":
+                raise self.damaged_state()
+            if snapshot.record is None and snapshot.process is None and read_state(self.paths.last_run) is None:
+                raise CDEnvironmentError(
+                    f"Cannot restart: ComfyUI not running in environment '{self.name}', and it never was.",
+                    f"comfydock -e {quote(self.name)} run",
+                    "stopped",
+                )
+            make_folder(os.path.dirname(self.log_path))
+            open_append(self.log_path).close()
             if snapshot.process is not None:
-                self._require_port_for_restart(snapshot)
-                if snapshot.record is not None and snapshot.note != "untracked":
-                    snapshot.record.wanted = STOPPED
-                    self._write_state(snapshot.record)  # a full disk shows now, not when ComfyUI is down already
+                if snapshot.record is not None:
+                    self._require_port_for_restart(snapshot.process, snapshot.record)
+                    if snapshot.note != "untracked":
+                        snapshot.record.wanted = STOPPED
+                        self._write_state(snapshot.record)  # a full disk shows now, not when ComfyUI is down already
                 self._stop_seen(snapshot, timeout)
             record = self._read_state() or read_state(self.paths.last_run)
             if record is None:
@@ -6992,15 +6946,19 @@ class Environment:
             if snapshot.process is None and self.monitor_process(record) is not None:
                 self._want_stopped(record)  # its monitor was about to start it again: let it go
                 self._await_monitor(record)
-            self._await_port(record)
             if record.monitor is None:
-                self._start(record.args, record.env, previous=record)
+                self._start_again(record, None)
                 return True
         self.start_monitored(record.args, set_env=record.env)
         return True
 
+    def _start_again(self, record: ProcessState, monitor: Optional[dict[str, Any]]) -> None:
+        """Start what a record has, once its port is free again."""
+        until(lambda: not is_port_bound(record.port, host=record.host), 5, 0.02)
+        self._start(record.args, parse_comfyui_args(record.args), record.env, previous=record, monitor=monitor)
+
     def take_on_as_monitor(self, note: Optional[dict[str, Any]] = None) -> bool:
-        """Record this process as the monitor of the ComfyUI that runs; False when none of ours does.
+        """Record this process as the monitor of the ComfyUI that runs; return False when none of ours does.
 
         Raises CDEnvironmentError when it has a living monitor already.
         """
@@ -7025,22 +6983,39 @@ class Environment:
         """Start a detached monitor, which starts ComfyUI itself or takes on the one that runs.
 
         `options` are those of `run`. They go through the monitor's environment, where only this user can read them.
-        Raises CDEnvironmentError as `run` does.
+        Raises CDEnvironmentError as `run` does, and when the monitor does not answer.
         """
+        import threading
         from compileall import compile_file
 
         compile_file(os.path.abspath(__file__), quiet=2)  # who compiles it keeps 20 MiB that it never needs
         task = {"workspace": self.workspace_paths.root, "environment": self.name, "args": args, "options": options}
+        command = [*own_command(), "--monitor", self.paths.root]  # the word is for people who look at the processes
+        variables = {**os.environ, MONITOR_VARIABLE: json.dumps(task)}
+        variables.pop(RUN_ID_VARIABLE, None)  # in a shell that a ComfyUI started: it is none of that one's family
         reader, writer = os.pipe()
-        with os.fdopen(reader, "rb") as answers, os.fdopen(writer, "wb") as answering:
-            command = [*own_command(), "--monitor", self.paths.root]  # the word is for people who look at the processes
-            variables = {**os.environ, MONITOR_VARIABLE: json.dumps(task)}
-            variables.pop(RUN_ID_VARIABLE, None)  # in a shell that a ComfyUI started: it is none of that one's family
+        with os.fdopen(writer, "wb") as answering:
             child = create_background_process(command, self.workspace_paths.root, answering, variables)
-            answering.close()
-            release(child)
-            said = answers.read()
-        reply = parse_reply(said)
+        release(child)
+        said: list[bytes] = []
+        answers = os.fdopen(reader, "rb")
+        listener = threading.Thread(target=lambda: said.extend(answers), daemon=True)
+        listener.start()
+        listener.join(MONITOR_SECONDS)
+        process = process_table().process(child.pid)
+        if listener.is_alive() and process is not None:
+            end_all([process])
+            raise CDEnvironmentError(
+                f"The monitor (PID {child.pid}) did not answer within {MONITOR_SECONDS:g} s, so it was ended.",
+                f"comfydock -e {quote(self.name)} status",
+                "timeout",
+            )
+        answers.close()
+        try:
+            reply = dict(json.loads(said[-1]))
+        except (ValueError, IndexError, TypeError):
+            words = b"".join(said).decode("utf-8", "replace").strip()[-500:]
+            raise CDEnvironmentError(f"The monitor could not start: {words or 'it said nothing'}") from None
         if "exit_code" in reply:
             raise CDEndedError(reply["error"]["message"], reply["error"]["hint"], reply["exit_code"])
         if reply.get("error"):
@@ -7060,104 +7035,16 @@ class Environment:
             is_same = record is not None and record.run_id == former.run_id and record.wanted == "running"
             if record is None or not is_same or snapshot.process is not None:
                 return False
-            self._await_port(record)
-            self._start(record.args, record.env, previous=record, monitor=note)
+            self._start_again(record, note)
             return True
 
-    def _require_restartable(self, snapshot: Snapshot) -> None:
-        if snapshot.state == FOREIGN:
-            raise self._foreign(snapshot)
-        if snapshot.note == "damaged":
-            raise self.damaged_state()
-        if snapshot.record is None and snapshot.process is None and read_state(self.paths.last_run) is None:
-            raise CDEnvironmentError(
-                f"Cannot restart: ComfyUI not running in environment '{self.name}', and it never was.",
-                f"comfydock -e {quote(self.name)} run",
-                "stopped",
-            )
-        make_folder(os.path.dirname(self.log_path))
-        open_append(self.log_path).close()
-
-    def _require_port_for_restart(self, snapshot: Snapshot) -> None:
+    def _require_port_for_restart(self, process: Process, record: ProcessState) -> None:
         """While ComfyUI is still importing, another program may have taken its port."""
-        record, process = snapshot.record, snapshot.process
-        if record is None or process is None or not is_port_bound(record.port, host=record.host):
-            return
-        holders = process_table().listeners(record.port)
-        is_its_own = process.pid in holders or any(
-            member.pid in holders for member in process_tree(process, record.run_id)
-        )
-        if holders and not is_its_own:
-            raise self._port_in_use(ComfyUIConfig(record.host, record.port), {})
-
-    @staticmethod
-    def _await_port(record: ProcessState) -> None:
-        until(lambda: not is_port_bound(record.port, host=record.host), 5, 0.02)
-
-
-def _state_word(snapshot: Snapshot, answer: Answer) -> str:
-    """The state of a live process: running once ComfyUI answers, starting while nobody listens yet."""
-    process, record = snapshot.process, snapshot.record
-    if answer.kind == HEALTHY:
-        return RUNNING
-    was_healthy = record is not None and record.health_status == HEALTHY
-    is_young = process is not None and process.age() < START_GRACE and process.state != "stopped"
-    return STARTING if is_young and answer.kind not in (TIMEOUT, BAD_ANSWER) and not was_healthy else UNRESPONSIVE
-
-
-def ends_with_words(process: Process, words: list[str]) -> bool:
-    """Whether the command line of a process ends with what its server says of it: all that follows the interpreter."""
-    return process.text.endswith(" " + " ".join(words))
-
-
-def is_own_argv(argv: Optional[list[str]], process: Process, script: str) -> bool:
-    """Whether the command line that a server says it has can be that of `process`, started from `script`."""
-    return not argv or ends_with_words(process, argv) or os.path.isabs(argv[0]) and same_path(argv[0], script)
-
-
-def exit_code_of(pid: int) -> Optional[int]:
-    """The exit code of a child that has ended, within the moment that the system may need to hand it out."""
-    for _ in range(10):
-        code = reap(pid)
-        if code is not None:
-            return code
-        time.sleep(0.01)
-    return None
-
-
-def parse_reply(said: bytes) -> dict[str, Any]:
-    """What a monitor answered to the one who started it; what is no answer becomes an error."""
-    try:
-        return dict(json.loads(said.splitlines()[-1]))
-    except (ValueError, IndexError, TypeError):
-        words = said.decode("utf-8", "replace").strip()[-500:]
-        return {
-            "error": {
-                "message": f"The monitor could not start: {words or 'it said nothing'}",
-                "hint": "",
-                "code": "failed",
-            }
-        }
-
-
-def is_own_intent(record: ProcessState) -> bool:
-    """Whether a record is of a start by this very process that came to nothing."""
-    return record.pid is None and record.starter.get("pid") == os.getpid() and recorded_starter(record) is not None
-
-
-def exit_note(code: Optional[int]) -> dict[str, Any]:
-    """What the record says of an end that was seen just now."""
-    return {"code": code, "at": utc_now()}
-
-
-def _health_word(state: str) -> str:
-    return {RUNNING: "healthy", STARTING: "starting"}.get(state, "unhealthy")
-
-
-def _completed(command: list[str], words: str) -> "subprocess.CompletedProcess[str]":
-    from subprocess import CompletedProcess
-
-    return CompletedProcess(command, 0, words, "")
+        if is_port_bound(record.port, host=record.host):
+            holders = process_table().listeners(record.port)
+            own = [process, *process_tree(process, record.run_id)]
+            if holders and not any(member.pid in holders for member in own):
+                raise self._port_in_use(ComfyUIConfig(record.host, record.port), {})
 
 
 # ====================================================================================================================
@@ -7997,7 +7884,7 @@ class Monitor:
             state = environment.describe(snapshot, probe(environment.config_of(snapshot), 5.0))["state"]
             health, now = {RUNNING: HEALTHY, STARTING: STARTING}.get(state, "unhealthy"), time.monotonic()
             if health != self.noted[0] or now - self.noted[1] > NOTE_PAUSE:
-                environment.note_health(health)
+                environment.note(seconds=0.5, last_health_check=utc_now(), health_status=health)
                 self.noted = (health, now)
             if os.path.getsize(environment.log_path) > LOG_LIMIT:
                 environment.rotate_log()
@@ -8011,7 +7898,7 @@ class Monitor:
         if IS_WINDOWS and code in (0, None) and until(self._is_taken_on, REBORN_PATIENCE, 0.5):
             return True
         while self.record is not None:
-            self.environment.note_exit(self.record.run_id, code)
+            self.environment.note(self.record.run_id, last_exit={"code": code, "at": utc_now()})
             if code in (0, 2):  # a good end, or arguments that ComfyUI refuses every time
                 break
             now = time.time()
@@ -8062,7 +7949,7 @@ class Monitor:
     def _give_up(self, reason: str) -> bool:
         """Record why, and watch no longer."""
         self.note["gave_up"] = reason
-        self.environment.note_monitor(self.record.run_id if self.record else None, self.note)
+        self.environment.note(self.record.run_id if self.record else None, monitor=self.note)
         return False
 
 
@@ -8590,11 +8477,13 @@ def run(console: Console, args: Arguments) -> Report:
         "take_over": args.take_over,
     }
     if stays:
-        return run_in_foreground(console, environment, args.comfyui_args, options)
-    return run_in_background(console, args, environment, options)
+        return run_in_foreground(console, environment, args.comfyui_args, options, config.tls)
+    return run_in_background(console, args, environment, options, config.tls)
 
 
-def run_in_background(console: Console, args: Arguments, environment: Environment, options: dict[str, Any]) -> Report:
+def run_in_background(
+    console: Console, args: Arguments, environment: Environment, options: dict[str, Any], tls: bool
+) -> Report:
     """Start ComfyUI, or a monitor that does, and wait for it when asked to."""
     watched = environment.observe().process if args.monitor else None
     if watched is not None and args.comfyui_args:
@@ -8610,7 +8499,7 @@ def run_in_background(console: Console, args: Arguments, environment: Environmen
         if args.wait is not None:
             show_last_lines(console, environment)
         raise
-    report = started_report(environment)
+    report = started_report(environment, tls)
     report.data["only_watched"] = watched is not None
     if args.wait is not None:
         began = time.monotonic()
@@ -8642,7 +8531,9 @@ def stays_in_foreground(args: Arguments) -> bool:
     return True
 
 
-def run_in_foreground(console: Console, environment: Environment, words: list[str], options: dict[str, Any]) -> Report:
+def run_in_foreground(
+    console: Console, environment: Environment, words: list[str], options: dict[str, Any], tls: bool
+) -> Report:
     """Start and stay; from the very start a signal stops ComfyUI instead of leaving it behind."""
     with noted_signals() as received:
         try:
@@ -8651,7 +8542,7 @@ def run_in_foreground(console: Console, environment: Environment, words: list[st
             show_last_lines(console, environment)
             console.problem(error)
             return Report({}, environment.name, shell_code(error.exit_code), already_printed=True)
-        console.show("run", started_report(environment), format_run)
+        console.show("run", started_report(environment, tls), format_run)
         console.say(f"{'=' * 60}\nStreaming logs (Ctrl+C to stop ComfyUI)...\n{'=' * 60}")
         return Report({}, environment.name, Foreground(console, environment, received).watch(), already_printed=True)
 
@@ -8691,7 +8582,7 @@ def say_what_starts(console: Console, environment: Environment, words: list[str]
         console.warn(f"ComfyUI has no password: whoever can reach this machine on {host or 'any address'} can use it.")
 
 
-def started_report(environment: Environment) -> Report:
+def started_report(environment: Environment, tls: bool) -> Report:
     """What there is to say of a ComfyUI that was just started."""
     record = environment._read_state()
     if record is None:  # another command has stopped it meanwhile
@@ -8701,7 +8592,7 @@ def started_report(environment: Environment) -> Report:
     data = {
         "name": environment.name,
         "pid": record.pid,
-        "url": local_url(parse_comfyui_args(record.args)),
+        "url": local_url(ComfyUIConfig(record.host, record.port, tls)),
         "host": record.host,
         "port": record.port,
         "args": record.args,
@@ -8763,7 +8654,7 @@ class Foreground:
                 ours, gone_since = record, None
             elif record is not None and record.run_id == (ours or record).run_id and record.wanted != STOPPED:
                 self._drain()
-                self.environment.note_exit(record.run_id, code)
+                self.environment.note(record.run_id, last_exit={"code": code, "at": utc_now()})
                 self.console.say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({format_exit(code)})'}")
                 return shell_code(code)
             else:
@@ -8881,7 +8772,7 @@ def stop_port(console: Console, args: Arguments) -> Report:
     if owner is not None:
         owner.stop(args.timeout, kill=args.kill)
     else:
-        stop_on_port(args.port, 0 if args.kill else args.timeout)
+        end_with_family(process, 0 if args.kill else args.timeout)
     return Report({**data, "stopped": True}, name)
 
 
@@ -8947,7 +8838,7 @@ def restart(console: Console, args: Arguments) -> Report:
         previous = f"PID {snapshot.process.pid}" if snapshot.process else "not running"
         console.say(f"   Previous: {previous}, args: {' '.join(words) or '(none)'}")
     environment.restart(args.timeout)
-    report = started_report(environment)
+    report = started_report(environment, config_told_by(environment.recorded_args() or []).tls)
     report.data["cut_off"] = cut_off
     return report
 

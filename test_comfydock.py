@@ -4743,13 +4743,6 @@ class EndingAProcess(Stage):
         if not WINDOWS:
             self.assertIsNone(dock.exit_code_of(self.process.pid))
 
-    def test_what_a_monitor_answers_is_read_and_what_is_no_answer_is_shown(self):
-        self.assertEqual(dock.parse_reply(b"warning\n{}\n"), {})
-        for said, words in ((b"", "it said nothing"), (b"Segmentation fault\n", "Segmentation fault"), (b"[1]", "[1]")):
-            error = dock.parse_reply(said)["error"]
-            self.assertIn(words, error["message"])
-            dock.CDEnvironmentError(**error)
-
     def test_a_server_elsewhere_is_not_ours(self):
         row = dock.Process(1, command=[sys.executable, self.script, "--cpu"])
         cases = [(None, True), ([self.script, "--cpu"], True), ([self.script], True), (["main.py", "--cpu"], False),
@@ -5428,11 +5421,11 @@ class Watched:
     def _read_state(self):
         return self.record
 
-    def note_exit(self, run_id, code):
-        self.exits.append((run_id, code))
-
-    def note_monitor(self, run_id, note):
-        self.notes.append((run_id, note))
+    def note(self, run_id, last_exit=None, monitor=None):
+        if last_exit:
+            self.exits.append((run_id, last_exit["code"]))
+        else:
+            self.notes.append((run_id, monitor))
 
     def restart_after_crash(self, run_id, note):
         started = self.starts.pop(0)
