@@ -785,6 +785,36 @@ def read_text(path: str) -> str:
         return ""
 
 
+O_BINARY = getattr(os, "O_BINARY", 0)
+
+
+def open_regular(path: str, mode: str = "rb", buffering: int = -1) -> "BinaryIO":
+    """Open a file that others may have planted, to read or append: no link is followed, and nothing is waited for.
+
+    A new one is its owner's alone. Raises OSError, also for a link, a pipe, a device and a folder.
+    """
+    import errno
+    import stat
+
+    def opener(name: str, flags: int) -> int:
+        refused = OSError(errno.EINVAL, "Not a regular file", name)
+        if IS_WINDOWS and os.path.islink(name):  # other systems look while they open
+            raise refused
+        try:
+            handle = os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # ENXIO: a pipe that nobody reads
+                raise refused from None
+            raise
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise refused
+        return handle
+
+    file: Any = open(path, mode, buffering, opener=opener)
+    return file  # type: ignore[no-any-return]
+
+
 # The first place of sys.path is, as for a script, the folder of the file, and not the one we stand in.
 IMPORTED = "import sys; sys.path[0] = sys.argv.pop(1); from {} import main; sys.exit(main())"
 
@@ -1258,8 +1288,7 @@ else:
 
         The descriptor is not inherited. A link raises OSError (ELOOP).
         """
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.fdopen(os.open(path, flags, 0o600), "ab", buffering=0)
+        return open_regular(path, "ab", buffering=0)
 
     def lock_handle(fd: int) -> bool:
         """Take the exclusive lock of an open file without waiting; it falls with the descriptor or the process.
@@ -2822,117 +2851,110 @@ def fetch_json(url: str, limit: int = 16 * MEGABYTE) -> Any:
 
 # ====================================================================================================================
 # 6. Files
-# The only room that creates, replaces, renames or deletes.
+# Alone creates, replaces, renames and deletes.
 
-NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 LOG_LIMIT = 10 * MEGABYTE
 BLOCK = 1 << 16  # bytes; what a pipe of Linux holds, so that reader and writer work side by side
 LOG_HEAD = 160  # bytes: the session header, which tells one log from another
-LEFTOVER_AGE = 60.0
+LEFTOVER_AGE = 60.0  # seconds; a writer needs milliseconds
 
 
 def make_folder(path: str) -> None:
-    """The folder and those above it, if they are not there."""
+    """Make a folder and those above it, if they are not there."""
     os.makedirs(path, exist_ok=True)
 
 
 def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
     """Replace the file at `path` by `data`, whole or not at all, also through a power cut. Raises OSError.
 
-    The temporary file stands beside it under a name of its own; one that a killed writer left
-    is removed by `sweep_leftovers`.
+    The temporary file stands beside it under a name of its own; one that a killed writer left is removed by
+    `sweep_leftovers`.
     """
     temporary = temporary_name(path)
     try:
-        _write_new(temporary, data, mode)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_BINARY, mode)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         replace_file(temporary, path)
     except BaseException as error:
-        _unlink_if_there(temporary)
+        with suppress(OSError):
+            os.unlink(temporary)
         if isinstance(error, OSError):  # it names the temporary file, or on a full disk none
             error.filename, error.filename2 = path, None
         raise
-    _sync_folder(os.path.dirname(path))
+    with suppress(OSError):  # Windows opens no folders, some network file systems sync none; the file itself is synced
+        handle = os.open(os.path.dirname(path), os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def temporary_name(path: str) -> str:
-    """A new name beside `path`, which `sweep_leftovers` knows."""
+    """Return a new name beside `path`, which `sweep_leftovers` knows."""
     return f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
 
 
-def _write_new(path: str, data: bytes, mode: int) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def sweep_leftovers(path: str) -> None:
+    """Remove what killed writers left: of a file, for the holder of its lock; in a folder, what is old enough."""
+    is_folder = os.path.isdir(path)
+    folder, name = (path, "") if is_folder else os.path.split(path)
+    newest = time.time() - LEFTOVER_AGE if is_folder else float("inf")
+    for entry in os.listdir(folder):
+        draft = os.path.join(folder, entry)
+        with suppress(OSError):
+            is_ours = entry.startswith(name) and re.search(r"\.\d+-[0-9a-f]{8}\.tmp$", entry)
+            if is_ours and os.lstat(draft).st_mtime < newest:
+                os.unlink(draft)
+
+
+def again_while_busy(action: Callable[[], object], seconds: float) -> None:
+    """Do something with files, again while the system says that they are in use. Raises the OSError of the last try.
+
+    Virus scanners, readers and dying processes hold files of Windows for a moment.
+    """
+    deadline = time.monotonic() + seconds
+
+    def succeeds() -> bool:
+        try:
+            action()
+            return True
+        except OSError as error:
+            if not is_in_use(error) or time.monotonic() >= deadline:
+                raise
+            return False
+
+    until(succeeds, float("inf"), 0.05)
+
+
+def is_in_use(error: OSError) -> bool:
+    """Tell whether an error may be gone once what uses a file has ended."""
+    import errno
+
+    return error.errno in (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENOTEMPTY)
 
 
 def replace_file(source: str, target: str, seconds: float = 2.0) -> None:
     """os.replace, tried again for `seconds` while Windows says that a reader has the target open."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return os.replace(source, target)
-        except PermissionError:
-            if not files_are_locked_in_use() or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
+    again_while_busy(lambda: os.replace(source, target), seconds if files_are_locked_in_use() else 0.0)
 
 
-def _unlink_if_there(path: str) -> None:
+def retry_while_busy(action: Callable[[], object], path: str) -> None:
+    """Do something with a file or folder, again for a second. Raises CDEnvironmentError ("in-use" or "failed")."""
     try:
-        os.unlink(path)
-    except OSError:
-        pass
-
-
-def _sync_folder(path: str) -> None:
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(handle)
-    except OSError:  # some network file systems refuse; the file itself is synced
-        pass
-    finally:
-        os.close(handle)
-
-
-def sweep_leftovers(path: str) -> None:
-    """Remove temporary files that killed writers of `path` left. For the holder of its lock alone."""
-    folder, name = os.path.split(path)
-    for entry in os.listdir(folder):
-        if entry.startswith(name + ".") and entry.endswith(".tmp"):
-            _unlink_if_there(os.path.join(folder, entry))
-
-
-def sweep_folder(folder: str) -> None:
-    """Remove temporary files that killed writers left in a folder which several may write into at once.
-
-    A writer needs milliseconds: what is older than LEFTOVER_AGE has none any more.
-    """
-    for entry in os.listdir(folder):
-        path = os.path.join(folder, entry)
-        try:
-            if _is_temporary(entry) and os.lstat(path).st_mtime < time.time() - LEFTOVER_AGE:
-                os.unlink(path)
-        except OSError:
-            pass
-
-
-def _is_temporary(name: str) -> bool:
-    """Whether a file's name is one that temporary_name makes."""
-    writer, _, random = name.removesuffix(".tmp").rpartition(".")[2].partition("-")
-    return name.endswith(".tmp") and writer.isdigit() and len(random) == 8
+        again_while_busy(action, 1.0)
+    except OSError as error:
+        message, is_busy = f"{path} cannot be changed: {error.strerror or error}", is_in_use(error)
+        hint = "stop what uses it, then run the command again" if is_busy else ""
+        raise CDEnvironmentError(message, hint, "in-use" if is_busy else "failed") from error
 
 
 def remove_file(path: str) -> None:
     """Remove a file; that it is not there is no error. Raises OSError otherwise."""
-    try:
+    with suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def set_aside(path: str) -> None:
@@ -2941,23 +2963,15 @@ def set_aside(path: str) -> None:
 
 
 def read_small(path: str, limit: int = 1 << 20) -> Optional[bytes]:
-    """The content of a small file, None when it is not there.
+    """Return the content of a small regular file, None when it is not there.
 
-    Raises OSError, where the system can tell also when the path is a link (ELOOP), and ValueError when it is larger
-    than `limit` bytes.
+    Raises OSError, also when it is a link or no regular file, and ValueError when it is larger than `limit` bytes.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | NO_FOLLOW | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+        with open_regular(path, "rb") as file:
+            data = file.read(limit + 1)
     except FileNotFoundError:
         return None
-    try:
-        data, wanted = b"", min(limit, os.fstat(handle).st_size) + 1
-        while len(data) < wanted and (piece := os.read(handle, wanted - len(data))):
-            data += piece
-    except OSError as error:  # a folder, for one: the error must name it
-        raise OSError(error.errno, error.strerror, path) from error
-    finally:
-        os.close(handle)
     if len(data) > limit:
         raise ValueError("too long")
     return data
@@ -2970,105 +2984,76 @@ def locked(path: str, seconds: float, purpose: str) -> Iterator[None]:
     The lock is the system's and ends with its holder, so the file is never deleted and never
     stale; its text only tells others who holds it. Raises CDEnvironmentError naming the holder.
     """
-    handle = _lock_by(path, time.monotonic() + seconds)
-    try:
-        _sign(handle, f"{os.getpid()} {purpose}")
+    lock = until(lambda: take_lock(path), seconds)
+    if lock is None:
+        raise _locked_out(path)
+    with lock:
+        with suppress(OSError):  # a full disk must not keep anyone from stopping ComfyUI
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{os.getpid()} {purpose}".encode("utf-8", "backslashreplace"))
         yield
-    finally:
-        os.close(handle)
 
 
 def is_held(path: str) -> bool:
-    """Whether somebody holds the lock file at `path` now."""
+    """Tell whether somebody holds the lock file at `path` now."""
     try:
-        handle = os.open(path, os.O_RDWR | NO_FOLLOW)
+        with open_regular(path, "r+b") as lock:
+            return not lock_handle(lock.fileno())
     except OSError:
         return False
+
+
+def take_lock(path: str) -> "Optional[BinaryIO]":
+    """Return the lock file at `path`, made if need be and locked; None while another has it."""
     try:
-        return not lock_handle(handle)
-    finally:
-        os.close(handle)
-
-
-def _lock_by(path: str, deadline: float) -> int:
-    while True:
-        handle = _open_lock(path)
-        is_ours = False
-        try:
-            is_ours = lock_handle(handle) and _is_still_at(handle, path)
-        finally:
-            if not is_ours:
-                os.close(handle)
-        if is_ours:
-            return handle
-        if time.monotonic() > deadline:
-            raise _locked_out(path)
-        time.sleep(0.01)
-
-
-def _open_lock(path: str) -> int:
-    """The lock file opened, made if need be. Reading is enough: ComfyUI on a read-only disk must be stoppable, too."""
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+        lock = open_regular(path, "ab")
     except OSError:
-        try:
-            return os.open(path, os.O_RDONLY | NO_FOLLOW)
-        except OSError:
-            pass
-        raise
-
-
-def _is_still_at(handle: int, path: str) -> bool:
-    """Whether the locked file is the one that the next comer would open."""
+        if not os.path.exists(path):
+            raise
+        lock = open_regular(path, "rb")  # enough to lock: ComfyUI on a read-only disk must be stoppable, too
     try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
+        # Who waited for one that was deleted meanwhile opens the next one.
+        if lock_handle(lock.fileno()) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+            return lock
     except FileNotFoundError:
-        return False
-
-
-def _sign(handle: int, text: str) -> None:
-    try:
-        os.ftruncate(handle, 0)
-        os.write(handle, text.encode("utf-8", "backslashreplace"))
-    except OSError:  # a full disk must not keep anyone from stopping ComfyUI
         pass
+    except BaseException:
+        lock.close()
+        raise
+    lock.close()
+    return None
 
 
 def _locked_out(path: str) -> CDEnvironmentError:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            pid, _, purpose = file.read(200).partition(" ")
-    except OSError:
+        pid, _, purpose = (read_small(path) or b"").decode("utf-8", "replace").partition(" ")
+    except (OSError, ValueError):
         pid, purpose = "", ""
     holder = f" ('comfydock {purpose}', PID {pid})" if pid.isdigit() else ""
     return CDEnvironmentError(
-        f"Another comfydock command{holder} is busy here.",
-        "wait until it is done, then try again",
-        "locked",
+        f"Another comfydock command{holder} is busy here.", "wait until it is done, then try again", "locked"
     )
 
 
 def rotate_at_start(path: str, limit: int = LOG_LIMIT) -> None:
     """Move a log over `limit` bytes to `.old`. A start never fails for rotation, so nothing is raised."""
-    try:
+    with suppress(OSError):
         if os.lstat(path).st_size > limit:
             move_log(path, None)
-    except OSError:
-        pass
 
 
 def old_logs(path: str) -> list[str]:
-    """The rotated logs that are there, oldest first."""
+    """Return the rotated logs that are there, oldest first."""
     return [older_log(path, number) for number in _old_numbers(path)]
 
 
 def _old_numbers(path: str) -> list[int]:
-    first = rotated(path)
+    first = os.path.basename(rotated(path))
     try:
         names = os.listdir(os.path.dirname(path))
     except OSError:
         return []
-    ends = [name[len(os.path.basename(first)) :] for name in names if name.startswith(os.path.basename(first))]
+    ends = [name[len(first) :] for name in names if name.startswith(first)]
     numbers = [int(end[1:] or 1) for end in ends if re.fullmatch(r"(\.([2-9]|[1-9]\d+))?", end, re.ASCII)]
     return sorted(numbers, reverse=True)
 
@@ -3084,12 +3069,8 @@ def shift_old_logs(path: str, keep: Optional[int]) -> None:
 
 
 def copy_log(path: str, target: str, start: int, spare: int) -> int:
-    """Append the log from `start` on to `target` until less than `spare` bytes are left; returns how far it came."""
-
-    def private(name: str, flags: int) -> int:
-        return os.open(name, flags, 0o600)
-
-    with open(path, "rb") as source, open(target, "ab", opener=private) as sink:
+    """Append the log from `start` on to `target` until less than `spare` bytes are left; return how far it came."""
+    with open_regular(path, "rb") as source, open_regular(target, "ab") as sink:
         source.seek(start)
         while os.fstat(source.fileno()).st_size - source.tell() > spare:
             sink.write(source.read(1 << 20))
@@ -3099,17 +3080,23 @@ def copy_log(path: str, target: str, start: int, spare: int) -> int:
 
 
 def same_beginning(one: str, other: str) -> bool:
-    """Whether two logs begin with the same header."""
+    """Tell whether two logs begin with the same header."""
     try:
-        with open(one, "rb") as first, open(other, "rb") as second:
+        with open_regular(one, "rb") as first, open_regular(other, "rb") as second:
             return first.read(LOG_HEAD) == second.read(LOG_HEAD)
     except FileNotFoundError:
         return False
 
 
+def empty_log(path: str) -> None:
+    """Empty a log that stays where it is; never what a link of its name points to. Raises OSError."""
+    with open_regular(path, "r+b") as log:
+        log.truncate(0)
+
+
 def start_log_anew(path: str, header: str) -> int:
-    """Empty a log and write `header`; returns its inode. Nobody may be writing to it."""
-    os.truncate(path, 0)
+    """Empty a log and write `header`; return its inode. Nobody may be writing to it."""
+    empty_log(path)
     log, _, inode = begin_session(path, header)
     log.close()
     return inode
@@ -3123,23 +3110,19 @@ def move_log(path: str, keep: Optional[int]) -> None:
     except PermissionError:
         if not files_are_locked_in_use():
             raise
-        with open(path, "rb") as source, open(rotated(path), "wb") as target:
-            copy_bytes(source, target.write, os.fstat(source.fileno()).st_size)
-        os.truncate(path, 0)
-
-
-def open_log(path: str, buffering: int = -1) -> "BinaryIO":
-    """A log opened for reading. Raises OSError, where the system can tell also when the path is a link (ELOOP)."""
-    return open(path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | NO_FOLLOW))
+        copy_log(path, rotated(path), 0, spare=0)
+        empty_log(path)
 
 
 def begin_session(path: str, header: str) -> "tuple[BinaryIO, int, int]":
-    """The log opened for appending, with the session header written: (file, offset of the header, inode)."""
+    """Return the log opened for appending, the session header written: (file, offset of the header, inode)."""
     make_folder(os.path.dirname(path))
     log = open_append(path)
     try:
-        size = os.fstat(log.fileno()).st_size
-        gap = b"" if size == 0 or _last_byte(path, size) == b"\n" else b"\n"
+        with open_regular(path, "rb") as before:
+            size = before.seek(0, os.SEEK_END)
+            before.seek(max(0, size - 1))
+            gap = b"" if before.read(1) in (b"", b"\n") else b"\n"
         log.write(gap + header.encode())
         log.flush()
         return log, size + len(gap), os.fstat(log.fileno()).st_ino
@@ -3150,60 +3133,52 @@ def begin_session(path: str, header: str) -> "tuple[BinaryIO, int, int]":
         raise
 
 
-def _last_byte(path: str, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(size - 1)
-        return file.read(1)
-
-
 def copy_bytes(source: "BinaryIO", write: Callable[[bytes], object], count: int) -> None:
     """Hand `count` bytes of `source` to `write`, a block at a time (fewer when the file is shorter)."""
-    while count > 0:
-        piece = source.read(min(count, BLOCK))
-        if not piece:
-            return
+    while count > 0 and (piece := source.read(min(count, BLOCK))):
         write(piece)
         count -= len(piece)
 
 
-def last_lines_offset(file: "BinaryIO", count: int, floor: int, end: int) -> tuple[int, int]:
-    """Where the last `count` lines before `end` begin, not before `floor`, and how many lines that are.
+def blocks_from_end(file: "BinaryIO", end: int, floor: int = 0) -> "Iterator[tuple[int, bytes]]":
+    """Yield the blocks of a file between two offsets, the last one first, each with where it begins."""
+    while end > floor:
+        start = max(floor, end - BLOCK)
+        file.seek(start)
+        yield start, file.read(end - start)
+        end = start
 
-    Reads from the end, a block at a time; a line feed alone ends a line.
+
+def last_lines_offset(file: "BinaryIO", count: int, floor: int, end: int) -> tuple[int, int]:
+    """Return where the last `count` lines before `end` begin, not before `floor`, and how many lines that are.
+
+    A line feed alone ends a line.
     """
     if count <= 0 or end <= floor:
         return end, 0
-    position, found = end, 0
-    while position > floor:
-        start = max(floor, position - BLOCK)
-        file.seek(start)
-        block = file.read(position - start)
-        stop = len(block) - 1 if position == end and block.endswith(b"\n") else len(block)
+    found = 0
+    for start, block in blocks_from_end(file, end, floor):
+        stop = len(block) - (start + len(block) == end and block.endswith(b"\n"))
         while (stop := block.rfind(b"\n", 0, stop)) >= 0:
             found += 1
             if found == count:
                 return start + stop + 1, count
-        position = start
     return floor, found + 1
 
 
 def find_session(file: "BinaryIO", end: int) -> int:
-    """Where the last session header before `end` begins, 0 when there is none. Reads from the end."""
-    mark = SESSION_MARK.encode()
-    position, after = end, b""
-    while position > 0:
-        start = max(0, position - BLOCK)
-        file.seek(start)
-        block = file.read(position - start) + after
-        at = block.rfind(b"\n" + mark)
+    """Return where the last session header before `end` begins, 0 when there is none."""
+    mark, after = b"\n" + SESSION_MARK.encode(), b""
+    for start, block in blocks_from_end(file, end):
+        at = (block + after).rfind(mark)
         if at >= 0:
             return start + at + 1
-        position, after = start, block[: len(mark) + 1]
+        after = block[: len(mark)]
     return 0
 
 
 def log_size(path: str) -> int:
-    """The size of a log in bytes, 0 where there is none. Raises OSError where one may not look."""
+    """Return the size of a log in bytes, 0 where there is none. Raises OSError where one may not look."""
     try:
         return os.lstat(path).st_size
     except FileNotFoundError:
@@ -3211,7 +3186,7 @@ def log_size(path: str) -> int:
 
 
 def file_mark(path: str) -> str:
-    """Size and time of a file, which change with its content; empty where there is none."""
+    """Return size and time of a file, which change with its content; "" where there is none."""
     try:
         status = os.stat(path)
     except OSError:
@@ -3234,12 +3209,12 @@ class LogFollower:
         self.exhausted = ""
 
     def read(self) -> bytes:
-        """What is new, at most 1 MiB; empty when there is nothing. Raises OSError."""
+        """Return what is new, at most 1 MiB; b"" when there is nothing. Raises OSError."""
         mark = file_mark(self.path)
         if mark and mark == self.exhausted:
             return b""
         try:
-            with open_log(self.path, buffering=0) as log:
+            with open_regular(self.path, buffering=0) as log:
                 return self._read_from(log, mark)
         except FileNotFoundError:
             return b""
@@ -3262,11 +3237,11 @@ class LogFollower:
         return piece
 
     def _rest_of_former(self, head: bytes) -> bytes:
-        """What the former log had after `position`; when that was all, the log that came after it is followed."""
+        """Return what the former log had after `position`; when that was all, the log after it is followed."""
         after, newest = head, file_mark(rotated(self.path))
         for path in reversed(old_logs(self.path)):  # from the newest on; `after` is how the one that came later begins
             try:
-                with open_log(path, buffering=0) as old:
+                with open_regular(path, buffering=0) as old:
                     its_head = self._head_of(old)
                     old.seek(self.position)
                     piece = old.read(1 << 20) if its_head.startswith(self.head) else None
@@ -3291,13 +3266,8 @@ class LogFollower:
         return log.read(LOG_HEAD) or b""
 
 
-MOST_MEMBERS = 200_000  # of an archive; ComfyUI has about 1,000
-LONGEST_PATH, LONGEST_NAME = 4096, 255  # PATH_MAX and NAME_MAX of Linux; those of other systems are no larger
-BUSY_RETRIES = 10  # times 0.1 s: virus scanners and dying processes hold files of Windows for a moment
-
-
 def is_link(path: str) -> bool:
-    """A symbolic link, or a Windows junction, which os.path.islink does not know."""
+    """Tell whether a path is a symbolic link, or a Windows junction, which os.path.islink does not know."""
     import stat
 
     try:
@@ -3310,27 +3280,8 @@ def is_link(path: str) -> bool:
 
 def remove_empty(path: str) -> None:
     """Delete a folder if there is nothing in it."""
-    try:
+    with suppress(OSError):
         os.rmdir(path)
-    except OSError:
-        pass
-
-
-def retry_while_busy(action: Callable[[], object], path: str) -> None:
-    """Do something with files, again for a second while the system says that they are in use."""
-    import errno
-
-    for attempt in range(1, BUSY_RETRIES + 1):
-        try:
-            action()
-            return
-        except OSError as error:
-            is_busy = error.errno in (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENOTEMPTY)
-            if attempt == BUSY_RETRIES or not is_busy:
-                message = f"{path} cannot be changed: {error.strerror or error}"
-                hint = "stop what uses it, then run the command again" if is_busy else ""
-                raise CDEnvironmentError(message, hint, "in-use" if is_busy else "failed") from error
-        time.sleep(0.1)
 
 
 def refuse_existing(path: str) -> None:
@@ -3469,12 +3420,6 @@ def link_folder(folder: str, link: str) -> None:
             raise CDEnvironmentError(f"cannot make the link {link}: {error.strerror}") from error
 
 
-def save(path: str, pieces: Iterator[bytes]) -> None:
-    """Write pieces of bytes to a new file."""
-    with open(path, "xb") as file:
-        file.writelines(pieces)
-
-
 def copy_any(source: str, target: str) -> None:
     """Copy a file, or a folder with all in it, as it is: links stay links. Raises CDEnvironmentError, OSError."""
     import shutil
@@ -3543,165 +3488,120 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-@dataclass
-class Member:
-    """One file or folder of an archive: its path as parts, its unpacked size in bytes, and how to open it."""
+CODE_LIMIT = 2048 * MEGABYTE  # of an archive of ComfyUI or of a node, as sent
+UNPACKED_LIMIT = 8192 * MEGABYTE
+MOST_MEMBERS = 100_000  # of an archive; ComfyUI has about 1,000
+DIRECTORY_LIMIT = 16 * MEGABYTE  # of an archive's list of its members
 
-    parts: list[str]
-    is_folder: bool
-    size: int
-    executable: bool
-    open: Callable[[], Any]
+
+class BoundedReads:
+    """A file for zipfile, which reads the list of an archive's members at once, however large it claims to be."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
+
+    def read(self, size: int = -1) -> Any:
+        """Read as the file does. Raises ValueError for a list that is too large, in bytes or in members."""
+        data = b"" if size > DIRECTORY_LIMIT else self.file.read(DIRECTORY_LIMIT if size < 0 else size)
+        if size > DIRECTORY_LIMIT or data.startswith(b"PK\1\2") and data.count(b"PK\1\2") > MOST_MEMBERS:
+            raise ValueError(f"it has more than {MOST_MEMBERS} members")
+        return data
 
 
 def unpack(archive: str, folder: str, limit: int, strip: bool = False) -> list[str]:
-    """Unpack a zip or tar.gz file into a new folder and return the relative paths of the files, with /.
+    """Unpack a zip file into a new folder and return the relative paths of the files, with /.
 
     All members are judged before a byte is written; together they may have `limit` bytes. `strip` leaves out the one
     folder that all are in, as in GitHub's archives. Raises CDEnvironmentError (code "archive") when a member would
     leave the folder, is a link or a device, or the archive is too big, encrypted, damaged or of another kind.
     """
-    import tarfile
+    import shutil
+    import struct
     import zipfile
     import zlib
-    from contextlib import ExitStack
 
-    damage = (OSError, EOFError, ValueError, RuntimeError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
+    damage = (OSError, EOFError, ValueError, RuntimeError, IndexError, zipfile.BadZipFile, zlib.error, struct.error)
     try:
-        with ExitStack() as stack:
-            members = validated(members_of(archive, stack), archive, limit)
-            members = without_top(members) if strip else members
+        with open(archive, "rb") as file, zipfile.ZipFile(BoundedReads(file)) as opened:
+            members = judged(opened.infolist(), limit)
+            tops = {parts[0] for parts, _, _ in members}
+            if strip and len(tops) == 1 and all(is_folder or parts[1:] for parts, is_folder, _ in members):
+                members = [(parts[1:], is_folder, info) for parts, is_folder, info in members if parts[1:]]
             make_folder(folder)
-            for member in members:
-                write_member(member, folder)
+            for parts, is_folder, info in members:
+                path = os.path.join(folder, *parts)
+                make_folder(path if is_folder else os.path.dirname(path))
+                if is_folder:
+                    continue
+                with opened.open(info) as source, open(path, "wb") as target:
+                    shutil.copyfileobj(source, target, CHUNK)
+                if info.external_attr >> 16 & 0o100:
+                    os.chmod(path, 0o755)  # noqa: S103 (a program of the archive)
     except damage as error:
         message = f"{archive} cannot be unpacked: {error}"
-        raise CDEnvironmentError(message, "run the command again", "archive") from error
-    return ["/".join(member.parts) for member in members if not member.is_folder]
+        raise CDEnvironmentError(message, "name a zip file, or run the command again", "archive") from error
+    return ["/".join(parts) for parts, is_folder, _ in members if not is_folder]
 
 
-def members_of(path: str, stack: Any) -> Iterator[Member]:
-    """The members of an archive, which the ExitStack holds open; its first bytes tell its kind."""
-    import gzip
-    import tarfile
-    import zipfile
-
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if start == b"PK":
-        return zip_members(stack.enter_context(zipfile.ZipFile(path)))
-    if start == b"\x1f\x8b":
-        stream: Any = ShortReads(stack.enter_context(gzip.open(path)))
-        return tar_members(stack.enter_context(tarfile.open(fileobj=stream, mode="r:")))
-    raise CDEnvironmentError(f"{path} is neither a zip nor a tar.gz file", "name another file", "archive")
-
-
-def zip_members(file: Any) -> Iterator[Member]:
-    """The members of a zip file; raises CDEnvironmentError for one that is neither file nor folder."""
+def judged(infos: list[Any], limit: int) -> "list[tuple[list[str], bool, Any]]":
+    """Return (path as parts, whether it is a folder, ZipInfo) of each member. Raises ValueError for what is refused."""
     import stat
 
-    for info in file.infolist():
-        name, mode = info.orig_filename, info.external_attr >> 16
-        if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR) or info.flag_bits & 1:
-            raise refused_member(name, "is a link, a device or encrypted")
-        is_folder = name.endswith(("/", "\\"))
-        yield Member(member_parts(name), is_folder, info.file_size, bool(mode & 0o100), partial(file.open, info))
-
-
-def tar_members(file: Any) -> Iterator[Member]:
-    """The members of a tar file; raises CDEnvironmentError for one that is neither file nor folder."""
-    for info in file:
-        if not (info.isreg() or info.isdir()) or info.issparse():
-            raise refused_member(info.name, "is a link or a device")
-        opening = partial(file.extractfile, info)
-        yield Member(member_parts(info.name), info.isdir(), info.size, bool(info.mode & 0o100), opening)
-
-
-class ShortReads:
-    """A stream that refuses giant reads: tarfile reads a long-name header whole, of whatever size it claims to be."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.seek, self.tell, self.close = stream.seek, stream.tell, stream.close
-
-    def read(self, size: int = -1) -> Any:
-        """Read as the stream does. Raises ValueError when asked for more than any header needs."""
-        if not 0 <= size <= 4 * MEGABYTE:
-            raise ValueError("a header of absurd size")
-        return self.stream.read(size)
-
-
-def has_control(text: str) -> bool:
-    """Whether a name holds control characters, or bytes that are no text."""
-    from unicodedata import category
-
-    return any(category(character) in ("Cc", "Cs") for character in text)
-
-
-def refused_member(name: str, why: str) -> CDEnvironmentError:
-    """The error for an archive that is not unpacked."""
-    return CDEnvironmentError(f"the archive is refused: its member {name[:120]!r} {why}", code="archive")
+    members = []
+    for info in infos:
+        parts, kind = member_parts(info.orig_filename), stat.S_IFMT(info.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR) or info.flag_bits & 1 or info.compress_type not in (0, 8):
+            raise ValueError(f"{info.orig_filename[:120]!a} is a link, a device, encrypted or packed in an odd way")
+        if parts:
+            members.append((parts, info.orig_filename.endswith(("/", "\\")), info))
+    if sum(info.file_size for info in infos) > limit:
+        raise ValueError(f"unpacked it has more than {limit // MEGABYTE} MB")
+    files = {tuple(parts) for parts, is_folder, _ in members if not is_folder}
+    for parts, is_folder, info in members:
+        if any(tuple(parts[:length]) in files for length in range(1, len(parts) + is_folder)):
+            raise ValueError(f"{info.orig_filename[:120]!a} is inside of a file, or a file and a folder")
+    return members
 
 
 def member_parts(name: str) -> list[str]:
-    r"""The parts of a member's path. Raises CDEnvironmentError for one that could lead out of the folder.
+    r"""Return the parts of a member's path. Raises ValueError for one that could lead out of the folder.
 
     Backslashes separate on Windows, a colon names a drive or a stream there, and trailing dots and spaces are dropped
     there, so that "..  " is "..": refused everywhere, so that an archive does the same on every machine.
     """
-    path = name.replace("\\", "/")
+    path, shown = name.replace("\\", "/"), f"{name[:120]!a}"
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if path.startswith("/") or any(not part.rstrip(" .") for part in parts):
-        raise refused_member(name, "would be written outside of its folder")
+        raise ValueError(f"{shown} would be written outside of its folder")
     if ":" in path or has_control(path):
-        raise refused_member(name, "has a name with a drive letter or a control character")
-    if len(path) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in parts):
-        raise refused_member(name, "has a name that is too long for every file system")
+        raise ValueError(f"{shown} has a drive letter or a control character")
+    if len(path) > 4096 or any(len(part.encode()) > 255 for part in parts):  # PATH_MAX and NAME_MAX of Linux
+        raise ValueError(f"{shown} is too long a name for every file system")
     return parts
 
 
-def validated(members: Iterator[Member], archive: str, limit: int) -> list[Member]:
-    """The members as a list. Raises CDEnvironmentError at the first that is one too many, too big, or inside a file."""
-    kept: list[Member] = []
-    size = 0
-    for member in members:
-        if member.size < 0:
-            raise refused_member("/".join(member.parts), "has a negative size")
-        size += member.size
-        if size > limit or len(kept) >= MOST_MEMBERS:
-            most = f"more than {MOST_MEMBERS} members or {limit // MEGABYTE} MB"
-            raise CDEnvironmentError(f"{archive} is refused: unpacked it has {most}", code="archive")
-        if member.parts:
-            kept.append(member)
-    files = {tuple(member.parts) for member in kept if not member.is_folder}
-    for member in kept:
-        if any(tuple(member.parts[:length]) in files for length in range(1, len(member.parts))):
-            raise refused_member("/".join(member.parts), "is inside of a file")
-    return kept
+def unpack_from(source: str, folder: str, strip: bool = False, tell: Progress = no_progress) -> list[str]:
+    """Unpack an archive: a path, or an address that is downloaded first. Raises CDEnvironmentError as both do."""
+    if "://" not in source:
+        if not os.path.isfile(source):
+            raise CDEnvironmentError(f"{source} is not there", "name another archive", "not-found")
+        return unpack(source, folder, UNPACKED_LIMIT, strip)
+    archive = folder + ".archive"
+    remove_file(archive)
+    try:
+        with open(archive, "xb") as file:
+            file.writelines(download(source, CODE_LIMIT, tell=tell))
+        return unpack(archive, folder, UNPACKED_LIMIT, strip)
+    finally:
+        remove_file(archive)
 
 
-def without_top(members: list[Member]) -> list[Member]:
-    """The members as seen from the one folder that all are in; unchanged when there is no such folder."""
-    tops = {member.parts[0] for member in members}
-    if len(tops) != 1 or any(len(member.parts) == 1 and not member.is_folder for member in members):
-        return members
-    for member in members:
-        member.parts = member.parts[1:]
-    return [member for member in members if member.parts]
+def has_control(text: str) -> bool:
+    """Tell whether a name holds control characters, or bytes that are no text."""
+    from unicodedata import category
 
-
-def write_member(member: Member, folder: str) -> None:
-    """Write one judged member."""
-    import shutil
-
-    path = os.path.join(folder, *member.parts)
-    make_folder(path if member.is_folder else os.path.dirname(path))
-    if member.is_folder:
-        return
-    with member.open() as source, open(path, "wb") as target:
-        shutil.copyfileobj(source, target, CHUNK)
-    if member.executable:
-        os.chmod(path, 0o755)  # noqa: S103 (a program of the archive)
+    return any(category(character) in ("Cc", "Cs") for character in text)
 
 
 # ====================================================================================================================
@@ -3749,8 +3649,6 @@ REGISTRY_URL = "https://api.comfy.org"
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 TORCH_PACKAGES = ["torch", "torchvision", "torchaudio"]
 HELD_PACKAGES = (*TORCH_PACKAGES, "xformers", "triton", "numpy")
-CODE_LIMIT = 2048 * MEGABYTE  # of an archive of ComfyUI or of a node, as sent
-UNPACKED_LIMIT = 4 * CODE_LIMIT
 STAGING = ".comfydock.disabled"  # inside custom_nodes, so that renames stay on one disk; ComfyUI skips *.disabled
 NODE_RECORD = ".comfydock.json"  # inside a registry node: what its files were when they were unpacked
 GIT_SECONDS = 1800.0
@@ -4785,10 +4683,7 @@ class RegistrySource:
             hint = f"comfydock node add {info.repository}" if info.repository else ""
             message = f"the registry has no archive of {identity} {info.version}"
             raise CDEnvironmentError(message, hint, "not-found")
-        archive = folder + ".archive"
-        save(archive, download(str(url), CODE_LIMIT, tell=tell))
-        files = unpack(archive, folder, UNPACKED_LIMIT)
-        remove_file(archive)
+        files = unpack_from(str(url), folder, tell=tell)
         ours = (NODE_RECORD, ".tracking")
         digests = {name: file_digest(os.path.join(folder, name)) for name in files if name not in ours}
         record = {"version": info.version, "files": digests}
@@ -5665,7 +5560,9 @@ def fetch_comfyui(source: Optional[str], reference: Optional[str], folder: str, 
     """Bring ComfyUI's code into a new folder."""
     source = source or COMFYUI_REPOSITORY
     is_folder = os.path.isdir(source)
-    is_archive = source.lower().endswith((".zip", ".tar.gz", ".tgz")) and not is_folder
+    is_archive = source.lower().endswith(".zip") and not is_folder
+    if source.lower().endswith((".tar.gz", ".tgz")) and not is_folder:
+        raise CDEnvironmentError(f"{source} is no zip file", "name the .zip of the same code", "usage")
     is_plain = is_folder and not os.path.lexists(os.path.join(source, ".git")) and not source.endswith(".git")
     no_comfyui = CDEnvironmentError(
         f"{source} holds no ComfyUI: it has no main.py", "name another --source", "not-found"
@@ -5676,7 +5573,7 @@ def fetch_comfyui(source: Optional[str], reference: Optional[str], folder: str, 
         message = f"{source} is no repository, so it has no {reference}"
         raise CDEnvironmentError(message, "leave --comfyui out", "usage")
     if is_archive:
-        unpack_code(source, folder, tell)
+        unpack_from(source, folder, True, tell)
     elif is_plain:
         copy_any(source, folder)
     else:
@@ -5693,23 +5590,7 @@ def fetch_repository(url: str, reference: Optional[str], folder: str, tell: Prog
     if git_path() is not None:
         return clone(url, reference, folder)
     check_reference(reference or "HEAD")
-    unpack_code(f"https://github.com/{github_name(url)}/archive/{reference or 'HEAD'}.tar.gz", folder, tell)
-
-
-def unpack_code(source: str, folder: str, tell: Progress) -> None:
-    """ComfyUI from an archive: a path, or an address that is downloaded first."""
-    if os.path.isfile(source):
-        unpack(source, folder, UNPACKED_LIMIT, strip=True)
-        return
-    if "://" not in source:
-        raise CDEnvironmentError(f"{source} is not there", "name another --source", "not-found")
-    archive = folder + ".archive"
-    remove_file(archive)
-    try:
-        save(archive, download(source, CODE_LIMIT, tell=tell))
-        unpack(archive, folder, UNPACKED_LIMIT, strip=True)
-    finally:
-        remove_file(archive)
+    unpack_from(f"https://github.com/{github_name(url)}/archive/{reference or 'HEAD'}.zip", folder, True, tell)
 
 
 def code_facts(folder: str, source: Optional[str] = None, reference: Optional[str] = None) -> dict[str, Any]:
@@ -6142,7 +6023,7 @@ class Environment:
             GitManager(self.paths.cec).hide_runtime_files()
         with locked(self.paths.lock, seconds, purpose):
             sweep_leftovers(self.paths.state)
-            sweep_folder(self.paths.cec)
+            sweep_leftovers(self.paths.cec)
             yield
 
     def folder_open_to_others(self) -> Optional[str]:
@@ -6361,7 +6242,7 @@ class Environment:
     def session_offset(self) -> int:
         """Return where this run begins in the log. Raises OSError when there is no log."""
         record = self._read_state()
-        with open_log(self.log_path) as log:
+        with open_regular(self.log_path) as log:
             here = os.fstat(log.fileno())
             is_recorded = record is not None and record.log_inode == here.st_ino and record.log_offset <= here.st_size
             return record.log_offset if record and is_recorded else find_session(log, here.st_size)
@@ -6374,7 +6255,7 @@ class Environment:
         """Return what the last 64 KB of the log have of this run, and whether no start that was refused follows it."""
         try:
             start = self.session_offset()
-            with open_log(self.log_path) as log:
+            with open_regular(self.log_path) as log:
                 begin = max(start, os.fstat(log.fileno()).st_size - BLOCK)
                 log.seek(begin)
                 piece = log.read(BLOCK)
@@ -6700,7 +6581,7 @@ class Environment:
         run_id = process_table().marker(process.pid)
         is_ours = bool(run_id) and record is not None and record.run_id == run_id
         if run_id and not is_ours:
-            with suppress(OSError), open_log(self.log_path) as log:
+            with suppress(OSError), open_regular(self.log_path) as log:
                 log.seek(find_session(log, os.fstat(log.fileno()).st_size))
                 is_ours = log.read(200).startswith(f"{SESSION_MARK}{run_id} ".encode())
         if not is_ours:
@@ -7629,7 +7510,7 @@ class Workspace:
         source = demo_source().encode()
         script = main_script(environment.paths.comfyui)
         make_folder(custom_nodes_of(environment.paths.comfyui))
-        sweep_folder(environment.paths.comfyui)
+        sweep_leftovers(environment.paths.comfyui)
         if _file_differs(script, source):
             write_atomic(script, source, 0o644)
         if not environment.is_complete or environment.manifest.python_path != sys.executable:
@@ -8605,7 +8486,7 @@ def started_report(environment: Environment, tls: bool) -> Report:
 
 def show_last_lines(console: Console, environment: Environment) -> None:
     """The last lines of this run, on the error stream."""
-    with suppress(OSError), open_log(environment.log_path) as log:
+    with suppress(OSError), open_regular(environment.log_path) as log:
         end = os.fstat(log.fileno()).st_size
         log.seek(last_lines_offset(log, SHOWN_ON_FAILURE, environment.session_offset(), end)[0])
         for line in log.read(1 << 20).decode("utf-8", "replace").split("\n"):
@@ -9447,7 +9328,7 @@ def logs(console: Console, args: Arguments) -> Report:
         follow_log(console, environment, 20 if args.tail is None else args.tail)
         return Report({}, environment.name, already_printed=True)
     for span_path, start, end in log_spans(environment, args.all, args.tail):
-        with open_log(span_path) as log:
+        with open_regular(span_path) as log:
             log.seek(start)
             copy_bytes(log, console.raw, end - start)
     return Report({}, environment.name, already_printed=True)
@@ -9464,7 +9345,7 @@ def log_spans(environment: Environment, everything: bool, tail: Optional[int]) -
         return spans
     chosen: "list[tuple[str, int, int]]" = []
     for path, start, end in reversed(spans):
-        with open_log(path) as log:
+        with open_regular(path) as log:
             offset, found = last_lines_offset(log, tail, start, end)
         chosen.insert(0, (path, offset, end))
         tail -= found
