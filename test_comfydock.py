@@ -2742,7 +2742,7 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
     def test_the_last_lines_of_several_logs_are_counted_over_their_borders(self):
         Path(self.path + ".old").write_bytes(b"1\n2\n3\n")
         Path(self.path).write_bytes(b"4\n5")
-        spans = [(path, 0, os.path.getsize(path)) for path in (self.path + ".old", self.path)]
+        environment = types.SimpleNamespace(log_path=self.path)
         for count, shown in (
             (1, b"5"),
             (2, b"4\n5"),
@@ -2751,7 +2751,7 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
             (9, b"1\n2\n3\n4\n5"),
             (0, b""),
         ):
-            parts = [read_bytes(path)[start:end] for path, start, end in dock.last_of_spans(spans, count)]
+            parts = [read_bytes(path)[start:end] for path, start, end in dock.log_spans(environment, True, count)]
             self.assertEqual(b"".join(parts), shown, count)
 
     def test_following_survives_growth_rename_and_truncation(self):
@@ -7635,7 +7635,7 @@ class RotatingWhileItRuns(Journey):
     def test_the_log_of_another_machine_is_left_alone(self):
         self.run_demo()
         state = self.person.state()
-        state["identity"]["machine"] = "elsewhere"
+        state["identity"].update(machine="elsewhere", boot_id="another")
         Path(self.person.state_file()).write_text(json.dumps(state), encoding="utf-8")
         self.assertClear(self.person.types("logs", "--rotate"), 1, "on another machine")
         self.assertEqual(len(self.old_names()), 1)
