@@ -155,14 +155,19 @@ if not TYPE_CHECKING:
         return kind
 
 
+if TYPE_CHECKING:
+    Hint = Union[str, tuple[Any, ...], list[Any]]
+
+
 class CDEnvironmentError(Exception):
     """What could not be done, in one sentence that names the thing.
 
-    `hint` (str) is a line that can be typed or acted on, or empty. `code` (str) is a stable
-    word for scripts; "usage" means that the words of the call were wrong.
+    `hint` is what to do about it: a text, a command of ours as words (`("restart",)`), or a list of texts and such
+    commands; the console adds how comfydock was called. `code` (str) is a stable word for scripts; "usage"
+    means that the words of the call were wrong.
     """
 
-    def __init__(self, message: str, hint: str = "", code: str = "failed") -> None:
+    def __init__(self, message: str, hint: "Hint" = "", code: str = "failed") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -172,7 +177,7 @@ class CDEnvironmentError(Exception):
 class CDEndedError(CDEnvironmentError):
     """ComfyUI ended within the first moments. `exit_code` (int) is its own, negative for a signal."""
 
-    def __init__(self, message: str, hint: str, exit_code: int) -> None:
+    def __init__(self, message: str, hint: "Hint", exit_code: int) -> None:
         super().__init__(message, hint, "ended")
         self.exit_code = exit_code
 
@@ -464,7 +469,7 @@ def _port_number(text: Optional[str]) -> int:
     if not is_port(port):
         raise CDEnvironmentError(
             f"'{text or ''}' is not a port: ComfyUI needs a number from 1 to 65535.",
-            "comfydock run --port 8188",
+            ("run", "--port", "8188"),
             "usage",
         )
     return port
@@ -558,9 +563,7 @@ def is_folder_name(name: str) -> bool:
 def require_new_name(name: str) -> None:
     """Raises CDEnvironmentError when no environment may be made under this name."""
     if not name or not is_new_name(name):
-        raise CDEnvironmentError(
-            f"'{name}' cannot name an environment: {NAME_RULE}.", "comfydock create my-env", "usage"
-        )
+        raise CDEnvironmentError(f"'{name}' cannot name an environment: {NAME_RULE}.", ("create", "my-env"), "usage")
 
 
 def sanitize_name(name: str) -> str:
@@ -2728,7 +2731,7 @@ def next_free_port(start: int, host: str, taken: "dict[int, str]") -> int:
     for port in range(start, min(start + 1000, 65536)):
         if port not in taken and not is_port_bound(port, host=host):
             return port
-    raise CDEnvironmentError(f"No free port from {start} on.", "comfydock run --port <number>")
+    raise CDEnvironmentError(f"No free port from {start} on.", ("run", "--port", "NUMBER"))
 
 
 USER_AGENT = "comfydock/2 (process manager for ComfyUI)"
@@ -4008,7 +4011,7 @@ def manifest_text(paths: EnvironmentPaths) -> str:
         return data.decode("utf-8")
     except OSError as error:
         message = f"{paths.manifest} cannot be read: {error.strerror}"
-        raise CDEnvironmentError(message, "comfydock list", "manifest") from None
+        raise CDEnvironmentError(message, ("list",), "manifest") from None
     except UnicodeDecodeError as error:
         raise broken_manifest(paths.manifest, data.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
 
@@ -4626,7 +4629,7 @@ class RegistrySource:
             hint = "use an id of registry.comfy.org, https://..., or --dev FOLDER"
             raise CDEnvironmentError(f"{identifier!r} is neither a registry id nor a git address", hint, "name")
         if mark and not re.fullmatch(r"\d+\.\d+\.\d+[A-Za-z0-9.+-]*", version):
-            raise CDEnvironmentError(f"{version!r} is no version", f"comfydock node add {identity}@1.2.3", "name")
+            raise CDEnvironmentError(f"{version!r} is no version", ("node", "add", f"{identity}@1.2.3"), "name")
         node = self.ask(f"/nodes/{identity.lower()}", identity)
         self.judge(identity, node, tell)
         version_page = f"/nodes/{identity.lower()}/versions/{version}"
@@ -4680,7 +4683,7 @@ class RegistrySource:
         question = f"/nodes/{identity.lower()}/install?version={info.version}"
         url = info.download_url or self.ask(question, identity).get("downloadUrl")
         if not url:
-            hint = f"comfydock node add {info.repository}" if info.repository else ""
+            hint = ("node", "add", info.repository) if info.repository else ""
             message = f"the registry has no archive of {identity} {info.version}"
             raise CDEnvironmentError(message, hint, "not-found")
         files = unpack_from(str(url), folder, tell=tell)
@@ -4742,7 +4745,7 @@ class GitSource:
     def fetch(self, info: NodeInfo, folder: str, tell: Progress) -> NodeInfo:
         """Clone into a new folder; the answer has the commit as its version."""
         if not info.repository:
-            hint = f"comfydock node remove {quote(info.name)}"
+            hint = ("node", "remove", info.name)
             raise CDEnvironmentError(f"the manifest names no repository for {info.name}", hint, "not-found")
         clone(info.repository, info.version, folder)
         branch = current_branch(folder) if info.version else None
@@ -4754,7 +4757,7 @@ class GitSource:
         check_repository(url)
         answer = git(["ls-remote", "--", url, f"refs/heads/{branch}" if branch else "HEAD"], url=url).split()
         if branch and not answer:
-            hint = f"comfydock node add {quote(url)} --force"
+            hint = ("node", "add", url, "--force")
             raise CDEnvironmentError(f"{url} has no branch {branch} any more", hint, "not-found")
         return info.altered(version=answer[0]) if answer else info
 
@@ -4967,7 +4970,7 @@ class NodeManager:
         meant += [key for key, info in nodes.items() if same_repository(identifier, info.repository)]
         if meant:
             return meant[0], nodes[meant[0]]
-        raise CDEnvironmentError(f"no node {identifier!r} in the manifest", "comfydock node list", "not-found")
+        raise CDEnvironmentError(f"no node {identifier!r} in the manifest", ("node", "list"), "not-found")
 
     def folders(self) -> list[str]:
         """Names of the folders in custom_nodes that ComfyUI loads and that are no tool's own."""
@@ -5078,7 +5081,7 @@ class NodeManager:
         if not os.path.lexists(self.folder_of(info)) and info.name.casefold() in self.disabled():
             return left_alone(info, f"{info.name} is disabled, and was left as it is")
         if source is None:
-            raise CDEnvironmentError(f"nobody recorded where {info.name} comes from", "comfydock repair", "not-found")
+            raise CDEnvironmentError(f"nobody recorded where {info.name} comes from", ("repair",), "not-found")
         newest = source.newest(info, self.tell).altered(name=info.name, registry_id=info.registry_id)
         if newest.version != info.version:
             asked = confirmation_strategy
@@ -5096,7 +5099,7 @@ class NodeManager:
             old = self.manifest.entry(key)
             if old is None or old["table"].get("version") != info.version:
                 message = f"node '{info.name}' was changed by another command meanwhile"
-                raise CDEnvironmentError(message, f"comfydock node update {quote(key)}")
+                raise CDEnvironmentError(message, ("node", "update", key))
             before, needed = old["requirements"], self.entry(self.folder_of(info), info)["requirements"]
             if newest.version != info.version or needed != before:
                 with self.change() as change:
@@ -5141,7 +5144,7 @@ class NodeManager:
         source = self.source_of(info)
         if source is None or info.source == "development":
             lost = f"{name} is not in custom_nodes, and only you know where it is: put it back"
-            report.problems.append(f"{lost}, or: comfydock node remove {quote(name)}")
+            report.problems.append(f"{lost}, or: node remove {quote(name)}")
             return
         try:
             with self.change() as change:
@@ -5158,11 +5161,11 @@ class NodeManager:
         with self.changing(f"track {name}"):
             folder = os.path.join(self.custom_nodes, name)
             if name not in self.folders():
-                raise CDEnvironmentError(f"there is no folder {folder}", "comfydock repair", "not-found")
+                raise CDEnvironmentError(f"there is no folder {folder}", ("repair",), "not-found")
             info = self.recognised(folder, name)
             key = info.registry_id or info.name
             if key in self.list_nodes():
-                hint = f"comfydock node remove {quote(key)}"
+                hint = ("node", "remove", key)
                 raise CDNodeConflictError(f"the manifest has another {key}", hint, "conflict")
             change_nodes(self.paths, {key: self.entry(folder, info)}, self.python)
         return info
@@ -5213,7 +5216,7 @@ class NodeManager:
     def change(self) -> Iterator[NodeChange]:
         """A staging folder for one change, which is taken back when anything goes wrong."""
         if not os.path.isdir(self.comfyui):
-            raise CDEnvironmentError(f"ComfyUI is not at {self.comfyui}", "comfydock repair", "not-found")
+            raise CDEnvironmentError(f"ComfyUI is not at {self.comfyui}", ("repair",), "not-found")
         change = NodeChange(os.path.join(self.custom_nodes, STAGING, os.urandom(8).hex()))
         make_folder(change.old)
         try:
@@ -5257,7 +5260,7 @@ class NodeManager:
                 continue
             version_asked = info.source == old.source and "@" in identifier and info.version != old.version
             if not force and not version_asked and os.path.isdir(self.folder_of(old)):
-                hint = f"comfydock node {'update' if info.source == old.source else 'remove'} {quote(key)}"
+                hint = ("node", "update" if info.source == old.source else "remove", key)
                 message = f"node '{key}' is already here ({old.source} {old.version})"
                 raise CDNodeConflictError(message, hint, "conflict")
             return key, info if info.source == "development" else info.altered(name=old.name)
@@ -5288,7 +5291,7 @@ class NodeManager:
         name, former = os.path.basename(folder), os.path.join(change.old, os.path.basename(folder))
         if (old is None or old.name.casefold() != name.casefold()) and not force:
             message = f"custom_nodes has a folder {name} that the manifest does not know"
-            hint = "comfydock repair (to track it), or --force (to move it aside)"
+            hint = ["To track it: ", ("repair",), ". To move it aside: --force."]
             raise CDNodeConflictError(message, hint, "conflict")
         if old is not None and old.source == "development":
             change.moves += self.disabling_moves(change, folder)
@@ -5449,7 +5452,7 @@ def claimed(paths: EnvironmentPaths, adopts: Optional[str] = None) -> Iterator[N
         begun = last_known_manifest(paths).comfyui_path
         if begun not in (None, adopts) or adopts and any(map(os.path.lexists, (paths.partial, paths.comfyui))):
             message = f"{paths.root} is another environment, whose creation was interrupted"
-            hint = f"{create_command(paths)}  (or: comfydock delete {quote(paths.name)})"
+            hint = ["Go on with: ", create_command(paths), ". Or begin anew: ", ("delete", paths.name)]
             raise CDEnvironmentError(message, hint, "exists")
 
     refuse()
@@ -5470,10 +5473,10 @@ def claimed(paths: EnvironmentPaths, adopts: Optional[str] = None) -> Iterator[N
         raise
 
 
-def create_command(paths: EnvironmentPaths) -> str:
+def create_command(paths: EnvironmentPaths) -> tuple[str, ...]:
     """What to type to go on with a creation that was interrupted."""
     adopted = last_known_manifest(paths).comfyui_path
-    return f"comfydock create {quote(paths.name)}" + (f" --from {quote(adopted)}" if adopted else "")
+    return ("create", paths.name, *(("--from", adopted) if adopted else ()))
 
 
 @contextmanager
@@ -5615,7 +5618,7 @@ def code_facts(folder: str, source: Optional[str] = None, reference: Optional[st
         message = (
             f"{folder} is {version or 'another version'} from {remote or 'an archive'}, which was asked for before"
         )
-        raise CDEnvironmentError(message, "comfydock delete NAME, to begin anew", "exists")
+        raise CDEnvironmentError(message, ["To begin anew: ", ("delete", "NAME")], "exists")
     version = reference or version
     kind = "commit" if re.fullmatch(COMMIT, version or "") else "branch" if version else None
     return {
@@ -5770,7 +5773,7 @@ def terminate(
             return
         hurry = hurry or (how != "kill" and meanwhile is not None and meanwhile())
     raise CDEnvironmentError(
-        f"PID {process.pid} did not end, not even when killed: the system holds it.", "comfydock status", "stuck"
+        f"PID {process.pid} did not end, not even when killed: the system holds it.", ("status",), "stuck"
     )
 
 
@@ -5846,9 +5849,7 @@ def comfyui_on_port(port: int) -> Process:
     """
     holders = port_holders(port)
     if not holders:
-        raise CDEnvironmentError(
-            f"Nobody listens on port {port}, as far as this user may see.", "comfydock list", "stopped"
-        )
+        raise CDEnvironmentError(f"Nobody listens on port {port}, as far as this user may see.", ("list",), "stopped")
     for process in filter(lambda process: is_python(process.name), holders):
         told = config_told_by(arguments_of(process))  # its address, and whether by TLS
         argv = probe(ComfyUIConfig(told.host, port, told.tls), 2.0).argv or [""]
@@ -5857,7 +5858,7 @@ def comfyui_on_port(port: int) -> Process:
     named = ", ".join(f"{process.name}, PID {process.pid}" for process in holders)
     raise CDEnvironmentError(
         f"Port {port} is held by {named}, which is not proved to be a ComfyUI; nothing was ended.",
-        "comfydock list",
+        ("list",),
         "stranger",
     )
 
@@ -6146,7 +6147,7 @@ class Environment:
             if snapshot.process is None:
                 reason = self.last_error()
                 message = "ComfyUI ended before it answered" + (f": {reason}" if reason else ".")
-                raise CDEnvironmentError(message, "comfydock logs", "ended")
+                raise CDEnvironmentError(message, ("logs",), "ended")
             config, waited = self.config_of(snapshot), time.monotonic() - began
             if self.describe(snapshot, probe(config, 1.0))["state"] == RUNNING:
                 return self.note(seconds=0.5, last_health_check=utc_now(), health_status=HEALTHY)
@@ -6154,7 +6155,7 @@ class Environment:
                 message = (
                     f"ComfyUI did not answer within {seconds:g} s; it goes on starting (PID {snapshot.process.pid})."
                 )
-                raise CDEnvironmentError(message, "comfydock logs -f", "timeout")
+                raise CDEnvironmentError(message, ("logs", "-f"), "timeout")
             tell(f"   Waiting for ComfyUI to answer on {local_url(config)} ... {waited:.0f} s")
 
     def describe(self, snapshot: Snapshot, answer: Answer) -> dict[str, Any]:
@@ -6396,14 +6397,16 @@ class Environment:
         """Raise CDEnvironmentError for an environment whose creation was interrupted, or whose checkout is gone."""
         if not self.is_complete:
             raise CDEnvironmentError(
-                f"Environment '{self.name}' is not complete.", f"Go on with: {create_command(self.paths)}", "incomplete"
+                f"Environment '{self.name}' is not complete.",
+                ["Go on with: ", create_command(self.paths)],
+                "incomplete",
             )
         if self.missing_script:
             raise CDEnvironmentError(
                 f"Environment '{self.name}' has no ComfyUI: {self._script} is missing.",
-                f"comfydock create {quote(self.name)} --from FOLDER  (where it is now)"
+                ("create", self.name, "--from", "FOLDER")
                 if self.manifest.comfyui_path
-                else f"comfydock delete {quote(self.name)}, and create it anew",
+                else ["Create it anew after: ", ("delete", self.name)],
                 "missing",
             )
 
@@ -6412,9 +6415,9 @@ class Environment:
         if not os.access(self.python, os.X_OK):
             raise CDEnvironmentError(
                 f"The Python of environment '{self.name}' is missing: {self.python}",
-                f"comfydock create {self.name} --from {quote(self._checkout)} --python PATH"
+                ("create", self.name, "--from", self._checkout, "--python", "PATH")
                 if self.manifest.comfyui_path
-                else f"make a venv there with what ComfyUI needs, or: comfydock delete {self.name}, and create it anew",
+                else ["Make a venv there with what ComfyUI needs, or create it anew after: ", ("delete", self.name)],
                 "missing",
             )
 
@@ -6429,7 +6432,7 @@ class Environment:
                 record = self._adopt(process, record)
             raise CDEnvironmentError(
                 f"ComfyUI is already running (PID {process.pid}, port {record.port if record else DEFAULT_PORT}).",
-                f"comfydock -e {quote(self.name)} restart",
+                ("-e", self.name, "restart"),
                 "running",
             )
         if snapshot.note == "damaged":
@@ -6443,7 +6446,7 @@ class Environment:
         return CDEnvironmentError(
             f"Environment '{self.name}' was started on another machine or in another container"
             f" ({self._machine_of(snapshot.record)}); whether it still runs there cannot be seen from here.",
-            f"stop it there, or: comfydock -e {quote(self.name)} run --take-over",
+            ["Stop it there, or: ", ("-e", self.name, "run", "--take-over")],
             "foreign",
         )
 
@@ -6531,14 +6534,16 @@ class Environment:
         try:
             free = str(next_free_port(port + 1, config.host, taken))
         except CDEnvironmentError:
-            free = "<number>"
+            free = "NUMBER"
         return CDEnvironmentError(
             f"Port {port} is already in use" + (f" by {holder}." if holder else "."),
-            "Possible solutions:\n"
-            "  • Stop the other service using this port\n"
-            f"  • Use a different port: comfydock run --port {free}\n"
-            "  • Let comfydock choose one: comfydock run --auto-port\n"
-            f"  • Check what's using the port: lsof -i:{port} (Unix) or netstat -ano | findstr :{port} (Windows)",
+            [
+                "Possible solutions:\n  • Stop the other service using this port\n  • Use a different port: ",
+                ("run", "--port", free),
+                "\n  • Let comfydock choose one: ",
+                ("run", "--auto-port"),
+                f"\n  • Check what's using the port: lsof -i:{port} (Unix) or netstat -ano | findstr :{port} (Windows)",
+            ],
             "port",
         )
 
@@ -6563,7 +6568,7 @@ class Environment:
             self._put_back(previous if code == 2 else record)
         raise CDEndedError(
             f"ComfyUI ended at once ({format_exit(code)})" + (f": {reason}" if reason else "."),
-            f"comfydock -e {quote(self.name)} logs",
+            ("-e", self.name, "logs"),
             code,
         )
 
@@ -6588,7 +6593,7 @@ class Environment:
             raise CDEnvironmentError(
                 f"PID {process.pid} runs this ComfyUI ({self._checkout}), "
                 f"but environment '{self.name}' did not start it.",
-                f"comfydock -e {quote(self.name)} repair --orphan",
+                ("-e", self.name, "repair", "--orphan"),
                 "stranger",
             )
         return self.adopt(process, record, run_id)
@@ -6635,7 +6640,7 @@ class Environment:
 
         Raises CDEnvironmentError, with a hint that names --no-sync, when something could not be put right.
         """
-        hint = f"comfydock -e {quote(self.name)} run --no-sync  (starts it as it is)"
+        hint = ["To start it as it is: ", ("-e", self.name, "run", "--no-sync")]
         try:
             if self.nodes.is_synced() or self.is_running():  # what runs is not changed: `run` will refuse
                 return SyncReport()
@@ -6661,11 +6666,11 @@ class Environment:
             if snapshot.process is not None and snapshot.note != "untracked":
                 raise CDEnvironmentError(
                     f"Environment '{self.name}' has a ComfyUI already (PID {snapshot.process.pid}).",
-                    "comfydock stop",
+                    ("stop",),
                     "running",
                 )
             if not is_same_process(process):
-                raise CDEnvironmentError(f"PID {process.pid} has ended meanwhile.", "comfydock status", "ended")
+                raise CDEnvironmentError(f"PID {process.pid} has ended meanwhile.", ("status",), "ended")
             return self.adopt(process, snapshot.record, process_table().marker(process.pid))
 
     def end_orphan(self, process: Process, timeout: float = 10) -> None:
@@ -6724,7 +6729,7 @@ class Environment:
         except OSError as error:
             raise CDEnvironmentError(
                 f"ComfyUI was stopped, but its record {self.paths.state} cannot be removed: {error.strerror}.",
-                f"comfydock -e {quote(self.name)} status",
+                ("-e", self.name, "status"),
                 "system",
             ) from error
 
@@ -6744,7 +6749,7 @@ class Environment:
             words = f"runs in environment '{self.name}' (PID {snapshot.process.pid})" if snapshot.process else ""
             raise CDEnvironmentError(
                 f"ComfyUI {words or f'starts in environment {self.name!r}'}.",
-                f"comfydock -e {quote(self.name)} stop",
+                ("-e", self.name, "stop"),
                 "running",
             )
 
@@ -6752,7 +6757,7 @@ class Environment:
         """Return the error of a state file that is no record."""
         return CDEnvironmentError(
             f"The state file of environment '{self.name}' is damaged, its ComfyUI is not running: {self.paths.state}",
-            f"comfydock -e {quote(self.name)} run",
+            ("-e", self.name, "run"),
             "damaged",
         )
 
@@ -6809,7 +6814,7 @@ class Environment:
             if snapshot.record is None and snapshot.process is None and read_state(self.paths.last_run) is None:
                 raise CDEnvironmentError(
                     f"Cannot restart: ComfyUI not running in environment '{self.name}', and it never was.",
-                    f"comfydock -e {quote(self.name)} run",
+                    ("-e", self.name, "run"),
                     "stopped",
                 )
             make_folder(os.path.dirname(self.log_path))
@@ -6823,7 +6828,7 @@ class Environment:
                 self._stop_seen(snapshot, timeout)
             record = self._read_state() or read_state(self.paths.last_run)
             if record is None:
-                raise CDEnvironmentError("Cannot restart: ComfyUI not running", "comfydock run", "stopped")
+                raise CDEnvironmentError("Cannot restart: ComfyUI not running", ("run",), "stopped")
             if snapshot.process is None and self.monitor_process(record) is not None:
                 self._want_stopped(record)  # its monitor was about to start it again: let it go
                 self._await_monitor(record)
@@ -6852,7 +6857,7 @@ class Environment:
             if present is not None and present.pid != os.getpid():
                 raise CDEnvironmentError(
                     f"ComfyUI is already running (PID {process.pid}), and a monitor watches it (PID {present.pid}).",
-                    f"comfydock -e {quote(self.name)} restart",
+                    ("-e", self.name, "restart"),
                     "running",
                 )
             record = self._own_record(process, snapshot)
@@ -6888,7 +6893,7 @@ class Environment:
             end_all([process])
             raise CDEnvironmentError(
                 f"The monitor (PID {child.pid}) did not answer within {MONITOR_SECONDS:g} s, so it was ended.",
-                f"comfydock -e {quote(self.name)} status",
+                ("-e", self.name, "status"),
                 "timeout",
             )
         answers.close()
@@ -7383,12 +7388,12 @@ class Workspace:
 
     def _require_folder(self) -> None:
         if os.path.exists(self.paths.root) and not os.path.isdir(self.paths.root):
-            raise CDEnvironmentError(f"The workspace {self.paths.root} is no folder.", "comfydock --workspace DIR list")
+            raise CDEnvironmentError(f"The workspace {self.paths.root} is no folder.", ("--workspace", "DIR", "list"))
 
     def get_environment(self, name: str) -> Environment:
         """The environment `name`. Raises CDEnvironmentError when there is none."""
         if not is_folder_name(name):
-            raise CDEnvironmentError(f"'{name}' cannot name an environment: {NAME_RULE}.", "comfydock list", "usage")
+            raise CDEnvironmentError(f"'{name}' cannot name an environment: {NAME_RULE}.", ("list",), "usage")
         environment = self._environment(name)
         if not os.path.isdir(environment.paths.cec):
             raise CDEnvironmentError(f"There is no environment '{name}'.", self._suggestion(name), "unknown")
@@ -7418,7 +7423,7 @@ class Workspace:
             return standing_in
         checkout = checkout_above(folder)
         if checkout is not None:
-            raise CDEnvironmentError(f"No environment has adopted {checkout} yet.", "comfydock run", "unknown")
+            raise CDEnvironmentError(f"No environment has adopted {checkout} yet.", ("run",), "unknown")
         active = self.get_active_environment()
         if active is not None:
             return active
@@ -7430,14 +7435,12 @@ class Workspace:
         if len(complete or environments) == 1:
             return (complete or environments)[0]
         if not environments:
-            raise CDEnvironmentError(
-                f"There is no environment in {self.paths.root} yet.", "comfydock run --demo", "unknown"
-            )
+            raise CDEnvironmentError(f"There is no environment in {self.paths.root} yet.", ("run", "--demo"), "unknown")
         names = ", ".join(environment.name for environment in environments[:8]) + (
             ", ..." if len(environments) > 8 else ""
         )
-        first = quote(environments[0].name)
-        hint = f"comfydock -e {first} COMMAND, or choose once: comfydock use {first}"
+        first = environments[0].name
+        hint = [("-e", first, "COMMAND"), ", or choose once: ", ("use", first)]
         raise CDEnvironmentError(f"Which environment? There are {len(environments)}: {names}.", hint, "unknown")
 
     def environment_of(self, folder: str) -> Optional[Environment]:
@@ -7470,7 +7473,7 @@ class Workspace:
         if present is not None and name not in (None, present.name):  # one process a checkout: they would mix theirs up
             raise CDEnvironmentError(
                 f"{checkout} is environment '{present.name}' already.",
-                f"comfydock -e {quote(present.name)} status",
+                ("-e", present.name, "status"),
                 "exists",
             )
         environment = present or self._new_environment(name or self._free_name(sanitize_name(_folder_title(checkout))))
@@ -7487,7 +7490,7 @@ class Workspace:
         has_moved = former is None or not same_path(former, checkout)
         if has_moved and not (former and environment.missing_script):
             message = f"Environment '{environment.name}' exists already."
-            raise CDEnvironmentError(message, f"comfydock -e {quote(environment.name)} status", "exists")
+            raise CDEnvironmentError(message, ("-e", environment.name, "status"), "exists")
         if has_moved or python is not None:
             interpreter = working_python(python or find_checkout_python(checkout))
             places = {"comfyui_path": os.path.realpath(checkout), "python_path": interpreter}
@@ -7503,7 +7506,7 @@ class Workspace:
         if is_there and not environment.manifest.demo:
             raise CDEnvironmentError(
                 f"The environment '{DEMO_NAME}' is one of yours, not the demo.",
-                "comfydock --workspace DIR run --demo",
+                ("--workspace", "DIR", "run", "--demo"),
                 "exists",
             )
         self._change_settings()
@@ -7589,14 +7592,14 @@ class Workspace:
         numbered = (f"{name}-{number}" for number in range(2, 1000))
         return name if name.lower() not in taken else next(other for other in numbered if other.lower() not in taken)
 
-    def _suggestion(self, name: str) -> str:
+    def _suggestion(self, name: str) -> "Hint":
         from difflib import get_close_matches
 
         names = [environment.name for environment in self.list_environments()]
         close = get_close_matches(name, names, 1)
         if close:
             return f"did you mean '{close[0]}'?"
-        return "comfydock list" if names or not is_new_name(name) else f"comfydock create {name}"
+        return ("list",) if names or not is_new_name(name) else ("create", name)
 
     def _settings(self) -> dict[str, Any]:
         """workspace.json, with the keys that comfydock 1.0.x needs. Raises CDEnvironmentError when it is damaged."""
@@ -7669,7 +7672,7 @@ def find_checkout_python(checkout: str) -> str:
     if not found:
         raise CDEnvironmentError(
             f"No Python was found for {checkout} (looked for .venv, venv, python_embeded and conda).",
-            f"comfydock create NAME --from {quote(checkout)} --python PATH",
+            ("create", "NAME", "--from", checkout, "--python", "PATH"),
             "missing",
         )
     return found[0] if len(found) == 1 else next(filter(has_torch, found), found[0])
@@ -7688,7 +7691,7 @@ def select_workspace(chosen: Optional[str], named: bool, folder: str) -> Workspa
     """The workspace that is meant: `--workspace`, the one whose environment one stands in, or the default."""
     if chosen is not None:
         if not chosen:
-            raise CDEnvironmentError("--workspace needs a folder.", "comfydock --workspace DIR list", "usage")
+            raise CDEnvironmentError("--workspace needs a folder.", ("--workspace", "DIR", "list"), "usage")
         return Workspace(os.path.expanduser(chosen))
     inside = None if named else environment_above(os.path.realpath(folder))
     return Workspace(inside[0]) if inside else Workspace()
@@ -7859,9 +7862,12 @@ SIGNS = {  # sign -> (in ASCII, colour)
 }
 CONTROLS = {code: " " for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}  # can drive a terminal
 PLAIN = str.maketrans({sign: plain for sign, (plain, _) in SIGNS.items()})
-WORDS = "run|stop|restart|status|list|logs|node|use|create|delete|init|repair|completion|help|COMMAND"
-TYPED = rf"(?<![\w./\\-])comfydock (?=(?:{WORDS})(?:\W|$)|-e |--workspace )"  # a command that a line shows
 ONE_ENVIRONMENT = ("run", "stop", "restart", "status", "logs", "repair", "node")
+
+
+Typed = Callable[..., str]  # the words of one of our commands -> how it must be typed here
+if TYPE_CHECKING:  # how a report reads: a text with names of values in braces, or a function that yields lines
+    Words = Union[str, Callable[[dict[str, Any], Typed], Iterator[str]]]
 
 
 @dataclass
@@ -7882,13 +7888,11 @@ class Report:
 class Console:
     """The one who speaks: words on `out`, warnings and errors on `err`, questions on a terminal alone.
 
-    In JSON mode nothing is said but the one object at the end. `call` tells how comfydock was called,
-    which replaces the name "comfydock" wherever a line shows a command; `where` is the `--workspace DIR`
-    and `chosen` the `-e NAME` that such a line needs. A line that cannot be written (a full disk,
-    a reader who left) must not keep ComfyUI from being stopped: `unheard` holds the error until `flush`
-    raises it. `quiet` leaves out all but results, warnings and errors; `colour` is one of COLOUR_CHOICES. `drawn` is
-    the line that `progress` has on the terminal now, and `gate` keeps a ticker (`ticking`) from
-    writing into the middle of something.
+    In JSON mode nothing is said but the one object at the end. `call` tells how comfydock was called; `where` is the
+    `--workspace DIR` and `chosen` the `-e NAME` that a command needs to mean the same again. `quiet` leaves out all
+    but results, warnings and errors; `colour` is one of COLOUR_CHOICES. A line that cannot be written (a full disk, no
+    reader any more) must not keep ComfyUI from being stopped: `write_error` holds the error until `flush` raises it.
+    `drawn` is what `progress` has on the terminal now; `gate` keeps a ticker (`ticking`) from writing into a line.
     """
 
     def __init__(
@@ -7904,8 +7908,8 @@ class Console:
         self.source = source
         self.json_mode = json_mode
         self.call = call
-        self.chosen = ""
-        self.where = ""
+        self.chosen: tuple[str, ...] = ()
+        self.where: tuple[str, ...] = ()
         self.quiet = False
         self.colour = "auto"
         self.drawn = ""
@@ -7941,6 +7945,20 @@ class Console:
     def trace(self, line: str) -> None:
         """One line of --verbose on the error stream, in JSON mode too."""
         self._write(self.err, f"[{time.monotonic() - BEGAN:7.3f}] {line}\n")
+
+    def typed(self, *words: str) -> str:
+        """Return one of our commands as it must be typed here."""
+        where = () if words[0] in ("--workspace", "init", "help") else self.where
+        chosen = self.chosen if words[0] in ONE_ENVIRONMENT else ()
+        return " ".join([self.call(), *map(quote, (*where, *chosen, *words))])
+
+    def hint(self, error: CDEnvironmentError) -> str:
+        """Return what to do about an error as a text."""
+        if isinstance(error.hint, str):
+            return error.hint
+        if all(isinstance(part, str) for part in error.hint):
+            return self.typed(*error.hint)
+        return "".join(part if isinstance(part, str) else self.typed(*part) for part in error.hint)
 
     def progress(self, line: str) -> None:
         """A line that the next one overwrites; only a terminal shows it, and "" takes it away."""
@@ -8024,9 +8042,7 @@ class Console:
             return False
         return default if not answer.strip() else answer.strip().lower() in ("y", "yes")
 
-    def show(
-        self, command: str, report: Report, words: "Union[str, Callable[[dict[str, Any]], Iterator[str]]]"
-    ) -> None:
+    def show(self, command: str, report: Report, words: "Words") -> None:
         """A report: in words (by a function, or a text with names of values in braces), or as the one JSON object."""
         if self.json_mode:
             problem = self._problem_data(report.error) if report.error is not None else None
@@ -8034,7 +8050,7 @@ class Console:
             return
         if report.already_printed:
             return
-        for line in [words.format(**report.data)] if isinstance(words, str) else words(report.data):
+        for line in [words.format(**report.data)] if isinstance(words, str) else words(report.data, self.typed):
             if not self.quiet or line and not line.startswith("Tip:"):
                 self.result(line)
 
@@ -8042,7 +8058,7 @@ class Console:
         """One of several things that could not be done; the command goes on."""
         self._write(self.err, f"✗ {as_sentence(error.message)}\n")
         if error.hint:
-            self._write(self.err, f"  {error.hint}\n")
+            self._write(self.err, f"  {self.hint(error)}\n")
 
     def fail(self, command: str, error: CDEnvironmentError) -> None:
         """An error: a sentence and a hint on the error stream, or the one JSON object."""
@@ -8051,11 +8067,11 @@ class Console:
             return
         self._write(self.err, f"comfydock: {as_sentence(error.message)}\n")
         if error.hint:
-            indent = "" if "\n" in error.hint else "  "
-            self._write(self.err, f"{indent}{error.hint}\n")
+            hint = self.hint(error)
+            self._write(self.err, hint + "\n" if "\n" in hint else f"  {hint}\n")
 
     def _problem_data(self, error: CDEnvironmentError) -> dict[str, Any]:
-        return {"message": error.message, "hint": self._typed(error.hint) or None, "code": error.code}
+        return {"message": error.message, "hint": self.hint(error) or None, "code": error.code}
 
     def flush(self) -> None:
         """Send what is still buffered; raises OSError (a closed pipe, a full disk), and for what went unheard."""
@@ -8096,7 +8112,7 @@ class Console:
 
     def _put(self, stream: "Any", text: str) -> None:
         text = text.translate(CONTROLS)  # names of strangers may be in it
-        text = self._coloured(stream, self._typed(text)) if stream is not self.out or not self.json_mode else text
+        text = self._coloured(stream, text) if stream is not self.out or not self.json_mode else text
         encoding = getattr(stream, "encoding", None) or "utf-8"
         try:
             text.encode(encoding)
@@ -8115,20 +8131,6 @@ class Console:
             if colour is not None and sign in text:
                 text = text.replace(sign, f"\x1b[{colour}m{sign}\x1b[0m")
         return text
-
-    def _typed(self, text: str) -> str:
-        """`text` with its commands as they must be typed here."""
-        if "comfydock " not in text:
-            return text
-
-        called = self.call()
-
-        def as_typed(match: "re.Match[str]") -> str:
-            following = text[match.end() :].split(None, 1)[0].strip("'\"`.,")
-            where = self.where if following not in ("--workspace", "init", "help") else ""
-            return f"{called}{where}{self.chosen if following in ONE_ENVIRONMENT else ''} "
-
-        return re.sub(TYPED, as_typed, text)
 
 
 def as_sentence(text: str) -> str:
@@ -8235,7 +8237,7 @@ class Command:
     options: str
     act: Callable[[Console, Arguments], Report]
     examples: tuple[str, ...] = ()
-    words: "Union[str, Callable[[dict[str, Any]], Iterator[str]]]" = "{text}"
+    words: "Words" = "{text}"
 
     @property
     def name(self) -> str:
@@ -8266,7 +8268,7 @@ def command(
     summary: str,
     options: str,
     examples: tuple[str, ...],
-    words: "Union[str, Callable[[dict[str, Any]], Iterator[str]]]" = "{text}",
+    words: "Words" = "{text}",
 ) -> "Callable[[Callable[[Console, Arguments], Report]], Callable[[Console, Arguments], Report]]":
     """Make a command of the function below: see Command."""
 
@@ -8302,7 +8304,7 @@ def prepare(console: Console, args: Arguments, environment: Environment) -> Envi
     trace(f"environment '{environment.name}' at {environment.paths.root}")
     trace(f"processes are read by {type(process_table()).__name__}")
     console.environment = environment.name
-    console.chosen = f" -e {quote(environment.name)}" if args.env or args.demo else ""
+    console.chosen = ("-e", environment.name) if args.env or args.demo else ()
     return environment
 
 
@@ -8314,7 +8316,7 @@ def selected(console: Console, args: Arguments) -> Environment:
     return prepare(console, args, environment)
 
 
-def format_run(data: dict[str, Any]) -> Iterator[str]:
+def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data.get("ready"):
         yield f"✓ ComfyUI is ready ({data['waited']:.1f} s)"
     if data.get("only_watched"):
@@ -8324,7 +8326,7 @@ def format_run(data: dict[str, Any]) -> Iterator[str]:
     yield f"✓ Running on {data['url']}"
     yield f"  Log: {data['log']}"
     yield ""
-    yield "Tip: View logs with 'comfydock logs', stop with 'comfydock stop'"
+    yield f"Tip: View logs with '{typed('logs')}', stop with '{typed('stop')}'"
 
 
 @command(
@@ -8370,7 +8372,7 @@ def run_in_background(
     if watched is not None and args.comfyui_args:
         raise CDEnvironmentError(
             f"ComfyUI is already running (PID {watched.pid}), so it cannot be given other arguments.",
-            f"comfydock -e {quote(environment.name)} run --monitor",
+            ("-e", environment.name, "run", "--monitor"),
             "running",
         )
     try:
@@ -8408,7 +8410,7 @@ def stays_in_foreground(args: Arguments) -> bool:
     for name in ("json", "monitor", "wait"):
         if is_given(args, name):
             message = f"As PID 1 'run' stays in the foreground, so it has no --{name}."
-            raise CDEnvironmentError(message, "comfydock run", "usage")
+            raise CDEnvironmentError(message, ("run",), "usage")
     return True
 
 
@@ -8467,9 +8469,7 @@ def started_report(environment: Environment, tls: bool) -> Report:
     """What there is to say of a ComfyUI that was just started."""
     record = environment._read_state()
     if record is None:  # another command has stopped it meanwhile
-        raise CDEnvironmentError(
-            f"ComfyUI of environment '{environment.name}' was stopped meanwhile.", "comfydock status"
-        )
+        raise CDEnvironmentError(f"ComfyUI of environment '{environment.name}' was stopped meanwhile.", ("status",))
     data = {
         "name": environment.name,
         "pid": record.pid,
@@ -8591,7 +8591,7 @@ class Foreground:
         return self.received.count("interrupt") > 1
 
 
-def format_stop(data: dict[str, Any]) -> Iterator[str]:
+def format_stop(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data["stopped"]:
         yield "✓ ComfyUI stopped"
     elif data.get("called_off"):
@@ -8674,7 +8674,7 @@ def settle_queue(console: Console, args: Arguments, environment: Environment, co
         if answer is False:
             raise CDEnvironmentError(
                 f"Nothing was done: ComfyUI is at work ({format_queue(*counts)}).",
-                f"comfydock {command} --when-idle",
+                (*command.split(), "--when-idle"),
                 "busy",
             )
     console.warn(f"This cuts off work: {format_queue(*counts)}.")
@@ -8729,33 +8729,35 @@ def environment_title(data: dict[str, Any]) -> str:
     return f"{data['name']} (the built-in demo)" if data.get("demo") else str(data["name"])
 
 
-def format_status(data: dict[str, Any]) -> Iterator[str]:
+def format_status(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     yield f"Environment: {environment_title(data)}"
     yield ""
     yield "📋 Process:"
-    yield f"   Status: {_status_line(data)}"
+    yield f"   Status: {_status_line(data, typed)}"
     if data["state"] in LIVE_STATES and data["pid"]:
         yield from _live_lines(data)
     if data["state"] == CRASHED:
-        yield from _crash_lines(data)
+        yield from _crash_lines(data, typed)
     if data["monitor"]:
-        yield f"   Monitor: {_monitor_line(data['monitor'])}"
+        yield f"   Monitor: {_monitor_line(data['monitor'], typed)}"
     yield f"   Log: {data['log'] or 'none, for comfydock has not started it'}"
     if data["difference"] is not None and not data["difference"]["synced"]:
         yield ""
-        yield "⚠️  Environment needs repair: comfydock repair"
+        yield f"⚠️  Environment needs repair: {typed('repair')}"
         yield from difference_lines(data["difference"])
     if data["missing"]:
         yield f"⚠ Its ComfyUI is missing: {data['missing']}"
     if not data["complete"]:
-        yield f"⚠ Not complete: its creation was interrupted ({data['resume']} goes on)."
+        yield f"⚠ Not complete: its creation was interrupted ({typed(*data['resume'])} goes on)."
 
 
-def _status_line(data: dict[str, Any]) -> str:
+def _status_line(data: dict[str, Any], typed: Typed) -> str:
     if data["state"] == FOREIGN:
         return f"Unknown: started on another machine or in another container ({data['machine']})"
     if data["state"] == CRASHED:
         return "Stopped: ComfyUI ended by itself"
+    if data["note"] == "untracked":
+        return f"Running (not tracked: {typed('repair', '--orphan')})"
     if data["state"] == STOPPED:
         return "Stopped" + _NOTES.get(data["note"], "")
     if data["state"] == STARTING:
@@ -8767,7 +8769,6 @@ _NOTES = {
     "interrupted": " (a start was interrupted before ComfyUI came up)",
     "rebooted": " (the machine was restarted since)",
     "damaged": " (the state file is damaged)",
-    "untracked": " (not tracked: comfydock repair --orphan)",
     "moved": " (it has restarted itself under another PID)",
 }
 
@@ -8779,12 +8780,12 @@ _HEALTH_WORDS = {
 }
 
 
-def _monitor_line(monitor: dict[str, Any]) -> str:
+def _monitor_line(monitor: dict[str, Any], typed: Typed) -> str:
     count = monitor["restarts"]
     times = f", restarted ComfyUI {count} time{'s' if count != 1 else ''}" if count else ""
     if monitor["gave_up"]:
         return f"⚠ gave up: {monitor['gave_up']}"
-    return f"watching{times}" if monitor["alive"] else f"⚠ gone{times} (start a new one: comfydock run --monitor)"
+    return f"watching{times}" if monitor["alive"] else f"⚠ gone{times} (start a new one: {typed('run', '--monitor')})"
 
 
 def _live_lines(data: dict[str, Any]) -> Iterator[str]:
@@ -8801,7 +8802,7 @@ def _live_lines(data: dict[str, Any]) -> Iterator[str]:
     yield f"   Uptime: {format_duration(data['uptime'])}"
 
 
-def _crash_lines(data: dict[str, Any]) -> Iterator[str]:
+def _crash_lines(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data["exit_code"] is not None:
         yield f"   Ended with: {format_exit(data['exit_code'])}"
     if data["last_alive"]:
@@ -8813,7 +8814,7 @@ def _crash_lines(data: dict[str, Any]) -> Iterator[str]:
     if data["monitor"] and data["monitor"]["alive"] and not data["monitor"]["gave_up"]:
         yield "   Its monitor starts it again in a moment"
     else:
-        yield "   Start it again: comfydock restart"
+        yield f"   Start it again: {typed('restart')}"
 
 
 def difference_lines(difference: dict[str, Any]) -> Iterator[str]:
@@ -8853,10 +8854,10 @@ def status(console: Console, args: Arguments) -> Report:
     return Report(data, environment.name, 3 if data["state"] in (STOPPED, CRASHED) else 0)
 
 
-def format_list(data: dict[str, Any]) -> Iterator[str]:
+def format_list(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if not data["environments"]:
         yield "No environments found."
-        yield "Create one with: comfydock create <name>"
+        yield f"Create one with: {typed('create', 'NAME')}"
         return
     yield "Environments:"
     width = max(15, *(len(environment_title(item)) for item in data["environments"]))
@@ -8904,7 +8905,7 @@ def difference_data(found: EnvironmentComparison) -> dict[str, Any]:
     }
 
 
-def format_repair(data: dict[str, Any]) -> Iterator[str]:
+def format_repair(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data["cleaned"]:
         yield "🧹 Cleaned a stale process state file"
     if not data["orphans"]:
@@ -8913,7 +8914,8 @@ def format_repair(data: dict[str, Any]) -> Iterator[str]:
         done = {"adopted": "✓ Adopted", "ended": "✓ Ended", "left": "Left running:"}[item["action"]]
         yield f"  {done} PID {item['pid']}"
     if any(item["action"] == "left" for item in data["orphans"]):
-        yield "Take it back with: comfydock repair --orphan --adopt, or end it with: comfydock repair --orphan --end"
+        adopt, end = typed("repair", "--orphan", "--adopt"), typed("repair", "--orphan", "--end")
+        yield f"Take it back with: {adopt}, or end it with: {end}"
     if data["orphan_only"]:
         yield "✓ Process repair complete (no environment changes made)"
         return
@@ -8986,7 +8988,7 @@ def repair_content(console: Console, args: Arguments, environment: Environment) 
         console.say(line)
     is_agreed = True if args.yes else console.ask("Put this right?", True)
     if is_agreed is None:
-        console.warn("No terminal to ask on, so nothing was changed: comfydock repair -y")
+        console.warn(f"No terminal to ask on, so nothing was changed: {console.typed('repair', '-y')}")
     if is_agreed:
         put_right(console, args, environment, done)
     if not any(done.values()) and not (is_agreed and not difference.extra_nodes):
@@ -9029,12 +9031,12 @@ def use(console: Console, args: Arguments) -> Report:
     return Report({"name": environment.name}, environment.name)
 
 
-def format_create(data: dict[str, Any]) -> Iterator[str]:
+def format_create(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     yield f"✓ Environment '{data['name']}' is ready"
     yield f"  ComfyUI: {data['comfyui']}" + (f" ({data['version']})" if data["version"] else "")
     yield f"  Python: {data['python'] or 'none yet: make a venv at ' + data['venv'] + ' before you run it'}"
     yield ""
-    yield f"Start it with: comfydock -e {data['name']} run"
+    yield f"Start it with: {typed('-e', data['name'], 'run')}"
 
 
 @command(
@@ -9080,7 +9082,7 @@ def create(console: Console, args: Arguments) -> Report:
     return Report(data, environment.name)
 
 
-def format_delete(data: dict[str, Any]) -> Iterator[str]:
+def format_delete(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     yield (
         f"✓ Environment '{data['name']}' deleted"
         if data["deleted"]
@@ -9104,7 +9106,7 @@ def delete(console: Console, args: Arguments) -> Report:
     if answer is None:
         raise CDEnvironmentError(
             f"Environment '{args.name}' was not deleted: no terminal to ask on.",
-            f"comfydock delete {args.name} -y",
+            ("delete", args.name, "-y"),
             "unsure",
         )
     if answer:
@@ -9112,9 +9114,9 @@ def delete(console: Console, args: Arguments) -> Report:
     return Report({"name": args.name, "deleted": bool(answer)}, args.name, 0 if answer else 1)
 
 
-def format_init(data: dict[str, Any]) -> Iterator[str]:
+def format_init(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     yield f"✓ Workspace {data['workspace']}" + ("" if data["made"] else " (it was one already)")
-    yield f"Use it with: comfydock --workspace {quote(data['workspace'])} list, or set COMFYDOCK_HOME"
+    yield f"Use it with: {typed('--workspace', data['workspace'], 'list')}, or set COMFYDOCK_HOME"
 
 
 @command("init [PATH]", "set up a workspace elsewhere", "", ("init /data/comfy",), format_init)
@@ -9124,7 +9126,7 @@ def init(console: Console, args: Arguments) -> Report:
     return Report({"workspace": workspace.paths.root, "made": made})
 
 
-def format_node(data: dict[str, Any]) -> Iterator[str]:
+def format_node(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data["restarted"]:
         yield f"✓ Restarted (new PID: {data['pid']})"
 
@@ -9184,7 +9186,7 @@ def node_update(console: Console, args: Arguments) -> Report:
     def agreed(name: str, old: str, new: str) -> bool:
         answer = True if args.yes else console.ask(f"Update {name} from {old[:12]} to {new[:12]}?", True)
         if answer is None:
-            hint = f"comfydock node update {quote(name)} -y" + " --force" * args.force
+            hint = ("node", "update", name, "-y", *["--force"] * args.force)
             raise CDEnvironmentError(f"{name} was not updated: no terminal to ask on", hint, "unsure")
         return answer
 
@@ -9252,7 +9254,7 @@ def offer_restart(console: Console, args: Arguments, environment: Environment, r
         return environment.restart()
     if args.no_restart or not console.can_ask():
         console.result("\n⚠️  ComfyUI is running. Changes won't take effect until restart.")
-        console.result("   Restart with: comfydock restart" + (" --when-idle" if busy else ""))
+        console.result(f"   Restart with: {console.typed('restart', *['--when-idle'] * busy)}")
         return False
     console.result(f"\n⚠️  ComfyUI is running. Restart to apply changes? ({reason})")
     if console.ask("  ", not busy):
@@ -9262,7 +9264,7 @@ def offer_restart(console: Console, args: Arguments, environment: Environment, r
     return False
 
 
-def format_node_list(data: dict[str, Any]) -> Iterator[str]:
+def format_node_list(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if not data["nodes"]:
         yield "No custom nodes installed"
     for item in data["nodes"]:
@@ -9270,7 +9272,7 @@ def format_node_list(data: dict[str, Any]) -> Iterator[str]:
         shown = {"git": f"@ {version[:8]}", "development": "(dev)"}.get(
             item["source"], f"v{version}" if version else ""
         )
-        missing = "" if item["installed"] else "  ⚠ not installed: comfydock repair"
+        missing = "" if item["installed"] else f"  ⚠ not installed: {typed('repair')}"
         yield printable(f"  • {item['name']} ({item['source']}) {shown}") + missing
 
 
@@ -9318,11 +9320,11 @@ def logs(console: Console, args: Arguments) -> Report:
     record, has_older = environment._read_state(), bool(old_logs(path))
     if record is not None and not record.has_log and not args.all:
         message = f"PID {record.pid} was not started by comfydock, so its output is not here."
-        raise CDEnvironmentError(message, "comfydock logs --all  (of earlier runs)", "no-log")
+        raise CDEnvironmentError(message, ["Earlier runs: ", ("logs", "--all")], "no-log")
     if not is_there and not (args.all and has_older):
-        hint = "comfydock logs --all" if has_older else "Start ComfyUI with: comfydock run"
+        hint: Hint = ["Earlier runs: ", ("logs", "--all")] if has_older else ["Start ComfyUI with: ", ("run",)]
         if environment.is_running():
-            hint = "It was removed meanwhile; a new one begins with: comfydock restart"
+            hint = ["It was removed meanwhile. A new one begins with: ", ("restart",)]
         raise CDEnvironmentError("No log file found.", hint, "no-log")
     if args.follow:
         follow_log(console, environment, 20 if args.tail is None else args.tail)
@@ -9399,7 +9401,7 @@ EXCLUDE_EACH_OTHER = (
 
 def usage_error(message: str, topic: str = "") -> CDEnvironmentError:
     """Return the error of wrong words; `topic` is the command whose help tells more."""
-    return CDEnvironmentError(message, f"comfydock help {topic}".rstrip(), "usage")
+    return CDEnvironmentError(message, ("help", *topic.split()), "usage")
 
 
 def is_number(text: str) -> bool:
@@ -9618,7 +9620,7 @@ def unknown_command(words: list[str]) -> CDEnvironmentError:
         names = ", ".join(name[5:] for name in COMMANDS if name.startswith("node "))
         return usage_error(f"'node' needs one of: {names}.", "node")
     close = [name for word in get_close_matches(words[0], COMMANDS, 1) for name in COMMANDS if name == word]
-    hint = f"comfydock {close[0]}" if close else "comfydock help"
+    hint = tuple(close[0].split()) if close else ("help",)
     return CDEnvironmentError(f"Unknown command '{words[0]}'.", hint, "usage")
 
 
@@ -9636,28 +9638,28 @@ def show_help(console: Console, args: Arguments) -> Report:
     """Tell how to use comfydock, or one of its commands."""
     topic = " ".join(args.commands)
     if topic in COMMANDS:
-        return Report({"text": build_parser(COMMANDS[topic]).format_help().rstrip()})
+        return Report({"text": build_parser(COMMANDS[topic], console.call()).format_help().rstrip()})
     chosen = [entry for name, entry in COMMANDS.items() if name.startswith(f"{topic} ") or not topic]
     if not chosen:
         raise unknown_command(args.commands)
     lines = [f"  {entry.name:12} {entry.summary}" for entry in chosen]
-    return Report({"text": "\n".join(lines if topic else overview(lines))})
+    return Report({"text": "\n".join(lines if topic else overview(lines, console.call()))})
 
 
-def overview(lines: list[str]) -> list[str]:
+def overview(lines: list[str], call: str) -> list[str]:
     """Return the help of the whole, on one screen, around the lines of its commands."""
     return [
         f"comfydock {__version__}: run ComfyUI in the background, and know the truth about it",
         "",
-        "usage: comfydock COMMAND [-e NAME] [options]",
+        f"usage: {call} COMMAND [-e NAME] [options]",
         "",
         *lines,
         "",
         "examples:",
-        "  comfydock run --demo          try everything in a second, without ComfyUI",
-        "  comfydock run                 in a ComfyUI folder: adopt it and start it",
-        "  comfydock logs -f             watch the log",
-        "  comfydock help run            all options of a command",
+        f"  {call} run --demo          try everything in a second, without ComfyUI",
+        f"  {call} run                 in a ComfyUI folder: adopt it and start it",
+        f"  {call} logs -f             watch the log",
+        f"  {call} help run            all options of a command",
     ]
 
 
@@ -9817,7 +9819,7 @@ def answer(console: Console, words: list[str]) -> int:
     """Do what `words` ask for and show the report; returns the exit code."""
     command, args = parse(words)
     console.quiet, console.colour = args.quiet, args.color
-    console.where = f" --workspace {quote(args.workspace)}" if args.workspace else ""
+    console.where = ("--workspace", args.workspace) if args.workspace else ()
     streams = args.foreground or command.name == "logs" and not args.rotate
     with traced(console.trace) if args.verbose else nullcontext():
         with nullcontext() if streams else console.ticking(command.name):
@@ -9838,7 +9840,7 @@ def interrupted(console: Console, words: list[str], is_program: bool) -> int:
         try:
             if is_program:
                 ignore_interrupts()
-            error = CDEnvironmentError("Interrupted.", "comfydock status", "interrupted")
+            error = CDEnvironmentError("Interrupted.", ("status",), "interrupted")
             return complain(console, words, error, 130)
         except KeyboardInterrupt:
             continue

@@ -3978,7 +3978,7 @@ class AddTest(NodeCase):
         Workshop.registry.publish("case-node", "1.0.0", {"__init__.py": ""})
         write(os.path.join(self.nodes, "Case-Node", "own.py"), "mine")
         error = self.failing("does not know", self.manager.add_node, "case-node", error=dock.CDNodeConflictError)
-        self.assertIn("repair", error.hint)
+        self.assertIn(("repair",), error.hint)
         self.manager.add_node("case-node", force=True)
         self.assertEqual(self.manager.folders(), ["case-node"])
         self.assertIn(b"mine", tree(self.paths.removed).values())
@@ -5258,7 +5258,7 @@ class MakingAWorkspace(unittest.TestCase):
                 continue
             environment = workspace.get_environment("a")
             self.assertFalse(environment.is_complete)
-            command = f"comfydock create a --from {dock.quote(os.path.realpath(checkout))}"
+            command = ("create", "a", "--from", os.path.realpath(checkout))
             self.assertEqual(environment.report()["resume"], command)
             self.assertIn("is another environment", self.refusal(workspace.create, "a", no_install=True))
         for name in ("a", None):
@@ -5286,13 +5286,13 @@ class MakingAWorkspace(unittest.TestCase):
             with self.assertRaises(KeyboardInterrupt):
                 workspace.create("x", **options)
         environment = workspace.get_environment("x")
-        self.assertEqual(environment.report()["resume"], "comfydock create x")
+        self.assertEqual(environment.report()["resume"], ("create", "x"))
         art = os.path.join(environment.paths.comfyui, "output", "art.png")
         write(art, "precious")
         with self.assertRaises(dock.CDEnvironmentError) as caught:
             environment.run()
         self.assertEqual(caught.exception.message, "Environment 'x' is not complete.")
-        self.assertEqual(caught.exception.hint, "Go on with: comfydock create x")
+        self.assertEqual(caught.exception.hint, ["Go on with: ", ("create", "x")])
         workspace.create("x", **options)
         self.assertTrue(environment.is_complete and os.path.exists(art))
 
@@ -5558,23 +5558,23 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
         self.assertEqual(out.getvalue(), "✓ done\n")
 
     def test_commands_are_shown_as_they_must_be_typed_here(self):
-        out = io.StringIO()
-        console = dock.Console(out, None, None, call=lambda: "python3 comfydock.py")
-        console.chosen, console.where = " -e dev", " --workspace W"
-        console.say("comfydock list, comfydock --workspace X list")
-        self.assertEqual(
-            out.getvalue(),
-            "python3 comfydock.py --workspace W list, python3 comfydock.py --workspace X list\n",
-        )
-        out.truncate(0)
-        out.seek(0)
-        console.where = ""
-        console.say("'comfydock logs', comfydock use x, comfydock -e a run, Another comfydock command")
-        self.assertEqual(
-            out.getvalue(),
-            "'python3 comfydock.py -e dev logs', python3 comfydock.py use x, python3 comfydock.py -e a run,"
-            " Another comfydock command\n",
-        )
+        console = dock.Console(None, None, None, call=lambda: "python3 comfydock.py")
+        console.chosen, console.where = ("-e", "dev"), ("--workspace", "W")
+        cases = [
+            (("logs", "-f"), "--workspace W -e dev logs -f"), (("list",), "--workspace W list"), (("use", "x"), "--workspace W use x"),
+            (("-e", "a b", "run"), f"--workspace W -e {dock.quote('a b')} run"), (("--workspace", "X", "list"), "--workspace X list"),
+        ]  # fmt: skip
+        for words, shown in cases:
+            self.assertEqual(console.typed(*words), f"python3 comfydock.py {shown}")
+
+    def test_a_hint_is_text_a_command_or_both_and_quoted_text_is_never_rewritten(self):
+        err = io.StringIO()
+        console = dock.Console(None, err, None, call=lambda: "./dock")
+        for hint in ("what 'comfydock run' said", ("repair",), ["First: ", ("stop",), "."]):
+            console.fail("status", dock.CDEnvironmentError("node 'comfydock stop' failed", hint))
+        shown = err.getvalue().splitlines()
+        self.assertEqual(shown[::2], ["comfydock: Node 'comfydock stop' failed."] * 3)
+        self.assertEqual(shown[1::2], ["  what 'comfydock run' said", "  ./dock repair", "  First: ./dock stop."])
 
     def test_without_a_terminal_there_is_no_answer(self):
         self.assertIsNone(dock.Console(io.StringIO(), None, io.StringIO("y\n")).ask("Sure?", True))
@@ -5763,14 +5763,16 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
     def test_a_mistyped_command_is_suggested(self):
         with self.assertRaises(dock.CDEnvironmentError) as caught:
             self.parse("stauts")
-        self.assertIn("comfydock status", caught.exception.hint)
+        self.assertEqual(caught.exception.hint, ("status",))
 
     def test_every_command_has_help_that_fits_a_screen(self):
         for command in dock.COMMANDS.values():
             text = dock.build_parser(command).format_help()
             self.assertLess(len(text.splitlines()), 40, command.name)
             self.assertIn("examples:", text)
-        self.assertLess(len(dock.show_help(None, self.parse()[1]).data["text"].splitlines()), 40)
+        self.assertLess(
+            len(dock.show_help(dock.Console(None, None, None), self.parse()[1]).data["text"].splitlines()), 40
+        )
 
 
 class CompletionScripts(unittest.TestCase):
@@ -6785,7 +6787,7 @@ class WhatUsersMet(Journey):
         with unittest.mock.patch.object(dock.Environment, "observe", side_effect=PermissionError(errno.EACCES, "no")):
             listed = dock.Workspace(self.person.workspace).reports()
         self.assertEqual([item["state"] for item in listed], [dock.UNKNOWN])
-        said = list(dock.format_list({"environments": listed}))
+        said = list(dock.format_list({"environments": listed}, print))
         self.assertIn("(unknown, ⚠ unreadable state file)", said[-1])
         self.assertTrue(environment.is_running())
 
