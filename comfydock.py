@@ -199,10 +199,10 @@ class ComfyUIConfig:
 class ProcessState:
     """The record of one ComfyUI process, as `.cec/.comfyui.state` keeps it.
 
-    The first eight fields are the plan's. `started_at` is ISO 8601 in UTC, `log_offset` is in
-    bytes. `pid` is None only while `phase` is "starting": the intent, written before the spawn.
-    `identity` and `starter["identity"]` are what `identity_of` says of a process; `extra` holds
-    keys that a later version wrote.
+    Its fields are the keys of the file and their types: those of the plan first, which must be there; what may be null
+    has the default None. `started_at` is ISO 8601 in UTC, `log_offset` is in bytes. `pid` is None only while `phase` is
+    "starting": the intent, written before the spawn. `identity` and `starter["identity"]` are what `identity_of` says
+    of a process; `extra` holds keys that a later version wrote.
     """
 
     pid: Optional[int]
@@ -228,12 +228,11 @@ class ProcessState:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of the state file: the plan's keys first."""
-        data: dict[str, Any] = {key: getattr(self, key) for key in _PLAN_KEYS}
-        data["health"] = {"last_check": self.last_health_check, "status": self.health_status}
-        data["schema"] = STATE_SCHEMA
-        data.update((key, getattr(self, key)) for key in _OWN_KEYS)
-        return {**data, **{key: value for key, value in self.extra.items() if key not in data}}
+        """Return the JSON object of the state file."""
+        data = {key: getattr(self, key) for key in self.__annotations__ if key not in ("health_status", "extra")}
+        plan = {key: data.pop(key) for key in list(data)[: list(data).index("last_health_check")]}
+        health = {"last_check": data.pop("last_health_check"), "status": self.health_status}
+        return {**plan, "health": health, "schema": STATE_SCHEMA, **data, **self.extra}
 
     @property
     def has_log(self) -> bool:
@@ -249,40 +248,32 @@ class ProcessState:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ProcessState":
-        """The record in a JSON object. Raises ValueError when it is not one that may be trusted."""
-        if not isinstance(data, dict):
-            raise ValueError("not an object")
-        health = {} if data.get("health") is None else data["health"]
-        record = {key: data[key] for key in (*_PLAN_KEYS, *_OWN_KEYS) if key in data}
-        known = {*_PLAN_KEYS, *_OWN_KEYS, "health", "schema"}
-        _require(isinstance(health, dict), "health")
-        _require(all(key in data for key in _PLAN_KEYS), "a key of the plan is missing")
-        state = cls(
-            **record,
-            last_health_check=health.get("last_check"),
-            health_status=health.get("status"),
-            extra={key: value for key, value in data.items() if key not in known},
-        )
-        state._check()
+        """Return the record in a JSON object. Raises ValueError or TypeError when it is not one that may be trusted."""
+        health = {} if isinstance(data, dict) and data.get("health") is None else data["health"]
+        if not isinstance(health, dict):
+            raise TypeError("no object")
+        flat = {**data, "last_health_check": health.get("last_check"), "health_status": health.get("status")}
+        known = {key: flat[key] for key in cls.__annotations__ if key in flat and key != "extra"}
+        state = cls(**known, extra={key: data[key] for key in data if key not in (*known, "health", "schema")})
+        for key, kind in cls.__annotations__.items():
+            value = getattr(state, key)
+            is_null = value is None and (key == "pid" or getattr(cls, key, 0) is None)
+            if not is_null and type(value) is not getattr(kind, "__origin__", kind):
+                raise TypeError(key)
+        if not state._is_sound():
+            raise ValueError("a value out of its bounds")
         return state
 
-    def _check(self) -> None:
-        _require(is_pid(self.pid) or (self.pid is None and self.phase == STARTING), "pid")
-        _require(is_port(self.port), "port")
-        for name in ("host", "started_at", "log_path", "phase", "wanted"):
-            _require(isinstance(getattr(self, name), str), name)
-        for name in ("run_id", "cwd", "last_health_check", "health_status"):
-            _require(isinstance(getattr(self, name), (str, type(None))), name)
-        for name in ("args", "command"):
-            _require(is_text_list(getattr(self, name)), name)
-        for name in ("identity", "starter", "env"):
-            _require(isinstance(getattr(self, name), dict), name)
-        for name in ("monitor", "last_exit"):
-            _require(isinstance(getattr(self, name), (dict, type(None))), name)
-        for name in ("log_offset", "log_inode"):
-            _require(type(getattr(self, name)) is int and getattr(self, name) >= 0, name)
-        _require(all(is_variable(name, value) for name, value in self.env.items()), "env")
-        _require(isinstance(self.starter.get("identity", {}), dict), "starter")
+    def _is_sound(self) -> bool:
+        return (
+            (is_pid(self.pid) or self.pid is None and self.phase == STARTING)
+            and is_port(self.port)
+            and is_text_list(self.args)
+            and is_text_list(self.command)
+            and all(is_variable(*pair) for pair in self.env.items())
+            and min(self.log_offset, self.log_inode) >= 0
+            and isinstance(self.starter.get("identity", {}), dict)
+        )
 
     def get_uptime(self) -> "timedelta":
         """Time since `started_at` by the wall clock; naive times are local. Never negative.
@@ -292,28 +283,6 @@ class ProcessState:
         from datetime import timedelta
 
         return timedelta(seconds=max(0.0, time.time() - epoch_of(self.started_at)))
-
-
-_PLAN_KEYS = ("pid", "host", "port", "args", "started_at", "log_path")
-_OWN_KEYS = (
-    "phase",
-    "wanted",
-    "run_id",
-    "identity",
-    "starter",
-    "command",
-    "cwd",
-    "env",
-    "log_offset",
-    "log_inode",
-    "monitor",
-    "last_exit",
-)
-
-
-def _require(holds: bool, what: str) -> None:
-    if not holds:
-        raise ValueError(what)
 
 
 def is_pid(value: object) -> bool:
@@ -543,32 +512,32 @@ def format_duration(seconds: float) -> str:
 NAME_RULE = (
     "letters, digits, dot, dash and underscore, at most 63, beginning with a letter or digit, and no reserved word"
 )
-RESERVED_NAMES = {"workspace", "logs", "models", ".comfydock", "con", "prn", "aux", "nul"} | {
-    device + digit for device in ("com", "lpt") for digit in "123456789"
-}
+NEW_NAME = re.compile(
+    r"(?!(?:workspace|logs|models|con|prn|aux|nul|com[1-9]|lpt[1-9])(?:\.|$))(?!.*\.\.)"
+    r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9_-])?",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 def is_new_name(name: str) -> bool:
-    """Whether an environment may be made under this name (existing others still open)."""
-    plain = name.replace("-", "").replace("_", "").replace(".", "")
-    legal = plain.isascii() and plain.isalnum() and name[0].isalnum() and len(name) <= 63 and name[-1] != "."
-    return legal and is_folder_name(name) and name.split(".")[0].lower() not in RESERVED_NAMES
+    """Tell whether an environment may be made under this name (existing others still open)."""
+    return NEW_NAME.fullmatch(name) is not None
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether `name` stays inside the folder it is joined to."""
-    return bool(name) and not name.startswith(".") and not any(sign in name for sign in "/\\:\0") and ".." not in name
+    """Tell whether `name` stays inside the folder it is joined to."""
+    return re.fullmatch(r"(?!\.)(?!.*\.\.)[^/\\:\0]+", name, re.DOTALL) is not None
 
 
 def require_new_name(name: str) -> None:
     """Raises CDEnvironmentError when no environment may be made under this name."""
-    if not name or not is_new_name(name):
+    if not is_new_name(name):
         raise CDEnvironmentError(f"'{name}' cannot name an environment: {NAME_RULE}.", ("create", "my-env"), "usage")
 
 
 def sanitize_name(name: str) -> str:
     """`name` bent into one that may name an environment."""
-    bent = "".join(sign if sign.isascii() and (sign.isalnum() or sign in "._-") else "-" for sign in name)
+    bent = re.sub(r"[^A-Za-z0-9._-]|\.(?=\.)", "-", name)
     bent = bent.strip("._-")[:50].rstrip("._-") or "comfyui"
     return bent if is_new_name(bent) else f"{bent}-env"
 
@@ -2310,19 +2279,16 @@ def locate(identity: object) -> str:
     """Return where a recorded process lives: "here", "foreign" (another machine or namespace) or "rebooted".
 
     "rebooted" is this machine before its last start: the process is surely dead. The same boot is the same kernel; else
-    both names of the machine must match, for clones have one id, and an empty id is nobody's. What a record lacks
-    counts as equal; so an empty identity is "here".
+    both names of the machine must match, for clones have one id, and an empty id is nobody's. Other fields that a record
+    lacks count as equal; so an empty identity is "here".
     """
     ours = identity_of(None)
-    theirs = {**ours, **(identity if isinstance(identity, dict) else {})}
-    same_boot = theirs["boot_id"] == ours["boot_id"]
-    if not (same_boot and ours["boot_id"]) and (theirs["machine"], theirs["host"]) != (
-        ours["machine"] or 0,
-        ours["host"],
-    ):
-        return "foreign"
-    if not same_boot:
-        return "rebooted"
+    theirs = {**ours, "boot_id": None, **identity} if isinstance(identity, dict) and identity else ours
+    if theirs["boot_id"] is None or theirs["boot_id"] != ours["boot_id"]:
+        if (theirs["machine"], theirs["host"]) != (ours["machine"] or None, ours["host"]) and theirs is not ours:
+            return "foreign"
+        if theirs["boot_id"] and ours["boot_id"]:
+            return "rebooted"
     return "here" if theirs["pid_ns"] == ours["pid_ns"] else "foreign"
 
 
