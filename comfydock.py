@@ -1489,16 +1489,6 @@ def format_exit(code: int) -> str:
         return f"signal {-code}"
 
 
-def exit_code_within(process: "subprocess.Popen[Any]", seconds: float) -> Optional[int]:
-    """Return the exit code (negative: the signal) of a process that ends within `seconds`, else None."""
-    import subprocess
-
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return None
-
-
 def ignore_interrupts() -> None:
     """Hear no Ctrl-C from now on; off the main thread nothing changes, for it hears none anyway."""
     import signal
@@ -1654,11 +1644,7 @@ def same_path(one: str, other: str) -> bool:
 
 def is_python(name: str) -> bool:
     """Tell whether a program's file name is a Python's: python, python3.13t, pythonw.exe, Python (macOS), pypy3."""
-    plain = name.lower().removesuffix(".exe")
-    for family in ("python", "pypy"):
-        if plain.startswith(family):
-            return not plain[len(family) :].strip("0123456789.-tdwbg")
-    return False
+    return re.fullmatch(r"(python|pypy)[-0-9.tdwbg]*", name.lower().removesuffix(".exe")) is not None
 
 
 def interpreter_width(words: list[str], joined: bool) -> int:
@@ -1666,7 +1652,7 @@ def interpreter_width(words: list[str], joined: bool) -> int:
 
     Words that ps joined may be parts of one absolute path with spaces; a word that begins a path or an option is not.
     """
-    for width in range(1, len(words) + 1 if joined and words[0].startswith("/") else min(2, len(words) + 1)):
+    for width in range(1, len(words) + 1 if joined and words[:1] and words[0][:1] == "/" else min(2, len(words) + 1)):
         if width > 1 and words[width - 1].startswith(("/", "-")):
             return 0
         if is_python(PATH_RULES.basename(" ".join(words[:width]))):
@@ -1686,49 +1672,28 @@ def possible_scripts(words: list[str], joined: bool) -> list[str]:
     return [" ".join(rest[:end]) for end in range(1, len(rest) + 1 if joined else 2) if rest]
 
 
+@dataclass
 class Process:
-    """One process as one source saw it.
+    """One process as one source saw it; what is not told is None.
 
-    pid, ppid        ints; ppid 0 where it is not told
-    session, uid     int or None where it is not told
-    state            "running", "stopped" (by SIGSTOP) or "zombie" (dead, not yet waited for)
-    created          seconds since 1970, or None; on Linux reckoned from start_ticks by today's clock
-    start_ticks      clock ticks from the boot to the start (field 22 of /proc/PID/stat), or None without /proc
-    command          the words of the command line; read when first asked for where that costs something extra
-    joined           True where the source had joined the words by spaces: then command is a guess, text is right
+    `ppid` is 0 where it is not told. `state` is "running", "stopped" (by SIGSTOP) or "zombie" (dead, not yet waited
+    for). `created` is in seconds since 1970, on Linux reckoned by today's clock from `start_ticks`: clock ticks from
+    the boot to the start. `command` has the words of the command line, or the program's name where they may not be read;
+    where a source joined them by spaces, `joined` says so: then `command` is a guess, `text` is right.
     """
 
-    __slots__ = ("pid", "ppid", "session", "uid", "state", "created", "start_ticks", "joined", "_command")
-
-    def __init__(
-        self,
-        pid: int,
-        ppid: int = 0,
-        session: Optional[int] = None,
-        uid: Optional[int] = None,
-        state: str = "running",
-        created: Optional[float] = None,
-        start_ticks: Optional[int] = None,
-        command: "Union[list[str], Callable[[], list[str]]]" = lambda: [],
-        joined: bool = False,
-    ) -> None:
-        self.pid, self.ppid, self.session, self.uid, self.state = pid, ppid, session, uid, state
-        self.created, self.start_ticks, self.joined = created, start_ticks, joined
-        self._command = command
-
-    def __repr__(self) -> str:
-        """Return pid, state and command, for messages of tests."""
-        return f"<Process {self.pid} {self.state} {self.text!r}>"
-
-    @property
-    def command(self) -> list[str]:
-        """The words of the command line; only the program's name where the rest may not be read."""
-        if callable(self._command):
-            self._command = self._command()
-        return self._command
+    pid: int
+    ppid: int = 0
+    session: Optional[int] = None
+    uid: Optional[int] = None
+    state: str = "running"
+    created: Optional[float] = None
+    start_ticks: Optional[int] = None
+    command: list[str] = field(default_factory=list)
+    joined: bool = False
 
     def age(self) -> float:
-        """Seconds since the start, 0.0 where it is not told; a moved clock moves both ends of it on Linux."""
+        """Return the seconds since the start, 0.0 where it is not told; a moved clock moves both ends on Linux."""
         return max(0.0, time.time() - self.created) if self.created is not None else 0.0
 
     @property
@@ -1739,37 +1704,25 @@ class Process:
     @property
     def name(self) -> str:
         """The file name of the program."""
-        words = self.command
-        width = interpreter_width(words, self.joined) if words else 0
-        return PATH_RULES.basename(" ".join(words[: width or 1]))
-
-    def mentions(self, text: str) -> bool:
-        """Tell whether the command line contains a text, in whatever case where paths have none."""
-        return PATH_RULES.normcase(text) in PATH_RULES.normcase(self.text)
+        return PATH_RULES.basename(" ".join(self.command[: interpreter_width(self.command, self.joined) or 1]))
 
 
-def parse_stat(
-    data: bytes,
-    boot: float,
-    ticks: int,
-    uid: Optional[int] = None,
-    command: Callable[[int], list[str]] = lambda pid: [],
-) -> Optional[Process]:
-    """Read one /proc/PID/stat (man 5 proc_pid_stat); None where it is none.
+def parse_stat(data: bytes, boot: float, ticks: int) -> Optional[Process]:
+    """Read one /proc/PID/stat (man 5 proc_pid_stat); None where it is none. The command is the program's name alone.
 
     The name stands in parentheses and may hold spaces and parentheses itself, hence the search from the right. `boot`
-    is the boot's time, `ticks` how many make a second; `command` reads the command line when it is asked for.
+    is the boot's time, `ticks` how many make a second.
     """
     head, _, tail = data.rpartition(b")")
     fields = tail.split(None, 20)
     if len(fields) < 20:
         return None
-    number, _, name = head.partition(b" (")
-    pid, start, letter = int(number), int(fields[19]), fields[0]
+    pid, _, name = head.partition(b" (")
+    start, letter = int(fields[19]), fields[0]
     # A leader that ended before its threads is not dead yet: it still holds its sockets and cannot be reaped.
     state = "zombie" if letter in b"ZXx" and int(fields[17]) <= 1 else "stopped" if letter == b"T" else "running"
-    created, words = boot + start / ticks, lambda: command(pid) or [os.fsdecode(name)]
-    return Process(pid, int(fields[1]), int(fields[3]), uid, state, created, start, words)
+    created, command = boot + start / ticks, [os.fsdecode(name)]
+    return Process(int(pid), int(fields[1]), int(fields[3]), None, state, created, start, command)
 
 
 def parse_proc_net(text: str, port: int) -> set[int]:
@@ -1907,10 +1860,13 @@ class ProcessTable:
         raise NotImplementedError
 
 
-def read_bytes(path: str, size: int = 32768) -> bytes:
-    """Return a whole file of /proc, b"" where it is gone or closed to us. os.read: three times as fast as open()."""
+def read_bytes(path: str, size: int = 32768, folder: Optional[int] = None) -> bytes:
+    """Return a whole file of /proc, b"" where it is gone or closed to us. os.read: three times as fast as open().
+
+    A relative path begins at the descriptor `folder`.
+    """
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY, dir_fd=folder)
     except OSError:
         return b""
     try:
@@ -1925,29 +1881,33 @@ def read_bytes(path: str, size: int = 32768) -> bytes:
         os.close(fd)
 
 
-def proc_command(pid: int) -> list[str]:
-    """Return the words of /proc/PID/cmdline, [] for a zombie, a kernel thread or a closed door."""
-    data = read_bytes(f"/proc/{pid}/cmdline")
-    return [os.fsdecode(word) for word in data.rstrip(b"\0").split(b"\0")] if data else []
+def proc_process(pid: int, clock: tuple[float, int], folder: Optional[int] = None) -> Optional[Process]:
+    """Return one process, None where there is none. All is read through one descriptor of its folder in /proc.
 
-
-def proc_process(pid: int, boot: float, ticks: int) -> Optional[Process]:
-    """Return the process of one PID from one open, stat and read; None where there is none."""
-    try:
-        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        return parse_stat(os.read(fd, 4096), boot, ticks, os.fstat(fd).st_uid, proc_command)
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
+    So it is told of one process, also where the PID is given to another one meanwhile. `folder` is such a descriptor.
+    """
+    if folder is None:
+        try:
+            opened = os.open(f"/proc/{pid}", os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        except OSError:
+            return None
+        try:
+            return proc_process(pid, clock, opened)
+        finally:
+            os.close(opened)
+    process = parse_stat(read_bytes("stat", folder=folder), *clock)
+    if process is not None:
+        words = read_bytes("cmdline", folder=folder).rstrip(b"\0").split(b"\0")  # of a zombie or a kernel thread none
+        process.command = [os.fsdecode(word) for word in words] if any(words) else process.command
+        # The owner of the folder is root where the process may not be looked into.
+        _, told, uid = read_bytes("status", folder=folder).partition(b"\nUid:\t")
+        process.uid = int(uid.split(None, 1)[0]) if told else None
+    return process
 
 
 def proc_start_ticks(pid: int) -> Optional[int]:
     """Return field 22 of /proc/PID/stat, whichever table lists the process: wall-clock times move, this does not."""
-    process = None if IS_WINDOWS else proc_process(pid, 0.0, 1)
+    process = None if IS_WINDOWS else parse_stat(read_bytes(f"/proc/{pid}/stat"), 0.0, 1)
     return process.start_ticks if process is not None else None
 
 
@@ -1965,13 +1925,13 @@ class ProcTable(ProcessTable):
 
     def process(self, pid: int) -> Optional[Process]:
         """Return one process from one read of its stat file."""
-        return proc_process(pid, *kernel_clock())
+        return proc_process(pid, kernel_clock())
 
     def processes(self, containing: str = "") -> list[Process]:
         """Return all processes, or those whose command line contains a text (only they are looked at closely)."""
         clock, needle = kernel_clock(), os.fsencode(containing)
         pids = (pid for pid in self.pids() if not needle or needle in read_bytes(f"/proc/{pid}/cmdline"))
-        return [process for pid in pids if (process := proc_process(pid, *clock)) is not None]
+        return [process for pid in pids if (process := proc_process(pid, clock)) is not None]
 
     def marker(self, pid: int) -> str:
         """Return what /proc/PID/environ has (our own user's processes; all for root)."""
@@ -2279,8 +2239,8 @@ def locate(identity: object) -> str:
     """Return where a recorded process lives: "here", "foreign" (another machine or namespace) or "rebooted".
 
     "rebooted" is this machine before its last start: the process is surely dead. The same boot is the same kernel; else
-    both names of the machine must match, for clones have one id, and an empty id is nobody's. Other fields that a record
-    lacks count as equal; so an empty identity is "here".
+    both names of the machine must match, for clones have one id, and an empty id is nobody's. Other fields that a
+    record lacks count as equal; so an empty identity is "here".
     """
     ours = identity_of(None)
     theirs = {**ours, "boot_id": None, **identity} if isinstance(identity, dict) and identity else ours
@@ -2349,7 +2309,8 @@ def non_reaping_init(status: Optional[str] = None) -> Optional[str]:
     is_shell = facts.get("Name") in ("init", "sh", "dash", "ash", "bash", "busybox")
     if facts.get("Threads", "").strip() != "1" or is_shell or any(mask & 1 << 16 for mask in masks):  # SIGCHLD is 17
         return None
-    return " ".join(proc_command(1)) or "the first process"
+    process = proc_process(1, (0.0, 1))
+    return process.text if process is not None else "the first process"
 
 
 def is_stopped(process: Process) -> bool:
@@ -6523,7 +6484,8 @@ class Environment:
 
         The run is then recorded as a crash; but when it refused its arguments (code 2), nothing has changed.
         """
-        code = exit_code_within(child, EARLY_END_SECONDS)
+        until(lambda: child.poll() is not None, EARLY_END_SECONDS)
+        code = child.poll()
         if code is None:
             release(child)
             self._process = child
