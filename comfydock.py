@@ -1678,8 +1678,8 @@ class Process:
 
     `ppid` is 0 where it is not told. `state` is "running", "stopped" (by SIGSTOP) or "zombie" (dead, not yet waited
     for). `created` is in seconds since 1970, on Linux reckoned by today's clock from `start_ticks`: clock ticks from
-    the boot to the start. `command` has the words of the command line, or the program's name where they may not be read;
-    where a source joined them by spaces, `joined` says so: then `command` is a guess, `text` is right.
+    the boot to the start. `command` has the words of the command line, or the program's name where they may not be
+    read; where a source joined them by spaces, `joined` says so: then `command` is a guess, `text` is right.
     """
 
     pid: int
