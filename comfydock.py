@@ -214,7 +214,7 @@ class ProcessState:
     last_health_check: Optional[str] = None
     health_status: Optional[str] = None
     phase: str = "running"
-    wanted: str = "running"
+    desired_state: str = "running"  # the key "wanted"
     run_id: Optional[str] = None
     identity: dict[str, Any] = field(default_factory=dict)
     starter: dict[str, Any] = field(default_factory=dict)
@@ -229,7 +229,8 @@ class ProcessState:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of the state file."""
-        data = {key: getattr(self, key) for key in self.__annotations__ if key not in ("health_status", "extra")}
+        names = [name for name in self.__annotations__ if name not in ("health_status", "extra")]
+        data = {_KEYS.get(name, name): getattr(self, name) for name in names}
         plan = {key: data.pop(key) for key in list(data)[: list(data).index("last_health_check")]}
         health = {"last_check": data.pop("last_health_check"), "status": self.health_status}
         return {**plan, "health": health, "schema": STATE_SCHEMA, **data, **self.extra}
@@ -253,8 +254,9 @@ class ProcessState:
         if not isinstance(health, dict):
             raise TypeError("no object")
         flat = {**data, "last_health_check": health.get("last_check"), "health_status": health.get("status")}
-        known = {key: flat[key] for key in cls.__annotations__ if key in flat and key != "extra"}
-        state = cls(**known, extra={key: data[key] for key in data if key not in (*known, "health", "schema")})
+        known = {name: _KEYS.get(name, name) for name in cls.__annotations__ if name != "extra"}
+        extra = {key: data[key] for key in data if key not in (*known.values(), "health", "schema")}
+        state = cls(**{name: flat[key] for name, key in known.items() if key in flat}, extra=extra)
         for key, kind in cls.__annotations__.items():
             value = getattr(state, key)
             is_null = value is None and (key == "pid" or getattr(cls, key, 0) is None)
@@ -283,6 +285,9 @@ class ProcessState:
         from datetime import timedelta
 
         return timedelta(seconds=max(0.0, time.time() - epoch_of(self.started_at)))
+
+
+_KEYS = {"desired_state": "wanted"}  # where a key of the file is called otherwise here
 
 
 def is_pid(value: object) -> bool:
@@ -5993,7 +5998,7 @@ class Environment:
                 return Snapshot(RUNNING, record, process)
             if process is not None and not lock_held:  # somebody is starting ComfyUI
                 return Snapshot(STARTING, record)
-            ended_well = record.wanted == STOPPED or (record.last_exit or {}).get("code") == 0
+            ended_well = record.desired_state == STOPPED or (record.last_exit or {}).get("code") == 0
             if record.pid is None:
                 note = "interrupted"
             elif place == "rebooted":
@@ -6302,7 +6307,11 @@ class Environment:
         self._require_startable()
         with self._process_lock("run"):
             snapshot = self.observe(lock_held=True)
-            is_told = snapshot.record is not None and snapshot.record.wanted == STOPPED and snapshot.note != "untracked"
+            is_told = (
+                snapshot.record is not None
+                and snapshot.record.desired_state == STOPPED
+                and snapshot.note != "untracked"
+            )
             if is_told and snapshot.process is not None and wait_for_exit(snapshot.process, LEAVING_SECONDS):
                 snapshot = self.observe(lock_held=True)  # by a stop that was broken off then
             self._require_not_running(snapshot, take_over)
@@ -6531,10 +6540,12 @@ class Environment:
         if record is None or not run_id or record.run_id != run_id:
             began = format_utc(process.created) if process.created is not None else utc_now()
             args = arguments_of(process)
-            record = ProcessState(process.pid, DEFAULT_HOST, DEFAULT_PORT, args, began, self.log_path, run_id=run_id)
+            record = ProcessState(
+                process.pid, DEFAULT_HOST, DEFAULT_PORT, args, began, self.log_path, run_id=run_id or None
+            )
         config = self.config_of(Snapshot(RUNNING, record, process))
         record.pid, record.host, record.port = process.pid, config.host, config.port
-        record.phase, record.wanted, record.command = "running", "running", process.command
+        record.phase, record.desired_state, record.command = "running", "running", process.command
         record.identity = identity_of(process)
         if look_up_state(self.paths.state)[1]:
             set_aside(self.paths.state)
@@ -6709,8 +6720,8 @@ class Environment:
             end_all([process])
 
     def _want_stopped(self, record: ProcessState) -> None:
-        if record.wanted != STOPPED:
-            record.wanted = STOPPED
+        if record.desired_state != STOPPED:
+            record.desired_state = STOPPED
             with suppress(OSError):  # a full disk must not keep anyone from stopping ComfyUI
                 self._write_state(record)
 
@@ -6751,7 +6762,7 @@ class Environment:
                 if snapshot.record is not None:
                     self._require_port_for_restart(snapshot.process, snapshot.record)
                     if snapshot.note != "untracked":
-                        snapshot.record.wanted = STOPPED
+                        snapshot.record.desired_state = STOPPED
                         self._write_state(snapshot.record)  # a full disk shows now, not when ComfyUI is down already
                 self._stop_seen(snapshot, timeout)
             record = self._read_state() or read_state(self.paths.last_run)
@@ -6846,7 +6857,7 @@ class Environment:
             if record is not None and is_own_intent(record):
                 self._write_state(former)
                 record = former
-            is_same = record is not None and record.run_id == former.run_id and record.wanted == "running"
+            is_same = record is not None and record.run_id == former.run_id and record.desired_state == "running"
             if record is None or not is_same or snapshot.process is not None:
                 return False
             self._start_again(record, note)
@@ -7735,7 +7746,7 @@ class Monitor:
         now = self.environment._read_state()
         if now is None or self.record is None:
             return False
-        return (now.run_id == self.record.run_id or is_own_intent(now)) and now.wanted == "running"
+        return (now.run_id == self.record.run_id or is_own_intent(now)) and now.desired_state == "running"
 
     def _is_taken_on(self) -> bool:
         """On Windows ComfyUI-Manager's restart is a good end and another PID: find it by its marker and record it."""
@@ -8461,7 +8472,7 @@ class Foreground:
                 raise BrokenPipeError
             if snapshot.process is not None or snapshot.state == STARTING:
                 ours, gone_since = record, None
-            elif record is not None and record.run_id == (ours or record).run_id and record.wanted != STOPPED:
+            elif record is not None and record.run_id == (ours or record).run_id and record.desired_state != STOPPED:
                 self._drain()
                 self.environment.note(record.run_id, last_exit={"code": code, "at": utc_now()})
                 self.console.say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({format_exit(code)})'}")

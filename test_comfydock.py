@@ -6564,7 +6564,7 @@ class NobodyGetsLost(Journey):
     def test_what_a_stop_that_was_broken_off_has_told_to_end_is_awaited_by_run(self):
         data = self.run_demo(COMFYDOCK_DEMO_STOP_SECONDS="1.5")
         state = dock.read_state(self.person.state_file())
-        state.wanted = "stopped"
+        state.desired_state = "stopped"
         dock.write_state(self.person.state_file(), state)
         dock.signal_process(data["pid"], "interrupt")
         self.assertNotEqual(self.run_demo()["pid"], data["pid"])
