@@ -613,7 +613,7 @@ class EnvironmentPaths:
 
     IGNORED = (
         ".comfyui.state .comfyui.state.damaged .comfyui.last .comfyui.lock .content.lock .complete "
-        ".manifest.json .sync.json removed/ *.tmp"
+        ".manifest.json .sync.json .packages.json .nodes/ removed/ *.tmp"
     ).split()
 
     def __init__(self, root: str) -> None:
@@ -631,6 +631,8 @@ class EnvironmentPaths:
         self.gitignore = inside + ".gitignore"
         self.removed = inside + "removed"
         self.stamp = inside + ".sync.json"
+        self.packages = inside + ".packages.json"  # while packages are changed: what was installed before
+        self.nodes = inside + ".nodes"
         self.python_version = inside + ".python-version"
         self.venv = os.path.join(root, ".venv")
         self.partial = os.path.join(root, "ComfyUI.partial")
@@ -3225,15 +3227,12 @@ def refuse_existing(path: str) -> None:
         raise CDEnvironmentError(f"{path} already exists", "move it away, then run the command again", "exists")
 
 
-MOVING = ".comfydock.moved"  # in a folder that is moved to another disk: where to
-
-
 def move(source: str, target: str, scratch: Optional[str] = None) -> None:
     """Rename; to another disk copy, and then delete. Raises CDEnvironmentError: the target exists, a file is in use.
 
     A container's overlay file system is another disk in this: it renames no folder that comes from the image (EXDEV;
     Linux, Documentation/filesystems/overlayfs). The target is whole as soon as it is there; until then the copy is in
-    `scratch`, a folder on the target's disk, by default its own. What a kill leaves is for `finish_move`.
+    `scratch`, a folder on the target's disk, by default its own.
     """
     import errno
 
@@ -3247,36 +3246,12 @@ def move(source: str, target: str, scratch: Optional[str] = None) -> None:
         copy = temporary_name(os.path.join(scratch or os.path.dirname(target), os.path.basename(target)))
         try:
             copy_any(source, copy)
-            mark_moving(source, target)
+            if hasattr(os, "sync"):
+                os.sync()  # the copy is on the disk before the original goes
             os.rename(copy, target)
         finally:
             remove_tree(copy)
-            finish_move(source)
-        remove_tree(source)  # a file or a link, which bears no mark
-
-
-def mark_moving(folder: str, target: str) -> None:
-    """Note in a folder where it is being moved to."""
-    import stat
-
-    if os.path.isdir(folder) and not is_link(folder):
-        os.chmod(folder, os.stat(folder).st_mode | stat.S_IRWXU)
-        with open(os.path.join(folder, MOVING), "wb") as marker:  # half of it names no target, as if nothing was moved
-            marker.write(os.fsencode(os.path.abspath(target)))
-
-
-def finish_move(folder: str) -> None:
-    """Of a folder marked as being moved: once the target is there delete what is left, else take off the mark."""
-    marker = os.path.join(folder, MOVING)
-    if is_link(folder) or not os.path.isfile(marker):
-        return
-    if os.path.lexists(os.fsdecode(read_small(marker) or b"")):
-        for name in os.listdir(folder):
-            if name != MOVING:
-                remove_tree(os.path.join(folder, name))
-        remove_tree(folder)
-    else:
-        remove_file(marker)
+        remove_tree(source)
 
 
 def remove_tree(path: str) -> None:
@@ -3326,13 +3301,13 @@ def refuse_mounts(path: str) -> None:
                 raise CDEnvironmentError(f"another file system is mounted at {inner}", f"umount {inner}", "mounted")
 
 
-def move_aside(path: str, shelf: str) -> str:
-    """Move a file or folder into `shelf`/<UTC time>/ and return its new path; the shelf may be on another disk."""
+def move_aside(path: str, shelf: str, name: str) -> str:
+    """Move a file or folder to `shelf`/<UTC time>/`name` and return that path; the shelf may be on another disk."""
     stamp, number = time.strftime("%Y%m%d-%H%M%S", time.gmtime()), 1
-    target = os.path.join(shelf, stamp, os.path.basename(path))
+    target = os.path.join(shelf, stamp, name)
     while os.path.lexists(target):
         number += 1
-        target = os.path.join(shelf, f"{stamp}-{number}", os.path.basename(path))
+        target = os.path.join(shelf, f"{stamp}-{number}", name)
     make_folder(os.path.dirname(target))
     move(path, target)
     return target
@@ -3371,38 +3346,36 @@ def copy_any(source: str, target: str) -> None:
         raise CDEnvironmentError(f"{path} cannot be copied: {reason}") from error
 
 
-def carry_over(old: str, new: str, known: set[str]) -> bool:
-    """Give a folder's successor the files that are not `known`; False when it has its own where one of them was.
+def carry_over(old: str, new: str, known: set[str]) -> list[str]:
+    """Give a folder's successor the files that are not `known`; return those in whose place it has its own.
 
     By hard link, as they may be gigabytes. Names are relative, with /; links count as files, and are not followed; the
     folder's .git and any __pycache__ stay behind.
     """
     import shutil
 
-    complete, top = True, os.path.realpath(new)
+    taken, top = [], os.path.realpath(new)
     for here, folders, files in os.walk(old):
         links = [name for name in folders if is_link(os.path.join(here, name))]
         hidden = {".git", "__pycache__"} if here == old else {"__pycache__"}
         folders[:] = [name for name in folders if name not in links and name not in hidden]
         for source in [os.path.join(here, name) for name in files + links]:
             name = os.path.relpath(source, old)
-            target = os.path.join(new, name)
+            target, folder = os.path.join(top, name), os.path.dirname(os.path.join(top, name))
             if name.replace(os.sep, "/") in known:
                 continue
-            folder = os.path.dirname(os.path.join(top, name))  # never through a link of the successor
-            if os.path.lexists(target) or os.path.realpath(folder) != folder:
-                complete = False
-                continue
             try:
+                if os.path.lexists(target) or os.path.realpath(folder) != folder:  # never through a link of the new one
+                    raise FileExistsError
                 make_folder(folder)
-            except (FileExistsError, NotADirectoryError):  # the successor has a file of that name
-                complete = False
+            except (FileExistsError, NotADirectoryError):  # it has a file where a folder was
+                taken.append(name)
                 continue
             try:
                 os.link(source, target, follow_symlinks=False)
             except (OSError, NotImplementedError):  # a file system without hard links
                 shutil.copy2(source, target, follow_symlinks=False)
-    return complete
+    return taken
 
 
 def is_file(path: str) -> bool:
@@ -3585,7 +3558,8 @@ TORCH_INDEX = "https://download.pytorch.org/whl/"
 TORCH_PACKAGES = ["torch", "torchvision", "torchaudio"]
 HELD_PACKAGES = (*TORCH_PACKAGES, "xformers", "triton", "numpy")
 STAGING = ".comfydock.disabled"  # inside custom_nodes, so that renames stay on one disk; ComfyUI skips *.disabled
-NODE_RECORD = ".comfydock.json"  # inside a registry node: what its files were when they were unpacked
+TRACKING = ".tracking"  # inside a registry node: the files of its archive, as ComfyUI-Manager writes them down
+NODE_RECORD = ".comfydock.json"  # what older versions wrote into a registry node: the digests of its files
 GIT_SECONDS = 1800.0
 INSTALL_SECONDS = 7200.0
 COMMIT = r"[0-9a-f]{7,64}"
@@ -3594,16 +3568,11 @@ COMMIT = r"[0-9a-f]{7,64}"
 # The manifest as text: TOML can be read with the standard library but not written, and the file is the user's; so the
 # tables that are ours are replaced as text, and the result must parse to exactly what was meant before it is saved.
 
-TOML_KEY = r'"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|[A-Za-z0-9_-]+'
-TOML_HEAD = rf"\ufeff?\s*(\[?\[?)\s*((?:{TOML_KEY})(?:\s*\.\s*(?:{TOML_KEY}))*)"
-TOML_PIECE = (
-    r'"""(?:\\.|[^\\])*?"{3,5}|'
-    r"'''.*?'{3,5}|"
-    r'"(?:\\.|[^"\\\n])*"|'
-    r"'[^'\n]*'|"
-    r"#[^\n]*|"
-    r"\n|[^\S\n]+|[\[\]{}]|[^\s\"'#\[\]{}]+|."
-)
+TOML_KEY = r'(?:"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|[A-Za-z0-9_-]+)'
+TOML_NAME = rf"{TOML_KEY}(?:[ \t]*\.[ \t]*{TOML_KEY})*"
+TOML_LINE = rf"^\ufeff?[ \t]*(?:(\[\[?)[ \t]*({TOML_NAME})[ \t]*\]|({TOML_NAME})[ \t]*=)"
+TOML_STRING = r'"""(?:\\.|[^\\])*?"{3,5}|' + r"'''.*?'{3,5}|" + r'"(?:\\.|[^"\\\n])*"|' + r"'[^'\n]*'|#[^\n]*"
+TOML_GAP = r"(?<=\n)(?:[ \t\r]*(?:#[^\n]*)?(?:\n|\Z))+\Z"  # blank lines and comments at the end
 Name = tuple[str, ...]  # of a table or a pair, part by part
 
 
@@ -3622,47 +3591,26 @@ class Statement:
 
 
 def toml_statements(text: str) -> list[Statement]:
-    """The statements of a valid TOML text. Comments and blank lines lie between them."""
-    spans: list[list[int]] = []
-    depth, fresh = 0, True
-    for match in re.finditer(TOML_PIECE, text, re.DOTALL):
-        token = match.group()
-        if token == "\n":
-            fresh = depth == 0
-        elif not token.isspace() and not token.startswith("#"):
-            if fresh:
-                spans.append([text.rfind("\n", 0, match.start()) + 1, 0])
-            fresh = False
-            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token, 0)
-            spans[-1][1] = text.find("\n", match.end()) + 1 or len(text)
-    return named_statements(text, spans)
-
-
-def named_statements(text: str, spans: list[list[int]]) -> list[Statement]:
-    """Statements for spans of lines: each pair gets the name of the table above it in front of its own."""
+    """Return the statements of a TOML text, as far as patterns see them; comments and blank lines lie between them."""
+    plain = re.sub(TOML_STRING, lambda found: found[0].replace("\n", " "), text, flags=re.S)
+    heads = list(re.finditer(TOML_LINE, plain, re.M))
     statements, table = [], Statement((), True, 0, 0, 0)
-    for start, end in spans:
-        head = re.match(TOML_HEAD, text[start:end])
-        keys = re.findall(TOML_KEY, head.group(2)) if head else []
-        name = tuple(key_text(key) for key in keys)
-        is_table = bool(head and head.group(1))
-        own = Statement(name if is_table else table.name + name, is_table, start, end, end)
-        table = own if is_table else table
+    for head, stop in zip(heads, [*(after.start() for after in heads[1:]), len(text)]):
+        name = tuple(key_text(key) for key in re.findall(TOML_KEY, head[2] or head[3]))
+        end = head.start() + len(re.sub(TOML_GAP, "", plain[head.start() : stop]))
+        own = Statement(name if head[1] else table.name + name, bool(head[1]), head.start(), end, end)
+        table = own if head[1] else table
         table.last = end
         statements.append(own)
     return statements
 
 
 def key_text(key: str) -> str:
-    r"""What a key of TOML reads: a quoted one is nearly JSON, which knows no \UXXXXXXXX and no tab as it is."""
-
-    def as_json(escape: "re.Match[str]") -> str:
-        digits = escape.group(1)
-        return json.dumps(chr(int(digits, 16)))[1:-1] if digits else escape.group()
-
-    if not key.startswith('"'):
-        return key.strip("'")
-    return str(json.loads(re.sub(r"\\(?:U([0-9A-Fa-f]{8})|.)", as_json, key), strict=False))
+    """Return what a key of TOML reads. A quoted one is nearly JSON; where it is not, the draft will not be as meant."""
+    try:
+        return str(json.loads(key, strict=False)) if key.startswith('"') else key.strip("'")
+    except ValueError:
+        return key
 
 
 def toml_key(key: str) -> str:
@@ -3748,37 +3696,29 @@ def without_lines(text: str, statements: list[Statement]) -> str:
     return text
 
 
-# Reading: tomllib, or the tomli inside pip, ours or that of the environment's Python.
-
-TOML_READER = """
-import json, sys
-try:
-    import tomllib
-except ImportError:
-    import pip._vendor.tomli as tomllib
-with open(sys.argv[1], "rb") as file:
-    print(json.dumps(tomllib.loads(file.read().decode("utf-8")), default=str))
-"""
-
-
 def parse_toml(text: str, path: str, python: Optional[str] = None) -> dict[str, Any]:
-    """The data of a TOML text, which is or will be in the file at `path`.
+    """Return the data of a TOML text, which is or will be in the file at `path`.
 
-    `python` is asked when this interpreter has no TOML reader (before 3.11, without pip). Raises CDEnvironmentError:
-    code "manifest" with the line number when the text is broken; "no-toml" when nothing reads TOML.
+    It is read by tomllib or pip's tomli, ours or that of the interpreter `python`. Raises CDEnvironmentError: code
+    "manifest" with the line number when the text is broken; "no-toml" when nothing reads TOML.
     """
-    text, reader = text.removeprefix("\ufeff"), toml_module()
+    reader = toml_module(python)
+    if reader is None:
+        message = f"nothing here can read {path}: this Python is older than 3.11 and has no new pip"
+        hint = f"use Python 3.11 or later, or: {sys.executable} -m pip install --upgrade pip"
+        raise CDEnvironmentError(message, hint, "no-toml")
     try:
-        data: dict[str, Any] = reader.loads(text) if reader else parse_toml_elsewhere(text, path, python)
+        data: dict[str, Any] = reader.loads(text.removeprefix("\ufeff"))
         return data
     except (ValueError, RecursionError) as error:
         place = re.search(r"\(at line (\d+), column \d+\)", str(error))
         reason = re.sub(r"\s*\(at [^)]*\)", "", str(error))
-    raise broken_manifest(path, int(place.group(1)) if place else text.count("\n") + 1, reason)
+    raise broken_manifest(path, int(place[1]) if place else text.count("\n") + 1, reason)
 
 
-def toml_module() -> Any:
-    """tomllib, or pip's copy of the same reader, or None."""
+def toml_module(python: Optional[str]) -> Any:
+    """Return tomllib, or the same reader in our pip, or in the one of a venv's Python; None where there is none."""
+    import glob
     from importlib import import_module
 
     for name in ("tomllib", "pip._vendor.tomli"):
@@ -3786,25 +3726,15 @@ def toml_module() -> Any:
             return import_module(name)
         except ImportError:
             continue
-    return None
-
-
-def parse_toml_elsewhere(text: str, path: str, python: Optional[str]) -> Any:
-    """What the environment's Python makes of a TOML text. Raises ValueError when it is broken."""
-    draft = temporary_name(path)
-    if python:
-        write_atomic(draft, text.encode())
-        try:
-            done = run_command([python, "-c", TOML_READER, draft], timeout=60.0)
-        finally:
-            remove_file(draft)
-        if done.returncode == 0:
-            return json.loads(done.stdout)
-        if "TOMLDecodeError: " in done.stderr:
-            raise ValueError(done.stderr.rpartition("TOMLDecodeError: ")[2].strip())
-    message = f"nothing here can read {path}: this Python is older than 3.11 and has no new pip"
-    hint = f"use Python 3.11 or later, or: {sys.executable} -m pip install --upgrade pip"
-    raise CDEnvironmentError(message, hint, "no-toml")
+    venv = glob.escape(os.path.dirname(os.path.dirname(python or "")))
+    vendored = glob.glob(os.path.join(venv, "[Ll]ib*", "**", "pip", "_vendor"), recursive=True) if python else []
+    sys.path[:0] = vendored
+    try:
+        return import_module("tomli")
+    except ImportError:
+        return None
+    finally:
+        del sys.path[: len(vendored)]
 
 
 def broken_manifest(path: str, line: int, reason: str) -> CDEnvironmentError:
@@ -3813,7 +3743,7 @@ def broken_manifest(path: str, line: int, reason: str) -> CDEnvironmentError:
 
 
 def info_from_table(key: str, table: dict[str, Any]) -> NodeInfo:
-    """A node as its table has it; a field of the wrong type is left out."""
+    """Return a node as its table has it; a field of the wrong type is left out."""
     texts = ("registry_id", "repository", "version", "download_url", "branch")
     sources = table.get("dependency_sources")
     return NodeInfo(
@@ -3825,19 +3755,10 @@ def info_from_table(key: str, table: dict[str, Any]) -> NodeInfo:
 
 
 def table_from_info(info: NodeInfo, old: Optional[dict[str, Any]] = None) -> dict[str, Any]:
-    """The table for a node, in the order of 1.0.x: the old one's unknown keys stay."""
+    """Return the table for a node, in the order of 1.0.x: the old one's unknown keys stay."""
     names = ("name", "registry_id", "repository", "version", "branch", "download_url", "source", "dependency_sources")
     ours = {name: getattr(info, name) for name in names if getattr(info, name)}
     return {**ours, **{key: value for key, value in (old or {}).items() if key not in names}}
-
-
-def group_name(info: NodeInfo) -> str:
-    """The dependency group of a node, as 1.0.x names it: its name and 8 hex digits of where it comes from."""
-    import hashlib
-
-    origin = info.repository or info.registry_id or info.name
-    plain = re.sub(r"[^a-z0-9]+", "-", info.name.lower()).strip("-") or "node"
-    return f"{plain}-{hashlib.sha256(origin.encode()).hexdigest()[:8]}"
 
 
 @dataclass
@@ -3866,33 +3787,29 @@ class Manifest:
         self.nodes = {key: info_from_table(key, table) for key, table in self.tables.items()}
 
     def text(self, name: str) -> Optional[str]:
-        """A setting that is a text, neither empty nor with a NUL, which no path may hold; else None."""
+        """Return a setting that is a text, neither empty nor with a NUL, which no path may hold; else None."""
         value = self.settings.get(name)
         return value if isinstance(value, str) and value and "\0" not in value else None
 
     def group_name(self, info: NodeInfo) -> str:
-        """The name of a node's dependency group: the one that is there (its last 8 hex digits tell), else a new one."""
-        new = group_name(info)
-        return next((name for name in self.groups if name.endswith(new[-9:])), new)
+        """Return the name of a node's dependency group, as 1.0.x makes it: its name and 8 hex digits of its origin.
+
+        A group that is there already counts, whatever it begins with.
+        """
+        import hashlib
+
+        digest = hashlib.sha256((info.repository or info.registry_id or info.name).encode()).hexdigest()[:8]
+        plain = re.sub(r"[^a-z0-9]+", "-", info.name.lower()).strip("-") or "node"
+        return next((name for name in self.groups if name.endswith(f"-{digest}")), f"{plain}-{digest}")
 
     def requirements(self, info: NodeInfo) -> list[str]:
-        """The requirements recorded for a node."""
-        return self.group(self.group_name(info))
-
-    def group(self, name: str) -> list[str]:
-        """The requirements in a dependency group; none when it is not there."""
-        lines = self.groups.get(name)
+        """Return the requirements recorded for a node."""
+        lines = self.groups.get(self.group_name(info))
         return [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
-
-    def entry(self, key: str) -> Optional[dict[str, Any]]:
-        """All that the manifest says of a node: {"table": ..., "requirements": [...]}, or None."""
-        if key not in self.tables:
-            return None
-        return {"table": self.tables[key], "requirements": self.requirements(self.nodes[key])}
 
 
 def manifest_from(data: dict[str, Any]) -> Manifest:
-    """The parts of a parsed pyproject.toml that are ours."""
+    """Return the parts of a parsed pyproject.toml that are ours."""
     tool = data.get("tool")
     settings: Any = tool.get("comfydock") if isinstance(tool, dict) else {}
     return Manifest(settings, data.get("dependency-groups", {}))
@@ -3979,7 +3896,7 @@ class Draft:
             raise self.unchangeable() from None
 
     def unchangeable(self) -> CDEnvironmentError:
-        """The error for a text that no edit gets right."""
+        """Return the error for a text that no edit gets right."""
         return CDEnvironmentError(
             f"{self.path} is laid out in a way that cannot be changed piece by piece",
             "write each node as its own table [tool.comfydock.nodes.NAME]",
@@ -3988,60 +3905,46 @@ class Draft:
 
     def save(self) -> None:
         """Write it to its real path, once it is sure that it says what is expected and nothing else."""
-        if plain_data(parse_toml(self.text, self.path, self.python)) != plain_data(self.data):
+        try:
+            is_meant = without_empty(parse_toml(self.text, self.path, self.python)) == without_empty(self.data)
+        except CDEnvironmentError:
+            is_meant = False
+        if not is_meant:
             raise self.unchangeable()
         real = os.path.realpath(self.path) if is_link(self.path) else self.path
         write_atomic(real, self.text.encode(), os.stat(real).st_mode & 0o777)
 
 
-def plain_data(data: dict[str, Any]) -> str:
-    """Data as one text that can be compared, whether it came through JSON or not; empty tables mean nothing."""
-
-    def without_empty(table: dict[str, Any]) -> dict[str, Any]:
-        inner = {key: without_empty(value) if isinstance(value, dict) else value for key, value in table.items()}
-        return {key: value for key, value in inner.items() if value != {}}
-
-    return json.dumps(without_empty(data), sort_keys=True, default=str)
+def without_empty(table: dict[str, Any]) -> dict[str, Any]:
+    """Return the data without empty tables, which mean nothing."""
+    inner = {key: without_empty(value) if isinstance(value, dict) else value for key, value in table.items()}
+    return {key: value for key, value in inner.items() if value != {}}
 
 
-def with_values_of(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The new table, with the old one's values where they mean the same: JSON has made texts of dates."""
-
-    def same(key: str) -> bool:
-        return key in old and json.dumps(old[key], default=str) == json.dumps(new[key], default=str)
-
-    return {key: old[key] if same(key) else value for key, value in new.items()}
-
-
-def change_nodes(
-    paths: EnvironmentPaths, entries: dict[str, Optional[dict[str, Any]]], python: Optional[str] = None
+def change_node(
+    paths: EnvironmentPaths, key: str, info: Optional[NodeInfo], needs: list[str], python: Optional[str] = None
 ) -> None:
-    """Write what the manifest says of some nodes; every other byte stays. The content lock is held.
+    """Write what the manifest says of a node, and its requirements; every other byte stays. The content lock is held.
 
-    `entries` has by key what Manifest.entry gives, or None to take the node out; `python` is for parse_toml. Raises
-    CDEnvironmentError (code "manifest"); the file is then as it was.
+    None as `info` takes the node out; `python` is for parse_toml. Raises CDEnvironmentError (code "manifest"); the file
+    is then as it was.
     """
     draft = Draft(paths, python)
-    for key, entry in entries.items():
-        manifest = manifest_from(draft.data)
-        old = manifest.entry(key)
-        if old and entry:
-            entry = {**entry, "table": with_values_of(old["table"], entry["table"])}
-        groups: dict[str, Any] = {}
-        if old:
-            groups[manifest.group_name(info_from_table(key, old["table"]))] = None
-        if entry:
-            groups[manifest.group_name(info_from_table(key, entry["table"]))] = entry["requirements"] or None
-        for group, lines in groups.items():
-            if lines is None or lines != manifest.group(group):
-                draft.change(with_pair, ("dependency-groups", group), lines)
-        if not old or not entry or old["table"] != entry["table"]:
-            draft.change(with_table, ("tool", "comfydock", "nodes", key), entry and entry["table"])
+    manifest = manifest_from(draft.data)
+    groups: dict[str, Any] = {manifest.group_name(manifest.nodes[key]): None} if key in manifest.nodes else {}
+    if info:
+        groups[manifest.group_name(info)] = needs or None
+    for group, lines in groups.items():
+        if lines != manifest.groups.get(group):
+            draft.change(with_pair, ("dependency-groups", group), lines)
+    table = table_from_info(info, manifest.tables.get(key)) if info else None
+    if table != manifest.tables.get(key):
+        draft.change(with_table, ("tool", "comfydock", "nodes", key), table)
     draft.save()
 
 
 def change_settings(paths: EnvironmentPaths, settings: dict[str, Any], python: Optional[str] = None) -> None:
-    """Write settings of [tool.comfydock], None removes one; every other byte stays. Raises as change_nodes does."""
+    """Write settings of [tool.comfydock], None removes one; every other byte stays. Raises as change_node does."""
     draft = Draft(paths, python)
     for name, value in settings.items():
         draft.change(with_pair, ("tool", "comfydock", name), value)
@@ -4550,6 +4453,7 @@ class RegistrySource:
     """The Comfy Registry: `ID` or `ID@VERSION` at api.comfy.org, or where COMFYDOCK_REGISTRY_URL says."""
 
     name = "registry"
+    lists = (TRACKING, NODE_RECORD)  # files that tell of the others; an archive's own count for nothing
 
     def find(self, identifier: str, tell: Progress) -> NodeInfo:
         """The node and the version to install, named as the registry spells it; says what speaks against it.
@@ -4610,7 +4514,7 @@ class RegistrySource:
             tell(f"warning: {what} is deprecated by its author")
 
     def fetch(self, info: NodeInfo, folder: str, tell: Progress) -> NodeInfo:
-        """Download and unpack into a new folder, with a record of the files beside them."""
+        """Download and unpack into a new folder, with the list of its files by which ComfyUI-Manager knows it."""
         identity = info.registry_id or info.name
         question = f"/nodes/{identity.lower()}/install?version={info.version}"
         url = info.download_url or self.ask(question, identity).get("downloadUrl")
@@ -4618,43 +4522,44 @@ class RegistrySource:
             hint = ("node", "add", info.repository) if info.repository else ""
             message = f"the registry has no archive of {identity} {info.version}"
             raise CDEnvironmentError(message, hint, "not-found")
-        files = unpack_from(str(url), folder, tell=tell)
-        ours = (NODE_RECORD, ".tracking")
-        digests = {name: file_digest(os.path.join(folder, name)) for name in files if name not in ours}
-        record = {"version": info.version, "files": digests}
-        write_atomic(os.path.join(folder, NODE_RECORD), json.dumps(record).encode(), 0o644)
-        write_atomic(os.path.join(folder, ".tracking"), "\n".join(files).encode(), 0o644)  # ComfyUI-Manager's list
+        files = [name for name in unpack_from(str(url), folder, tell=tell) if name not in self.lists]
+        write_atomic(os.path.join(folder, TRACKING), "\n".join(files).encode(), 0o644)
         return info
 
     def newest(self, info: NodeInfo, tell: Progress) -> NodeInfo:
-        """The newest version, or the node as it is when there is none above it."""
+        """Return the newest version, or the node as it is when there is none above it."""
         found = self.find(info.registry_id or info.name, tell)
         return found if version_key(found.version or "") > version_key(info.version or "") else info
 
     def version_in(self, folder: str) -> Optional[str]:
-        """The version that a folder holds, as its pyproject.toml says; read without a TOML reader, for `status`."""
+        """Return the version that a folder holds, as its pyproject.toml says; no TOML reader, for `status`."""
         path = os.path.join(folder, "pyproject.toml")
         pattern = r"""^[ \t]*\[project\]((?!^[ \t]*\[).)*?^[ \t]*version[ \t]*=[ \t]*["']([^"']+)["']"""
         found = re.search(pattern, read_any_text(path), re.M | re.S) if os.path.isfile(path) else None
         return found.group(2) if found else None
 
-    def recorded(self, folder: str) -> Optional[dict[str, str]]:
-        """The digests of the files that came with the node; None when nobody wrote them down."""
-        files = read_json(os.path.join(folder, NODE_RECORD)).get("files")
-        return files if isinstance(files, dict) else None
+    def digests(self, folder: str) -> dict[str, str]:
+        """Return the digests of the files that came with a node that was just fetched."""
+        paths = {name: os.path.join(folder, name) for name in self.tracked(folder)}
+        return {name: file_digest(path) for name, path in paths.items() if is_file(path)}
 
-    def changes(self, folder: str, info: NodeInfo) -> Optional[list[str]]:
-        """Files that are no longer as they were unpacked; None when nobody can tell."""
-        recorded = self.recorded(folder)
-        if recorded is None:
+    def tracked(self, folder: str) -> list[str]:
+        """Return the files that the node's archive had, as the folder lists them; it may list anything."""
+        path = os.path.join(folder, TRACKING)
+        return read_any_text(path).splitlines() if is_file(path) and not is_link(path) else []
+
+    def changes(self, folder: str, record: dict[str, Any]) -> Optional[list[str]]:
+        """Return the files that are no longer as they were unpacked; None when nobody can tell."""
+        digests = record.get("files")
+        if not isinstance(digests, dict):
             return None
-        paths = {name: os.path.join(folder, name) for name in recorded}
-        same = {name for name, path in paths.items() if is_file(path) and file_digest(path) == recorded[name]}
-        return [name for name in recorded if name not in same]
+        paths = {name: os.path.join(folder, name) for name in digests}
+        return [name for name, path in paths.items() if not is_file(path) or file_digest(path) != digests[name]]
 
-    def files(self, folder: str) -> set[str]:
-        """The files that came with the node; others are the user's."""
-        return {NODE_RECORD, ".tracking", *(self.recorded(folder) or ())}
+    def files(self, folder: str, record: dict[str, Any]) -> Optional[set[str]]:
+        """Return the files that came with the node, others are the user's; None when nobody can tell."""
+        known = record.get("files") or self.tracked(folder)
+        return {*self.lists, *known} if known else None
 
 
 class GitSource:
@@ -4697,20 +4602,21 @@ class GitSource:
         """The commit that a folder is at."""
         return git_answer(["rev-parse", "HEAD"], folder)
 
-    def changes(self, folder: str, info: NodeInfo) -> Optional[list[str]]:
-        """Changed files, and commits or stashes that no other repository has; None when git cannot tell."""
+    def changes(self, folder: str, record: dict[str, Any]) -> Optional[list[str]]:
+        """Return changed files, and commits or stashes that no other repository has; None when git cannot tell."""
         status = git_answer(["status", "--porcelain", "--untracked-files=no"], folder)
         if status is None:
             return None
-        known = [f"^{info.version}"] if info.version and info.version == self.version_in(folder) else []
+        known = [f"^{record['version']}"] if record.get("version") == self.version_in(folder) else []
         words = ["rev-list", "--max-count=9", "HEAD", "--branches", *known, "--not", "--remotes", "--tags"]
         commits = (git_answer(words, folder) or "").split()
         stashes = (git_answer(["stash", "list"], folder) or "").splitlines()
         return [line[2:].strip() for line in status.splitlines()] + [f"commit {one[:8]}" for one in commits] + stashes
 
-    def files(self, folder: str) -> set[str]:
-        """The files that git has; others are the user's."""
-        return set((git_answer(["ls-files", "-z", "--recurse-submodules"], folder) or "").split("\0")) | {".git"}
+    def files(self, folder: str, record: dict[str, Any]) -> Optional[set[str]]:
+        """Return the files that git has, others are the user's; None when git cannot tell."""
+        listed = git_answer(["ls-files", "-z", "--recurse-submodules"], folder)
+        return None if listed is None else {".git", *listed.split("\0")}
 
 
 def is_local(url: str) -> bool:
@@ -4756,6 +4662,11 @@ class DevelopmentSource:
         remote = remote_of(self.disabled or self.place)
         return NodeInfo(name=name, repository=remote, version="dev", source=self.name)
 
+    def place_in(self, folder: str) -> str:
+        """Return where the node lies in custom_nodes already, of which `folder` is its place; empty when nowhere."""
+        is_there = not self.place or os.path.isdir(folder) and os.path.samefile(self.place, folder)
+        return folder if is_there else self.disabled
+
     def fetch(self, info: NodeInfo, folder: str, tell: Progress) -> NodeInfo:
         """Link to the folder that was found."""
         link_folder(self.place, folder)
@@ -4773,75 +4684,40 @@ def pick_source(identifier: str) -> Any:
     return GitSource() if re.match(f"{path}|{address}", identifier) else RegistrySource()
 
 
-# Changing nodes: each change is all or nothing. What it will do is written down (journal.json in a staging folder)
-# before the first effect; the write of the manifest is the moment it holds. Whoever comes next after a kill finds the
-# journal, and takes the change back, or, when the manifest already has it, only tidies up.
+# Changing nodes: what is fetched lies in custom_nodes/.comfydock.disabled/FOLDER/new, the folder that it replaces in
+# .../old; renames put them in place, and the write of the manifest is the moment from which a change holds. After a
+# kill that layout is all that counts: an `old` goes back where its place is empty and our manifest names it.
 
 
 class NodeChange:
-    """One change of nodes, in a staging folder: `new` is what the node is fetched to, `old` holds the former one.
+    """One change of a node: `place` is for its folder, `new` where it is fetched to, `old` where the former one waits.
 
-    Written down are `before` and `after`, manifest entries by key, None where there is none; `moves`, the renames in
-    their order; `keeps`, former folders that go to the shelf instead of being deleted once the change holds, as they
-    hold somebody's work; `packages`, what was installed before, None when none are touched.
+    `former` is where that is now, which may be spelled otherwise; `undo` takes back what was done; `keeps` tells that
+    `old` holds somebody's work, which goes to the shelf; `goal` is what the manifest is to have of the node.
     """
 
-    WRITTEN = ("before", "after", "moves", "keeps", "packages")
+    def __init__(self, place: str, former: str = "", undo: Any = None) -> None:
+        self.place, self.former, self.undo = place, former, undo
+        self.folder = os.path.join(os.path.dirname(place), STAGING, os.path.basename(place))
+        self.new, self.old = os.path.join(self.folder, "new"), os.path.join(self.folder, "old")
+        self.keeps = False
+        self.goal: Optional[tuple[Optional[NodeInfo]]] = None
 
-    def __init__(self, folder: str) -> None:
-        self.folder, self.journal = folder, os.path.join(folder, "journal.json")
-        self.new, self.old = os.path.join(folder, "new"), os.path.join(folder, "old")
-        self.before: dict[str, Any] = {}
-        self.after: dict[str, Any] = {}
-        self.moves: list[list[str]] = []
-        self.keeps: list[str] = []
-        self.packages: Optional[list[str]] = None
+    def move(self, source: str, target: str) -> None:
+        """Rename, so that it is taken back with the change."""
+        refuse_existing(target)
+        self.undo.callback(self.move_back, source, target)
+        move(source, target, self.folder)
 
-    def write_down(self) -> None:
-        """From here on the change has effects."""
-        write_atomic(self.journal, json.dumps({name: getattr(self, name) for name in self.WRITTEN}).encode())
-
-    def read(self) -> bool:
-        """Load what was written down; False when the change never came that far."""
-        try:
-            data = read_small(self.journal, 16 * MEGABYTE)
-            if data is None:
-                return False
-            written = json.loads(data)
-            self.__dict__.update({name: written[name] for name in self.WRITTEN})
-            return True
-        except (OSError, ValueError, TypeError, KeyError) as error:  # not to be tidied away: `old` may hold a node
-            hint = f"look into {self.folder}, then remove it"
-            raise CDEnvironmentError(f"{self.journal} cannot be read: {error}", hint) from None
-
-    def holds(self, manifest: Manifest) -> bool:
-        """Whether the manifest has what this change was to bring."""
-        return self.before != self.after and all(manifest.entry(key) == entry for key, entry in self.after.items())
-
-    def do_moves(self) -> None:
-        """All renames."""
-        for source, target in self.moves:
-            move(source, target, self.folder)
-
-    def undo_moves(self) -> None:
-        """Those moves that happened, backwards. One happened when its target is there and nothing of its source is."""
-        for source, target in reversed(self.moves):
-            finish_move(source)
-            finish_move(target)  # of an undo that was killed
-            if os.path.lexists(target):
-                remove_empty(source)
-                if not os.path.lexists(source):
-                    move(target, source, self.folder)
-
-    def tidy(self) -> None:
-        """Remove the staging folder, the journal first: without one there is nothing to take back."""
-        remove_file(self.journal)
-        remove_tree(self.folder)
-        remove_empty(os.path.dirname(self.folder))
+    def move_back(self, source: str, target: str) -> None:
+        """Take a rename back, if it happened; across disks, a part of the source may be left."""
+        if os.path.lexists(target):
+            remove_tree(source)
+            move(target, source, self.folder)
 
 
 def left_alone(info: NodeInfo, message: str) -> UpdateResult:
-    """The result of an update that was not needed, or not wanted."""
+    """Return the result of an update that was not needed, or not wanted."""
     return UpdateResult(info.name, info.source, message=message, old_version=info.version, new_version=info.version)
 
 
@@ -4852,16 +4728,21 @@ class NodeManager:
     and either do all they say or leave directory, manifest and packages as they were.
     """
 
-    def __init__(self, paths: EnvironmentPaths, python: Optional[str], tell: Progress) -> None:
-        """`python` is the environment's interpreter, None when it has none yet: then no packages are installed."""
-        self.paths, self.python, self.tell = paths, python, tell
+    def __init__(
+        self, paths: EnvironmentPaths, python: Optional[str], tell: Progress, known: Optional[Manifest] = None
+    ) -> None:
+        """Take the environment's interpreter, None when it has none yet: then no packages are installed.
+
+        `known` is its manifest where it has just been read; what changes something reads it again.
+        """
+        self.paths, self.python, self.tell, self.known = paths, python, tell, known
 
     # What is there
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest as it is now."""
-        return read_manifest(self.paths, self.python)
+        """The manifest: the known one, else as it is now."""
+        return self.known or read_manifest(self.paths, self.python)
 
     @property
     def comfyui(self) -> str:
@@ -4874,7 +4755,7 @@ class NodeManager:
         return custom_nodes_of(self.comfyui)
 
     def folder_of(self, info: NodeInfo) -> str:
-        """A node's folder. Raises CDEnvironmentError (code "name") when its name is none.
+        """Return a node's folder. Raises CDEnvironmentError (code "name") when its name is none.
 
         The case of letters does not count: on Windows and macOS the two would be one.
         """
@@ -4883,29 +4764,30 @@ class NodeManager:
         return os.path.join(self.custom_nodes, same[0] if same else info.name)
 
     def source_of(self, info: NodeInfo) -> Any:
-        """The source of a node in the manifest; None for one found at adoption or of an unknown kind."""
+        """Return the source of a node in the manifest; None for one found at adoption or of an unknown kind."""
         sources = (RegistrySource(), GitSource(), DevelopmentSource(self.custom_nodes))
         return next((source for source in sources if source.name == info.source), None)
 
     def list_nodes(self) -> dict[str, NodeInfo]:
-        """The nodes in the manifest by key."""
+        """Return the nodes in the manifest by key."""
         return self.manifest.nodes
 
     def find_node(self, identifier: str) -> tuple[str, NodeInfo]:
-        """The key and node that an identifier means: key, name or registry id in any case, or its repository.
+        """Return key and node that an identifier means: key, name or registry id in any case, or its repository.
 
         Raises CDEnvironmentError (code "not-found") when it means none.
         """
         nodes, wanted = self.list_nodes(), identifier.casefold()
-        names = {key: (key, info.name, info.registry_id or key) for key, info in nodes.items()}
-        meant = [key for key in nodes if wanted in [name.casefold() for name in names[key]]]
-        meant += [key for key, info in nodes.items() if same_repository(identifier, info.repository)]
-        if meant:
-            return meant[0], nodes[meant[0]]
+        for key, info in nodes.items():
+            if wanted in [name.casefold() for name in (key, info.name, info.registry_id or key)]:
+                return key, info
+        for key, info in nodes.items():
+            if same_repository(identifier, info.repository):
+                return key, info
         raise CDEnvironmentError(f"no node {identifier!r} in the manifest", ("node", "list"), "not-found")
 
     def folders(self) -> list[str]:
-        """Names of the folders in custom_nodes that ComfyUI loads and that are no tool's own."""
+        """Return the names of the folders in custom_nodes that ComfyUI loads and that are no tool's own."""
         try:
             with os.scandir(self.custom_nodes) as entries:
                 names = sorted(entry.name for entry in entries if entry.is_dir())
@@ -4915,39 +4797,31 @@ class NodeManager:
         return [name for name in ours if not has_control(name)]  # no manifest can hold such a name
 
     def disabled(self) -> set[str]:
-        """Names, case folded, of disabled nodes: NAME.disabled, or by ComfyUI-Manager .disabled/NAME[@VERSION]."""
+        """Return names, case folded, of disabled nodes: NAME.disabled, or the Manager's .disabled/NAME[@VERSION]."""
         found: set[str] = set()
         for folder, end in ((self.custom_nodes, ".disabled"), (os.path.join(self.custom_nodes, ".disabled"), "")):
-            try:
-                names = [name for name in os.listdir(folder) if name.endswith(end)]
-            except OSError:
-                continue
-            found.update(name.removesuffix(".disabled").partition("@")[0].casefold() for name in names)
+            with suppress(OSError):
+                names = [name.removesuffix(".disabled") for name in os.listdir(folder) if name.endswith(end)]
+                found.update(name.partition("@")[0].casefold() for name in names)
         return found
 
     def compare(self) -> EnvironmentComparison:
-        """How custom_nodes differs from the manifest. Changes nothing."""
-        manifest, folders = self.manifest, self.folders()
+        """Return how custom_nodes differs from the manifest. Changes nothing."""
+        manifest, folders, away = self.manifest, self.folders(), self.disabled()
         there = {name.casefold() for name in folders}
-        away = self.disabled()
-        tracked = {info.name.casefold() for info in manifest.nodes.values()}
+        tracked = {info.name.casefold(): info for info in manifest.nodes.values()}
         found = {name.casefold() for name in manifest.found_nodes}
         extra = [name for name in folders if name.casefold() not in tracked]
-        present = [info for info in manifest.nodes.values() if info.name.casefold() in there]
         return EnvironmentComparison(
-            missing_nodes=[
-                info.name
-                for info in manifest.nodes.values()
-                if info not in present and info.name.casefold() not in away
-            ],
+            missing_nodes=[info.name for name, info in tracked.items() if name not in there | away],
             extra_nodes=[name for name in extra if name.casefold() not in found],
             found_nodes=[name for name in extra if name.casefold() in found],
-            version_mismatches=[wrong for info in present for wrong in self.mismatch(info)],
+            version_mismatches=[wrong for name in tracked if name in there for wrong in self.mismatch(tracked[name])],
             interrupted=0 if is_held(self.paths.content_lock) else len(self.interrupted()),  # else one is at work
         )
 
     def mismatch(self, info: NodeInfo) -> list[dict[str, str]]:
-        """What 1.0.x calls a version mismatch: none or one. Git nodes are compared only when a commit is recorded."""
+        """Return what 1.0.x calls a version mismatch: none or one. Git nodes count when a commit is recorded."""
         source = self.source_of(info)
         if source is None or info.source == "development" or not info.version:
             return []
@@ -4972,9 +4846,7 @@ class NodeManager:
         with self.changing(f"add {identifier}"):
             source = DevelopmentSource(self.custom_nodes) if is_development else pick_source(identifier)
             key, info = self.tracked_as(source.find(identifier, self.tell), identifier, force)
-            with self.change() as change:
-                info = self.prepare(change, key, info, source, force)
-                self.put_in_place(change, key, info, no_test)
+            info = self.put(key, info, source, no_test, force)
         return NodeOperationResult(info, True, "Node added - ComfyUI needs to load new node classes")
 
     def remove_node(self, identifier: str) -> NodeRemovalResult:
@@ -4984,15 +4856,14 @@ class NodeManager:
         """
         with self.changing(f"remove {identifier}"):
             key, info = self.find_node(identifier)
-            folder, action = self.folder_of(info), "none"
-            with self.change() as change:
-                if os.path.lexists(folder):
-                    self.prepare_replacing(change, info, folder, force=True)
-                    action = "disabled" if info.source == "development" else "moved" if change.keeps else "deleted"
-                change.before[key], change.after[key] = self.manifest.entry(key), None
-                change.write_down()
-                change.do_moves()
-                change_nodes(self.paths, change.after, self.python)
+            action = "none"
+            with self.change(key, info) as change:
+                if os.path.lexists(change.former):
+                    change.keeps = self.changes_in(change, key, force=True) != []
+                    action = self.make_room(change, info)
+                change.goal = (None,)
+                change_node(self.paths, key, None, [], self.python)
+            self.without_failing(remove_file, self.record_path(info))
         return NodeRemovalResult(identifier, info.name, info.source, action)
 
     def update_node(
@@ -5021,23 +4892,14 @@ class NodeManager:
                 return left_alone(info, f"{info.name} was left as it is")
         elif info.source != "development":
             return left_alone(info, f"{info.name} is at its newest version")
-        return self.replace_node(key, info, newest, source, no_test, force)
-
-    def replace_node(
-        self, key: str, info: NodeInfo, newest: NodeInfo, source: Any, no_test: bool, force: bool
-    ) -> UpdateResult:
-        """The part of update_node that changes something: the version that was looked up goes where the old one is."""
         with self.changing(f"update {info.name}"):
-            old = self.manifest.entry(key)
-            if old is None or old["table"].get("version") != info.version:
+            now = self.list_nodes().get(key)
+            if now is None or now.version != info.version:
                 message = f"node '{info.name}' was changed by another command meanwhile"
                 raise CDEnvironmentError(message, ("node", "update", key))
-            before, needed = old["requirements"], self.entry(self.folder_of(info), info)["requirements"]
-            if newest.version != info.version or needed != before:
-                with self.change() as change:
-                    if info.source != "development":
-                        newest = self.prepare(change, key, newest, source, force)
-                    self.put_in_place(change, key, newest, no_test)
+            before = self.manifest.requirements(info)
+            if newest.version != info.version or self.needs_in(self.folder_of(info)) != before:
+                newest = self.put(key, newest, source, no_test, force)
             after = self.manifest.requirements(newest)
         changed = info.version != newest.version or before != after
         return UpdateResult(
@@ -5079,8 +4941,7 @@ class NodeManager:
             report.problems.append(f"{lost}, or: node remove {quote(name)}")
             return
         try:
-            with self.change() as change:
-                self.put_in_place(change, key, self.prepare(change, key, info, source, force=False), no_test=False)
+            self.put(key, info, source)
             done.append(name)
         except CDEnvironmentError as error:
             report.problems.append(f"{name}: {error.message}")
@@ -5099,11 +4960,11 @@ class NodeManager:
             if key in self.list_nodes():
                 hint = ("node", "remove", key)
                 raise CDNodeConflictError(f"the manifest has another {key}", hint, "conflict")
-            change_nodes(self.paths, {key: self.entry(folder, info)}, self.python)
+            change_node(self.paths, key, info, self.needs_in(folder), self.python)
         return info
 
     def recognised(self, folder: str, name: str) -> NodeInfo:
-        """What kind of node a folder holds."""
+        """Return what kind of node a folder holds."""
         check_node_name(name)
         remote = remote_of(folder)
         if remote:
@@ -5112,7 +4973,7 @@ class NodeManager:
             branch = None if usual == f"origin/{branch}" else branch
             return NodeInfo(name, repository=remote, version=version, source="git", branch=branch)
         identity = project_table(folder, self.python).get("name")
-        if os.path.isfile(os.path.join(folder, ".tracking")) and isinstance(identity, str):
+        if os.path.isfile(os.path.join(folder, TRACKING)) and isinstance(identity, str):
             return NodeInfo(name, identity, version=RegistrySource().version_in(folder), source="registry")
         return NodeInfo(name, version="dev", source="development")
 
@@ -5122,67 +4983,75 @@ class NodeManager:
     def changing(self, purpose: str) -> Iterator[None]:
         """Hold the content lock, on ground that no killed command left half done."""
         with locked(self.paths.content_lock, 30.0, purpose):
+            self.known = None
             self.take_back_interrupted()
             yield
 
     def interrupted(self) -> list[str]:
-        """Staging folders; while the content lock is free, each is of a command that was killed."""
-        staging = os.path.join(self.custom_nodes, STAGING)
-        return [os.path.join(staging, name) for name in sorted(os.listdir(staging))] if os.path.isdir(staging) else []
+        """Return the names of nodes that a killed command left in the staging folder, their places being empty."""
+        staged, there = os.path.join(self.custom_nodes, STAGING), {name.casefold() for name in self.folders()}
+        names = [] if is_link(staged) else [info.name for info in self.list_nodes().values()]
+        return [name for name in names if name.casefold() not in there and os.path.lexists(f"{staged}/{name}/old")]
 
     def take_back_interrupted(self) -> None:
-        """Undo what killed commands left half done; the lock is held."""
-        for folder in self.interrupted():
-            change = NodeChange(folder)
-            if change.read() and change.holds(self.manifest):
-                self.finish(change)
-                continue
-            if os.path.exists(change.journal):
-                self.tell("a node change that was broken off is taken back")
-            self.undo(change)
-        remove_empty(os.path.join(self.custom_nodes, STAGING))
-        for name in self.folders():
-            finish_move(os.path.join(self.custom_nodes, name))
+        """Undo what killed commands left half done, and tidy up after them; the lock is held."""
+        for name in self.interrupted():
+            self.tell(f"a node change that was broken off is taken back: {name}")
+            change = NodeChange(os.path.join(self.custom_nodes, name))
+            move(change.old, change.place, change.folder)
+        record = read_json(self.paths.packages)
+        if record:
+            node = self.list_nodes().get(str(record.get("key")))
+            if self.python and (node is None or vars(node) != record.get("node")):
+                with self.scratch() as scratch:
+                    Packages(self.python, scratch, record.get("before")).put_back(self.tell)
+            remove_file(self.paths.packages)
+        staged = os.path.join(self.custom_nodes, STAGING)
+        for name in os.listdir(staged) if os.path.isdir(staged) and not is_link(staged) else []:
+            with suppress(CDEnvironmentError, OSError):  # it was told when it happened
+                self.tidy(NodeChange(os.path.join(self.custom_nodes, name)))
 
     @contextmanager
-    def change(self) -> Iterator[NodeChange]:
-        """A staging folder for one change, which is taken back when anything goes wrong."""
-        if not os.path.isdir(self.comfyui):
+    def change(self, key: str, info: NodeInfo) -> Iterator[NodeChange]:
+        """Prepare a change of one node; it is taken back when anything goes wrong before the manifest has it."""
+        from contextlib import ExitStack
+
+        if not os.path.isdir(self.comfyui) or is_link(os.path.join(self.custom_nodes, STAGING)):
             raise CDEnvironmentError(f"ComfyUI is not at {self.comfyui}", ("repair",), "not-found")
-        change = NodeChange(os.path.join(self.custom_nodes, STAGING, os.urandom(8).hex()))
-        make_folder(change.old)
+        former, is_done = self.folder_of(info), False
+        change = NodeChange(os.path.join(self.custom_nodes, info.name), former, ExitStack())
+        make_folder(change.folder)
         try:
             yield change
-        except BaseException:  # Ctrl-C may come when the manifest was just replaced
-            (self.finish if self.has_come_true(change) else self.undo)(change)
-            raise
-        self.finish(change)
+            is_done = True
+        finally:
+            with suppress(CDEnvironmentError):  # Ctrl-C may come when the manifest was just replaced
+                is_done = is_done or (change.goal is not None and change.goal == (self.list_nodes().get(key),))
+            if not is_done:
+                self.without_failing(change.undo.close)
+            self.without_failing(remove_file, self.paths.packages)
+            self.without_failing(self.tidy, change, is_done and not change.keeps)
 
-    def has_come_true(self, change: NodeChange) -> bool:
-        """Whether the manifest has what a change was to bring; one that cannot be read has not."""
+    def tidy(self, change: NodeChange, is_disposable: bool = False) -> None:
+        """Remove a staging folder; the former node in it goes to the shelf when it is not disposable."""
+        if os.path.lexists(change.old) and is_disposable:
+            with suppress(CDEnvironmentError):  # somebody else's files in it: then as a whole to the shelf
+                remove_tree(change.old)
+        if os.path.lexists(change.old):
+            kept = move_aside(change.old, self.paths.removed, os.path.basename(change.place))
+            self.tell(f"the former {os.path.basename(change.place)} is kept: {kept}")
+        remove_tree(change.folder)
+        remove_empty(os.path.dirname(change.folder))
+
+    def without_failing(self, action: Callable[..., object], *words: Any) -> None:
+        """Do what must not keep a command from its end: what goes wrong is told."""
         try:
-            return change.holds(self.manifest)
-        except CDEnvironmentError:
-            return False
-
-    def undo(self, change: NodeChange) -> None:
-        """Put folders and packages back; the manifest was not written yet."""
-        if os.path.exists(change.journal):
-            change.undo_moves()
-            if self.python and change.packages is not None:
-                Packages(self.python, change.folder, change.packages).put_back(self.tell)
-        change.tidy()
-
-    def finish(self, change: NodeChange) -> None:
-        """The change holds: what it replaced goes, to the shelf when it holds somebody's work."""
-        for folder in change.keeps:
-            finish_move(folder)
-            if os.path.lexists(folder):
-                self.tell(f"the former {os.path.basename(folder)} is kept: {move_aside(folder, self.paths.removed)}")
-        change.tidy()
+            action(*words)
+        except (CDEnvironmentError, OSError) as error:
+            self.tell(f"warning: {error}")
 
     def tracked_as(self, info: NodeInfo, identifier: str, force: bool) -> tuple[str, NodeInfo]:
-        """The key for a node that is to be added, and its NodeInfo in the folder of the tracked node it replaces.
+        """Return the key for a node that is to be added, and its NodeInfo in the folder of the one that it replaces.
 
         Raises CDNodeConflictError when what is there already is not to be replaced.
         """
@@ -5198,98 +5067,127 @@ class NodeManager:
             return key, info if info.source == "development" else info.altered(name=old.name)
         return info.registry_id or info.name, info
 
-    def prepare(self, change: NodeChange, key: str, info: NodeInfo, source: Any, force: bool) -> NodeInfo:
-        """Fetch a node into the staging folder and plan how it takes its place; nothing is moved yet."""
-        old, folder = self.list_nodes().get(key), self.folder_of(info)
-        if info.source == "development" and source.disabled:
-            change.moves.append([source.disabled, folder])
-            return info
-        if info.source == "development" and os.path.isdir(folder) and os.path.samefile(source.place, folder):
-            return info
-        carries = os.path.lexists(folder) and self.prepare_replacing(change, old, folder, force)
-        self.tell(f"fetching {info.name} {info.version or ''}".rstrip())
-        info = source.fetch(info, change.new, self.tell)
-        if carries and old and not is_link(change.new):
-            if not carry_over(folder, change.new, self.source_of(old).files(folder)):
-                change.keeps.append(os.path.join(change.old, os.path.basename(folder)))
-        change.moves.append([change.new, os.path.join(self.custom_nodes, info.name)])
+    def put(self, key: str, info: NodeInfo, source: Any, no_test: bool = False, force: bool = False) -> NodeInfo:
+        """Fetch a node, install what it needs, put it in its place, and record it: all or nothing."""
+        old = self.list_nodes().get(key)
+        with self.change(key, info) as change:
+            fetched = source.place_in(change.former) if info.source == "development" else ""
+            if not fetched:
+                fetched, former = change.new, os.path.lexists(change.former)
+                change.keeps = former and self.changes_in(change, key, force) != []
+                self.tell(f"fetching {info.name} {info.version or ''}".rstrip())
+                info = source.fetch(info, change.new, self.tell)
+                if former:
+                    self.carry_over(change, old, force)
+            needs = self.needs_in(fetched)
+            change.goal = (info,) if info != old else None
+            packages = self.install_needs(change, key, info, fetched, no_test)
+            place = change.former if fetched == change.former else change.place
+            if fetched != place:
+                if os.path.lexists(change.former):
+                    self.make_room(change, old)
+                change.move(fetched, place)
+            if packages and os.path.isfile(os.path.join(place, "install.py")):
+                self.tell(f"running install.py of {info.name}")
+                packages.run_install_script(place, self.comfyui, self.tell)
+            if info != old or needs != self.manifest.requirements(info):
+                change_node(self.paths, key, info, needs, self.python)
+        self.without_failing(self.record, info, place, source)
         return info
 
-    def prepare_replacing(self, change: NodeChange, old: Optional[NodeInfo], folder: str, force: bool) -> bool:
-        """Plan where the folder goes that a node is to replace; whether the user's files in it are known as such.
+    def changes_in(self, change: NodeChange, key: str, force: bool) -> Optional[list[str]]:
+        """Return what somebody changed in a folder that has to make room; None when nobody can tell.
 
-        Raises CDNodeConflictError when it has to stay. `keeps` gets what holds somebody's work, or may do so.
+        Raises CDNodeConflictError when it has to stay.
         """
-        name, former = os.path.basename(folder), os.path.join(change.old, os.path.basename(folder))
+        name, old = os.path.basename(change.former), self.list_nodes().get(key)
         if (old is None or old.name.casefold() != name.casefold()) and not force:
             message = f"custom_nodes has a folder {name} that the manifest does not know"
             hint = ["To track it: ", ("repair",), ". To move it aside: --force."]
             raise CDNodeConflictError(message, hint, "conflict")
-        if old is not None and old.source == "development":
-            change.moves += self.disabling_moves(change, folder)
-            return False
-        source = self.source_of(old) if old and not is_link(folder) else None
-        changes = source.changes(folder, old) if source else None
+        if old is None or is_link(change.former) or old.source == "development" or self.source_of(old) is None:
+            return None
+        changes: Optional[list[str]] = self.source_of(old).changes(change.former, self.recorded(old))
         if changes and not force:
             message = f"node '{name}' has local changes ({', '.join(changes[:3])})"
             raise CDNodeConflictError(message, "save them, or use --force (they are moved aside)", "local-changes")
-        change.moves.append([folder, former])
-        if changes is None or changes:
-            change.keeps.append(former)
-        return changes is not None
+        return changes
 
-    def disabling_moves(self, change: NodeChange, folder: str) -> list[list[str]]:
-        """The renames that disable a node; one that was disabled before gets the time into its name, as in 1.0.x.
+    def carry_over(self, change: NodeChange, old: Optional[NodeInfo], force: bool) -> None:
+        """Give the fetched node the files that the user put into the former one."""
+        source = self.source_of(old) if old and old.source != "development" and not is_link(change.former) else None
+        known = source.files(change.former, self.recorded(old)) if source else None
+        if known is None or is_link(change.new):
+            return
+        taken = carry_over(change.former, change.new, known)
+        if taken and not force:
+            message = f"the new {os.path.basename(change.place)} has files of its own in place of yours ({taken[0]})"
+            raise CDNodeConflictError(message, "save them, or use --force (they are moved aside)", "local-changes")
+        change.keeps = change.keeps or bool(taken)
 
-        A link that was disabled before goes: the folder it leads to is elsewhere.
+    def make_room(self, change: NodeChange, old: Optional[NodeInfo]) -> str:
+        """Move a folder from its place, a development node to NAME.disabled; tells what becomes of it.
+
+        One that was disabled before gets the time into its name, as in 1.0.x; a link goes, it leads elsewhere.
         """
-        disabled, moves = f"{folder}.disabled", []
-        if is_link(disabled):
-            moves.append([disabled, os.path.join(change.old, os.path.basename(disabled))])
-        elif os.path.lexists(disabled):
-            moves.append([disabled, f"{folder}.{time.time_ns() // 10**6}.disabled"])
-        return [*moves, [folder, disabled]]
+        if old is None or old.source != "development":
+            change.move(change.former, change.old)
+            return "moved" if change.keeps else "deleted"
+        disabled, change.keeps = f"{change.former}.disabled", False
+        if os.path.lexists(disabled):
+            aside = change.old if is_link(disabled) else f"{change.former}.{time.time_ns() // 10**6}.disabled"
+            change.move(disabled, aside)
+        change.move(change.former, disabled)
+        return "disabled"
 
-    def put_in_place(self, change: NodeChange, key: str, info: NodeInfo, no_test: bool) -> None:
-        """Carry out a planned change: try, write down, move, install, record."""
-        folder = os.path.join(self.custom_nodes, info.name) if change.moves else self.folder_of(info)
-        fetched = change.moves[-1][0] if change.moves else folder
-        change.before[key], change.after[key] = self.manifest.entry(key), self.entry(fetched, info, key)
-        packages = self.packages_for(change, fetched)
-        if packages and not no_test:
-            self.tell(f"trying the requirements of {info.name}")
-            packages.try_install(fetched)
-        change.write_down()
-        change.do_moves()
-        if packages:
-            self.tell(f"installing the requirements of {info.name}")
-            packages.install([folder], self.tell)
-            if os.path.isfile(os.path.join(folder, "install.py")):
-                self.tell(f"running install.py of {info.name}")
-                packages.run_install_script(folder, self.comfyui, self.tell)
-        if change.before != change.after:
-            change_nodes(self.paths, change.after, self.python)
-
-    def packages_for(self, change: NodeChange, folder: str) -> Optional[Packages]:
-        """The packages that a node's change touches; None when it needs none, or there is no Python to hold them."""
-        needs = node_requirements(folder, self.python).strip() or os.path.isfile(os.path.join(folder, "install.py"))
-        if needs and not self.python:
+    def install_needs(
+        self, change: NodeChange, key: str, info: NodeInfo, folder: str, no_test: bool
+    ) -> Optional[Packages]:
+        """Install what a fetched node needs; None when it needs nothing, or there is no Python to install it for."""
+        lines = node_requirements(folder, self.python).strip()
+        if not lines and not os.path.isfile(os.path.join(folder, "install.py")):
+            return None
+        if not self.python:
             self.tell("warning: this environment has no Python yet, so what the node needs is not installed")
-        if not needs or not self.python:
             return None
         packages = Packages(self.python, change.folder)
-        change.packages = packages.before
+        if not no_test:
+            self.tell(f"trying the requirements of {info.name}")
+            packages.try_install(folder)
+        if info != self.list_nodes().get(key):
+            record = {"key": key, "node": vars(info), "before": packages.before}
+            write_atomic(self.paths.packages, json.dumps(record).encode())
+        change.undo.callback(packages.put_back, self.tell)
+        self.tell(f"installing the requirements of {info.name}")
+        packages.install([folder], self.tell)
         return packages
 
-    def entry(self, folder: str, info: NodeInfo, key: str = "") -> dict[str, Any]:
-        """The manifest entry for a node in a folder."""
-        table = table_from_info(info, self.manifest.tables.get(key))
-        return {"table": table, "requirements": requirement_lines(node_requirements(folder, self.python))}
+    def needs_in(self, folder: str) -> list[str]:
+        """Return the requirements of the node in a folder that the manifest records."""
+        return requirement_lines(node_requirements(folder, self.python))
+
+    def record_path(self, info: NodeInfo) -> str:
+        """Return where it is written down what a node's files were when they were put there."""
+        return os.path.join(self.paths.nodes, f"{info.name}.json")
+
+    def record(self, info: NodeInfo, place: str, source: Any) -> None:
+        """Write down what was put in a place: the version, and of an archive's files the digests."""
+        make_folder(self.paths.nodes)
+        files = source.digests(place) if info.source == "registry" else None
+        write_atomic(self.record_path(info), json.dumps({"version": info.version, "files": files}).encode())
+
+    def recorded(self, info: Optional[NodeInfo]) -> dict[str, Any]:
+        """Return what was last put in a node's place, as far as that is what the manifest has."""
+        if info is None:
+            return {}
+        older = os.path.join(self.folder_of(info), NODE_RECORD)  # where versions before this one wrote it
+        record = read_json(self.record_path(info)) or read_json(older)
+        return record if record.get("version") == info.version else {}
 
     # Sync
 
     def requirement_folders(self) -> list[str]:
-        """Folders whose requirements are the environment's to install: of an adopted one, the nodes added by us."""
+        """Return folders whose requirements are the environment's to install: of an adopted one, nodes added by us."""
         own = [] if self.manifest.comfyui_path else [self.comfyui]
         nodes = [self.folder_of(info) for info in self.list_nodes().values() if self.source_of(info)]
         return [folder for folder in own + nodes if os.path.isdir(folder)]
@@ -5303,8 +5201,8 @@ class NodeManager:
         if not self.python or not folders:
             return True
         try:
-            with self.change() as change:
-                Packages(self.python, change.folder).install(folders, self.tell)
+            with self.scratch() as scratch:
+                Packages(self.python, scratch).install(folders, self.tell)
         except CDEnvironmentError as error:
             if error.code != "no-pip":
                 raise
@@ -5312,12 +5210,18 @@ class NodeManager:
             return False
         return True
 
+    def scratch(self) -> Any:
+        """Return a context with an empty folder for the files that pip is given."""
+        from tempfile import TemporaryDirectory
+
+        return TemporaryDirectory(prefix="comfydock-")
+
     def is_synced(self) -> bool:
-        """Whether nothing changed since the last bring_in_line that found no problem."""
+        """Tell whether nothing changed since the last sync that found no problem."""
         return bool(read_json(self.paths.stamp).get("stamp") == self.stamp())
 
     def stamp(self) -> str:
-        """All that bring_in_line depends on, as one text: a few dozen stat calls, no program is run."""
+        """Return all that sync depends on, as one text: a few dozen stat calls, no program is run."""
         names = ("requirements.txt", "pyproject.toml")
         watched = [os.path.join(folder, name) for folder in self.requirement_folders() for name in names]
         if self.python:
