@@ -4643,7 +4643,7 @@ def deadly(real):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **named)
     return call
-for name in ("write_atomic", "move", "remove_file", "remove_tree", "make_folder", "save", "unpack", "link_folder", "clone"):
+for name in ("write_atomic", "move", "remove_file", "remove_tree", "make_folder", "unpack_from", "link_folder", "clone"):
     setattr(dock, name, deadly(getattr(dock, name)))
 {body}
 """
