@@ -5587,10 +5587,7 @@ class Snapshot:
 
 
 def terminate(
-    process: Process,
-    timeout: float,
-    meanwhile: "Optional[Callable[[], bool]]" = None,
-    ignores_interrupt: bool = False,
+    process: Process, timeout: float, meanwhile: "Optional[Callable[[], bool]]" = None, ignores_interrupt: bool = False
 ) -> None:
     """End one process: interrupt, terminate 3 s before the deadline (or half-way), kill at `timeout` seconds.
 
@@ -5608,9 +5605,8 @@ def terminate(
         if wait_for_exit(process, patience, meanwhile if how != "kill" else None):
             return
         hurry = hurry or (how != "kill" and meanwhile is not None and meanwhile())
-    raise CDEnvironmentError(
-        f"PID {process.pid} did not end, not even when killed: the system holds it.", ("status",), "stuck"
-    )
+    message = f"PID {process.pid} did not end, not even when killed: the system holds it."
+    raise CDEnvironmentError(message, ("status",), "stuck")
 
 
 def end_all(processes: "list[Process]") -> None:
@@ -5653,11 +5649,8 @@ def signal_process_of(process: Process, how: str) -> bool:
     except PermissionError as refused:
         if how == "interrupt":
             return False
-        raise CDEnvironmentError(
-            f"PID {process.pid} ({process.name}) belongs to another user and was not stopped.",
-            "ask its owner, or try again as that user",
-            "permission",
-        ) from refused
+        message = f"PID {process.pid} ({process.name}) belongs to another user and was not stopped."
+        raise CDEnvironmentError(message, "ask its owner, or try again as that user", "permission") from refused
     return True
 
 
@@ -5685,18 +5678,16 @@ def comfyui_on_port(port: int) -> Process:
     """
     holders = port_holders(port)
     if not holders:
-        raise CDEnvironmentError(f"Nobody listens on port {port}, as far as this user may see.", ("list",), "stopped")
+        message = f"Nothing you can see is listening on port {port}."
+        raise CDEnvironmentError(message, ("list",), "stopped")
     for process in filter(lambda process: is_python(process.name), holders):
         told = config_told_by(arguments_of(process))  # its address, and whether by TLS
         argv = probe(ComfyUIConfig(told.host, port, told.tls), 2.0).argv or [""]
         if os.path.basename(argv[0]) == "main.py" and ends_with_words(process, argv):
             return process
     named = ", ".join(f"{process.name}, PID {process.pid}" for process in holders)
-    raise CDEnvironmentError(
-        f"Port {port} is held by {named}, which is not proved to be a ComfyUI; nothing was ended.",
-        ("list",),
-        "stranger",
-    )
+    message = f"Port {port} is held by {named}, which is not proved to be a ComfyUI; nothing was ended."
+    raise CDEnvironmentError(message, ("list",), "stranger")
 
 
 def arguments_of(process: Process) -> list[str]:
@@ -5755,15 +5746,12 @@ class Environment:
     """
 
     def __init__(
-        self,
-        name: str,
-        workspace_paths: WorkspacePaths,
-        taken_ports: "Optional[Callable[[], dict[int, str]]]" = None,
+        self, name: str, paths: WorkspacePaths, taken_ports: "Optional[Callable[[], dict[int, str]]]" = None
     ) -> None:
         self.name = name
-        self.workspace_paths = workspace_paths
-        self.paths = EnvironmentPaths(os.path.join(workspace_paths.environments, name))
-        self.log_path = workspace_paths.log_file(name)  # the log of this environment's runs
+        self.workspace_paths = paths
+        self.paths = EnvironmentPaths(os.path.join(paths.environments, name))
+        self.log_path = paths.log_file(name)  # the log of this environment's runs
         self.tell: Progress = no_progress  # long work (nodes, sync) tells its progress here
         self._taken_ports = taken_ports or dict
         self._process: "Optional[subprocess.Popen[bytes]]" = None  # Windows forgets an exit code with the last handle
@@ -6236,30 +6224,23 @@ class Environment:
     def require_comfyui(self) -> None:
         """Raise CDEnvironmentError for an environment whose creation was interrupted, or whose checkout is gone."""
         if not self.is_complete:
-            raise CDEnvironmentError(
-                f"Environment '{self.name}' is not complete.",
-                ["Go on with: ", create_command(self.paths)],
-                "incomplete",
-            )
+            message = f"Environment '{self.name}' is not complete."
+            raise CDEnvironmentError(message, ["Go on with: ", create_command(self.paths)], "incomplete")
         if self.missing_script:
-            raise CDEnvironmentError(
-                f"Environment '{self.name}' has no ComfyUI: {self._script} is missing.",
-                ("create", self.name, "--from", "FOLDER")
-                if self.manifest.comfyui_path
-                else ["Create it anew after: ", ("delete", self.name)],
-                "missing",
-            )
+            message = f"Environment '{self.name}' has no ComfyUI: {self._script} is missing."
+            if self.manifest.comfyui_path:
+                raise CDEnvironmentError(message, ("create", self.name, "--from", "FOLDER"), "missing")
+            raise CDEnvironmentError(message, ["Create it anew after: ", ("delete", self.name)], "missing")
 
     def _require_startable(self) -> None:
         self.require_comfyui()
         if not os.access(self.python, os.X_OK):
-            raise CDEnvironmentError(
-                f"The Python of environment '{self.name}' is missing: {self.python}",
-                ("create", self.name, "--from", self._checkout, "--python", "PATH")
-                if self.manifest.comfyui_path
-                else ["Make a venv there with what ComfyUI needs, or create it anew after: ", ("delete", self.name)],
-                "missing",
-            )
+            message = f"The Python of environment '{self.name}' is missing: {self.python}"
+            if self.manifest.comfyui_path:
+                hint = ("create", self.name, "--from", self._checkout, "--python", "PATH")
+                raise CDEnvironmentError(message, hint, "missing")
+            anew = ["Make a venv there with what ComfyUI needs, or create it anew after: ", ("delete", self.name)]
+            raise CDEnvironmentError(message, anew, "missing")
 
     def _require_not_running(self, snapshot: Snapshot, take_over: bool) -> None:
         if snapshot.state == FOREIGN:
@@ -6270,16 +6251,14 @@ class Environment:
         if process is not None:
             if snapshot.note in ("untracked", "moved"):
                 record = self._adopt(process, record)
+            port = record.port if record else DEFAULT_PORT
             raise CDEnvironmentError(
-                f"ComfyUI is already running (PID {process.pid}, port {record.port if record else DEFAULT_PORT}).",
-                ("-e", self.name, "restart"),
-                "running",
+                f"ComfyUI is already running (PID {process.pid}, port {port}).", ("-e", self.name, "restart"), "running"
             )
         if snapshot.note == "damaged":
             if os.path.islink(self.paths.state):
-                raise CDEnvironmentError(
-                    f"{self.paths.state} is a link, which is not followed here.", f"rm {self.paths.state}", "damaged"
-                )
+                message = f"{self.paths.state} is a link, which is not followed here."
+                raise CDEnvironmentError(message, f"rm {self.paths.state}", "damaged")
             set_aside(self.paths.state)
 
     def _foreign(self, snapshot: Snapshot) -> CDEnvironmentError:
@@ -6431,12 +6410,8 @@ class Environment:
                 log.seek(find_session(log, os.fstat(log.fileno()).st_size))
                 is_ours = log.read(200).startswith(f"{SESSION_MARK}{run_id} ".encode())
         if not is_ours:
-            raise CDEnvironmentError(
-                f"PID {process.pid} runs this ComfyUI ({self._checkout}), "
-                f"but environment '{self.name}' did not start it.",
-                ("-e", self.name, "repair", "--orphan"),
-                "stranger",
-            )
+            message = f"PID {process.pid} runs this ComfyUI ({self._checkout}), but environment '{self.name}' did not"
+            raise CDEnvironmentError(f"{message} start it.", ("-e", self.name, "repair", "--orphan"), "stranger")
         return self.adopt(process, record, run_id)
 
     def adopt(self, process: Process, record: Optional[ProcessState], run_id: Optional[str]) -> ProcessState:
@@ -6507,11 +6482,8 @@ class Environment:
         with self._process_lock("repair"):
             snapshot = self.observe(lock_held=True)
             if snapshot.process is not None and snapshot.note != "untracked":
-                raise CDEnvironmentError(
-                    f"Environment '{self.name}' has a ComfyUI already (PID {snapshot.process.pid}).",
-                    ("stop",),
-                    "running",
-                )
+                message = f"Environment '{self.name}' has a ComfyUI already (PID {snapshot.process.pid})."
+                raise CDEnvironmentError(message, ("-e", self.name, "stop"), "running")
             if not is_same_process(process):
                 raise CDEnvironmentError(f"PID {process.pid} has ended meanwhile.", ("status",), "ended")
             return self.adopt(process, snapshot.record, process_table().marker(process.pid))
@@ -6535,11 +6507,7 @@ class Environment:
     # Stopping ------------------------------------------------------------------------
 
     def stop(
-        self,
-        timeout: float = 10,
-        *,
-        kill: bool = False,
-        meanwhile: "Optional[Callable[[], bool]]" = None,
+        self, timeout: float = 10, *, kill: bool = False, meanwhile: "Optional[Callable[[], bool]]" = None
     ) -> bool:
         """End ComfyUI and what it started: SIGINT, its only clean stop, then SIGTERM, SIGKILL at `timeout` seconds.
 
@@ -6570,11 +6538,8 @@ class Environment:
                 replace_file(self.paths.state, self.paths.last_run)
             self._clear_state()
         except OSError as error:
-            raise CDEnvironmentError(
-                f"ComfyUI was stopped, but its record {self.paths.state} cannot be removed: {error.strerror}.",
-                ("-e", self.name, "status"),
-                "system",
-            ) from error
+            message = f"ComfyUI was stopped, but its record {self.paths.state} cannot be removed: {error.strerror}."
+            raise CDEnvironmentError(message, ("-e", self.name, "status"), "system") from error
 
     @contextmanager
     def idle(self, purpose: str) -> Iterator[None]:
@@ -6588,21 +6553,18 @@ class Environment:
         snapshot = self.observe(lock_held=lock_held)
         if snapshot.state == FOREIGN:
             raise self._foreign(snapshot)
-        if snapshot.state == STARTING or snapshot.process is not None:
-            words = f"runs in environment '{self.name}' (PID {snapshot.process.pid})" if snapshot.process else ""
+        if snapshot.state == STARTING:
             raise CDEnvironmentError(
-                f"ComfyUI {words or f'starts in environment {self.name!r}'}.",
-                ("-e", self.name, "stop"),
-                "running",
+                f"ComfyUI starts in environment '{self.name}'.", ("-e", self.name, "stop"), "running"
             )
+        if snapshot.process is not None:
+            message = f"ComfyUI runs in environment '{self.name}' (PID {snapshot.process.pid})."
+            raise CDEnvironmentError(message, ("-e", self.name, "stop"), "running")
 
     def damaged_state(self) -> CDEnvironmentError:
         """Return the error of a state file that is no record."""
-        return CDEnvironmentError(
-            f"The state file of environment '{self.name}' is damaged, its ComfyUI is not running: {self.paths.state}",
-            ("-e", self.name, "run"),
-            "damaged",
-        )
+        message = f"The state file of environment '{self.name}' is damaged, its ComfyUI is not running: "
+        return CDEnvironmentError(message + self.paths.state, ("-e", self.name, "run"), "damaged")
 
     def _stop_seen(self, snapshot: Snapshot, timeout: float, meanwhile: "Optional[Callable[[], bool]]" = None) -> None:
         """End the process of a snapshot and its family, and have its monitor go. The caller holds the process lock."""
@@ -6655,11 +6617,8 @@ class Environment:
             if snapshot.note == "damaged":
                 raise self.damaged_state()
             if snapshot.record is None and snapshot.process is None and read_state(self.paths.last_run) is None:
-                raise CDEnvironmentError(
-                    f"Cannot restart: ComfyUI not running in environment '{self.name}', and it never was.",
-                    ("-e", self.name, "run"),
-                    "stopped",
-                )
+                message = f"Cannot restart: ComfyUI not running in environment '{self.name}', and it never was."
+                raise CDEnvironmentError(message, ("-e", self.name, "run"), "stopped")
             make_folder(os.path.dirname(self.log_path))
             open_append(self.log_path).close()
             if snapshot.process is not None:
@@ -6698,11 +6657,10 @@ class Environment:
                 return False
             present = self.monitor_process(record)
             if present is not None and present.pid != os.getpid():
-                raise CDEnvironmentError(
-                    f"ComfyUI is already running (PID {process.pid}), and a monitor watches it (PID {present.pid}).",
-                    ("-e", self.name, "restart"),
-                    "running",
+                message = (
+                    f"ComfyUI is already running (PID {process.pid}), and a monitor watches it (PID {present.pid})."
                 )
+                raise CDEnvironmentError(message, ("-e", self.name, "restart"), "running")
             record = self._own_record(process, snapshot)
             record.monitor = note or self.own_monitor_note()
             self._write_state(record)
@@ -6734,11 +6692,8 @@ class Environment:
         process = process_table().process(child.pid)
         if listener.is_alive() and process is not None:
             end_all([process])
-            raise CDEnvironmentError(
-                f"The monitor (PID {child.pid}) did not answer within {MONITOR_SECONDS:g} s, so it was ended.",
-                ("-e", self.name, "status"),
-                "timeout",
-            )
+            message = f"The monitor (PID {child.pid}) did not answer within {MONITOR_SECONDS:g} s, so it was ended."
+            raise CDEnvironmentError(message, ("-e", self.name, "status"), "timeout")
         answers.close()
         try:
             reply = dict(json.loads(said[-1]))

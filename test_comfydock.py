@@ -7812,7 +7812,9 @@ class StoppingByPort(Journey):
     def test_anything_else_is_left_alone(self):
         with listening(answer=saying(stats(["main.py"]))) as port:
             self.assertClear(self.person.types("stop", "--port", str(port)), 1, "not proved to be a ComfyUI")
-        self.assertClear(self.person.types("stop", "--port", str(free_port())), 1, "Nobody listens on port")
+        self.assertClear(
+            self.person.types("stop", "--port", str(free_port())), 1, "Nothing you can see is listening on port"
+        )
 
 
 class AsALibrary(Journey):
