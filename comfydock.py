@@ -407,46 +407,26 @@ def parse_comfyui_args(args: list[str]) -> ComfyUIConfig:
     "0.0.0.0,::" (all observed on ComfyUI 0.3.64). Raises CDEnvironmentError for a port that is
     no number or outside 1-65535: ComfyUI would notice only after its whole start.
     """
-    config = ComfyUIConfig()
-    tls = set()
-    for flag, value in _flag_values(args):
-        if _is_flag(flag, "--port", "--po"):
-            config.port = _port_number(value)
-        elif _is_flag(flag, "--listen", "--li"):
-            config.host = "0.0.0.0,::" if value is None else value
-        elif _is_flag(flag, "--tls-keyfile", "--tls-k") or _is_flag(flag, "--tls-certfile", "--tls-c"):
-            tls.add(flag[:7])
-    config.tls = tls == {"--tls-k", "--tls-c"}
-    return config
-
-
-def _flag_values(args: list[str]) -> "Iterator[tuple[str, Optional[str]]]":
-    """Each `--flag` with its value: behind "=", or the next word when that is no flag itself."""
-    for index, word in enumerate(args):
-        if not word.startswith("--"):
-            continue
+    config, tls = ComfyUIConfig(), {"--tls-k": "", "--tls-c": ""}
+    for word, following in zip(args, [*args[1:], "--"]):
         flag, equals, value = word.partition("=")
-        following = args[index + 1] if index + 1 < len(args) else "--"
-        is_value = not following.startswith("-") or following.lstrip("-").isdigit()
-        yield flag, value if equals else following if is_value else None
+        if not equals and (not following.startswith("-") or following.lstrip("-").isdigit()):
+            value = following
+        if _is_flag(flag, "--port", "--po"):
+            if not re.fullmatch(r"\+?[0-9]+", value) or not is_port(int(value)):
+                message = f"'{value}' is not a port: ComfyUI needs a number from 1 to 65535."
+                raise CDEnvironmentError(message, ("run", "--port", "8188"), "usage")
+            config.port = int(value)
+        elif _is_flag(flag, "--listen", "--li"):
+            config.host = value if value or equals else "0.0.0.0,::"
+        elif _is_flag(flag, "--tls-keyfile", "--tls-k") or _is_flag(flag, "--tls-certfile", "--tls-c"):
+            tls[flag[:7]] = value
+    config.tls = all(tls.values())  # empty values mean http
+    return config
 
 
 def _is_flag(word: str, flag: str, shortest: str) -> bool:
     return word.startswith(shortest) and flag.startswith(word)
-
-
-def _port_number(text: Optional[str]) -> int:
-    try:
-        port = int(text or "")
-    except ValueError:
-        port = 0
-    if not is_port(port):
-        raise CDEnvironmentError(
-            f"'{text or ''}' is not a port: ComfyUI needs a number from 1 to 65535.",
-            ("run", "--port", "8188"),
-            "usage",
-        )
-    return port
 
 
 def with_port(args: list[str], port: int) -> list[str]:
@@ -476,12 +456,7 @@ def local_url(config: ComfyUIConfig) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether every address of a `--listen` value can be reached from this machine alone."""
-    return all(_is_loopback_name(name.strip().lower()) for name in host.split(","))
-
-
-def _is_loopback_name(name: str) -> bool:
-    """Localhost, ::1, or an IPv4 address of 127.0.0.0/8: digits only, for 127.example.org is anybody's."""
-    return name in ("localhost", "::1") or (name.startswith("127.") and name.replace(".", "").isdigit())
+    return all(re.fullmatch(r"localhost|::1|127[.\d]+", name.strip().lower()) for name in host.split(","))
 
 
 def utc_now() -> str:
@@ -547,13 +522,16 @@ def sanitize_name(name: str) -> str:
     return bent if is_new_name(bent) else f"{bent}-env"
 
 
+ERROR_LINE = r"[^ :]*(Error|Exception|Interrupt)(:|$)|.*: error:"
+
+
 def last_error_line(text: str) -> Optional[str]:
     """The last line of a log that ends a traceback or looks like an error, or None."""
     found, in_traceback = None, False
     for line in filter(str.strip, text.replace("\r", "\n").split("\n")):
         if line.startswith("Traceback (most recent call last)"):
             in_traceback = True
-        elif in_traceback and not line[0].isspace() or _looks_like_an_error(line.strip()):
+        elif in_traceback and not line[0].isspace() or re.match(ERROR_LINE, line.strip()):
             found, in_traceback = line.strip(), False
     return printable(found) if found else None
 
@@ -561,12 +539,6 @@ def last_error_line(text: str) -> Optional[str]:
 def printable(text: str) -> str:
     """`text` without control characters, which could drive a terminal; at most 500 characters."""
     return "".join(sign if sign.isprintable() else " " for sign in text[:500]).strip()
-
-
-def _looks_like_an_error(line: str) -> bool:
-    head = line.partition(":")[0]
-    name = head.rpartition(".")[2]
-    return name.endswith(("Error", "Exception", "Interrupt")) and " " not in head or ": error:" in line
 
 
 SESSION_MARK = "=== comfydock session "
@@ -7640,9 +7612,9 @@ HIDDEN_ENTRIES = {"--console-interrupt": console_interrupt_entry, "--monitor": m
 
 # ====================================================================================================================
 # 13. The console
-# The only room that prints or asks.
+# The only section that prints or asks.
 
-JSON_SCHEMA = 1
+JSON_SCHEMA = 2
 BEGAN = time.monotonic()
 COLOUR_CHOICES = ("auto", "always", "never")
 SIGNS = {  # sign -> (in ASCII, colour)
@@ -7658,7 +7630,10 @@ SIGNS = {  # sign -> (in ASCII, colour)
     "🧹": (">", None),
     "🔍": (">", None),
 }
-CONTROLS = {code: " " for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}  # can drive a terminal
+# What can drive a terminal, and what makes it show letters in another order than they stand in.
+CONTROLS = {
+    code: " " for code in (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 PLAIN = str.maketrans({sign: plain for sign, (plain, _) in SIGNS.items()})
 ONE_ENVIRONMENT = ("run", "stop", "restart", "status", "logs", "repair", "node")
 
@@ -7672,8 +7647,8 @@ if TYPE_CHECKING:  # how a report reads: a text with names of values in braces, 
 class Report:
     """What a command found or did: JSON-ready `data`, the environment it is about, and the exit code.
 
-    `error` is what was not done, for JSON; people were told of it already.
-    `is_told` is true when the command has shown all there is to show while it worked.
+    `error` is what was not done, for JSON; people were told of it already. `already_printed` is true when the command
+    has shown all there is to show while it worked.
     """
 
     data: dict[str, Any]
@@ -7718,31 +7693,27 @@ class Console:
         self.write_error: Optional[OSError] = None
 
     def say(self, line: str = "") -> None:
-        """One line for people on what goes on; nothing in JSON mode or when quiet."""
+        """Say what goes on, in one line; nothing in JSON mode or when quiet."""
         if not self.quiet:
             self.result(line)
 
     def result(self, line: str) -> None:
-        """One line that tells what was found or done; nothing in JSON mode."""
+        """Tell in one line what was found or done; nothing in JSON mode."""
         if not self.json_mode:
             self._write(self.out, line + "\n")
 
     def work(self, line: str) -> None:
-        """One line of long work: a Progress. What pip says of things that are there already is left out."""
+        """Be a Progress: show a line of long work, but not what pip says of things that are there already."""
         if not line.lstrip().startswith(("Requirement already satisfied", "Looking in ", "[notice]")):
             self.say(f"   {line}")
 
-    def warn(self, line: str) -> None:
-        """One line on the error stream, in JSON mode too."""
-        self._write(self.err, f"⚠ {line}\n")
-
-    def warn_plain(self, line: str) -> None:
-        """One line on the error stream without a sign: of a log, say."""
-        self._write(self.err, line + "\n")
+    def warn(self, line: str, sign: str = "⚠ ") -> None:
+        """Put one line on the error stream, in JSON mode too."""
+        self._write(self.err, f"{sign}{line}\n")
 
     def trace(self, line: str) -> None:
-        """One line of --verbose on the error stream, in JSON mode too."""
-        self._write(self.err, f"[{time.monotonic() - BEGAN:7.3f}] {line}\n")
+        """Put one line of -v on the error stream, in JSON mode too."""
+        self.warn(line, f"[{time.monotonic() - BEGAN:7.3f}] ")
 
     def typed(self, *words: str) -> str:
         """Return one of our commands as it must be typed here."""
@@ -7750,16 +7721,17 @@ class Console:
         chosen = self.chosen if words[0] in ONE_ENVIRONMENT else ()
         return " ".join([self.call(), *map(quote, (*where, *chosen, *words))])
 
-    def hint(self, error: CDEnvironmentError) -> str:
-        """Return what to do about an error as a text."""
+    def hint(self, error: CDEnvironmentError) -> "tuple[str, Optional[str]]":
+        """Return what to do about an error, as a text (or ""), and the first command in it."""
         if isinstance(error.hint, str):
-            return error.hint
-        if all(isinstance(part, str) for part in error.hint):
-            return self.typed(*error.hint)
-        return "".join(part if isinstance(part, str) else self.typed(*part) for part in error.hint)
+            return error.hint, None
+        is_command = all(isinstance(part, str) for part in error.hint)
+        parts = ["Try: ", tuple(error.hint)] if is_command else error.hint
+        shown = [part if isinstance(part, str) else self.typed(*part) for part in parts]
+        return "".join(shown), next(text for text, part in zip(shown, parts) if not isinstance(part, str))
 
     def progress(self, line: str) -> None:
-        """A line that the next one overwrites; only a terminal shows it, and "" takes it away."""
+        """Draw a line that the next one overwrites; only a terminal shows it, and "" takes it away."""
         self.spoke = time.monotonic()
         if is_terminal(self.err) and not self.json_mode and not self.quiet and line != self.drawn:
             line = line[: columns(self.err) - 1]
@@ -7794,7 +7766,7 @@ class Console:
             self.progress("")
 
     def raw(self, data: bytes) -> None:
-        """Bytes of a log, as they are. Raises OSError: who only shows a log has nothing else to do."""
+        """Show bytes of a log, as they are. Raises OSError: who only shows a log has nothing else to do."""
         if self.out is None:
             return
         self.ticks = False
@@ -7811,7 +7783,7 @@ class Console:
             raise output_error(error) from error
 
     def has_reader(self) -> bool:
-        """Whether somebody may still read `out`: a pipe tells when its reader has gone, not on Windows."""
+        """Tell whether somebody may still read `out`: a pipe tells when its reader has gone, not on Windows."""
         import select
         import stat
 
@@ -7824,15 +7796,15 @@ class Console:
             return True
 
     def can_ask(self) -> bool:
-        """Whether a terminal is there to answer."""
+        """Tell whether a terminal is there to answer."""
         return not self.json_mode and is_terminal(self.source) and is_terminal(self.out)
 
     def ask(self, question: str, default: bool) -> Optional[bool]:
-        """The answer to a yes-or-no question; None where no terminal can answer."""
+        """Return the answer to a yes-or-no question; None where no terminal can answer."""
         if not self.can_ask():
             return None
         with self.gate:
-            self._write(self.out, f"{question} ({'Y/n' if default else 'y/N'}): ")
+            self._write(self.out, f"{question} [{'Y/n' if default else 'y/N'}] ")
             self.out.flush()
             answer = self.source.readline()
             self.spoke = time.monotonic()
@@ -7841,35 +7813,33 @@ class Console:
         return default if not answer.strip() else answer.strip().lower() in ("y", "yes")
 
     def show(self, command: str, report: Report, words: "Words") -> None:
-        """A report: in words (by a function, or a text with names of values in braces), or as the one JSON object."""
+        """Show a report in words (a function, or a text with names of values in braces), or as the one JSON object."""
         if self.json_mode:
-            problem = self._problem_data(report.error) if report.error is not None else None
-            self._object(command, problem is None, report.environment, report.data, problem)
-            return
-        if report.already_printed:
+            self._object(command, report.environment, report.data, report.error)
+        if self.json_mode or report.already_printed:
             return
         for line in [words.format(**report.data)] if isinstance(words, str) else words(report.data, self.typed):
             if not self.quiet or line and not line.startswith("Tip:"):
                 self.result(line)
 
     def problem(self, error: CDEnvironmentError) -> None:
-        """One of several things that could not be done; the command goes on."""
-        self._write(self.err, f"✗ {as_sentence(error.message)}\n")
-        if error.hint:
-            self._write(self.err, f"  {self.hint(error)}\n")
+        """Tell of one of several things that could not be done; the command goes on."""
+        self._complain("✗", error)
 
     def fail(self, command: str, error: CDEnvironmentError) -> None:
-        """An error: a sentence and a hint on the error stream, or the one JSON object."""
+        """Tell of an error: a sentence and a hint on the error stream, or the one JSON object."""
         if self.json_mode:
-            self._object(command, False, self.environment, None, self._problem_data(error))
-            return
-        self._write(self.err, f"comfydock: {as_sentence(error.message)}\n")
-        if error.hint:
-            hint = self.hint(error)
-            self._write(self.err, hint + "\n" if "\n" in hint else f"  {hint}\n")
+            self._object(command, self.environment, None, error)
+        else:
+            self._complain("error:" if is_terminal(self.err) else "comfydock:", error)
 
-    def _problem_data(self, error: CDEnvironmentError) -> dict[str, Any]:
-        return {"message": error.message, "hint": self.hint(error) or None, "code": error.code}
+    def _complain(self, opening: str, error: CDEnvironmentError) -> None:
+        self._write(self.err, opening, "1;31")
+        self._write(self.err, f" {as_sentence(error.message)}\n")
+        hint, _ = self.hint(error)
+        if hint:
+            self._write(self.err, hint if "\n" in hint else f"  {hint}", "2")
+            self._write(self.err, "\n")
 
     def flush(self) -> None:
         """Send what is still buffered; raises OSError (a closed pipe, a full disk), and for what went unheard."""
@@ -7880,66 +7850,52 @@ class Console:
             if stream is not None and not stream.closed:
                 stream.flush()
 
-    def _object(self, command: str, ok: bool, environment: Optional[str], data: Any, error: Any) -> None:
-        whole = {
-            "schema": JSON_SCHEMA,
-            "command": command,
-            "ok": ok,
-            "environment": environment,
-            "data": data,
-            "error": error,
-        }
-        self._write(self.out, json.dumps(whole, ensure_ascii=True) + "\n")
+    def _object(self, command: str, environment: Optional[str], data: Any, error: Optional[CDEnvironmentError]) -> None:
+        problem = None
+        if error is not None:
+            hint, typed = self.hint(error)
+            prose = None if hint == f"Try: {typed}" else hint or None
+            problem = {"message": error.message, "hint": prose, "try": typed, "code": error.code}
+        whole = {"schema": JSON_SCHEMA, "command": command, "ok": error is None, "environment": environment}
+        self._write(self.out, json.dumps({**whole, "data": data, "error": problem}) + "\n")
 
-    def _write(self, stream: "Any", text: str) -> None:
+    def _write(self, stream: "Any", text: str, colour: str = "") -> None:
+        """Write `text` as a stream can show it, in place of what `progress` has drawn."""
         if stream is None:  # closed by whoever started us
             return
-        with self.gate:
-            self._erase()
-            self._put(stream, text)
-
-    def _erase(self) -> None:
-        """Take away what `progress` has drawn; by blanks, which every terminal understands."""
-        self.spoke = time.monotonic()
-        if self.drawn:
-            blanks = " " * len(self.drawn)
-            self.drawn = ""
-            with suppress(OSError):  # the terminal is gone
-                self.err.write(f"\r{blanks}\r")
-                self.err.flush()
-
-    def _put(self, stream: "Any", text: str) -> None:
         text = text.translate(CONTROLS)  # names of strangers may be in it
-        text = self._coloured(stream, text) if stream is not self.out or not self.json_mode else text
+        if wants_colour(stream, self.colour) and not (self.json_mode and stream is self.out):
+            for sign, (_, number) in SIGNS.items():
+                text = text.replace(sign, f"\x1b[{number}m{sign}\x1b[0m") if number else text
+            text = f"\x1b[{colour}m{text}\x1b[0m" if colour else text
         encoding = getattr(stream, "encoding", None) or "utf-8"
         try:
             text.encode(encoding)
         except UnicodeEncodeError:
             text = text.translate(PLAIN).encode(encoding, "backslashreplace").decode(encoding)
-        try:
-            stream.write(text)
-            stream.flush()
-        except OSError as error:
-            self.write_error = self.write_error or output_error(error)
-
-    def _coloured(self, stream: "Any", text: str) -> str:
-        if not wants_colour(stream, self.colour):
-            return text
-        for sign, (_, colour) in SIGNS.items():
-            if colour is not None and sign in text:
-                text = text.replace(sign, f"\x1b[{colour}m{sign}\x1b[0m")
-        return text
+        with self.gate:
+            self.spoke = time.monotonic()
+            if self.drawn:
+                blanks, self.drawn = " " * len(self.drawn), ""  # every terminal understands blanks
+                with suppress(OSError):  # the terminal is gone
+                    self.err.write(f"\r{blanks}\r")
+                    self.err.flush()
+            try:
+                stream.write(text)
+                stream.flush()
+            except OSError as error:
+                self.write_error = self.write_error or output_error(error)
 
 
 def as_sentence(text: str) -> str:
-    """`text` with a capital at its beginning, unless that is a name or a path, and a stop at its end."""
+    """Return `text` with a capital at its beginning, unless that is a name or a path, and a stop at its end."""
     first = text.split(" ", 1)[0]
     opened = text[:1].upper() + text[1:] if first.isalpha() and first.islower() else text
     return opened if opened.endswith((".", "!", "?", ":")) or "\n" in opened else f"{opened}."
 
 
 def output_error(error: OSError) -> OSError:
-    """What went wrong with the output: a pipe that nobody reads is to Windows an invalid argument."""
+    """Return what went wrong with the output: a pipe that nobody reads is to Windows an invalid argument."""
     import errno
 
     if error.errno == errno.EINVAL:
@@ -7960,15 +7916,12 @@ def forget_output() -> None:
 
 
 def is_terminal(stream: "Any") -> bool:
-    """Whether a stream is a terminal; a closed or missing one is not."""
-    try:
-        return stream is not None and bool(stream.isatty())
-    except ValueError:
-        return False
+    """Tell whether a stream is a terminal; a closed or missing one is not."""
+    return stream is not None and not stream.closed and bool(stream.isatty())
 
 
 def columns(stream: "Any") -> int:
-    """How wide a terminal is, 80 where it does not tell."""
+    """Return how wide a terminal is, 80 where it does not tell."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError, AttributeError):
@@ -7976,7 +7929,7 @@ def columns(stream: "Any") -> int:
 
 
 def wants_colour(stream: "Any", choice: str = "auto") -> bool:
-    """Colours as `choice` says; "auto": on a terminal that knows them, unless NO_COLOR asks for none (no-color.org)."""
+    """Tell whether to colour; "auto": on a terminal that knows how, unless NO_COLOR asks for none (no-color.org)."""
     if choice != "auto":
         return choice == "always"
     return (
@@ -7985,7 +7938,7 @@ def wants_colour(stream: "Any", choice: str = "auto") -> bool:
 
 
 def how_called(argv: list[str]) -> str:
-    """The words with which comfydock was called: `comfydock`, `python3 comfydock.py`, `python3 -m comfydock`."""
+    """Return how comfydock was called: `comfydock`, `python3 comfydock.py`, `python3 -m comfydock`."""
     script = argv[0]
     folder, name = os.path.split(os.path.abspath(script))
     if not name.endswith((".py", ".pyz")):
@@ -8288,7 +8241,7 @@ def show_last_lines(console: Console, environment: Environment) -> None:
         end = os.fstat(log.fileno()).st_size
         log.seek(last_lines_offset(log, SHOWN_ON_FAILURE, environment.session_offset(), end)[0])
         for line in log.read(1 << 20).decode("utf-8", "replace").split("\n"):
-            console.warn_plain(line)
+            console.warn(line, "")
 
 
 def show_new(console: Console, follower: LogFollower) -> None:

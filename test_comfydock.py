@@ -204,7 +204,7 @@ class Person:
         with contextlib.suppress(OSError):  # the end of a terminal is an error
             while piece := os.read(terminal, 4096):
                 said += piece
-                if said.rstrip().endswith(b"):") and answers:
+                if said.rstrip().endswith((b"[Y/n]", b"[y/N]")) and answers:
                     os.write(terminal, answers.pop(0))
         os.close(terminal)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said.decode("utf-8", "replace")
@@ -5532,7 +5532,7 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
             console.fail("status", dock.CDEnvironmentError("node 'comfydock stop' failed", hint))
         shown = err.getvalue().splitlines()
         self.assertEqual(shown[::2], ["comfydock: Node 'comfydock stop' failed."] * 3)
-        self.assertEqual(shown[1::2], ["  what 'comfydock run' said", "  ./dock repair", "  First: ./dock stop."])
+        self.assertEqual(shown[1::2], ["  what 'comfydock run' said", "  Try: ./dock repair", "  First: ./dock stop."])
 
     def test_without_a_terminal_there_is_no_answer(self):
         self.assertIsNone(dock.Console(io.StringIO(), None, io.StringIO("y\n")).ask("Sure?", True))
@@ -6343,13 +6343,13 @@ class TellingTheTruth(Journey):
             whole = json.loads(done.stdout)
             self.assertEqual(
                 (whole["schema"], whole["command"], whole["ok"], whole["error"], done.stderr),
-                (1, words[0], True, None, ""),
+                (2, words[0], True, None, ""),
             )
             self.assertEqual(list(whole), ["schema", "command", "ok", "environment", "data", "error"])
         done = self.person.types("-e", "nobody", "status", "--json")
         whole = json.loads(done.stdout)
         self.assertEqual((done.returncode, whole["ok"], whole["data"]), (1, False, None))
-        self.assertEqual(set(whole["error"]), {"message", "hint", "code"})
+        self.assertEqual(set(whole["error"]), {"message", "hint", "try", "code"})
         self.assertTrue(data["pid"])
 
     def test_reading_commands_change_nothing(self):
@@ -7378,7 +7378,7 @@ class FromNothingToANode(Journey):
         self.types("run", "--wait", "30", "--port", str(free_port()))
         before = self.person.state("main")["pid"]
         code, said = self.person.at_a_terminal("node", "add", "ask-one", "ask-two", answers=[b"\n"])
-        self.assertEqual((code, said.count("(Y/n)")), (0, 1), said)
+        self.assertEqual((code, said.count("[Y/n]")), (0, 1), said)
         self.assertIn("Restarted (new PID:", said)
         self.assertNotEqual(self.person.state("main")["pid"], before)
 
@@ -7494,7 +7494,7 @@ class QueuedWork(Journey):
     def test_a_terminal_is_asked_and_no_means_no(self):
         data = self.busy_demo()
         code, said = self.person.at_a_terminal("stop", answers=[b"\n"])
-        self.assertIn("ComfyUI is at work (1 running, 1 pending). Stop it all the same? (y/N)", said)
+        self.assertIn("ComfyUI is at work (1 running, 1 pending). Stop it all the same? [y/N]", said)
         self.assertEqual((code, alive(data["pid"])), (1, True))
         self.assertIn("stop --when-idle", said)
         code, said = self.person.at_a_terminal("stop", answers=[b"y\n"])
