@@ -903,16 +903,10 @@ if sys.platform == "win32":
         yield
 
     def end_group(process: "subprocess.Popen[str]") -> None:
-        """End a waited-for command and all that it started."""
         import subprocess
 
-        subprocess.run(
-            ["taskkill", "/PID", str(process.pid), "/T", "/F"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            **GROUP,
-        )
+        quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        subprocess.run(["taskkill", "/PID", str(process.pid), "/T", "/F"], **quiet, **GROUP)
         process.kill()
 
     def open_append(path: str) -> "BinaryIO":
@@ -983,9 +977,8 @@ if sys.platform == "win32":
             kernel.SetConsoleCtrlHandler(None, True)
         try:
             helper = [*own_command(), "--console-interrupt", str(pid)]
-            quiet = subprocess.DEVNULL
-            done = subprocess.run(helper, timeout=15, stdin=quiet, stdout=quiet, stderr=quiet, **GROUP)
-            return done.returncode == 0
+            quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            return subprocess.run(helper, timeout=15, **quiet, **GROUP).returncode == 0
         except (OSError, subprocess.TimeoutExpired):
             return False
         finally:
@@ -1048,14 +1041,12 @@ if sys.platform == "win32":
             pass
 
     def read_memory(handle: Any, address: int, size: int) -> bytes:
-        """Read another process's memory; b"" where it cannot be read."""
         import ctypes
 
         buffer = ctypes.create_string_buffer(size)
         return buffer.raw if libraries()[0].ReadProcessMemory(handle, address, buffer, size, None) else b""
 
     def read_pointer(handle: Any, address: int) -> int:
-        """Read one pointer; 0 where it cannot be read."""
         import struct
 
         return int.from_bytes(read_memory(handle, address, struct.calcsize("P")), "little")
@@ -1176,11 +1167,9 @@ if sys.platform == "win32":
             return ""
 
     def host_name() -> str:
-        """Return the name of this computer."""
         return os.environ.get("COMPUTERNAME", "")
 
     def venv_python(folder: str) -> str:
-        """Return the path of the interpreter in a venv folder; whether it is there is not checked."""
         return os.path.join(folder, "Scripts", "python.exe")
 
     boot_id = pid_namespace = session_of = kernel_clock = (
@@ -1226,7 +1215,6 @@ else:
                 signal.signal(number, signal.SIG_IGN)
 
     def end_group(process: "subprocess.Popen[str]") -> None:
-        """End a waited-for command and all that it started."""
         import signal
 
         try:
@@ -1360,7 +1348,6 @@ else:
             return None
 
     def venv_python(folder: str) -> str:
-        """Return the path of the interpreter in a venv folder; whether it is there is not checked."""
         return os.path.join(folder, "bin", "python")
 
     def is_writable_by_others(path: str) -> bool:
@@ -1554,17 +1541,8 @@ def run_command(
     trace_command(cmd, cwd)
     began = time.monotonic()
     try:
-        process = subprocess.Popen(
-            cmd,
-            cwd=cwd,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            **GROUP,
-        )
+        pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+        process = subprocess.Popen(cmd, cwd=cwd, env=env, stdin=subprocess.DEVNULL, errors="replace", **pipe, **GROUP)
     except OSError as error:
         raise cannot_start(cmd, cwd, error) from error
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -1899,11 +1877,9 @@ class ProcTable(ProcessTable):
         return not IS_WINDOWS and os.path.exists("/proc/self/stat")
 
     def pids(self) -> list[int]:
-        """Return all PIDs."""
         return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
     def process(self, pid: int) -> Optional[Process]:
-        """Return one process from one read of its stat file."""
         return proc_process(pid, kernel_clock())
 
     def processes(self, containing: str = "") -> list[Process]:
@@ -1918,7 +1894,6 @@ class ProcTable(ProcessTable):
         return os.fsdecode(block.partition(f"\0{RUN_ID_VARIABLE}=".encode())[2].partition(b"\0")[0])
 
     def cwd(self, pid: int) -> Optional[str]:
-        """Return the folder a process stands in, None where it may not be read."""
         try:
             return os.readlink(f"/proc/{pid}/cwd")
         except OSError:
@@ -1961,11 +1936,9 @@ class PsutilTable(ProcessTable):
             return False
 
     def pids(self) -> list[int]:
-        """Return all PIDs."""
         return list(psutil_module().pids())
 
     def process(self, pid: int) -> Optional[Process]:
-        """Return one process; what may not be read of it is None."""
         psutil = psutil_module()
         names = [name for name in PSUTIL_FACTS if hasattr(psutil.Process, name)]  # Windows has no uids
         try:
@@ -1983,7 +1956,6 @@ class PsutilTable(ProcessTable):
         return Process(facts["pid"], facts["ppid"] or 0, session_of(pid), uid, state, created, start, words)
 
     def marker(self, pid: int) -> str:
-        """Return what the environment of a process has."""
         psutil = psutil_module()
         try:
             return str(psutil.Process(pid).environ().get(RUN_ID_VARIABLE, ""))
@@ -2025,7 +1997,6 @@ class PsTable(ProcessTable):
         return on_path("ps") and bool(cls().process(os.getpid()))
 
     def ps(self, *options: str) -> str:
-        """Return what ps prints, with dates in English and UTC."""
         inherited = {name: value for name, value in os.environ.items() if name != "LC_ALL"}
         return printed(["ps", *options], {**inherited, **PS_LOCALE})
 
@@ -2036,30 +2007,24 @@ class PsTable(ProcessTable):
         return processes
 
     def process(self, pid: int) -> Optional[Process]:
-        """Return one process."""
         processes = self.with_start(parse_ps(self.ps("-ww", "-p", str(pid), "-o", PS_COLUMNS)))
         return processes[0] if processes else None
 
     def processes(self, containing: str = "") -> list[Process]:
-        """Return all processes, or those whose command line contains a text."""
         processes, needle = parse_ps(self.ps("-axww", "-o", PS_COLUMNS)), PATH_RULES.normcase(containing)
         return self.with_start([process for process in processes if needle in PATH_RULES.normcase(process.text)])
 
     def marker(self, pid: int) -> str:
-        """Return what ps shows of the environment of our own user's processes."""
         return self.markers().get(pid, "")
 
     def markers(self) -> dict[int, str]:
-        """Return pid -> marker from one ps."""
         return parse_markers(self.ps(PS_WITH_ENVIRONMENT, "-o", "pid=,command="))
 
     def cwd(self, pid: int) -> Optional[str]:
-        """Return the folder a process stands in."""
         names = parse_lsof(printed(["lsof", "-a", "-p", str(pid), "-d", "cwd", "-Fn"]), "n")
         return names[0] if names else None
 
     def listeners(self, port: int) -> list[int]:
-        """Return who listens on `port`."""
         text = printed(["lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fp"])
         return [int(pid) for pid in parse_lsof(text, "p")]
 
@@ -2069,7 +2034,6 @@ class WindowsTable(ProcessTable):
 
     @classmethod
     def usable(cls) -> bool:
-        """Tell whether there are snapshots."""
         return bool(listed_processes())
 
     def make_process(self, pid: int, program: str, facts: Optional[ProcessFacts]) -> Optional[Process]:
@@ -2080,7 +2044,6 @@ class WindowsTable(ProcessTable):
         return Process(pid, facts.ppid or 0, created=facts.created, command=facts.command or [program])
 
     def listed(self, pid: Optional[int] = None) -> list[tuple[int, str]]:
-        """Return (pid, program) of all processes, or of one."""
         return [one for one in listed_processes() if pid in (None, one[0])]
 
     def process(self, pid: int) -> Optional[Process]:
@@ -2092,21 +2055,17 @@ class WindowsTable(ProcessTable):
         return processes[0] if processes else None
 
     def pids(self) -> list[int]:
-        """Return all PIDs."""
         return [pid for pid, _ in self.listed()]
 
     def marker(self, pid: int) -> str:
-        """Return what the environment of a process has."""
         facts = process_facts(pid)
         return facts.environment.get(RUN_ID_VARIABLE, "") if facts is not None else ""
 
     def cwd(self, pid: int) -> Optional[str]:
-        """Return the folder a process stands in."""
         facts = process_facts(pid)
         return facts.cwd if facts is not None else None
 
     def listeners(self, port: int) -> list[int]:
-        """Return who listens on `port`."""
         tables = (parse_tcp_listeners(tcp_listeners(family), width, at) for family, width, at in TCP_TABLES)
         return sorted({pid for table in tables for one, pid in table if one == port})
 
@@ -2116,17 +2075,14 @@ class TasklistTable(WindowsTable):
 
     @classmethod
     def usable(cls) -> bool:
-        """Tell whether there is a tasklist."""
         return on_path("tasklist")
 
     def listed(self, pid: Optional[int] = None) -> list[tuple[int, str]]:
-        """Return (pid, program) of all processes, or of one."""
         chosen = [] if pid is None else ["/FI", f"PID eq {pid}"]
         found = parse_tasklist(printed(["tasklist", *chosen, "/FO", "CSV", "/NH"]))
         return [one for one in found if pid in (None, one[0])]
 
     def listeners(self, port: int) -> list[int]:
-        """Return who listens on `port`."""
         return parse_netstat(printed(["netstat", "-ano"]), port)
 
 
@@ -2325,20 +2281,14 @@ def wait_for_exit(
     return until(outcome, seconds, 0.0) == "ended"
 
 
-def began_before(process: Process, other: Process) -> bool:
-    """Tell whether a process is surely older than another: by ticks, else by more than a second."""
-    if process.start_ticks is not None and other.start_ticks is not None:
-        return process.start_ticks < other.start_ticks
-    return process.created is not None and other.created is not None and process.created < other.created - 1
-
-
 def ancestors_of(pid: int, processes: dict[int, Process]) -> set[int]:
     """Return the PIDs of a process's parent, its parent's parent and so on, as far as `processes` knows them."""
     found: set[int] = set()
     process = processes.get(pid)
     while process is not None and (parent := processes.get(process.ppid)) and parent.pid not in {process.pid, *found}:
-        if began_before(process, parent):  # a later process that was given the dead parent's PID
-            break
+        ticks, created, later = process.start_ticks, process.created, float("inf")
+        if (ticks or later) < (parent.start_ticks or 0) or (created or later) < (parent.created or 0) - 1:
+            break  # a later process that was given the dead parent's PID
         found.add(parent.pid)
         process = parent
     return found
