@@ -110,6 +110,7 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8188
 RUN_ID_VARIABLE = "COMFYDOCK_RUN_ID"
 STATE_SCHEMA = 2
+DEMO_NAME = "demo"
 
 STARTING, RUNNING, UNRESPONSIVE = "starting", "running", "unresponsive"
 STOPPED, CRASHED, FOREIGN, UNKNOWN = "stopped", "crashed", "foreign", "unknown"
@@ -567,6 +568,7 @@ class WorkspacePaths:
         self.settings = os.path.join(self.metadata, "workspace.json")
         self._logs = os.path.join(self.root, "logs")
         self.lock = os.path.join(self.metadata, ".workspace.lock")
+        self.kept = os.path.join(self.root, "kept")
 
     @property
     def logs(self) -> "Path":
@@ -637,11 +639,21 @@ def custom_nodes_of(comfyui_path: str) -> str:
 
 
 def current_folder() -> str:
-    """The folder one stands in; the root when that folder was deleted."""
+    """Return the folder one stands in, as the shell spells it (with its links); the root when it was deleted."""
     try:
-        return os.getcwd()
+        real, spelled = os.getcwd(), os.environ.get("PWD", "")
+        return spelled if os.path.isabs(spelled) and os.path.realpath(spelled) == real else real
     except OSError:
         return os.path.abspath(os.sep)
+
+
+def is_there(path: str) -> bool:
+    """Tell whether there is such a file. Raises OSError where one may not look: what is closed is not missing."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def is_checkout(folder: str) -> bool:
@@ -651,14 +663,17 @@ def is_checkout(folder: str) -> bool:
     return os.path.isfile(main_script(folder)) and present >= 2
 
 
-def checkout_above(folder: str) -> Optional[str]:
-    """The ComfyUI checkout that holds `folder`, or None."""
+def checkout_at(folder: str) -> Optional[str]:
+    """Return the ComfyUI checkout that holds `folder`, or that is in it where it is the root of a portable build."""
+    below = os.path.join(folder, "ComfyUI")
+    if os.path.isdir(os.path.join(folder, "python_embeded")) and is_checkout(below):
+        return below
     return next((here for here in upward(folder) if is_checkout(here)), None)
 
 
 def environment_above(folder: str) -> "Optional[tuple[str, str]]":
-    """(workspace root, environment name) when `folder` lies in `<workspace>/environments/<name>`, or None."""
-    for here in upward(folder):
+    """Return (workspace root, environment name) when `folder` lies in `<workspace>/environments/<name>`, else None."""
+    for here in (*upward(folder), *upward(os.path.realpath(folder))):
         parent, name = os.path.split(here)
         if os.path.basename(parent) == "environments" and os.path.isdir(EnvironmentPaths(here).cec):
             return os.path.dirname(parent), name
@@ -5162,7 +5177,6 @@ DISK_NEEDED = {"code": 500, "cpu": 4000, "other": 12000}  # MB: the code, PyTorc
 def create_environment(
     paths: EnvironmentPaths,
     tell: Progress,
-    *,
     comfyui: Optional[str] = None,
     source: Optional[str] = None,
     python: Optional[str] = None,
@@ -5171,9 +5185,8 @@ def create_environment(
 ) -> None:
     """Make an environment in stages, each of which looks at its own result: run again it goes on where it broke off.
 
-    `source` is a git address, a folder or an archive (path or address); `comfyui` a tag, branch or commit, None for the
-    newest release; `python` an interpreter's path or a version such as 3.12. Raises CDEnvironmentError: code "exists"
-    as `claimed` does, or when an unfinished environment has another ComfyUI; else as the stages do.
+    The options are those of `Workspace.create`. Raises CDEnvironmentError: code "exists" as `claimed` does, or when an
+    unfinished environment has another ComfyUI; else as the stages do.
     """
     with claimed(paths):
         check_space(paths, "code" if no_install or os.path.isdir(paths.venv) else torch_backend)
@@ -5721,6 +5734,11 @@ class Environment:
     def is_complete(self) -> bool:
         """Whether its creation was finished."""
         return os.path.exists(self.paths.complete)
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the built-in demo."""
+        return self.name == DEMO_NAME and self.manifest.demo
 
     @property
     def _checkout(self) -> str:
@@ -7084,7 +7102,15 @@ def demo_source() -> str:
 # 11. Workspace
 # The only room that knows there are several environments.
 
-DEMO_NAME = "demo"
+THREE_WAYS: "Hint" = [
+    "Three ways to get one:\n  ",
+    ("run",),
+    "  in your ComfyUI folder: adopts and starts it\n  ",
+    ("create", "main"),
+    "  a new ComfyUI\n  ",
+    ("run", "--demo"),
+    "  a small stand-in, to try everything",
+]
 
 
 class Workspace:
@@ -7107,8 +7133,8 @@ class Workspace:
         return [environment for environment in environments if os.path.isdir(environment.paths.cec)]
 
     def _require_folder(self) -> None:
-        if os.path.exists(self.paths.root) and not os.path.isdir(self.paths.root):
-            raise CDEnvironmentError(f"The workspace {self.paths.root} is no folder.", ("--workspace", "DIR", "list"))
+        if is_there(self.paths.root) and not os.path.isdir(self.paths.root):
+            raise CDEnvironmentError(f"The workspace {self.paths.root} is not a folder.", "name another --workspace")
 
     def get_environment(self, name: str) -> Environment:
         """The environment `name`. Raises CDEnvironmentError when there is none."""
@@ -7120,131 +7146,158 @@ class Workspace:
         return environment
 
     def get_active_environment(self) -> Optional[Environment]:
-        """The environment that `use` chose, None when it is not set or gone. Raises CDEnvironmentError."""
+        """Return the environment that `use` chose, None when it is not set or gone. Raises CDEnvironmentError."""
         name = self._settings().get("active_environment")
         environment = self._environment(name) if isinstance(name, str) and is_folder_name(name) else None
-        return environment if environment is not None and os.path.isdir(environment.paths.cec) else None
+        is_there = environment is not None and os.path.isdir(environment.paths.cec) and not environment.is_demo
+        return environment if is_there else None
 
     def use(self, name: str) -> Environment:
-        """Make `name` the active environment. Raises CDEnvironmentError when there is none, OSError."""
+        """Make `name`, which may not be the demo, the active environment. Raises CDEnvironmentError, OSError."""
         environment = self.get_environment(name)
+        if environment.is_demo:
+            raise CDEnvironmentError("The demo is never the active environment.", ("run", "--demo"), "demo")
         self._change_settings(active_environment=name)
         return environment
 
-    def select(self, name: Optional[str], folder: str) -> Environment:
-        """The environment that is meant: by name, by the folder one stands in, the active one, the only one.
+    def select(self, name: Optional[str], folder: str, to_start: bool = False) -> Environment:
+        """Return the environment that is meant: by name, by the folder one stands in, the active one, the only one.
 
-        Raises CDEnvironmentError when none of these holds.
+        The demo is meant only where there is no other, and `to_start` only by its name, with which it is made. Raises
+        CDEnvironmentError when none of these holds.
         """
         if name is not None:
-            return self.get_environment(name)
-        standing_in = self.environment_of(folder)
-        if standing_in is not None:
-            return standing_in
-        checkout = checkout_above(folder)
-        if checkout is not None:
+            found = self._environment(name)
+            is_demo = name == DEMO_NAME and (found.is_demo or not os.path.isdir(found.paths.cec))
+            return self.demo() if is_demo and to_start else self.get_environment(name)
+        checkout = self.checkout_of(folder)
+        here = self.environment_of(folder) or (self.environment_of(checkout) if checkout else None)
+        if here is not None and not (to_start and here.is_demo):
+            return here
+        if here is None and checkout_at(folder) is not None:
             raise CDEnvironmentError(f"No environment has adopted {checkout} yet.", ("run",), "unknown")
-        active = self.get_active_environment()
-        if active is not None:
-            return active
-        return self._only_one()
+        return self.get_active_environment() or self._only_one(to_start)
 
-    def _only_one(self) -> Environment:
+    def _only_one(self, to_start: bool) -> Environment:
         environments = self.list_environments()
-        complete = [environment for environment in environments if environment.is_complete]
-        if len(complete or environments) == 1:
-            return (complete or environments)[0]
-        if not environments:
-            raise CDEnvironmentError(f"There is no environment in {self.paths.root} yet.", ("run", "--demo"), "unknown")
-        names = ", ".join(environment.name for environment in environments[:8]) + (
-            ", ..." if len(environments) > 8 else ""
-        )
-        first = environments[0].name
+        others = [environment for environment in environments if not environment.is_demo]
+        complete = [environment for environment in others if environment.is_complete]
+        if len(complete or others) == 1:
+            return (complete or others)[0]
+        if environments and not others and not to_start:
+            return environments[0]
+        if not others:
+            raise CDEnvironmentError(f"There is no environment in {self.paths.root} yet.", THREE_WAYS, "unknown")
+        names = ", ".join(environment.name for environment in others[:8]) + (", ..." if len(others) > 8 else "")
+        first = others[0].name
         hint = [("-e", first, "COMMAND"), ", or choose once: ", ("use", first)]
-        raise CDEnvironmentError(f"Which environment? There are {len(environments)}: {names}.", hint, "unknown")
+        raise CDEnvironmentError(f"Which environment? There are {len(others)}: {names}.", hint, "unknown")
 
     def environment_of(self, folder: str) -> Optional[Environment]:
-        """The environment whose folder, or whose adopted checkout, holds `folder`; None when there is none."""
-        real = os.path.realpath(folder)
-        inside = environment_above(real)
-        if inside is not None and os.path.realpath(self.paths.root) == inside[0]:
-            return self._environment(inside[1])
-        with_script = next((here for here in upward(real) if os.path.isfile(main_script(here))), None)
-        return self._adopter_of(with_script) if with_script else None
+        """Return the environment whose folder, or whose checkout, holds `folder` behind all links, else None."""
+        roots = {real_path(environment.paths.root): environment for environment in self.list_environments()}
+        for here in upward(os.path.realpath(folder)):
+            found = roots.get(real_path(here)) or (self._owner_of(here) if os.path.isfile(main_script(here)) else None)
+            if found is not None:
+                return found
+        return None
 
-    def _adopter_of(self, checkout: str) -> Optional[Environment]:
+    def checkout_of(self, folder: str) -> Optional[str]:
+        """Return the ComfyUI checkout that holds `folder`, or that it has one level down, else None.
+
+        The latter counts only while no environment is active, but in the root of a portable build.
+        """
+        below = os.path.join(folder, "ComfyUI")
+        is_meant = is_checkout(below) and self.get_active_environment() is None
+        return checkout_at(folder) or (below if is_meant else None)
+
+    def _owner_of(self, checkout: str) -> Optional[Environment]:
         for environment in self.list_environments():
-            path = environment.manifest.comfyui_path
-            if path and os.path.realpath(path) == os.path.realpath(checkout):
+            if same_path(str(environment.comfyui_path), checkout):
                 return environment
         return None
 
-    def adopt(self, folder: str, name: Optional[str] = None, python: Optional[str] = None) -> Environment:
-        """Make an environment of a ComfyUI checkout where it stands; nothing is written into it.
+    def adopt(self, path: str, name: Optional[str] = None, python: Optional[str] = None) -> Environment:
+        """Make an environment of the ComfyUI checkout at `path`, or one level below it; nothing is written into it.
 
-        `name` is the folder's by default (its parent's when that is "ComfyUI"), `python` the one
-        found with it. Raises CDEnvironmentError when it has no main.py, no Python is found, or the
-        name is taken.
+        `name` is the folder's by default (its parent's when that is "ComfyUI"), `python` the one that is found with it.
+        An environment of that checkout gets another `python`, or the new place of a checkout that has moved. Raises
+        CDEnvironmentError when there is no main.py, no Python is found, or the name is taken; OSError.
         """
-        checkout = os.path.abspath(os.path.expanduser(folder))
-        if not os.path.isfile(main_script(checkout)):
-            raise CDEnvironmentError(f"{checkout} is no ComfyUI checkout: it has no main.py.", "", "missing")
-        present = self._adopter_of(checkout)
+        checkout = os.path.abspath(os.path.expanduser(path))
+        below = os.path.join(checkout, "ComfyUI")
+        if not is_there(main_script(checkout)):
+            if not is_there(main_script(below)):
+                raise CDEnvironmentError(f"{checkout} is not a ComfyUI folder (no main.py).", "", "missing")
+            checkout = below
+        present = self._owner_of(checkout)
         if present is not None and name not in (None, present.name):  # one process a checkout: they would mix theirs up
             raise CDEnvironmentError(
                 f"{checkout} is environment '{present.name}' already.",
                 ("-e", present.name, "status"),
                 "exists",
             )
-        environment = present or self._new_environment(name or self._free_name(sanitize_name(_folder_title(checkout))))
-        if environment.is_complete:
-            return self._adopted_again(environment, checkout, python)
-        interpreter = working_python(python or environment.manifest.python_path or find_checkout_python(checkout))
-        self._change_settings()
-        adopt_environment(environment.paths, checkout, interpreter, environment.tell)
-        return environment
-
-    def _adopted_again(self, environment: Environment, checkout: str, python: Optional[str]) -> Environment:
-        """An environment that is there: its checkout has moved, it gets another interpreter, or nothing changes."""
+        environment = present or self._new_environment(name or self._free_name(checkout))
         former = environment.manifest.comfyui_path
         has_moved = former is None or not same_path(former, checkout)
-        if has_moved and not (former and environment.missing_script):
+        if environment.is_complete and has_moved and not (former and environment.missing_script):
             message = f"Environment '{environment.name}' exists already."
             raise CDEnvironmentError(message, ("-e", environment.name, "status"), "exists")
-        if has_moved or python is not None:
-            interpreter = working_python(python or find_checkout_python(checkout))
+        if not environment.is_complete:
+            begun_with = environment.manifest.python_path
+            interpreter = working_python(python or begun_with or find_checkout_python(checkout, name))
+            self._change_settings()
+            adopt_environment(environment.paths, checkout, interpreter, environment.tell)
+        elif has_moved or python is not None:
+            interpreter = working_python(python or find_checkout_python(checkout, name))
             places = {"comfyui_path": os.path.realpath(checkout), "python_path": interpreter}
             held = environment.idle("create") if has_moved else nullcontext()
-            with held, locked(environment.paths.content_lock, LOCK_SECONDS, "create"):
+            with locked(environment.paths.content_lock, LOCK_SECONDS, "create"), held:
                 change_settings(environment.paths, places, interpreter)
         return environment
 
     def demo(self) -> Environment:
-        """The environment of the built-in demo, made or brought up to date. Raises CDEnvironmentError, OSError."""
+        """Return the environment of the built-in demo, made or updated. Raises CDEnvironmentError, OSError."""
         environment = self._environment(DEMO_NAME)
-        is_there = os.path.lexists(environment.paths.content_lock) or environment.is_complete
-        if is_there and not environment.manifest.demo:
+        paths, source = environment.paths, demo_source().encode()
+        if (os.path.lexists(paths.content_lock) or environment.is_complete) and not environment.manifest.demo:
             raise CDEnvironmentError(
                 f"The environment '{DEMO_NAME}' is one of yours, not the demo.",
                 ("--workspace", "DIR", "run", "--demo"),
                 "exists",
             )
         self._change_settings()
-        source = demo_source().encode()
-        script = main_script(environment.paths.comfyui)
-        make_folder(custom_nodes_of(environment.paths.comfyui))
-        sweep_leftovers(environment.paths.comfyui)
-        if _file_differs(script, source):
-            write_atomic(script, source, 0o644)
+        make_folder(custom_nodes_of(paths.comfyui))
+        sweep_leftovers(paths.comfyui)
+        present = None
+        with suppress(OSError, ValueError):
+            present = read_small(main_script(paths.comfyui))
+        if present != source:
+            write_atomic(main_script(paths.comfyui), source, 0o644)
         if not environment.is_complete or environment.manifest.python_path != sys.executable:
-            write_demo_manifest(environment.paths, sys.executable)
+            write_demo_manifest(paths, sys.executable)
         return environment
 
-    def create(self, name: str, *, tell: Progress = no_progress, **options: Any) -> Environment:
-        """Make an environment with a ComfyUI of its own; `options` and what is raised are `create_environment`'s."""
+    def create(
+        self,
+        name: str,
+        *,
+        comfyui: Optional[str] = None,
+        source: Optional[str] = None,
+        python: Optional[str] = None,
+        torch_backend: str = "auto",
+        no_install: bool = False,
+        tell: Progress = no_progress,
+    ) -> Environment:
+        """Make an environment with a ComfyUI of its own; after a failure or a kill it goes on where it broke off.
+
+        `comfyui` is a tag, branch or commit (None: the newest release), `source` a git address, a folder or an archive,
+        `python` an interpreter's path or a version such as "3.12", `torch_backend` a word such as "cpu" or "cu128".
+        Raises CDEnvironmentError when the name is taken or a stage fails, OSError.
+        """
         environment = self._new_environment(name)
         self._change_settings()
-        create_environment(environment.paths, tell, **options)
+        create_environment(environment.paths, tell, comfyui, source, python, torch_backend, no_install)
         return environment
 
     def delete(self, name: str) -> None:
@@ -7307,7 +7360,9 @@ class Workspace:
                 return environment
         return None
 
-    def _free_name(self, name: str) -> str:
+    def _free_name(self, checkout: str) -> str:
+        parent, name = os.path.split(os.path.realpath(checkout))
+        name = sanitize_name(os.path.basename(parent) or name if name.lower() == "comfyui" else name)
         taken = {environment.name.lower() for environment in self.list_environments()}
         numbered = (f"{name}-{number}" for number in range(2, 1000))
         return name if name.lower() not in taken else next(other for other in numbered if other.lower() not in taken)
@@ -7357,45 +7412,61 @@ def observe_or_say(environment: Environment, scan: Scan) -> Snapshot:
         return Snapshot(UNKNOWN, note="unreadable")
 
 
-def _file_differs(path: str, data: bytes) -> bool:
-    try:
-        return read_small(path) != data
-    except (OSError, ValueError):
-        return True
-
-
-def _folder_title(checkout: str) -> str:
-    parent, name = os.path.split(os.path.realpath(checkout))
-    return os.path.basename(parent) or name if name.lower() == "comfyui" else name
-
-
 def working_python(path: str) -> str:
-    """The absolute path of an interpreter. Raises CDEnvironmentError unless there is a Python that works."""
-    path = os.path.abspath(os.path.expanduser(path))
-    if version_of_python(path):
-        return path
-    raise CDEnvironmentError(f"There is no Python at {path}.", "give the path of an interpreter", "missing")
+    """Return the absolute path of an interpreter (of a venv, where `path` is one).
 
-
-def find_checkout_python(checkout: str) -> str:
-    """The Python of an existing checkout: a venv in or beside it, the portable build's, or the active conda's.
-
-    Of several the first that has PyTorch. Raises CDEnvironmentError when there is none.
+    Raises CDEnvironmentError unless there is a Python that works, OSError where one may not look.
     """
-    parent = os.path.dirname(checkout)
-    places = [venv_python(os.path.join(folder, name)) for folder in (checkout, parent) for name in (".venv", "venv")]
-    places.append(os.path.join(parent, "python_embeded", "python.exe"))
-    conda = os.environ.get("CONDA_PREFIX")
-    if conda:
-        places += [os.path.join(conda, "bin", "python"), os.path.join(conda, "python.exe")]
-    found = [place for place in places if os.access(place, os.X_OK)]
-    if not found:
-        raise CDEnvironmentError(
-            f"No Python was found for {checkout} (looked for .venv, venv, python_embeded and conda).",
-            ("create", "NAME", "--from", checkout, "--python", "PATH"),
-            "missing",
-        )
-    return found[0] if len(found) == 1 else next(filter(has_torch, found), found[0])
+    path = os.path.abspath(os.path.expanduser(path))
+    path = venv_python(path) if os.path.isdir(path) else path
+    if not is_there(path):
+        raise CDEnvironmentError(f"There is no Python at {path}.", "give the path of an interpreter", "missing")
+    if not version_of_python(path):
+        raise CDEnvironmentError(f"{path} is not a Python that works.", "give the path of an interpreter", "missing")
+    return path
+
+
+def find_checkout_python(checkout: str, name: Optional[str]) -> str:
+    """Return the Python of a ComfyUI checkout: a venv in or beside it, the portable build's; else one with PyTorch.
+
+    Of several of its own the first with PyTorch. `name` is that of the environment, where one was typed. Raises
+    CDEnvironmentError, which names what was tried.
+    """
+    import shutil
+
+    parent, conda = os.path.dirname(checkout), os.environ.get("CONDA_PREFIX")
+    own = [venv_python(os.path.join(folder, venv)) for folder in (checkout, parent) for venv in (".venv", "venv")]
+    own.append(os.path.join(parent, "python_embeded", "python.exe"))
+    active = [venv_python(os.environ["VIRTUAL_ENV"])] if os.environ.get("VIRTUAL_ENV") else []
+    active += [os.path.join(conda, "bin", "python"), os.path.join(conda, "python.exe")] if conda else []
+    active += filter(None, map(shutil.which, ("python3", "python")))
+    tried = []
+
+    def is_usable(python: str) -> bool:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            try:
+                if os.stat(python) and os.access(python, os.X_OK):
+                    return True
+            except OSError:
+                pass
+            tried.append(f"{python} is unreadable")
+        return False
+
+    found = list(filter(is_usable, own))
+    if found:
+        return found[0] if len(found) == 1 else next(filter(has_torch, found), found[0])
+    for python in filter(is_usable, dict.fromkeys(active)):
+        if has_torch(python):
+            return python
+        tried.append(f"{python} has no PyTorch")
+    command = ("create", name, "--from", checkout) if name else ("run",)
+    raise CDEnvironmentError(
+        f"No Python was found for {checkout}: no .venv, venv or python_embeded there"
+        + "".join(f"; {line}" for line in tried)
+        + ".",
+        (*command, "--python", active[-1] if active else sys.executable),
+        "missing",
+    )
 
 
 def has_torch(python: str) -> bool:
@@ -7407,13 +7478,19 @@ def has_torch(python: str) -> bool:
         return False
 
 
-def select_workspace(chosen: Optional[str], named: bool, folder: str) -> Workspace:
-    """The workspace that is meant: `--workspace`, the one whose environment one stands in, or the default."""
+def select_workspace(chosen: Optional[str], named: bool, folder: str, to_make: bool = False) -> Workspace:
+    """Return the workspace that is meant: `--workspace`, the one whose environment one stands in, or the default.
+
+    Raises CDEnvironmentError for a `--workspace` that does not exist, unless the command is one `to_make` it.
+    """
     if chosen is not None:
         if not chosen:
             raise CDEnvironmentError("--workspace needs a folder.", ("--workspace", "DIR", "list"), "usage")
-        return Workspace(os.path.expanduser(chosen))
-    inside = None if named else environment_above(os.path.realpath(folder))
+        workspace = Workspace(os.path.expanduser(chosen))
+        if not to_make and not is_there(workspace.paths.root):
+            raise CDEnvironmentError(f"{workspace.paths.root} does not exist.", "", "missing")
+        return workspace
+    inside = None if named else environment_above(folder)
     return Workspace(inside[0]) if inside else Workspace()
 
 
@@ -8040,6 +8117,7 @@ def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     --set-env KEY=VALUE   an environment variable for ComfyUI, kept for restarts
     --monitor             start it under a small watcher that restarts it after a crash
     --demo                run the built-in stand-in for ComfyUI
+    --python PATH         the Python of a ComfyUI folder, kept for later starts
     --take-over           drop the record of another machine or container
     --no-sync             do not bring the environment in line first
     """,
@@ -8134,17 +8212,22 @@ def run_in_foreground(
 def environment_to_run(console: Console, args: Arguments) -> Environment:
     """As `selected`; the demo is made, and a checkout that nobody has adopted is adopted."""
     folder = current_folder()
-    workspace = select_workspace(args.workspace, args.env is not None or args.demo, folder)
-    checkout = checkout_above(os.path.realpath(folder))
+    workspace = select_workspace(args.workspace, args.env is not None or args.demo, folder, to_make=True)
+    checkout = workspace.checkout_of(os.path.realpath(folder))
     if args.demo:
         if args.env not in (None, DEMO_NAME):
             raise CDEnvironmentError("--demo has an environment of its own, so -e cannot name another.", "", "usage")
         environment = workspace.demo()
-    elif args.env is None and checkout is not None and workspace.environment_of(folder) is None:
-        environment = workspace.adopt(checkout)
+    elif args.env is None and checkout and not (workspace.environment_of(folder) or workspace.environment_of(checkout)):
+        environment = workspace.adopt(checkout, python=args.python)
         console.result(f"✓ Adopted {checkout} as environment '{environment.name}' (Python: {environment.python})")
     else:
-        environment = workspace.select(args.env, folder)
+        environment = workspace.select(args.env, folder, to_start=True)
+        if args.python is not None:
+            if environment.manifest.comfyui_path is None:
+                message = f"Environment '{environment.name}' has a Python of its own, so it takes no other."
+                raise CDEnvironmentError(message, "", "usage")
+            workspace.adopt(environment.manifest.comfyui_path, environment.name, args.python)
     return prepare(console, args, environment)
 
 
@@ -8558,7 +8641,7 @@ def status(console: Console, args: Arguments) -> Report:
 def format_list(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if not data["environments"]:
         yield "No environments found."
-        yield f"Create one with: {typed('create', 'NAME')}"
+        yield "".join(part if isinstance(part, str) else typed(*part) for part in THREE_WAYS)
         return
     yield "Environments:"
     width = max(15, *(len(environment_title(item)) for item in data["environments"]))
@@ -8756,7 +8839,7 @@ def format_create(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     format_create,
 )
 def create(console: Console, args: Arguments) -> Report:
-    workspace = select_workspace(args.workspace, True, current_folder())
+    workspace = select_workspace(args.workspace, True, current_folder(), to_make=True)
     require_new_name(args.name)
     if args.from_dir is not None:
         environment = workspace.adopt(args.from_dir, args.name, args.python)
@@ -8822,7 +8905,9 @@ def format_init(data: dict[str, Any], typed: Typed) -> Iterator[str]:
 
 @command("init [PATH]", "set up a workspace elsewhere", "", ("init /data/comfy",), format_init)
 def init(console: Console, args: Arguments) -> Report:
-    workspace = select_workspace(args.workspace if args.path is None else args.path, True, current_folder())
+    workspace = select_workspace(
+        args.workspace if args.path is None else args.path, True, current_folder(), to_make=True
+    )
     made = workspace.initialize()
     return Report({"workspace": workspace.paths.root, "made": made})
 
@@ -9017,12 +9102,11 @@ def logs(console: Console, args: Arguments) -> Report:
     if args.rotate:
         done = environment.rotate_log(None if args.keep is None else max(1, args.keep))
         return Report({"text": f"✓ Rotated to {rotated(path)}" if done else "The log is empty."}, environment.name)
-    is_there = os.path.lexists(path) and bool(os.stat(path))  # OSError: one may not look
     record, has_older = environment._read_state(), bool(old_logs(path))
     if record is not None and not record.has_log and not args.all:
         message = f"PID {record.pid} was not started by comfydock, so its output is not here."
         raise CDEnvironmentError(message, ["Earlier runs: ", ("logs", "--all")], "no-log")
-    if not is_there and not (args.all and has_older):
+    if not is_there(path) and not (args.all and has_older):
         hint: Hint = ["Earlier runs: ", ("logs", "--all")] if has_older else ["Start ComfyUI with: ", ("run",)]
         if environment.is_running():
             hint = ["It was removed meanwhile. A new one begins with: ", ("restart",)]

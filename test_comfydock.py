@@ -5310,7 +5310,7 @@ class MakingAWorkspace(unittest.TestCase):
         self.assertIn("is not empty and no workspace", self.refusal(dock.Workspace(other).initialize))
         self.assertEqual(os.listdir(other), ["file"])
         for method in ("initialize", "list_environments"):
-            self.assertIn("is no folder", self.refusal(getattr(dock.Workspace(os.path.join(other, "file")), method)))
+            self.assertIn("is not a folder", self.refusal(getattr(dock.Workspace(os.path.join(other, "file")), method)))
 
     def checkout(self):
         folder = os.path.join(self.folder, "a", "ComfyUI")
@@ -5335,15 +5335,33 @@ class MakingAWorkspace(unittest.TestCase):
             self.assertEqual(workspace.get_environment("a").manifest.python_path, other)
 
     @unittest.skipIf(WINDOWS, "a python in bin")
-    def test_the_python_of_a_checkout_is_its_venv_or_that_of_conda(self):
+    def test_the_python_of_a_checkout_is_its_venv_else_one_that_has_pytorch(self):
         checkout = self.checkout()
-        with unittest.mock.patch.dict(os.environ, CONDA_PREFIX=os.path.join(self.folder, "conda")):
-            self.assertIn("No Python was found for", self.refusal(dock.find_checkout_python, checkout))
-            for folder in ("conda", os.path.join("a", "venv"), os.path.join("a", "ComfyUI", ".venv")):
+        pythons = {name: os.path.join(self.folder, name, "bin", "python") for name in ("active", "conda", "system")}
+        for name, python in pythons.items():
+            write(python, f"#!/bin/sh\ntest -e '{self.folder}/torch-in-{name}'\n")
+            os.chmod(python, 0o755)
+        os.symlink("python", os.path.join(self.folder, "system", "bin", "python3"))
+        variables = {
+            "VIRTUAL_ENV": os.path.join(self.folder, "active"),
+            "CONDA_PREFIX": os.path.join(self.folder, "conda"),
+            "PATH": os.path.join(self.folder, "system", "bin"),
+        }
+        with unittest.mock.patch.dict(os.environ, variables):
+            with self.assertRaises(dock.CDEnvironmentError) as caught:
+                dock.find_checkout_python(checkout, None)
+            for python in pythons.values():
+                self.assertIn(f"{python} has no PyTorch", caught.exception.message)
+            self.assertEqual(caught.exception.hint, ("run", "--python", pythons["system"]))
+            for name, python in reversed(pythons.items()):
+                write(os.path.join(self.folder, f"torch-in-{name}"), "")
+                found = dock.find_checkout_python(checkout, None)
+                self.assertEqual(found, pythons["system"] + "3" if name == "system" else python)
+            for folder in (os.path.join("a", "venv"), os.path.join("a", "ComfyUI", ".venv")):
                 python = os.path.join(self.folder, folder, "bin", "python")
                 write(python, "")
                 os.chmod(python, 0o755)
-                self.assertEqual(dock.find_checkout_python(checkout), python)
+                self.assertEqual(dock.find_checkout_python(checkout, None), python)
 
 
 # ======================================================================================================================
@@ -7023,6 +7041,61 @@ class WhichEnvironment(Journey):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertFalse(os.path.exists(self.person.workspace))
         self.assertEqual(self.person.types("stop", COMFYDOCK_HOME=other).returncode, 0)
+
+    def test_a_workspace_that_does_not_exist_is_no_empty_one(self):
+        nowhere = os.path.join(self.person.home, "nowhere")
+        self.assertClear(self.person.types("--workspace", nowhere, "list"), 1, f"{nowhere} does not exist.")
+        self.assertFalse(os.path.exists(nowhere))
+
+    def test_a_comfyui_one_level_down_is_found_but_a_chosen_environment_comes_first(self):
+        person = self.person
+        person.checkout(parent="portable")
+        root = os.path.join(person.home, "portable")
+        done = person.types("run", "--port", str(free_port()), cwd=root)
+        self.assertIn("Adopted", done.stdout, done.stderr)
+        self.assertIn("Environment: portable", person.types("status", cwd=root).stdout)
+        self.assertIn("ComfyUI stopped", person.types("stop", cwd=root).stdout)
+        person.environment("chosen")
+        person.types("use", "chosen")
+        self.assertIn("Environment: chosen", person.types("status", cwd=root).stdout)
+        os.mkdir(os.path.join(root, "python_embeded"))
+        self.assertIn("Environment: portable", person.types("status", cwd=root).stdout)
+
+    def test_the_demo_is_started_by_its_name_alone_and_is_never_active(self):
+        person = self.person
+        self.assertEqual(person.types("run", "-e", "demo").returncode, 0)
+        self.assertIn("Environment: demo", person.types("status").stdout)
+        self.assertEqual(person.types("stop").returncode, 0)
+        self.assertClear(person.types("run"), 1, "There is no environment", "create main")
+        self.assertClear(person.types("use", "demo"), 1, "never the active environment")
+        person.environment("mine")
+        self.assertIn("Environment: mine", person.types("status").stdout)
+        inside = os.path.join(person.workspace, "environments", "demo")
+        self.assertIn("Environment: demo", person.types("status", cwd=inside).stdout)
+        self.assertIn("environment: mine", person.types("run", "--port", str(free_port()), cwd=inside).stdout)
+
+    @needs_links
+    def test_an_environment_is_the_same_from_wherever_one_stands(self):
+        person = self.person
+        person.environment("a")
+        root = os.path.join(person.workspace, "environments", "a")
+        elsewhere = os.path.join(person.home, "disk", "a")
+        os.makedirs(os.path.dirname(elsewhere))
+        os.rename(root, elsewhere)
+        os.symlink(elsewhere, root)
+        os.symlink(os.path.join(person.home, "a", "ComfyUI"), os.path.join(person.home, "link"))
+        person.environment("b")
+        for folder in (root, elsewhere, os.path.join(person.home, "link", "custom_nodes")):
+            self.assertIn("Environment: a", person.types("status", cwd=folder).stdout, folder)
+
+    def test_run_takes_another_python_for_an_adopted_folder(self):
+        person = self.person
+        checkout = person.checkout()
+        shutil.rmtree(os.path.join(checkout, ".venv"))
+        done = person.types("run", "--python", sys.executable, "--port", str(free_port()), cwd=checkout)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(dock.Workspace(person.workspace).get_environment("code").python, sys.executable)
+        self.assertClear(person.types("run", "--python", "/nowhere", cwd=checkout), 1, "There is no Python at /nowhere")
 
     def test_a_workspace_may_lie_deep_and_bear_any_name(self):
         person = self.person
