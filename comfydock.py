@@ -8,12 +8,13 @@
 One file, standard library only, Python 3.9 and later. Copy it anywhere and type
 `python comfydock.py run`, install it with pipx, or vendor it and `import comfydock`.
 
-    run -> [intent in the state file] -> detached ComfyUI -> logs/<env>/comfyui.log
-                                              |
-                .cec/.comfyui.state  <--------+   pid, identity, port, arguments
-                         |
-    status, list, logs, stop, restart, repair     each reads the state and then looks at
-                                                  the process itself, never at a bare PID
+    what is typed -> main (16) -> parse (15) -> a command (14) -> Environment (9) -> a report -> the console (13)
+                                                     |
+                     run: intent -> .cec/.comfyui.state -> detached ComfyUI -> logs/<env>/comfyui.log
+                                          |                       |
+                     pid, identity, port, arguments         holds .cec/.comfyui.alive
+                                          |                       |
+    status, list, logs, stop, restart, repair: read the record, then look at the process itself, never at a bare PID
 
 Nothing of comfydock stays resident after `run`, but for the small watcher of `run --monitor`. A recorded
 process counts only while its identity holds: same machine and PID namespace, same boot, same PID, same start.
@@ -22,11 +23,10 @@ Words: a workspace holds environments; an environment has a ComfyUI checkout, a 
 (`.cec/pyproject.toml`) and at most one ComfyUI process; its record is what the state file says of that process; a
 `Process` is one as the system shows it; a snapshot is both together; a report is what a command answers.
 
-To follow `comfydock run`: main (16) -> answer -> run (14) -> Environment.run -> _start (9) ->
-create_background_process (3). To vendor it: `comfydock.Workspace().get_environment("main").run(["--port", "8190"])`.
+To vendor it: `comfydock.Workspace().get_environment("main").run(["--port", "8190"])`.
 
-The file is read downward: a section uses only itself and what stands above it. Another program lives here as a guest,
-exempt from the rules of the sections: the demo (10).
+The file is read downward: a section uses only itself and what stands above it, and keeps the rule below its title.
+Another program lives here as a guest, exempt from the rules: the demo (10).
 
     1. Words                         what the others speak of
     2. Places                        the layout on disk
@@ -42,7 +42,7 @@ exempt from the rules of the sections: the demo (10).
     12. Hidden entries               how the file starts itself
     13. The console                  the one printer
     14. Commands                     one function a command
-    15. The command line             the table of commands
+    15. The command line             reading words, help, completion
     16. The front door               main()
 """
 
@@ -104,7 +104,7 @@ __all__ = [
 
 # ====================================================================================================================
 # 1. Words
-# Pure: no file, process, socket or environment variable. What the other rooms speak of.
+# Pure: no file, process, socket or environment variable. What the other sections speak of.
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8188
@@ -552,7 +552,7 @@ def session_header(run_id: str, environment: str) -> str:
 
 # ====================================================================================================================
 # 2. Places
-# The only room that spells a name of the layout on disk.
+# The only section that spells a name of the layout on disk.
 
 
 class WorkspacePaths:
@@ -709,7 +709,7 @@ def default_workspace() -> str:
 
 # ====================================================================================================================
 # 3. The machine
-# The only room that names sys.platform, subprocess, signal, fcntl, msvcrt, ctypes; the only one that can end a process.
+# The only section that names sys.platform, subprocess, signal, fcntl, msvcrt, ctypes, and that can end a process.
 
 
 IS_WINDOWS = sys.platform == "win32"
@@ -1579,7 +1579,7 @@ def run_command(
 
 # ====================================================================================================================
 # 4. The process table
-# The only room that asks the system who is running; psutil is named only here.
+# The only section that asks the system who is running; psutil is named only here.
 
 
 PATH_RULES = os.path  # how paths compare; a test puts ntpath here
@@ -3451,7 +3451,7 @@ def has_control(text: str) -> bool:
 
 # ====================================================================================================================
 # 7. The state file
-# The only room that knows its shape; malformed reads as None, unreadable raises.
+# The only section that knows its shape; malformed reads as None, unreadable raises.
 
 
 def read_state(path: str) -> Optional[ProcessState]:
@@ -6673,7 +6673,7 @@ class Environment:
 
 # ====================================================================================================================
 # 10. The demo
-# Another program that lives here: exempt from the other doors, imports inside, uses nothing above it.
+# Another program that lives here: exempt from the rules of the others, imports inside, uses nothing above it.
 
 
 def demo_server() -> None:  # noqa: C901  # a whole program
@@ -7100,7 +7100,7 @@ def demo_source() -> str:
 
 # ====================================================================================================================
 # 11. Workspace
-# The only room that knows there are several environments.
+# The only section that knows there are several environments.
 
 THREE_WAYS: "Hint" = [
     "Three ways to get one:\n  ",

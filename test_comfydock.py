@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tests of comfydock: `python3 test_comfydock.py [--units] [--long] [NAME...]`.
 
-In the order of the module's rooms; then the house itself; then the journeys, which start real processes through the real
+In the order of the module's sections; then the house itself; then the journeys, which start real processes through the real
 command. Nothing but loopback is used, and nothing is left running.
 """
 
@@ -5829,17 +5829,17 @@ class TheHouse(unittest.TestCase):
     def setUpClass(cls):
         cls.source = Path(MODULE).read_text(encoding="utf-8")
         cls.tree = ast.parse(cls.source)
-        cls.rooms = [
+        cls.sections = [
             (number, int(match[1]))
             for number, line in enumerate(cls.source.splitlines(), 1)
             if (match := re.match(r"# (\d+)\. \S", line))
         ]
 
-    def room(self, line):
-        return max((room for first, room in self.rooms if first <= line), default=0)
+    def section(self, line):
+        return max((section for first, section in self.sections if first <= line), default=0)
 
-    def test_the_rooms_are_in_order_and_the_map_names_them_all(self):
-        self.assertEqual([room for _, room in self.rooms], list(range(1, len(self.rooms) + 1)))
+    def test_the_sections_are_in_order_and_the_map_names_them_all(self):
+        self.assertEqual([section for _, section in self.sections], list(range(1, len(self.sections) + 1)))
         for title in re.findall(r"^# (\d+\. .+)$", self.source, re.M):
             self.assertIn(title, dock.__doc__)
 
@@ -5873,11 +5873,11 @@ class TheHouse(unittest.TestCase):
                 inner.name for inner in ast.walk(node) if isinstance(inner, ast.FunctionDef) and inner is not node
             }
             for name in {inner.id for inner in names} & defined.keys() - local:
-                here, there = self.room(node.lineno), self.room(defined[name])
-                self.assertLessEqual(there, here, f"{name} of room {there} used in line {node.lineno}")
+                here, there = self.section(node.lineno), self.section(defined[name])
+                self.assertLessEqual(there, here, f"{name} of section {there} used in line {node.lineno}")
 
-    def test_each_door_holds(self):
-        doors = {
+    def test_each_rule_holds(self):
+        rules = {
             "print": {13}, "input": {13}, "psutil_module": {4}, "argparse": {15}, "signal": {3}, "fcntl": {3}, "msvcrt": {3},
             "ctypes": {3}, "socket": {5}, "ssl": {5},
         }  # fmt: skip
@@ -5890,8 +5890,8 @@ class TheHouse(unittest.TestCase):
             else:
                 continue
             for word in words:
-                if word in doors and self.room(node.lineno) not in (0, 10):
-                    self.assertIn(self.room(node.lineno), doors[word], f"{word} in line {node.lineno}")
+                if word in rules and self.section(node.lineno) not in (0, 10):
+                    self.assertIn(self.section(node.lineno), rules[word], f"{word} in line {node.lineno}")
 
     def test_nothing_that_is_started_opens_a_window_on_windows(self):
         forks = [node for node in self.tree.body if isinstance(node, ast.If) and "win32" in ast.unparse(node.test)]
@@ -5899,7 +5899,7 @@ class TheHouse(unittest.TestCase):
         starts = ("subprocess.run", "subprocess.Popen")
         for node in ast.walk(self.tree):
             is_call = isinstance(node, ast.Call) and ast.unparse(node.func) in starts
-            if is_call and id(node) not in elsewhere and self.room(node.lineno) != 10:
+            if is_call and id(node) not in elsewhere and self.section(node.lineno) != 10:
                 options = [ast.unparse(one) for one in node.keywords]
                 self.assertTrue(
                     {"**GROUP", "**options"} & set(options) or "CREATE_NO_WINDOW" in str(options), node.lineno
@@ -9017,7 +9017,7 @@ SHARES = {  # the first three have a process of its own each; who is done with t
     "--troubles": lambda case: isinstance(case, Trouble),
     "--rest": lambda case: not isinstance(case, Journey) or isinstance(case, FromNothingToANode),
     "--units": lambda case: not isinstance(case, Journey),
-    "--rooms": lambda case: not isinstance(case, (Journey, InWorkshop, DemoCase)),
+    "--sections": lambda case: not isinstance(case, (Journey, InWorkshop, DemoCase)),
 }
 
 
