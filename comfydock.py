@@ -9198,48 +9198,12 @@ def is_number(text: str) -> bool:
     return True
 
 
-def as_seconds(text: str) -> float:
-    """Return a length of time in seconds. Raises ValueError."""
-    if not 0 <= float(text) < 1e8:
-        raise ValueError(text)
-    return float(text)
-
-
-def as_count(text: str) -> int:
-    """Return a number of lines or files. Raises ValueError."""
-    if int(text) < 0:
-        raise ValueError(text)
-    return int(text)
-
-
-def as_port(text: str) -> int:
-    """Return a port. Raises ValueError."""
-    if not is_port(int(text)):
-        raise ValueError(text)
-    return int(text)
-
-
-def as_variable(text: str) -> "tuple[str, str]":
-    """Return key and value of KEY=VALUE. Raises ValueError."""
-    key, _, value = text.partition("=")
-    if "=" not in text or not is_variable(key, value):
-        raise ValueError(text)
-    return key, value
-
-
-def as_colour_choice(text: str) -> str:
-    """Return when to use colours. Raises ValueError."""
-    if text not in COLOUR_CHOICES:
-        raise ValueError(text)
-    return text
-
-
-KINDS: "dict[str, Callable[[str], Any]]" = {  # what stands behind an option -> how it is read
-    "SECONDS": as_seconds,
-    "N": as_count,
-    "PORT": as_port,
-    "KEY=VALUE": as_variable,
-    "WHEN": as_colour_choice,
+KINDS: "dict[str, tuple[Callable[[str], Any], Callable[[Any], bool]]]" = {  # metavar -> how it is read, what must hold
+    "SECONDS": (float, lambda value: 0 <= value < 1e8),
+    "N": (int, lambda value: value >= 0),
+    "PORT": (int, is_port),
+    "KEY=VALUE": (lambda text: text.split("=", 1), lambda pair: len(pair) == 2 and is_variable(*pair)),
+    "WHEN": (str, COLOUR_CHOICES.__contains__),
 }
 
 
@@ -9267,13 +9231,15 @@ def build_parser(command: Command, call: str = "comfydock") -> "argparse.Argumen
             raise usage_error(f"{flags} {what}.", command.name)
 
     def reader(flag: str, metavar: str) -> Callable[[str], Any]:
-        def read(text: str) -> Any:
-            try:
-                return KINDS.get(metavar, str)(text)
-            except ValueError:
-                raise usage_error(f"{flag} takes {metavar}, not '{text}'.", command.name) from None
+        read, holds = KINDS.get(metavar, (str, lambda value: True))
 
-        return read
+        def checked(text: str) -> Any:
+            with suppress(ValueError):
+                if holds(read(text)):
+                    return read(text)
+            raise usage_error(f"{flag} takes {metavar}, not '{text}'.", command.name)
+
+        return checked
 
     parser = Parser(
         usage=f"{call} {command.usage} [options]" + (" [--] [ComfyUI's arguments]" if command.passes_on else ""),
