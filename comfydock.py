@@ -165,8 +165,10 @@ class CDEnvironmentError(Exception):
 
     `hint` is what to do about it: a text, a command of ours as words (`("restart",)`), or a list of texts and such
     commands; the console adds how comfydock was called. `code` (str) is a stable word for scripts; "usage"
-    means that the words of the call were wrong.
+    means that the words of the call were wrong. `body` (str) is how the text began that came with "http-404" and the like.
     """
+
+    body = ""
 
     def __init__(self, message: str, hint: "Hint" = "", code: str = "failed") -> None:
         super().__init__(message)
@@ -2691,13 +2693,16 @@ def download(
 
 def pause_after(url: str, error: Exception, delay: Optional[float]) -> float:
     """Return the seconds to wait before a download is tried again. Raises CDEnvironmentError when it is not."""
+    from http.client import HTTPException
     from urllib.error import HTTPError
     from urllib.parse import urlsplit
 
     if isinstance(error, HTTPError):
-        error.close()
         if error.code not in PASSING_ANSWERS or delay is None:
-            raise CDEnvironmentError(f"{url} answered {error.code} {error.reason}", code=f"http-{error.code}") from None
+            refusal = CDEnvironmentError(f"{url} answered {error.code} {error.reason}", code=f"http-{error.code}")
+            with suppress(OSError, HTTPException):
+                refusal.body = begin(partial(error.read, 4096))(time.monotonic() + 2.0).decode("utf-8", "replace")
+            raise refusal from None
         asked = error.headers.get("Retry-After", "")
         delay = max(delay, float(asked) if asked.isdecimal() else 0.0)
         if delay > LONGEST_RETRY_AFTER:
@@ -6677,35 +6682,14 @@ class Environment:
 
 
 def demo_server() -> None:  # noqa: C901  # a whole program
-    """Stand in for the `main.py` of ComfyUI 0.3.64: its flags, log lines, endpoints, Origin rule and signal behaviour.
+    """Stand in for the `main.py` of ComfyUI 0.33: its log, its common flags, the endpoints we ask, its way to stop.
 
     `demo_source` writes this function out as a whole program, so it uses no name from outside its own body. On purpose
-    it is ready in 0.1 s, stops in 0.1 s (ComfyUI: 2 s), opens no browser and makes no images. A node of its own keeps
-    the queue busy: {"prompt": {"1": {"class_type": "DemoSleep", "inputs": {"seconds": 5}}}}. `POST /manager/reboot`
-    restarts as ComfyUI-Manager does: marker `$__COMFY_CLI_SESSION__.reboot` and exit 0 if that is set, else exec.
-
-    Faults on demand, from environment variables COMFYDOCK_DEMO_<NAME> ("yes" = any text; empty or unset = off):
-
-    START_SECONDS  N             sleep N seconds before binding
-    STOP_SECONDS   N             a clean stop takes N seconds
-    EXIT           WHEN:CODE[:N] end with CODE, or crash if it is "segv". WHEN: import (with a traceback), bind (after
-                                 the GUI line), later (N seconds after it, 0.5 if not said). "segv" is later:segv
-    HANG           yes           accept connections, never answer
-    DRIP           yes           answer one byte each 0.2 s
-    GARBAGE        yes           answer bytes that are no HTTP
-    ENDLESS        yes           answer with a body that never ends
-    STATUS         CODE          answer every request with this status and no body
-    LONG_ANSWER    BYTES         pad /system_stats by so many bytes
-    IGNORE         INT,TERM      ignore these signals
-    CHILD          yes|session   spawn a child that outlives us, in our session or its own; the log says "child: <pid>"
-    NOISE          yes           log invalid UTF-8, bars drawn with carriage returns, a line of 200,000 characters
-    SPAM           N[:BYTES]     log N numbered lines a second ("spam 1" ...), each padded to BYTES
-    STUCK          yes           the worker dies at its first prompt (as by sys.exit() in a node): it runs for ever
-    REEXEC         yes           restart once during startup, as Manager does after installing dependencies
-    ONCE           PATH          only the process that creates the file PATH misbehaves, later ones do not
+    it is ready in 0.1 s, stops in 0.1 s (ComfyUI: 3 s), opens no browser and makes no images. A node of its own keeps
+    the queue busy: {"prompt": {"1": {"class_type": "DemoSleep", "inputs": {"seconds": 5}}}}.
     """
     import argparse
-    import errno
+    import faulthandler
     import http.server
     import itertools
     import json
@@ -6714,369 +6698,158 @@ def demo_server() -> None:  # noqa: C901  # a whole program
     import signal
     import socket
     import ssl
-    import subprocess
     import sys
     import threading
     import time
-    import urllib.parse
     import uuid
 
-    # --- the command line
-
-    def folder(path: str) -> str:
-        if not os.path.isdir(path) or not os.access(path, os.R_OK):
-            raise argparse.ArgumentTypeError(f"The path '{path}' does not exist.")
-        return path
-
-    LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-    TEXTS = """--tls-keyfile --tls-certfile --base-directory --output-directory --temp-directory --input-directory
-        --oneapi-device-selector --front-end-version --comfy-api-base --database-url --preview-method
-        --default-hashing-function --cuda-device --default-device --preview-size --cache-lru --max-upload-size
-        --reserve-vram"""
-    SWITCHES = """--auto-launch --disable-auto-launch --cuda-malloc --disable-cuda-malloc --force-fp32 --force-fp16
-        --fp32-unet --fp64-unet --bf16-unet --fp16-unet --fp8_e4m3fn-unet --fp8_e5m2-unet --fp8_e8m0fnu-unet --fp16-vae
-        --fp32-vae --bf16-vae --cpu-vae --fp8_e4m3fn-text-enc --fp8_e5m2-text-enc --fp16-text-enc --fp32-text-enc
-        --bf16-text-enc --force-channels-last --disable-ipex-optimize --supports-fp8-compute --cache-classic
-        --cache-none --use-split-cross-attention --use-quad-cross-attention --use-pytorch-cross-attention
-        --use-sage-attention --use-flash-attention --disable-xformers --force-upcast-attention --dont-upcast-attention
-        --async-offload --force-non-blocking --disable-smart-memory --deterministic --mmap-torch-files --disable-mmap
-        --dont-print-server --quick-test-for-ci --windows-standalone-build --disable-metadata
-        --disable-all-custom-nodes --disable-api-nodes --multi-user --log-stdout --enable-compress-response-body"""
-    FLAGS: tuple[tuple[dict[str, Any], str], ...] = (  # how argparse reads them; the demo heeds few
-        ({"nargs": "?", "default": "127.0.0.1", "const": "0.0.0.0,::"}, "--listen"),
-        ({"type": int, "default": 8188}, "--port"),
-        ({"nargs": "?", "const": "*"}, "--enable-cors-header"),
-        ({"nargs": "?", "default": "INFO", "const": "DEBUG", "choices": LEVELS}, "--verbose"),
-        ({"nargs": "?"}, "--directml"),
-        ({"nargs": "*"}, "--fast --whitelist-custom-nodes --extra-model-paths-config"),
-        ({"type": folder}, "--user-directory --front-end-root"),
-        ({}, TEXTS),
-        ({"action": "store_true"}, SWITCHES),
-    )
     parser = argparse.ArgumentParser(description="A stand-in for ComfyUI, part of comfydock: no images, no models.")
-    for options, names in FLAGS:
-        for name in names.split():
-            parser.add_argument(name, **options)
-    memory = parser.add_mutually_exclusive_group()
-    for name in ("--gpu-only", "--highvram", "--normalvram", "--lowvram", "--novram", "--cpu"):
-        memory.add_argument(name, action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--listen", nargs="?", default="127.0.0.1", const="0.0.0.0,::")
+    parser.add_argument("--port", type=int, default=8188)
+    parser.add_argument("--tls-keyfile")
+    parser.add_argument("--tls-certfile")
+    parser.add_argument("--verbose", nargs="*", default=["INFO"])
+    args = parser.parse_known_args()[0]
 
-    prefix = "COMFYDOCK_DEMO_"
-    faults = {name[len(prefix) :]: value for name, value in os.environ.items() if name.startswith(prefix) and value}
-    try:
-        if "ONCE" in faults:
-            open(faults["ONCE"], "x").close()
-    except FileExistsError:
-        faults.clear()
-
-    logging.basicConfig(level=args.verbose, format="%(message)s", stream=sys.stdout if args.log_stdout else sys.stderr)
+    for level, colour in (("INFO", "32"), ("WARNING", "33"), ("ERROR", "1m\033[31")):
+        logging.addLevelName(getattr(logging, level), f"\033[{colour}m[{level}]\033[0m")
+    logging.basicConfig(level=(args.verbose or ["DEBUG"])[0], format="%(levelname)s %(message)s")
     say = logging.info
 
-    # --- the queue and its worker
-
-    changed = threading.Condition()  # held by who looks at the queue and the history: an endpoint, or the worker
+    changed, interrupted, numbers = threading.Condition(), threading.Event(), itertools.count()
     pending: list[list[Any]] = []  # items as /queue shows them: number, prompt id, workflow, extra data, output nodes
-    running: list[list[Any]] = []  # one of them at most
-    history: dict[str, Any] = {}  # prompt id -> record
-    numbers = itertools.count()
-    interrupted = threading.Event()  # set by /interrupt, cleared by each prompt
+    running: list[list[Any]] = []  # one of them at most; who looks at either holds `changed`
 
     def duration(workflow: "dict[str, Any]") -> float:
-        """Return the seconds that a workflow takes, at most a day; an odd one raises."""
-        asked = sum(float(body["inputs"]["seconds"]) for body in workflow.values() if body["class_type"] == "DemoSleep")
-        return max(0.0, min(asked, 86400.0))
+        """Return the seconds that a workflow takes; an odd one raises."""
+        asked = [float(body["inputs"]["seconds"]) for body in workflow.values() if body["class_type"] == "DemoSleep"]
+        return max(0.0, min(sum(asked), 86400.0))
 
     def work() -> None:
-        """Execute one prompt after another: sleep as long as it asks, or until it is interrupted, and record it."""
         while True:
             with changed:
                 changed.wait_for(lambda: pending)
                 interrupted.clear()  # before it shows as running: who interrupts what he saw is heard
                 running.append(pending.pop(0))
-            if "STUCK" in faults:
-                return
-            item, began = running[0], time.monotonic()
-            done = not interrupted.wait(duration(item[2]))
-            messages = [["execution_success" if done else "execution_interrupted", {"prompt_id": item[1]}]]
-            status = {"status_str": "success" if done else "error", "completed": done, "messages": messages}
+            began = time.monotonic()
+            interrupted.wait(duration(running[0][2]))
             with changed:
-                history[item[1]] = {"prompt": running.pop(), "outputs": {}, "status": status, "meta": {}}
+                running.clear()
             say(f"Prompt executed in {time.monotonic() - began:.2f} seconds")
 
-    # --- the endpoints
-
-    INDEX = (
-        "<!doctype html><html lang=en><head><meta charset=utf-8><title>ComfyUI (comfydock demo)</title></head><body>"
-        "<h1>ComfyUI demo</h1><p>Not ComfyUI but the stand-in that comes with comfydock. It makes no images.</p>"
-        "<p><a href=system_stats>system_stats</a> <a href=queue>queue</a> <a href=history>history</a></p></body></html>"
-    )
-    NAMES = ("DemoSleep", "EmptyImage", "SaveImage", "PreviewImage")
-    NODES = {name: {"name": name, "category": "demo", "output_node": name != "EmptyImage"} for name in NAMES}
-
-    def show_system() -> object:
-        """Progress about this process what ComfyUI tells, and that it is the demo."""
-        versions = {"comfyui_version": "0.3.64", "python_version": sys.version, "pytorch_version": "comfydock demo"}
-        system = {"os": os.name, "argv": sys.argv, **versions, "embedded_python": False, "demo": "comfydock"}
-        if "LONG_ANSWER" in faults:
-            system["padding"] = "x" * int(faults["LONG_ANSWER"])
-        memory = dict.fromkeys(("vram_total", "vram_free", "torch_vram_total", "torch_vram_free"), 8 << 30)
-        return {"system": system, "devices": [{"name": "comfydock demo", "type": "cpu", "index": None, **memory}]}
-
-    def refuse(kind: str, message: str) -> "tuple[int, object]":
-        """Say what is wrong with a prompt."""
-        error = {"type": kind, "message": message, "details": "", "extra_info": {}}
-        logging.warning(f"invalid prompt: {error}")
-        return 400, {"error": error, "node_errors": {}}
-
-    def queue_prompt(wanted: "Any") -> "tuple[int, object]":
-        """Check a prompt and put it in line."""
+    def queue_prompt(wanted: "Any") -> object:
         say("got prompt")
-        if "prompt" not in wanted:
-            return refuse("no_prompt", "No prompt provided")
-        workflow = wanted["prompt"]
-        for name in [body.get("class_type") for body in workflow.values()]:
-            if name not in NODES:
-                return refuse("invalid_prompt", f"Cannot execute because node {name} does not exist.")
-        outputs = [node for node, body in workflow.items() if NODES[body["class_type"]]["output_node"]]
-        if not outputs:
-            return refuse("prompt_no_outputs", "Prompt has no outputs")
+        workflow, name = wanted["prompt"], str(wanted.get("prompt_id") or uuid.uuid4())
         duration(workflow)  # if that raises, then here and not in the worker
-        number, name = next(numbers), str(wanted.get("prompt_id") or uuid.uuid4())
-        pending.append([number, name, workflow, wanted.get("extra_data", {}), outputs])
+        pending.append([next(numbers), name, workflow, {}, list(workflow)])
         changed.notify()
-        return 200, {"prompt_id": name, "number": number, "node_errors": {}}
+        return {"prompt_id": name, "number": pending[-1][0], "node_errors": {}}
 
-    def drop_prompts(wanted: "Any") -> None:
-        unwanted = [item[1] for item in pending] if wanted.get("clear") else wanted.get("delete", [])
-        pending[:] = [item for item in pending if item[1] not in unwanted]
+    def interrupt(wanted: "Any") -> str:
+        say("Global interrupt (no prompt_id specified)")
+        interrupted.set()
+        return ""
 
-    def drop_history(wanted: "Any") -> None:
-        for name in list(history) if wanted.get("clear") else wanted.get("delete", []):
-            history.pop(name, None)
-
-    def interrupt(wanted: "Any") -> None:
-        name = wanted.get("prompt_id")
-        if name and name not in [item[1] for item in running]:
-            say(f"Prompt {name} is not currently running, skipping interrupt")
-        else:
-            say(f"Interrupting prompt {name}" if name else "Global interrupt (no prompt_id specified)")
-            interrupted.set()
-
-    def restart(wanted: object = None) -> None:
-        """Restart as ComfyUI-Manager 3 does; who asked for it gets no answer, as there."""
+    def restart(wanted: object) -> None:
+        """Restart as ComfyUI-Manager does; who asked for it gets no answer, as there."""
         session = os.environ.get("__COMFY_CLI_SESSION__")
-        say("\nRestarting...\n\n" if session else "\nRestarting... [Legacy Mode]\n\n")
+        say("\nRestarting...\n\n")
         if session:
             open(session + ".reboot", "w").close()
             os._exit(0)
-        argv = [word for word in sys.argv if word != "--windows-standalone-build"]
         # Windows joins the words of exec without quoting them, starts another process and ends this one.
-        argv = [f'"{sys.executable}"', f'"{argv[0]}"', *argv[1:]] if os.name == "nt" else [sys.executable, *argv]
-        os.execv(sys.executable, argv)
+        first = [f'"{word}"' if os.name == "nt" else word for word in (sys.executable, sys.argv[0])]
+        os.execv(sys.executable, first + [word for word in sys.argv[1:] if word != "--windows-standalone-build"])
 
-    PAGES: dict[str, Callable[[], Any]] = {  # GET: what there is to see
-        "/": lambda: INDEX,
-        "/system_stats": show_system,
-        "/queue": lambda: {"queue_running": list(running), "queue_pending": list(pending)},
-        "/prompt": lambda: {"exec_info": {"queue_remaining": len(running) + len(pending)}},
-        "/history": lambda: dict(history),
-        "/object_info": lambda: NODES,
+    versions = {"comfyui_version": "0.33.0", "python_version": sys.version, "pytorch_version": "comfydock demo"}
+    system = {"os": sys.platform, "argv": sys.argv, **versions, "embedded_python": False, "demo": "comfydock"}
+    memory = dict.fromkeys(("vram_total", "vram_free", "torch_vram_total", "torch_vram_free"), 8 << 30)
+    device = {"name": "comfydock demo", "type": "cpu", "index": None, **memory}
+    ANSWERS: dict[str, Callable[[Any], Any]] = {
+        "GET /": lambda _: (
+            "<!doctype html><meta charset=utf-8><title>ComfyUI (comfydock demo)</title><h1>ComfyUI demo</h1>"
+            "<p>Not ComfyUI but the stand-in that comes with comfydock. It makes no images.</p>"
+        ),
+        "GET /system_stats": lambda _: {"system": system, "devices": [device]},
+        "GET /queue": lambda _: {"queue_running": list(running), "queue_pending": list(pending)},
+        "GET /prompt": lambda _: {"exec_info": {"queue_remaining": len(running) + len(pending)}},
+        "GET /object_info": lambda _: {"DemoSleep": {"name": "DemoSleep", "category": "demo", "output_node": True}},
+        "POST /prompt": queue_prompt,
+        "POST /interrupt": interrupt,
+        "POST /v2/manager/reboot": restart,
     }
-    ORDERS: dict[str, Callable[[Any], Any]] = {  # POST: what is done with the JSON that was sent
-        "/prompt": queue_prompt,
-        "/queue": drop_prompts,
-        "/history": drop_history,
-        "/interrupt": interrupt,
-        "/manager/reboot": restart,
-    }
-
-    # --- HTTP
-
-    def is_foreign(host: str, origin: str) -> bool:
-        """Whether a browser page from elsewhere asks a loopback server: ComfyUI's rule; it resolves names, too."""
-        if not origin:
-            return False
-        to, by = urllib.parse.urlsplit("//" + host.lower()), urllib.parse.urlsplit(origin.lower())
-        asked = (to.hostname if by.port is None else to.netloc) or ""
-        asker = (by.hostname if to.port is None else by.netloc) or asked
-        if asked == asker or not asked.startswith(("localhost", "127.", "::1", "[::1]")):
-            return False
-        logging.warning(f"WARNING: request with non matching host and origin {asked} != {asker}, returning 403")
-        return True
 
     class Handler(http.server.BaseHTTPRequestHandler):
         """One connection, in a thread of its own."""
 
-        protocol_version = "HTTP/1.1"
-        server_version = "comfydock-demo"
-        disable_nagle_algorithm = True
+        protocol_version, server_version, timeout = "HTTP/1.1", "comfydock-demo", 30
 
         def log_message(self, *words: object) -> None:
             """Stay silent: ComfyUI keeps no access log."""
 
-        def result(self, data: bytes) -> "tuple[int, Any]":
-            """Return the status and the content of the answer; an unknown path is a file that is not there."""
-            if "STATUS" in faults:
-                return int(faults["STATUS"]), ""
-            host, origin = self.headers.get("Host", ""), self.headers.get("Origin", "")
-            if not args.enable_cors_header and is_foreign(host, origin):
+        def result(self) -> "tuple[int, Any]":
+            """Return the status and the content of the answer to a request."""
+            size, path = int(self.headers.get("Content-Length", 0)), self.path.partition("?")[0]
+            data = self.rfile.read(size) if 0 <= size <= 64 << 20 else b"too long, and no JSON"
+            host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
+            is_foreign = origin and origin.partition("//")[2] != host  # a browser's page from elsewhere, ComfyUI's rule
+            if is_foreign and host.startswith(("localhost", "127.", "[::1]")):
                 return 403, ""
-            path = urllib.parse.unquote(self.path.partition("?")[0])
-            path = path[4:] if path.startswith("/api/") else path
-            whole, _, part = path.rpartition("/")
+            answer = ANSWERS.get(f"{self.command} {path[4:] if path.startswith('/api/') else path}")
             with changed:
-                if self.command == "POST" and path in ORDERS:
-                    return ORDERS[path](json.loads(data or b"{}")) or (200, "")
-                if self.command not in ("GET", "HEAD"):
-                    return 405, ""
-                if whole in ("/history", "/object_info"):
-                    return 200, {name: shown for name, shown in PAGES[whole]().items() if name == part}
-                return (200, PAGES[path]()) if path in PAGES else (404, "")
+                return (200, answer(json.loads(data or b"{}"))) if answer else (404, "")
 
-        def answer(self) -> None:
+        def do_GET(self) -> None:
             """Answer one request; whatever goes wrong is a 500, and the server goes on."""
             try:
-                status, content = self.result(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+                status, content = self.result()
                 text = content if isinstance(content, str) else json.dumps(content)
             except Exception:  # noqa: BLE001  # a stand-in for the web framework, which swallows all, too
                 logging.exception(f"Error handling request from {self.client_address[0]}")
-                self.close_connection = True
-                status, text = 500, "500 Internal Server Error\n\nServer got itself in trouble"
-            kind = {"{": "application/json", "<": "text/html"}.get(text[:1], "text/plain")
+                self.close_connection, status, text = True, 500, "500 Internal Server Error"
             self.send_response(status)
-            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Type", "text/html" if text[:1] == "<" else "application/json")
             self.send_header("Content-Length", str(len(text)))
-            if self.close_connection:
-                self.send_header("Connection", "close")
             self.end_headers()
-            self.wfile.write(b"" if self.command == "HEAD" else text.encode())
+            self.wfile.write(text.encode())
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = answer
+        do_POST = do_GET
 
-    BLANK = b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 4096
-    WRONG_ANSWERS: dict[str, tuple[Any, float]] = {  # fault -> what is sent, seconds after each part
-        "HANG": ([], 0),
-        "DRIP": ([bytes([byte]) for byte in BLANK], 0.2),
-        "GARBAGE": ([b"\x00\xff\xfe this is not HTTP\r\n\r\n" * 100], 0),
-        "ENDLESS": (itertools.repeat(BLANK), 0),
-    }
-
-    def converse(connection: socket.socket, client: "Any", tls: "Any") -> None:
-        """Serve one connection to its end, rightly or wrongly; a client that leaves is no news."""
-        fault = next((fault for fault in WRONG_ANSWERS if fault in faults), "")
-        try:
-            connection = tls.wrap_socket(connection, server_side=True) if tls else connection
-            if not fault:
-                Handler(connection, client, None)  # type: ignore[arg-type]  # it never asks its server
-                return
-            while connection.recv(65536) and fault == "HANG":
-                pass
-            parts, pause = WRONG_ANSWERS[fault]
-            for part in parts:
-                connection.sendall(part)
-                time.sleep(pause)
-        except OSError:
-            pass
-        finally:
-            connection.close()
-
-    def accept_forever(listener: socket.socket, tls: "Any") -> None:
-        while True:
-            try:
-                connection, client = listener.accept()
-            except OSError:  # the client has gone again, or we are out of descriptors
-                time.sleep(0.05)
-            else:
-                threading.Thread(target=converse, args=(connection, client, tls), daemon=True).start()
-
-    def bind(host: str) -> "Iterator[socket.socket]":
-        """Listen on every address of one host name ("" is all), as asyncio does, whose error text ComfyUI shows."""
-        found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    def listen(host: str) -> None:
+        """Serve on every address of one host name ("" is all), with asyncio's words for one that is taken."""
+        found = socket.getaddrinfo(host or None, args.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, _, _, _, address in found:
-            where = (address[0], args.port, *address[2:])
+            server = http.server.ThreadingHTTPServer(("", 0), Handler, bind_and_activate=False)
+            server.socket.close()
+            server.handle_error = lambda *client: None  # type: ignore[method-assign]  # a client that leaves is no news
             try:
-                yield socket.create_server(where, family=family, backlog=128)
+                server.socket = socket.create_server(address, family=family, backlog=128)
             except OSError as error:
-                if error.errno != errno.EAFNOSUPPORT:  # asyncio passes over what a machine does not know
-                    why = str(error.strerror).partition(" (while ")[0].lower()
-                    raise OSError(error.errno, f"error while attempting to bind on address {where!r}: {why}") from None
+                why = str(error.strerror).partition(" (while ")[0].lower()
+                raise OSError(error.errno, f"error while attempting to bind on address {address!r}: {why}") from None
+            if args.tls_keyfile and args.tls_certfile:
+                tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                tls.load_cert_chain(args.tls_certfile, args.tls_keyfile)
+                server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    # --- faults and startup
-
-    def leave(when: str) -> None:
-        wanted = "later:segv" if faults.get("EXIT") == "segv" else faults.get("EXIT", "")
-        moment, code, seconds = f"{wanted}::".split(":")[:3]
-        if moment != when:
-            return
-        if when == "import":
-            sys.stderr.write("Traceback (most recent call last):\nModuleNotFoundError: No module named 'PIL'\n")
-        if when == "later":
-            time.sleep(float(seconds or 0.5))
-        if code == "segv":  # Windows: TerminateProcess with the code of an access violation
-            os.kill(os.getpid(), 0xC0000005 if os.name == "nt" else signal.SIGSEGV)
-        os._exit(int(code))
-
-    def spam() -> None:
-        rate, _, size = faults["SPAM"].partition(":")
-        began = time.monotonic()
-        for number in itertools.count(1):
-            while number > (time.monotonic() - began) * float(rate):
-                time.sleep(0.01)
-            say(f"spam {number} ".ljust(int(size or 0), "."))
-
-    def serve() -> None:
-        """Bind every address, announce each, then answer until something ends us."""
-        tls = None
-        if args.tls_keyfile and args.tls_certfile:
-            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            tls.load_cert_chain(args.tls_certfile, args.tls_keyfile)
-        announce = (lambda text: None) if args.dont_print_server else say
-        announce("Starting server\n")
-        listeners: list[socket.socket] = []
-        for host in args.listen.split(","):
-            listeners += bind(host)
-            shown = f"[{host}]" if ":" in host else host
-            announce(f"To see the GUI go to: {'https' if tls else 'http'}://{shown}:{args.port}")
-        leave("bind")
+    faulthandler.enable()
+    say("Checkpoint files will always be loaded safely.")
+    say("Total VRAM 8192 MB, total RAM 8192 MB\npytorch version: none (comfydock demo)\nDevice: cpu (comfydock demo)")
+    say(f"Python version: {sys.version}\nComfyUI version: 0.33.0\n[Prompt Server] web root: built into the demo")
+    try:
         threading.Thread(target=work, daemon=True).start()
-        if "SPAM" in faults:
-            threading.Thread(target=spam, daemon=True).start()
-        for listener in listeners:
-            threading.Thread(target=accept_forever, args=(listener, tls), daemon=True).start()
-        leave("later")
+        say("Starting server\n")
+        for host in args.listen.split(","):
+            listen(host)
+            shown = f"[{host}]" if ":" in host else host
+            say(f"To see the GUI go to: http{'s' * bool(args.tls_keyfile and args.tls_certfile)}://{shown}:{args.port}")
         while True:
             time.sleep(3600)  # Windows lets Ctrl-C interrupt a sleep, not a wait for a lock
-
-    for name in filter(None, faults.get("IGNORE", "").split(",")):
-        signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
-    leave("import")
-    say("Checkpoint files will always be loaded safely.")
-    say("Total VRAM 8192 MB, total RAM 8192 MB\npytorch version: none (comfydock demo)")
-    say("Set vram state to: DISABLED\nDevice: cpu (comfydock demo)\nUsing no attention: this is a demo")
-    say(f"Python version: {sys.version}\nComfyUI version: 0.3.64\nComfyUI frontend version: 1.27.10")
-    say("[Prompt Server] web root: built into the comfydock demo")
-    if os.environ.pop("COMFYDOCK_DEMO_REEXEC", "") and "REEXEC" in faults:
-        say("Restarting to reapply dependency installation.")
-        restart()
-    if "CHILD" in faults:
-        command, apart = [sys.executable, "-c", "import time; time.sleep(600)"], faults["CHILD"] == "session"
-        say(f"child: {subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=apart).pid}")
-    if "NOISE" in faults:
-        bars = "".join(f"\r{20 * n:3}%|{chr(0x2588) * n:5}| {n}/5 [00:0{n}<00:0{5 - n},  1.00it/s]" for n in range(6))
-        sys.stderr.buffer.write(b"bad \xff\xfe bytes\n" + bars.encode() + b"\n" + b"x" * 200000 + b"\n")
-        sys.stderr.buffer.flush()
-    time.sleep(float(faults.get("START_SECONDS", 0)))
-    say("Context impl SQLiteImpl.\nWill assume non-transactional DDL.\nNo target revision found.")
-    if args.quick_test_for_ci:
-        return
-    try:
-        serve()
     except KeyboardInterrupt:
         say("\nStopped server")
-        faults["HANG"] = "yes"  # what connects now is accepted and not answered, as during ComfyUI's teardown
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # and a second one ends us
-        time.sleep(float(faults.get("STOP_SECONDS", 0.1)))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends us
+        time.sleep(0.1)
         os._exit(0)  # past the interpreter's teardown, where a thread that still logs can make it abort
 
 
