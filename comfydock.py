@@ -759,7 +759,7 @@ O_BINARY = getattr(os, "O_BINARY", 0)
 def open_regular(path: str, mode: str = "rb", buffering: int = -1) -> "BinaryIO":
     """Open a file that others may have planted, to read or append: no link is followed, and nothing is waited for.
 
-    A new one is its owner's alone. Raises OSError, also for a link, a pipe, a device and a folder.
+    A new one is its owner's alone. Raises OSError, also for a link (ELOOP), a pipe, a device and a folder.
     """
     import errno
     import stat
@@ -767,11 +767,11 @@ def open_regular(path: str, mode: str = "rb", buffering: int = -1) -> "BinaryIO"
     def opener(name: str, flags: int) -> int:
         refused = OSError(errno.EINVAL, "Not a regular file", name)
         if IS_WINDOWS and os.path.islink(name):  # other systems look while they open
-            raise refused
+            raise OSError(errno.ELOOP, "is a link", name)
         try:
             handle = os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENXIO):  # ENXIO: a pipe that nobody reads
+            if error.errno == errno.ENXIO:  # a pipe that nobody reads
                 raise refused from None
             raise
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -2848,7 +2848,7 @@ def read_small(path: str, limit: int = 1 << 20) -> Optional[bytes]:
     """
     try:
         with open_regular(path, "rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)  # so much memory is asked for
     except FileNotFoundError:
         return None
     if len(data) > limit:

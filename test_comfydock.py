@@ -6614,7 +6614,7 @@ class WhatUsersMet(Journey):
         eventually(lambda: not alive(data["pid"]))
         before = self.person.status()
         self.assertEqual(before["last_error"], "ValueError: the real reason")
-        self.assertEqual(self.ends_at_once("--bogus").returncode, 1)
+        self.assertEqual(self.ends_at_once("--bogus", COMFYDOCK_DEMO_REFUSE="yes").returncode, 1)
         after = self.person.status()
         self.assertEqual((after["state"], after["last_error"]), (dock.CRASHED, before["last_error"]))
         self.assertLessEqual(after["last_alive"], before["last_alive"])
@@ -6626,7 +6626,7 @@ class WhatUsersMet(Journey):
         self.assertNotEqual(dock.process_table().marker(monitor.pid), "another")
 
     def test_a_monitored_start_that_fails_shows_the_last_lines(self):
-        done = self.ends_at_once("--monitor", "--wait", "--bogus")
+        done = self.ends_at_once("--monitor", "--wait", "--bogus", COMFYDOCK_DEMO_REFUSE="yes")
         self.assertEqual(done.returncode, 1)
         self.assertIn("unrecognized arguments: --bogus", done.stderr.partition("comfydock: ")[0])
 
