@@ -165,7 +165,7 @@ class CDEnvironmentError(Exception):
 
     `hint` is what to do about it: a text, a command of ours as words (`("restart",)`), or a list of texts and such
     commands; the console adds how comfydock was called. `code` (str) is a stable word for scripts; "usage"
-    means that the words of the call were wrong. `body` (str) is how the text began that came with "http-404" and the like.
+    means that the words of the call were wrong. `body` (str): how the text began that came with "http-404" or the like.
     """
 
     body = ""
