@@ -481,6 +481,15 @@ def epoch_of(stamp: Optional[str]) -> float:
     return datetime.fromisoformat(stamp[:-1] + "+00:00" if stamp.endswith("Z") else stamp).timestamp()
 
 
+def format_size(count: float) -> str:
+    """Return an amount of bytes for people: 512 B, 3.4 MB, 12.0 GB."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    units = ("KB", "MB", "GB", "TB")
+    power = min(len(units), (len(str(int(count))) - 1) // 3)
+    return f"{count / 1000**power:.1f} {units[power - 1]}"
+
+
 def format_duration(seconds: float) -> str:
     """A length of time for people: 12s, 15m, 3h 5m, 2d 4h."""
     whole = max(0, int(seconds))
@@ -2863,7 +2872,10 @@ def locked(path: str, seconds: float, purpose: str) -> Iterator[None]:
     The lock is the system's and ends with its holder, so the file is never deleted and never
     stale; its text only tells others who holds it. Raises CDEnvironmentError naming the holder.
     """
-    lock = until(lambda: take_lock(path), seconds)
+    try:
+        lock = until(lambda: take_lock(path), seconds)
+    except FileNotFoundError:
+        raise CDEnvironmentError(f"{os.path.dirname(path)} is no longer there.", code="unknown") from None
     if lock is None:
         raise _locked_out(path)
     with lock:
@@ -5176,6 +5188,8 @@ class NodeManager:
 
 # Creating and deleting an environment
 
+OWN_FOLDERS = ("models", "output", "input", "user")  # of ComfyUI: what is a user's there outlives the environment
+DELETED = ".deleted-"  # in the name of what is being deleted
 DISK_NEEDED = {"code": 500, "cpu": 4000, "other": 12000}  # MB: the code, PyTorch for the CPU, for a graphics card
 
 
@@ -5475,28 +5489,98 @@ def write_demo_manifest(paths: EnvironmentPaths, python: str) -> None:
     write_atomic(paths.complete, b"", 0o644)
 
 
-def delete_environment(paths: EnvironmentPaths, idle: Any) -> None:
+def own_files(comfyui: str, seconds: float = 2.0) -> dict[str, tuple[int, int, bool]]:
+    """Count what a user put into a ComfyUI: folder -> (files, bytes, whether that is all), without the empty ones.
+
+    What git tracks there came with ComfyUI. Links are not followed; what is not counted within `seconds` is not known.
+    """
+    deadline, counts = time.monotonic() + seconds, {}
+    tracked = set((git_answer(["ls-files", "-z", "--", *OWN_FOLDERS], comfyui) or "").split("\0"))
+    for name in OWN_FOLDERS:
+        number, size, is_all = 0, 0, True
+        for folder, _, files in (
+            os.walk(os.path.join(comfyui, name)) if not is_link(os.path.join(comfyui, name)) else ()
+        ):
+            for path in (os.path.join(folder, file) for file in files):
+                length = os.lstat(path).st_size
+                if length and os.path.relpath(path, comfyui).replace(os.sep, "/") not in tracked:
+                    number, size = number + 1, size + length
+            if time.monotonic() > deadline:
+                is_all = False
+                break
+        if number or not is_all:
+            counts[name] = number, size, is_all
+    return counts
+
+
+def delete_environment(
+    paths: EnvironmentPaths, idle: Any, shelf: Optional[str] = None, tell: Progress = no_progress
+) -> Optional[str]:
     """Delete an environment's folder inside the context `idle`. Links and junctions out of it are cut.
 
-    `.complete` goes first, so that a deletion that breaks off leaves nothing that looks whole; `.cec` goes last. Raises
-    CDEnvironmentError: code "locked", "mounted", "in-use" as the steps do, or "adopted" when the checkout that was
-    adopted lies inside the environment's folder.
+    What a user put into its ComfyUI goes to a new folder in `shelf`, which is returned, unless that is None. Raises
+    CDEnvironmentError: code "locked", "mounted", "in-use" as the steps do, "disk" when the shelf is on another one, or
+    "adopted" when the checkout that was adopted lies inside the environment's folder.
     """
     if is_link(paths.root):
         with idle:
             remove_file(paths.root)
-        return
+        return None
     adopted = last_known_manifest(paths).comfyui_path
     if adopted and os.path.realpath(adopted).startswith(os.path.join(os.path.realpath(paths.root), "")):
         message = f"{adopted} was adopted and lies inside {paths.root}"
         raise CDEnvironmentError(message, "move it out first", "adopted")
+    parent = os.path.dirname(paths.root)
+    doomed = os.path.join(parent, f"{DELETED}{paths.name}-{os.urandom(4).hex()}")
     with locked(paths.content_lock, 5.0, "delete the environment"), idle:
         refuse_mounts(paths.root)
-        remove_file(paths.complete)
-        for name in os.listdir(paths.root):
-            if os.path.join(paths.root, name) != paths.cec:
-                remove_tree(os.path.join(paths.root, name))
-    remove_tree(paths.root)  # Windows deletes no file that is open, as the locks are until here
+        was_complete = os.path.exists(paths.complete)
+        remove_file(paths.complete)  # what breaks off leaves nothing that looks whole
+        try:
+            kept = keep_own_files(paths, shelf) if shelf else None
+        except BaseException:
+            if was_complete:
+                write_atomic(paths.complete, b"", 0o644)
+            raise
+        try:
+            replace_file(paths.root, doomed, 0.0)  # gone at once: who waits for its locks finds nothing
+        except OSError:  # Windows, where the locks are open files, or a layer of an image: piece by piece
+            for path in (os.path.join(paths.root, name) for name in os.listdir(paths.root)):
+                if path != paths.cec:
+                    move(path, f"{path}{DELETED}")
+                    remove_tree(f"{path}{DELETED}")
+        sweep_deleted(parent, tell, doomed)
+    remove_tree(paths.root)
+    return kept
+
+
+def keep_own_files(paths: EnvironmentPaths, shelf: str) -> Optional[str]:
+    """Move what a user put into a ComfyUI to a new folder in `shelf`, by renames alone; return it, None for nothing."""
+    names = list(own_files(paths.comfyui))
+    kept = os.path.join(shelf, f"{paths.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}")
+    done: list[str] = []
+    try:
+        for name in names:
+            make_folder(kept)
+            replace_file(os.path.join(paths.comfyui, name), os.path.join(kept, name))
+            done.append(name)
+    except OSError as error:
+        for name in done:
+            replace_file(os.path.join(kept, name), os.path.join(paths.comfyui, name))
+        message = f"{os.path.join(paths.comfyui, names[len(done)])} cannot be moved to {shelf}: {error.strerror}"
+        raise CDEnvironmentError(message, ["Delete it, too: ", ("delete", paths.name, "--purge")], "disk") from error
+    return kept if names else None
+
+
+def sweep_deleted(environments: str, tell: Progress, ours: str) -> None:
+    """Remove what is deleted: `ours` now, and what deletions that were killed have left."""
+    for name in os.listdir(environments):
+        left = EnvironmentPaths(os.path.join(environments, name))
+        if name.startswith(DELETED) and (left.root == ours or not is_held(left.content_lock)):
+            try:
+                remove_tree(left.root)
+            except (CDEnvironmentError, OSError) as error:  # the environment is gone all the same
+                tell(f"warning: {left.root} cannot be removed: {error}")
 
 
 # ====================================================================================================================
@@ -6141,8 +6225,8 @@ class Environment:
             raise TypeError("args is a list of str, one word each")
         words = list(args or [])
         config = parse_comfyui_args(words)
-        self._require_startable()
         with self._process_lock("run"):
+            self._require_startable()  # asked only now: who had the lock may have deleted all
             snapshot = self.observe(lock_held=True)
             is_told = (
                 snapshot.record is not None
@@ -6163,15 +6247,17 @@ class Environment:
 
     @property
     def missing_script(self) -> Optional[str]:
-        """The path of main.py where it is not, else None."""
-        return None if os.path.isfile(self._script) else self._script
+        """The path of main.py where it is not, else None; one that may not be looked at is not missing."""
+        with suppress(OSError):
+            return None if is_there(self._script) else self._script
+        return None
 
     def require_comfyui(self) -> None:
-        """Raise CDEnvironmentError for an environment whose creation was interrupted, or whose checkout is gone."""
+        """Raise CDEnvironmentError where the creation broke off or the checkout is gone, OSError where it is closed."""
         if not self.is_complete:
             message = f"Environment '{self.name}' is not complete."
             raise CDEnvironmentError(message, ["Go on with: ", create_command(self.paths)], "incomplete")
-        if self.missing_script:
+        if not is_there(self._script):
             message = f"Environment '{self.name}' has no ComfyUI: {self._script} is missing."
             if self.manifest.comfyui_path:
                 raise CDEnvironmentError(message, ("create", self.name, "--from", "FOLDER"), "missing")
@@ -6179,7 +6265,9 @@ class Environment:
 
     def _require_startable(self) -> None:
         self.require_comfyui()
-        if not os.access(self.python, os.X_OK):
+        if is_there(self.python) and not os.access(self.python, os.X_OK):
+            raise CDEnvironmentError(f"{self.python} cannot be run here: Permission denied.", code="closed")
+        if not is_there(self.python):
             message = f"The Python of environment '{self.name}' is missing: {self.python}"
             if self.manifest.comfyui_path:
                 hint = ("create", self.name, "--from", self._checkout, "--python", "PATH")
@@ -6554,8 +6642,8 @@ class Environment:
         Python, main.py, log, record and port are checked before anything is stopped. Returns True. Raises
         CDEnvironmentError when nothing was ever started or something stands in the way.
         """
-        self._require_startable()
         with self._process_lock("restart", timeout):
+            self._require_startable()
             snapshot = self.observe(lock_held=True)
             if snapshot.state == FOREIGN:
                 raise self._foreign(snapshot)
@@ -6902,7 +6990,7 @@ class Workspace:
             names = sorted(os.listdir(self.paths.environments), key=str.lower)
         except FileNotFoundError:
             return []
-        environments = [self._environment(name) for name in names]
+        environments = [self._environment(name) for name in names if not name.startswith(DELETED)]
         return [environment for environment in environments if os.path.isdir(environment.paths.cec)]
 
     def _require_folder(self) -> None:
@@ -7073,15 +7161,24 @@ class Workspace:
         create_environment(environment.paths, tell, comfyui, source, python, torch_backend, no_install)
         return environment
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, purge: bool = False, tell: Progress = no_progress) -> Optional[str]:
         """Delete an environment; its logs and a checkout that was adopted stay.
 
-        Raises CDEnvironmentError when there is none, or while its ComfyUI runs.
+        Models, outputs, inputs and user files in its ComfyUI are moved to a folder in `kept`, whose path (str) is
+        returned, None when there were none; with `purge` they are deleted, too. Raises CDEnvironmentError when there is
+        no such environment, while its ComfyUI runs, or when a file system is mounted inside.
         """
         environment = self.get_environment(name)
-        delete_environment(environment.paths, environment.idle("delete"))
+        shelf = None if purge else self.paths.kept
+        kept = delete_environment(environment.paths, environment.idle("delete"), shelf, tell)
         if self._settings().get("active_environment") == name:
             self._change_settings(active_environment="")
+        return kept
+
+    def kept(self) -> list[str]:
+        """Return the folders of what deleted environments left, as absolute paths."""
+        names = sorted(os.listdir(self.paths.kept)) if os.path.isdir(self.paths.kept) else []
+        return [os.path.join(self.paths.kept, name) for name in names]
 
     def initialize(self) -> bool:
         """Make the workspace's folder; False when it is one already. Raises CDEnvironmentError for another folder."""
@@ -8415,12 +8512,14 @@ def format_list(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if not data["environments"]:
         yield "No environments found."
         yield "".join(part if isinstance(part, str) else typed(*part) for part in THREE_WAYS)
-        return
-    yield "Environments:"
-    width = max(15, *(len(environment_title(item)) for item in data["environments"]))
+    else:
+        yield "Environments:"
+    width = max(15, 15, *(len(environment_title(item)) for item in data["environments"]))
     for item in data["environments"]:
         marker, label = ("✓", "(active)") if item["active"] else (" ", "        ")
         yield f"  {marker} {environment_title(item):{width}} {label} {_list_status(item)}"
+    if data["kept"]:
+        yield f"Kept of {len(data['kept'])} deleted: {os.path.dirname(data['kept'][0])}"
 
 
 def _list_status(item: dict[str, Any]) -> str:
@@ -8447,7 +8546,8 @@ def _list_status(item: dict[str, Any]) -> str:
 @command("list", "all environments and what runs in them", "", ("list",), format_list)
 def list_all(console: Console, args: Arguments) -> Report:
     workspace = select_workspace(args.workspace, args.env is not None, current_folder())
-    return Report({"workspace": workspace.paths.root, "environments": workspace.reports()})
+    data = {"workspace": workspace.paths.root, "environments": workspace.reports(), "kept": workspace.kept()}
+    return Report(data)
 
 
 def difference_data(found: EnvironmentComparison) -> dict[str, Any]:
@@ -8640,17 +8740,21 @@ def create(console: Console, args: Arguments) -> Report:
 
 
 def format_delete(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    yield (
-        f"✓ Environment '{data['name']}' deleted"
-        if data["deleted"]
-        else f"Environment '{data['name']}' was left as it is"
-    )
+    if not data["deleted"]:
+        yield f"Environment '{data['name']}' was left as it is"
+        return
+    yield f"✓ Environment '{data['name']}' deleted"
+    if data["kept"]:
+        yield f"  Kept: {data['kept']}"
 
 
 @command(
     "delete NAME",
-    "delete an environment (its logs, and a folder that was adopted, stay)",
-    "-y --yes              do not ask",
+    "delete an environment (models, outputs, inputs, workflows and logs stay)",
+    """
+    -y --yes              do not ask
+    --purge               delete its models, outputs, inputs and user files, too
+    """,
     ("delete dev",),
     format_delete,
 )
@@ -8658,17 +8762,22 @@ def delete(console: Console, args: Arguments) -> Report:
     workspace = select_workspace(args.workspace, True, current_folder())
     environment = workspace.get_environment(args.name)
     environment.require_idle()
-    question = f"Delete environment '{args.name}' ({environment.paths.root})?"
-    answer = True if args.yes else console.ask(question, False)
+    adopted = environment.manifest.comfyui_path
+    counts = {} if adopted else own_files(environment.paths.comfyui)
+    for folder, (number, size, is_all) in counts.items():
+        more = "" if is_all else "at least "
+        console.say(f"   {folder}: {more}{number} file{'s' * (number != 1)}, {format_size(size)}")
+    if counts:
+        console.say("   These are deleted, too." if args.purge else f"   These are kept in {workspace.paths.kept}.")
+    if adopted:
+        console.say(f"   Your folder {adopted} stays.")
+    answer = True if args.yes else console.ask(f"Delete environment '{args.name}' ({environment.paths.root})?", False)
     if answer is None:
-        raise CDEnvironmentError(
-            f"Environment '{args.name}' was not deleted: no terminal to ask on.",
-            ("delete", args.name, "-y"),
-            "unsure",
-        )
-    if answer:
-        workspace.delete(args.name)
-    return Report({"name": args.name, "deleted": bool(answer)}, args.name, 0 if answer else 1)
+        message = f"Environment '{args.name}' was not deleted: no terminal to ask on."
+        raise CDEnvironmentError(message, ("delete", args.name, "-y"), "unsure")
+    kept = workspace.delete(args.name, purge=args.purge, tell=console.work) if answer else None
+    data = {"name": args.name, "deleted": bool(answer), "kept": kept}
+    return Report(data, args.name, 0 if answer else 1)
 
 
 def format_init(data: dict[str, Any], typed: Typed) -> Iterator[str]:

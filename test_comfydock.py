@@ -3805,14 +3805,83 @@ class DeleteTest(InWorkshop):
 
     @needs_git
     @needs_links
-    def test_deleting_cuts_links_and_leaves_the_models(self):
+    @needs_git
+    @needs_links
+    def test_deleting_cuts_links_and_keeps_what_is_the_users(self):
         root = tempfile.mkdtemp(dir=Workshop.root)
         write(os.path.join(root, "models", "x"), "years")
-        paths = dock.EnvironmentPaths(os.path.join(root, "env"))
+        paths, shelf = dock.EnvironmentPaths(os.path.join(root, "env")), os.path.join(root, "kept")
+        for purged in (False, True, False):
+            dock.create_environment(paths, lambda line: None, source=Workshop.comfyui, no_install=True)
+            os.symlink(os.path.join(root, "models"), os.path.join(paths.comfyui, "models"))
+            write(os.path.join(paths.comfyui, "output", "art.png"), "art")
+            write(os.path.join(paths.comfyui, "input", "empty"), "")
+            self.assertEqual(dock.own_files(paths.comfyui), {"output": (1, 3, True)})
+            kept = dock.delete_environment(paths, contextlib.nullcontext(), None if purged else shelf)
+            self.assertEqual(os.listdir(root).count("env"), 0)
+            if purged:
+                self.assertIsNone(kept)
+            else:
+                self.assertEqual(
+                    tree(root), {"models/x": b"years", os.path.relpath(kept, root) + "/output/art.png": b"art"}
+                )
+                shutil.rmtree(shelf)
+
+    @needs_git
+    def test_what_came_with_comfyui_is_not_kept(self):
+        paths = dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
         dock.create_environment(paths, lambda line: None, source=Workshop.comfyui, no_install=True)
-        os.symlink(os.path.join(root, "models"), os.path.join(paths.comfyui, "models"))
-        dock.delete_environment(paths, contextlib.nullcontext())
-        self.assertEqual(tree(root), {"models/x": b"years"})
+        write(os.path.join(paths.comfyui, "models", "configs", "v1.yaml"), "theirs")
+        git(paths.comfyui, "add", "--all")
+        git(paths.comfyui, "commit", "--quiet", "-m", "x")
+        self.assertEqual(dock.own_files(paths.comfyui), {})
+        self.assertIsNone(dock.delete_environment(paths, contextlib.nullcontext(), paths.root + "-kept"))
+        self.assertEqual(os.listdir(os.path.dirname(paths.root)), [])
+
+    @needs_git
+    def test_where_what_is_the_users_cannot_be_moved_nothing_is_deleted(self):
+        paths = dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
+        dock.create_environment(paths, lambda line: None, source=Workshop.comfyui, no_install=True)
+        for name in ("models", "output"):
+            write(os.path.join(paths.comfyui, name, "x"), "x")
+        before, shelf = tree(paths.comfyui), paths.root + "-kept"
+        write(os.path.join(shelf, "env-now", "output"), "in the way")
+        with (
+            unittest.mock.patch("time.strftime", return_value="now"),
+            self.assertRaises(dock.CDEnvironmentError) as caught,
+        ):
+            dock.delete_environment(paths, contextlib.nullcontext(), shelf)
+        self.assertEqual((caught.exception.code, tree(paths.comfyui)), ("disk", before))
+        self.assertTrue(os.path.exists(paths.complete))
+
+    @needs_git
+    @unittest.skipIf(WINDOWS, "there a process is not killed between two lines")
+    def test_killed_at_any_step_it_leaves_nothing_half_and_loses_no_art(self):
+        for step in range(1, 40):
+            root = tempfile.mkdtemp(dir=Workshop.root)
+            paths, shelf = dock.EnvironmentPaths(os.path.join(root, "env")), os.path.join(root, "kept")
+            dock.create_environment(paths, lambda line: None, source=Workshop.comfyui, no_install=True)
+            write(os.path.join(paths.comfyui, "output", "art.png"), "art")
+            body = f"""dock.delete_environment(dock.EnvironmentPaths({paths.root!r}),
+                           __import__("contextlib").nullcontext(), {shelf!r})"""
+            killed = run_and_die(body, step)
+            self.assertIn(b"art", tree(root).values(), step)
+            if os.path.exists(paths.root):
+                self.assertFalse(
+                    killed
+                    and os.path.exists(paths.complete)
+                    and not os.path.exists(os.path.join(paths.comfyui, "output"))
+                )
+                if not os.path.exists(paths.complete):
+                    dock.create_environment(paths, lambda line: None, source=Workshop.comfyui, no_install=True)
+                dock.delete_environment(paths, contextlib.nullcontext(), shelf)
+            else:
+                dock.create_environment(paths, lambda line: None, source=Workshop.comfyui, no_install=True)
+                dock.delete_environment(paths, contextlib.nullcontext(), shelf)
+            self.assertEqual([name for name in os.listdir(root) if name != "kept"], [], step)
+            if not killed:
+                self.assertGreater(step, 4)
+                break
 
     @needs_git
     def test_an_adopted_checkout_is_recorded_left_alone_and_survives(self):
@@ -4736,7 +4805,7 @@ def deadly(real):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **named)
     return call
-for name in ("write_atomic", "move", "remove_file", "remove_tree", "make_folder", "unpack_from", "link_folder", "clone"):
+for name in ("write_atomic", "replace_file", "move", "remove_file", "remove_tree", "make_folder", "unpack_from", "link_folder", "clone"):
     setattr(dock, name, deadly(getattr(dock, name)))
 {body}
 """
@@ -6905,6 +6974,21 @@ class WhichEnvironment(Journey):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(dock.Workspace(person.workspace).get_environment("code").python, sys.executable)
         self.assertClear(person.types("run", "--python", "/nowhere", cwd=checkout), 1, "There is no Python at /nowhere")
+
+    @unittest.skipIf(WINDOWS, "there the folder of a lock that is held cannot be deleted")
+    def test_who_waits_while_an_environment_is_deleted_starts_nothing(self):
+        person = self.person
+        person.environment("a")
+        environment = dock.Workspace(person.workspace).get_environment("a")
+        with environment._process_lock("delete"):
+            waiting = person.starts("-e", "a", "run", "--no-sync", "--port", str(free_port()))
+            eventually(lambda: b"Starting" in read_bytes(waiting.said))
+            time.sleep(0.3)  # it has come to the lock by now, or the test is a weaker one
+            dock.delete_environment(environment.paths, contextlib.nullcontext())
+        self.assertEqual(waiting.wait(20), 1)
+        self.assertIn("no longer there", read(waiting.said))
+        self.assertFalse(os.path.exists(environment.paths.root))
+        self.assertEqual(person.processes(), [])
 
     def test_a_workspace_may_lie_deep_and_bear_any_name(self):
         person = self.person
