@@ -205,7 +205,8 @@ class ProcessState:
     Its fields are the keys of the file and their types: those of the plan first, which must be there; what may be null
     has the default None. `started_at` is ISO 8601 in UTC, `log_offset` is in bytes. `pid` is None only while `phase` is
     "starting": the intent, written before the spawn. `identity` and `starter["identity"]` are what `identity_of` says
-    of a process; `extra` holds keys that a later version wrote.
+    of a process, `uid` is its user, `alive` the lock file that it holds; `extra` has keys that a later version wrote.
+    `owner` is not on disk: the user whose file it was read from, who alone may speak of his processes.
     """
 
     pid: Optional[int]
@@ -224,15 +225,18 @@ class ProcessState:
     command: list[str] = field(default_factory=list)
     cwd: Optional[str] = None
     env: dict[str, str] = field(default_factory=dict)
+    uid: Optional[int] = None
+    alive: Optional[dict[str, Any]] = None
     log_offset: int = 0
     log_inode: int = 0
     monitor: Optional[dict[str, Any]] = None
     last_exit: Optional[dict[str, Any]] = None
     extra: dict[str, Any] = field(default_factory=dict)
+    owner: Optional[int] = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of the state file."""
-        names = [name for name in self.__annotations__ if name not in ("health_status", "extra")]
+        names = [name for name in self.__annotations__ if name not in ("health_status", "extra", "owner")]
         data = {_KEYS.get(name, name): getattr(self, name) for name in names}
         plan = {key: data.pop(key) for key in list(data)[: list(data).index("last_health_check")]}
         health = {"last_check": data.pop("last_health_check"), "status": self.health_status}
@@ -257,7 +261,7 @@ class ProcessState:
         if not isinstance(health, dict):
             raise TypeError("no object")
         flat = {**data, "last_health_check": health.get("last_check"), "health_status": health.get("status")}
-        known = {name: _KEYS.get(name, name) for name in cls.__annotations__ if name != "extra"}
+        known = {name: _KEYS.get(name, name) for name in cls.__annotations__ if name not in ("extra", "owner")}
         extra = {key: data[key] for key in data if key not in (*known.values(), "health", "schema")}
         state = cls(**{name: flat[key] for name, key in known.items() if key in flat}, extra=extra)
         for key, kind in cls.__annotations__.items():
@@ -1011,11 +1015,12 @@ if sys.platform == "win32":
             if is_deaf:
                 kernel.SetConsoleCtrlHandler(None, False)
 
-    def signal_process(pid: int, how: str) -> None:
+    def signal_process(pid: int, how: str, is_it: "Optional[Callable[[Optional[int]], bool]]" = None) -> None:
         """Do to a process what a signal does: "interrupt", "terminate", "kill", "pause" or "continue".
 
-        Raises ProcessLookupError where it is not there, PermissionError where it is refused or has no console to
-        interrupt. "terminate" and "kill" are the same here. Never os.kill: its 0 is CTRL_C, all else is the end.
+        `is_it` tells whether the PID is still the one that is meant, which it stays as long as it is open here. Raises
+        ProcessLookupError where it is not, PermissionError where it is refused or has no console to interrupt.
+        "terminate" and "kill" are the same here. Never os.kill: its 0 is CTRL_C, all else is the end.
         """
         import ctypes
 
@@ -1026,6 +1031,8 @@ if sys.platform == "win32":
             "kill": PROCESS_TERMINATE,
         }
         with opened_process(pid, rights.get(how, PROCESS_SUSPEND_RESUME) | SYNCHRONIZE) as handle:
+            if is_it is not None and not is_it(None):
+                raise ProcessLookupError(f"there is no such process {pid} any more")
             if how == "interrupt":
                 done = console_interrupt(pid)
             elif how in rights:
@@ -1198,9 +1205,8 @@ if sys.platform == "win32":
     def venv_python(folder: str) -> str:
         return os.path.join(folder, "Scripts", "python.exe")
 
-    boot_id = pid_namespace = session_of = kernel_clock = (
-        unknown  # creation times are absolute here, so nothing is lost
-    )
+    boot_id = pid_namespace = unknown  # creation times are absolute here, so nothing is lost
+    session_of = kernel_clock = open_proc = own_user = give_to = unknown
     is_writable_by_others = unknown  # a matter of ACLs, which the mode of a file does not show
     reap_strangers = unknown  # there are no zombies
 
@@ -1280,26 +1286,45 @@ else:
         except ChildProcessError:
             pass
 
-    def signal_process(pid: int, how: str) -> None:
+    def signal_process(pid: int, how: str, is_it: "Optional[Callable[[Optional[int]], bool]]" = None) -> None:
         """Send a signal to one process: "interrupt", "terminate", "kill", "pause" or "continue".
 
-        Raises ProcessLookupError where it is not there (or `pid` is no PID of ours: 0 and -1 would reach a crowd),
+        `is_it` tells whether it is still the one that is meant. It is asked of a descriptor of /proc/PID, where there
+        is one, through which the signal goes, too: a process that is given the PID meanwhile is not hit. Raises
+        ProcessLookupError where it is not there (or `pid` is no PID of ours: 0 and -1 would reach a crowd),
         PermissionError where it belongs to someone else.
         """
         import signal
 
+        number = {
+            "interrupt": signal.SIGINT,
+            "terminate": signal.SIGTERM,
+            "kill": signal.SIGKILL,
+            "pause": signal.SIGSTOP,
+            "continue": signal.SIGCONT,
+        }[how]
         if not is_pid(pid):
             raise ProcessLookupError(f"there is no process {pid}")
-        os.kill(
-            pid,
-            {
-                "interrupt": signal.SIGINT,
-                "terminate": signal.SIGTERM,
-                "kill": signal.SIGKILL,
-                "pause": signal.SIGSTOP,
-                "continue": signal.SIGCONT,
-            }[how],
-        )
+        folder = open_proc(pid)
+        try:
+            if is_it is not None and not is_it(folder):
+                raise ProcessLookupError(f"there is no such process {pid} any more")
+            try:
+                signal.pidfd_send_signal(folder, number)  # type: ignore
+            except ProcessLookupError:
+                raise
+            except (AttributeError, TypeError, OSError):  # an older Linux or Python, a sandbox, macOS
+                os.kill(pid, number)
+        finally:
+            if folder is not None:
+                os.close(folder)
+
+    def open_proc(pid: int) -> Optional[int]:
+        """Open the folder of a process in /proc, which is then that of no other; None where there is none."""
+        try:
+            return os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            return None
 
     def reap(pid: int) -> Optional[int]:
         """Return the exit code (negative: the signal) of our child `pid` if it has ended, else None. Never blocks."""
@@ -1383,6 +1408,14 @@ else:
         except OSError:
             return False
 
+    def own_user() -> Optional[int]:
+        """Return the user whose rights we have, None on a system without users."""
+        return os.geteuid()
+
+    def give_to(handle: int, user: int) -> None:
+        """Make a user the owner of an open file. Raises OSError."""
+        os.fchown(handle, user, -1)
+
     def session_of(pid: int) -> Optional[int]:
         """Return the session of a process, None where the system does not tell."""
         try:
@@ -1390,10 +1423,15 @@ else:
         except OSError:
             return None
 
-    def kernel_clock() -> tuple[float, int]:
-        """Return when the machine was started (seconds since 1970, by the clock as it goes now), and ticks a second."""
-        clock = getattr(time, "CLOCK_BOOTTIME", None)
-        return time.time() - time.clock_gettime(clock) if clock is not None else 0.0, os.sysconf("SC_CLK_TCK")
+    def kernel_clock() -> tuple[float, int, int]:
+        """Return when the machine was started (seconds since 1970, by the clock as it goes now), the ticks of a second.
+
+        The third is by how many ticks those of /proc are shifted in our time namespace.
+        """
+        clock, ticks = getattr(time, "CLOCK_BOOTTIME", None), os.sysconf("SC_CLK_TCK")
+        shift = re.search(r"^boottime +(-?\d+) +(\d+)", read_text("/proc/self/timens_offsets"), re.MULTILINE)
+        boot = time.time() - time.clock_gettime(clock) if clock is not None else 0.0
+        return boot, ticks, int(shift[1]) * ticks + int(shift[2]) * ticks // 10**9 if shift else 0
 
 
 def passes_interrupt_on() -> bool:
@@ -1690,11 +1728,11 @@ class Process:
         return PATH_RULES.basename(" ".join(self.command[: interpreter_width(self.command, self.joined) or 1]))
 
 
-def parse_stat(data: bytes, boot: float, ticks: int) -> Optional[Process]:
+def parse_stat(data: bytes, boot: float, ticks: int, shift: int = 0) -> Optional[Process]:
     """Read one /proc/PID/stat (man 5 proc_pid_stat); None where it is none. The command is the program's name alone.
 
-    The name stands in parentheses and may hold spaces and parentheses itself, hence the search from the right. `boot`
-    is the boot's time, `ticks` how many make a second.
+    The name stands in parentheses and may hold spaces and parentheses itself, hence the search from the right. For the
+    others see `kernel_clock`.
     """
     head, _, tail = data.rpartition(b")")
     fields = tail.split(None, 20)
@@ -1705,7 +1743,7 @@ def parse_stat(data: bytes, boot: float, ticks: int) -> Optional[Process]:
     # A leader that ended before its threads is not dead yet: it still holds its sockets and cannot be reaped.
     state = "zombie" if letter in b"ZXx" and int(fields[17]) <= 1 else "stopped" if letter == b"T" else "running"
     created, command = boot + start / ticks, [os.fsdecode(name)]
-    return Process(int(pid), int(fields[1]), int(fields[3]), None, state, created, start, command)
+    return Process(int(pid), int(fields[1]), int(fields[3]), None, state, created, start - shift, command)
 
 
 def parse_proc_net(text: str, port: int) -> set[int]:
@@ -1864,20 +1902,8 @@ def read_bytes(path: str, size: int = 32768, folder: Optional[int] = None) -> by
         os.close(fd)
 
 
-def proc_process(pid: int, clock: tuple[float, int], folder: Optional[int] = None) -> Optional[Process]:
-    """Return one process, None where there is none. All is read through one descriptor of its folder in /proc.
-
-    So it is told of one process, also where the PID is given to another one meanwhile. `folder` is such a descriptor.
-    """
-    if folder is None:
-        try:
-            opened = os.open(f"/proc/{pid}", os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-        except OSError:
-            return None
-        try:
-            return proc_process(pid, clock, opened)
-        finally:
-            os.close(opened)
+def proc_process(folder: int, clock: tuple[float, int, int]) -> Optional[Process]:
+    """Return the process whose folder in /proc is open as `folder`: of one alone, whoever has its PID meanwhile."""
     process = parse_stat(read_bytes("stat", folder=folder), *clock)
     if process is not None:
         words = read_bytes("cmdline", folder=folder).rstrip(b"\0").split(b"\0")  # of a zombie or a kernel thread none
@@ -1890,7 +1916,7 @@ def proc_process(pid: int, clock: tuple[float, int], folder: Optional[int] = Non
 
 def proc_start_ticks(pid: int) -> Optional[int]:
     """Return field 22 of /proc/PID/stat, whichever table lists the process: wall-clock times move, this does not."""
-    process = None if IS_WINDOWS else parse_stat(read_bytes(f"/proc/{pid}/stat"), 0.0, 1)
+    process = None if IS_WINDOWS else parse_stat(read_bytes(f"/proc/{pid}/stat"), *kernel_clock())
     return process.start_ticks if process is not None else None
 
 
@@ -1906,13 +1932,23 @@ class ProcTable(ProcessTable):
         return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
     def process(self, pid: int) -> Optional[Process]:
-        return proc_process(pid, kernel_clock())
+        return next(iter(self.read([pid])), None)
 
     def processes(self, containing: str = "") -> list[Process]:
         """Return all processes, or those whose command line contains a text (only they are looked at closely)."""
-        clock, needle = kernel_clock(), os.fsencode(containing)
-        pids = (pid for pid in self.pids() if not needle or needle in read_bytes(f"/proc/{pid}/cmdline"))
-        return [process for pid in pids if (process := proc_process(pid, clock)) is not None]
+        needle = os.fsencode(containing)
+        return self.read([pid for pid in self.pids() if not needle or needle in read_bytes(f"/proc/{pid}/cmdline")])
+
+    @staticmethod
+    def read(pids: list[int]) -> list[Process]:
+        """Return those processes that are there."""
+        clock, found = kernel_clock(), []
+        for pid in pids:
+            folder = open_proc(pid)
+            if folder is not None:
+                found.append(proc_process(folder, clock))
+                os.close(folder)
+        return [process for process in found if process is not None]
 
     def marker(self, pid: int) -> str:
         """Return what /proc/PID/environ has (our own user's processes; all for root)."""
@@ -2213,11 +2249,24 @@ def locate(identity: object) -> str:
     return "here" if theirs["pid_ns"] == ours["pid_ns"] else "foreign"
 
 
-def recorded_process(pid: object, identity: object, is_it: Callable[[Process], bool]) -> Optional[Process]:
-    """Return the live process that was recorded with this PID and identity and is what it should be, else None."""
-    process = process_table().process(pid) if isinstance(pid, int) and is_pid(pid) else None
-    is_alive = process is not None and process.state != "zombie"
-    return process if process and is_alive and is_identity_of(process, identity) and is_it(process) else None
+def recorded_process(
+    record: ProcessState, noted: Optional[dict[str, Any]], is_it: Callable[[Process], bool]
+) -> Optional[Process]:
+    """Return the live process that `noted` names ("pid", "identity"), if it is what it should be, else None.
+
+    The record speaks for its owner: of another user's process it proves nothing.
+    """
+    pid = noted.get("pid") if noted else None
+    process = process_table().process(pid) if noted and isinstance(pid, int) and is_pid(pid) else None
+    if (
+        noted is None
+        or process is None
+        or process.state == "zombie"
+        or not is_identity_of(process, noted.get("identity"))
+    ):
+        return None
+    is_owners = all(user in (None, process.uid) for user in (record.owner, record.uid))
+    return process if is_owners and is_it(process) else None
 
 
 def recorded_comfyui(record: ProcessState, script: str) -> Optional[Process]:
@@ -2226,12 +2275,14 @@ def recorded_comfyui(record: ProcessState, script: str) -> Optional[Process]:
     A record with the plan's keys alone has no identity: it names a candidate, which is its own proof.
     """
     identity = record.identity or identity_of(process_table().process(record.pid or 0))
-    return recorded_process(record.pid, identity, lambda process: runs_script(process, script))
+    return recorded_process(
+        record, {"pid": record.pid, "identity": identity}, lambda process: runs_script(process, script)
+    )
 
 
 def recorded_starter(record: ProcessState) -> Optional[Process]:
     """Return the process that wrote an intent, if it lives."""
-    return recorded_process(record.starter.get("pid"), record.starter.get("identity"), lambda process: True)
+    return recorded_process(record, record.starter, lambda process: True)
 
 
 def recorded_monitor(record: Optional[ProcessState], root: str) -> Optional[Process]:
@@ -2242,8 +2293,7 @@ def recorded_monitor(record: Optional[ProcessState], root: str) -> Optional[Proc
         is_entry = IMPORTED.partition("{}")[0] in head or runs_script(process, own_command()[-1])
         return is_python(process.name) and is_entry and same_path(place, root)
 
-    noted = (record.monitor if record is not None else None) or {}
-    return recorded_process(noted.get("pid"), noted.get("identity"), is_monitor)
+    return recorded_process(record, record.monitor, is_monitor) if record is not None else None
 
 
 def is_process_alive(pid: int) -> bool:
@@ -2252,10 +2302,19 @@ def is_process_alive(pid: int) -> bool:
     return process is not None and process.state != "zombie" and is_python(process.name)
 
 
-def is_same_process(process: Process) -> bool:
-    """Tell whether the very process of `process` runs, and is neither a zombie nor another one with its PID."""
-    now = process_table().process(process.pid) if is_pid(process.pid) else None
-    return now is not None and now.state != "zombie" and is_identity_of(now, identity_of(process))
+def is_same_process(process: Process, folder: Optional[int] = None) -> bool:
+    """Tell whether the very process of `process` runs, and is neither a zombie nor another one with its PID.
+
+    `folder` is a descriptor of /proc/PID; without it the process table is asked.
+    """
+    now = proc_process(folder, kernel_clock()) if folder is not None else process_table().process(process.pid)
+    is_alive = now is not None and now.state != "zombie" and now.uid == process.uid
+    return now is not None and is_alive and is_identity_of(now, identity_of(process))
+
+
+def signal_same(process: Process, how: str) -> None:
+    """Signal the very process of `process`, nothing between look and kill. Raises as `signal_process`."""
+    signal_process(process.pid, how, lambda folder: is_same_process(process, folder))
 
 
 def non_reaping_init(status: Optional[str] = None) -> Optional[str]:
@@ -2270,8 +2329,7 @@ def non_reaping_init(status: Optional[str] = None) -> Optional[str]:
     is_shell = facts.get("Name") in ("init", "sh", "dash", "ash", "bash", "busybox")
     if facts.get("Threads", "").strip() != "1" or is_shell or any(mask & 1 << 16 for mask in masks):  # SIGCHLD is 17
         return None
-    process = proc_process(1, (0.0, 1))
-    return process.text if process is not None else "the first process"
+    return " ".join(map(os.fsdecode, read_bytes("/proc/1/cmdline").split(b"\0"))).strip() or "the first process"
 
 
 def is_stopped(process: Process) -> bool:
@@ -2324,7 +2382,8 @@ def process_tree(process: Process, run_id: Optional[str]) -> list[Process]:
     """Return the process itself and all that belongs to it, alive: what one stop must end.
 
     That is its session (where it leads one), its descendants, and every process that bears the marker `run_id`. Neither
-    ourselves nor our ancestors, which may bear the marker too. Parents stand before their children.
+    ourselves nor our ancestors, which may bear the marker too; nor what is another user's. Parents stand before their
+    children.
     """
     table = process_table()
     processes = {one.pid: one for one in table.processes() if one.state != "zombie"}
@@ -2337,7 +2396,8 @@ def process_tree(process: Process, run_id: Optional[str]) -> list[Process]:
     if process.session == process.pid and (same or now is None):
         family |= {pid for pid, one in processes.items() if one.session == process.pid}
     family |= {pid for pid in processes if run_id and markers.get(pid) == run_id}
-    members = (processes[pid] for pid in family - spared if processes[pid].name.lower() not in SYSTEM_HELPERS)
+    candidates = (processes[pid] for pid in family - spared if processes[pid].name.lower() not in SYSTEM_HELPERS)
+    members = (one for one in candidates if one.uid == process.uid)
     return sorted(members, key=lambda one: (one.start_ticks or one.created or 0, one.pid))
 
 
@@ -2752,7 +2812,7 @@ def make_folder(path: str) -> None:
     os.makedirs(path, exist_ok=True)
 
 
-def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
+def write_atomic(path: str, data: bytes, mode: int = 0o600, owner: Optional[int] = None) -> None:
     """Replace the file at `path` by `data`, whole or not at all, also through a power cut. Raises OSError.
 
     The temporary file stands beside it under a name of its own; one that a killed writer left is removed by
@@ -2763,6 +2823,9 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_BINARY, mode)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+            if owner is not None:
+                with suppress(OSError):  # who is not root can give nothing, and some file systems know no owners
+                    give_to(handle, owner)
             file.flush()
             os.fsync(file.fileno())
         replace_file(temporary, path)
@@ -2778,6 +2841,22 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def speaker_of(path: str, owner: int) -> Optional[int]:
+    """Return for whose processes a file of `owner` speaks: None on a system without users.
+
+    Some file systems (vfat, cifs, drvfs) give all files one owner. There, where a file that we just made is not ours
+    either, ownership says nothing, and it speaks for our own.
+    """
+    user: Optional[int] = own_user()
+    if user is None or owner == user:
+        return user
+    probe = temporary_name(path)
+    with suppress(OSError), open_regular(probe, "xb") as file:
+        owner = owner if os.fstat(file.fileno()).st_uid == user else user
+        os.unlink(probe)
+    return owner
 
 
 def temporary_name(path: str) -> str:
@@ -3471,18 +3550,27 @@ def has_control(text: str) -> bool:
 # The only section that knows its shape; malformed reads as None, unreadable raises.
 
 
+STATE_LIMIT = 64 * MEGABYTE  # bytes
+
+
 def read_state(path: str) -> Optional[ProcessState]:
-    """The record at `path`, or None when there is none or it is malformed. Raises OSError when it cannot be read."""
+    """Return the record at `path`, None where there is none or it is malformed. Raises OSError where it is closed."""
     try:
-        data = read_small(path)
-        return None if data is None else ProcessState.from_dict(json.loads(data.decode("utf-8")))
+        with open_regular(path) as file:
+            data, owner = file.read(STATE_LIMIT + 1), os.fstat(file.fileno()).st_uid
+    except FileNotFoundError:
+        return None
+    try:
+        record = ProcessState.from_dict(json.loads(data.decode("utf-8")) if len(data) <= STATE_LIMIT else {})
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
+    record.owner = speaker_of(path, owner)
+    return record
 
 
 def write_state(path: str, state: ProcessState) -> None:
-    """Write the record: atomic, synced, readable by its owner alone. Raises OSError."""
-    write_atomic(path, (json.dumps(state.to_dict(), indent=2) + "\n").encode("utf-8"))
+    """Write the record: atomic, synced, readable by its owner alone, who stays its owner. Raises OSError."""
+    write_atomic(path, (json.dumps(state.to_dict(), indent=2) + "\n").encode("utf-8"), owner=state.owner)
 
 
 def clear_state(path: str) -> None:
@@ -5655,8 +5743,7 @@ def end_with_family(process: Process, timeout: float) -> None:
 def resume(process: Process) -> None:
     """Let a process go on that stands still."""
     with suppress(OSError):
-        if is_same_process(process):
-            signal_process(process.pid, "continue")
+        signal_same(process, "continue")
 
 
 def signal_process_of(process: Process, how: str) -> bool:
@@ -5665,9 +5752,8 @@ def signal_process_of(process: Process, how: str) -> bool:
     Returns whether it is worth waiting for the effect: a Windows process without a console cannot be interrupted.
     """
     try:
-        if is_same_process(process):
-            signal_process(process.pid, how)
-            resume(process)
+        signal_same(process, how)
+        resume(process)
     except ProcessLookupError:
         pass
     except PermissionError as refused:
@@ -5685,9 +5771,8 @@ def paused(processes: "list[Process]") -> Iterator[None]:
     try:
         for process in processes:
             with suppress(ProcessLookupError):  # it has ended meanwhile
-                if is_same_process(process):
-                    standing.append(process)
-                    signal_process(process.pid, "pause")
+                standing.append(process)
+                signal_same(process, "pause")
         until(lambda: all(map(is_stopped, standing)), 1.0, 0.001)
         yield
     finally:
@@ -5938,7 +6023,7 @@ class Environment:
         ):
             return Snapshot(RUNNING, record, process, "untracked")
         # On Windows a ComfyUI that restarts itself, as ComfyUI-Manager has it do, goes on under another PID.
-        moved = ProcessState.from_dict({**record.to_dict(), "pid": process.pid, "identity": identity_of(process)})
+        moved = ProcessState(**{**vars(record), "pid": process.pid, "identity": identity_of(process)})
         return Snapshot(RUNNING, moved, process, "moved")
 
     def is_running(self) -> bool:
@@ -6331,7 +6416,8 @@ class Environment:
             with log:
                 child = create_background_process(record.command, record.cwd or self._checkout, log, environ)
             record.pid, record.phase = child.pid, "running"
-            record.identity = identity_of(process_table().process(child.pid))
+            process = process_table().process(child.pid)
+            record.identity, record.uid = identity_of(process), process.uid if process is not None else own_user()
             record.started_at = utc_now()
             self._write_state(record)
         except BaseException:
@@ -6442,7 +6528,7 @@ class Environment:
             with suppress(OSError), open_regular(self.log_path) as log:
                 log.seek(find_session(log, os.fstat(log.fileno()).st_size))
                 is_ours = log.read(200).startswith(f"{SESSION_MARK}{run_id} ".encode())
-        if not is_ours:
+        if not is_ours or process.uid not in (own_user(), os.stat(self.paths.cec).st_uid, None):
             message = f"PID {process.pid} runs this ComfyUI ({self._checkout}), but environment '{self.name}' did not"
             raise CDEnvironmentError(f"{message} start it.", ("-e", self.name, "repair", "--orphan"), "stranger")
         return self.adopt(process, record, run_id)
@@ -6458,7 +6544,7 @@ class Environment:
         config = self.config_of(Snapshot(RUNNING, record, process))
         record.pid, record.host, record.port = process.pid, config.host, config.port
         record.phase, record.desired_state, record.command = "running", "running", process.command
-        record.identity = identity_of(process)
+        record.identity, record.uid, record.owner = identity_of(process), process.uid, process.uid
         if look_up_state(self.paths.state)[1]:
             set_aside(self.paths.state)
         self._write_state(record)

@@ -1946,10 +1946,24 @@ class TheSameProcess(Stage):
                 self.assertEqual(dock.locate({**self.identity, **changes}), place)
         self.assertEqual((dock.locate({}), dock.locate(None)), ("here", "here"))
 
+    def test_ticks_are_those_of_the_first_time_namespace(self):
+        if not LINUX or os.geteuid() or not shutil.which("unshare"):
+            self.skipTest("needs root and unshare to have another time")
+        code = (
+            f"import sys; sys.path.insert(0, {HERE!r}); import comfydock as m\n"
+            "row = m.process_table().process(int(sys.argv[1])); print(row.start_ticks, round(row.age()) < 60)"
+        )
+        words = [sys.executable, "-c", code, str(self.pid)]
+        done = dock.run_command(["unshare", "-T", "--boottime", "86400", "-f", *words])
+        if done.returncode:
+            self.skipTest(f"no time namespaces here: {done.stderr}")
+        self.assertEqual(done.stdout, f"{self.process.start_ticks} True\n")
+
     def test_what_is_no_pid_matches_nothing(self):
         for pid in (True, False, 0, 1, -1, -self.pid, str(self.pid), float(self.pid), None, 2**31, 2**70):
             with self.subTest(pid=pid):
-                self.assertIsNone(dock.recorded_process(pid, self.identity, lambda process: True))
+                noted = {"pid": pid, "identity": self.identity}
+                self.assertIsNone(dock.recorded_process(dock.ProcessState.from_dict(PLANS_STATE), noted, bool))
                 self.assertFalse(dock.is_process_alive(pid))
 
     def test_waiting_can_be_broken_off(self):
@@ -2101,6 +2115,47 @@ class SomeoneElse(Stage):
         os.waitpid(pid, 0)
         return answer
 
+    def test_a_record_speaks_for_its_owner_alone(self):
+        path = os.path.join(self.folder, "state")
+        row = dock.process_table().process(self.start().pid)
+        state = dock.ProcessState.from_dict({**PLANS_STATE, "pid": row.pid, "identity": dock.identity_of(row)})
+        for uid, owner, ours in (
+            (None, 0, True),
+            (0, 0, True),
+            (65534, 0, False),
+            (0, 65534, False),
+            (65534, 65534, False),
+        ):
+            with self.subTest(uid=uid, owner=owner):
+                state.uid, state.owner = uid, owner
+                dock.write_state(path, state)
+                read_again = dock.read_state(path)
+                self.assertEqual((os.stat(path).st_uid, read_again.owner), (owner, owner))
+                self.assertEqual(dock.recorded_comfyui(read_again, self.script) is not None, ours)
+
+    def test_where_a_new_file_is_not_its_makers_ownership_says_nothing(self):
+        path = self.write("", "state")
+        os.chown(path, 65534, -1)
+        self.assertEqual(dock.speaker_of(path, 65534), 65534)
+        stat = os.fstat
+
+        def vfat(handle):
+            return os.stat_result([*stat(handle)[:4], 65534, *stat(handle)[5:10]])
+
+        with unittest.mock.patch.object(os, "fstat", vfat):
+            self.assertEqual(dock.speaker_of(path, 65534), 0)
+        self.assertEqual(os.listdir(self.folder), ["state"])
+
+    def test_a_marker_makes_no_process_of_another_user_family(self):
+        process = self.start(env={"COMFYDOCK_RUN_ID": "r-1"})
+        os.chmod(self.folder, 0o755)
+        code = "import os, sys; os.setgid(65534); os.setuid(65534); os.execv('/bin/sleep', ['sleep', '600'])"
+        other = subprocess.Popen([sys.executable, "-c", code], env={"COMFYDOCK_RUN_ID": "r-1"}, start_new_session=True)
+        self.addCleanup(self.end, other)
+        row = eventually(lambda: (row := dock.process_table().process(other.pid)) and row.uid == 65534 and row)
+        family = dock.process_tree(dock.process_table().process(process.pid), "r-1")
+        self.assertEqual(([one.pid for one in family], dock.process_table().marker(row.pid)), ([process.pid], "r-1"))
+
     def test_another_users_process_is_seen_and_not_signalled_and_nothing_raises(self):
         run_id = str(uuid.uuid4())
         process = self.start(env={"COMFYDOCK_RUN_ID": run_id})
@@ -2125,6 +2180,90 @@ class SomeoneElse(Stage):
         self.assertEqual(self.as_nobody(look), "[True, None, '', [], True, 'refused']")
 
 
+class OnlyTheRecordedProcessIsSignalled(Stage):
+    def setUp(self):
+        super().setUp()
+        self.environment = dock.Workspace(os.path.join(self.folder, "workspace")).demo()
+        self.sent = []
+        for module, name in ((os, "kill"), (signal, "pidfd_send_signal")):
+            send = getattr(module, name, None)
+            if send is not None:
+                patch = unittest.mock.patch.object(module, name, self.counted(send))
+                patch.start()
+                self.addCleanup(patch.stop)
+
+    def counted(self, send):
+        def count(place, number):
+            self.sent.append(number)
+            return send(place, number)
+
+        return count
+
+    @unittest.skipIf(WINDOWS, "counts the signals of POSIX")
+    def test_a_forged_record_signals_nobody(self):
+        chance, root = random.Random(12), self.environment.paths.root
+        main = dock.main_script(str(self.environment.comfyui_path))
+        sleep = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(600)"]
+        victims = [
+            dock.process_table().process(self.start(command=command, env=env).pid)
+            for command, env in (
+                (sleep, {}),
+                ([*sleep, main, "--monitor", root], {}),
+                ([sys.executable, self.script, main], {"COMFYDOCK_RUN_ID": "another"}),
+                ([sys.executable, self.script, "--monitor", root], {}),
+            )
+        ]
+        lies = (..., None, 1, "x", True, {})
+        for number in range(1000 if "--long" in sys.argv else 100):
+            victim = chance.choice(victims)
+            identity = {**dock.identity_of(victim)}
+            for key in chance.sample(sorted(identity), chance.randrange(3)):
+                identity[key] = chance.choice(lies)
+            noted = {"pid": victim.pid, "identity": {key: lie for key, lie in identity.items() if lie is not ...}}
+            record = {
+                **PLANS_STATE, "pid": chance.choice([victim.pid, None]), "phase": chance.choice(["starting", "running", "rotating"]),
+                "wanted": chance.choice(["running", "stopped"]), "run_id": chance.choice(["a", None]), "command": victim.command,
+                "identity": chance.choice([noted["identity"], {}]), "starter": chance.choice([noted, {}]), "monitor": chance.choice([noted, None]),
+                "uid": chance.choice([os.getuid(), None]),
+            }  # fmt: skip
+            with self.subTest(number=number, record=record):
+                Path(self.environment.paths.state).write_text(json.dumps(record), encoding="utf-8")
+                with contextlib.suppress(dock.CDEnvironmentError):
+                    self.environment.finish_rotation()
+                    chance.choice(
+                        [self.environment.stop, self.environment.require_idle, self.environment.clean_stale]
+                    )()
+                self.assertEqual(self.sent, [])
+
+    def test_a_true_record_signals_its_process(self):
+        for _ in range(100 if "--long" in sys.argv else 5):
+            self.environment.run(["--port", str(free_port())])
+            pid = self.environment.observe().process.pid
+            self.assertTrue(self.environment.stop())
+            self.assertIsNone(self.environment.observe().process)
+            self.assertFalse(alive(pid))
+
+    @unittest.skipUnless(LINUX, "Linux has descriptors of processes")
+    def test_the_signal_goes_through_the_descriptor_that_was_looked_at(self):
+        row = dock.process_table().process(self.start().pid)
+        with (
+            unittest.mock.patch.object(os, "kill", side_effect=AssertionError),
+            unittest.mock.patch.object(os, "pidfd_open", create=True),
+        ):
+            del os.pidfd_open  # as in some builds of Python
+            dock.signal_same(row, "continue")
+        for error in (errno.ENOSYS, errno.EPERM, errno.EBADF):
+            with unittest.mock.patch.object(signal, "pidfd_send_signal", side_effect=OSError(error, "")):
+                dock.signal_same(row, "continue")
+        with unittest.mock.patch.object(signal, "pidfd_send_signal", create=True):
+            del signal.pidfd_send_signal
+            dock.signal_same(row, "continue")
+        self.assertEqual(self.sent, [signal.SIGCONT] * 5)
+        row.start_ticks += 1
+        with self.assertRaises(ProcessLookupError):
+            dock.signal_same(row, "kill")
+
+
 REUSE = """\
 import os, signal, subprocess, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -2132,7 +2271,7 @@ import comfydock as m
 start = lambda: subprocess.Popen([sys.executable, sys.argv[2]], stdout=subprocess.DEVNULL)
 first = start()
 identity = m.identity_of(m.process_table().process(first.pid))
-find = lambda pid: m.recorded_process(pid, identity, lambda process: True)
+find = lambda pid: m.recorded_process(m.ProcessState(pid, "", 1, [], "", ""), {"pid": pid, "identity": identity}, bool)
 same = find(first.pid) is not None
 first.kill(); first.wait()
 while time.clock_gettime(time.CLOCK_BOOTTIME) * m.kernel_clock()[1] < identity["start_ticks"] + 2: pass
@@ -3250,7 +3389,7 @@ class TheStateFile(unittest.TestCase):
     def test_it_is_read_as_it_was_written(self):
         state = dock.ProcessState.from_dict({**PLANS_STATE, "env": {"KEY": "välue"}, "unknown": [1]})
         dock.write_state(self.path, state)
-        self.assertEqual(dock.read_state(self.path), state)
+        self.assertEqual(dock.read_state(self.path).to_dict(), state.to_dict())
 
     def test_nothing_there_and_nonsense_read_as_none(self):
         self.assertIsNone(dock.read_state(self.path))
@@ -4828,7 +4967,7 @@ class EndingAProcess(Stage):
 
     def test_one_that_survives_even_the_kill_is_told(self):
         signals = []
-        with unittest.mock.patch.object(dock, "signal_process", lambda pid, how: signals.append(how)):
+        with unittest.mock.patch.object(dock, "signal_process", lambda pid, how, is_it: signals.append(how)):
             with unittest.mock.patch.object(dock, "wait_for_exit", lambda row, seconds, meanwhile: False):
                 with self.assertRaisesRegex(dock.CDEnvironmentError, "did not end, not even when killed"):
                     dock.terminate(self.process, 4)
