@@ -1507,6 +1507,41 @@ def release(process: "subprocess.Popen[Any]") -> None:
     vars(process)["_child_created"] = False  # the finalizer's own first question, on 3.9 to 3.14
 
 
+def run_at_terminal(cmd: list[str], cwd: str, env: dict[str, str]) -> int:
+    """Run a program that has our streams to its end; return its exit code, negative for a signal.
+
+    Ctrl-C is its own matter. Raises CDEnvironmentError where it cannot be started.
+    """
+    import signal
+    import subprocess
+
+    trace_command(cmd, cwd)
+    former = signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which it would inherit
+    try:
+        return subprocess.call(cmd, cwd=cwd, env=env)
+    except OSError as error:
+        raise cannot_start(cmd, cwd, error) from error
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def open_in_browser(url: str) -> bool:
+    """Open `url` in the user's browser, which outlives us; False where none can be seen from here."""
+    if sys.platform == "win32":
+        os.startfile(url)  # noqa: S606 (a URL of our own making)
+        return True
+    is_wsl = "microsoft" in os.uname().release.lower()
+    is_seen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if os.environ.get("SSH_CONNECTION") or not (is_wsl or sys.platform == "darwin" or is_seen):
+        return False
+    known = ["wslview", "explorer.exe"] if is_wsl else ["open"] if sys.platform == "darwin" else ["xdg-open"]
+    program = next(filter(on_path, known), None)
+    if program is not None:
+        with open(os.devnull, "wb") as nowhere:
+            release(create_background_process([program, url], "/", nowhere))
+    return program is not None
+
+
 def format_exit(code: int) -> str:
     """An exit code for people: code 3, signal 11 (SIGSEGV)."""
     import signal
@@ -7801,9 +7836,13 @@ class Console:
             self._object(command, report.environment, report.data, report.error)
         if self.json_mode or report.already_printed:
             return
-        for line in [words.format(**report.data)] if isinstance(words, str) else words(report.data, self.typed):
+        for line in self.lines(report, words):
             if not self.quiet or line and not line.startswith("Tip:"):
                 self.result(line)
+
+    def lines(self, report: Report, words: "Words") -> Iterator[str]:
+        """Return a report in words."""
+        return iter([words.format(**report.data)] if isinstance(words, str) else words(report.data, self.typed))
 
     def problem(self, error: CDEnvironmentError) -> None:
         """Tell of one of several things that could not be done; the command goes on."""
@@ -7951,6 +7990,7 @@ class Arguments:
 
     comfyui_args: list[str]
     set_env: dict[str, str]
+    env: Optional[str]
 
     def __init__(self, values: dict[str, Any]) -> None:
         vars(self).update(values)
@@ -7985,16 +8025,17 @@ class Command:
 
     @property
     def passes_on(self) -> bool:
-        """Whether words that are not ours are ComfyUI's."""
-        return self.name == "run"
+        """Whether words that are not ours are another program's."""
+        return self.name in ("run", "exec")
 
     @property
     def has_json(self) -> bool:
-        """Whether it reports: `logs` shows bytes as they come."""
-        return self.name != "logs"
+        """Whether it reports: these leave the terminal to another program, or show bytes as they come."""
+        return self.name not in ("logs", "exec", "top")
 
 
 COMMANDS: dict[str, Command] = {}
+Act = Callable[[Console, Arguments], Report]
 
 
 def command(
@@ -8003,10 +8044,10 @@ def command(
     options: str,
     examples: tuple[str, ...],
     words: "Words" = "{text}",
-) -> "Callable[[Callable[[Console, Arguments], Report]], Callable[[Console, Arguments], Report]]":
+) -> "Callable[[Act], Act]":
     """Make a command of the function below: see Command."""
 
-    def enter(act: Callable[[Console, Arguments], Report]) -> Callable[[Console, Arguments], Report]:
+    def enter(act: Act) -> Act:
         made = Command(usage, summary, options, act, examples, words)
         COMMANDS[made.name] = made
         return act
@@ -8019,10 +8060,19 @@ QUEUE_OPTIONS = """
     --when-idle [SECONDS]  first wait until nothing is queued, at most this long (default: 3600)
     --force               do not ask about queued work
 """
-RESTART_OPTIONS = """
+ALL_OPTION = """
+    --all                 every environment of the workspace, one after the other
+"""
+WAIT_OPTION = """
+    --wait [SECONDS]      return only when ComfyUI answers (default: 180)
+"""
+RESTART_OPTIONS = (
+    """
     --restart             restart a running ComfyUI afterwards, without asking
     --no-restart          do not restart it, and do not ask
 """
+    + WAIT_OPTION
+)
 
 
 def is_given(args: Arguments, name: str) -> bool:
@@ -8064,11 +8114,10 @@ def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
 
 
 @command(
-    "run",
+    "run [NAME]",
     "start ComfyUI in the background; its own arguments pass through",
     """
     -f --foreground       stay and stream the log; Ctrl-C stops ComfyUI
-    --wait [SECONDS]      return only when ComfyUI answers (default: 180)
     --auto-port           take the next free port when the port is in use
     --set-env KEY=VALUE   an environment variable for ComfyUI, kept for restarts
     --monitor             start it under a small watcher that restarts it after a crash
@@ -8076,11 +8125,16 @@ def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     --python PATH         the Python of a ComfyUI folder, kept for later starts
     --take-over           drop the record of another machine or container
     --no-sync             do not bring the environment in line first
-    """,
+    --open                wait until ComfyUI answers, then open it in the browser
+    """
+    + WAIT_OPTION
+    + ALL_OPTION,
     ("run --demo", "run --wait -- --listen --port 8190", "-e dev run --foreground"),
     format_run,
 )
 def run(console: Console, args: Arguments) -> Report:
+    if args.all:
+        return do_all(console, args, run, lambda environment: not environment.manifest.demo)
     config = parse_comfyui_args(args.comfyui_args)  # before anything is made or changed
     stays = stays_in_foreground(args)
     environment = environment_to_run(console, args)
@@ -8090,7 +8144,7 @@ def run(console: Console, args: Arguments) -> Report:
         environment.sync()
     asks_for_port = any(_is_flag(word.partition("=")[0], "--port", "--po") for word in args.comfyui_args)
     options = {
-        "auto_port": args.auto_port or args.demo and not asks_for_port,
+        "auto_port": args.auto_port or (args.demo or args.one_of_all) and not asks_for_port,
         "set_env": args.set_env,
         "take_over": args.take_over,
     }
@@ -8119,20 +8173,113 @@ def run_in_background(
         raise
     report = started_report(environment, tls)
     report.data["only_watched"] = watched is not None
-    if args.wait is not None:
-        began = time.monotonic()
-        try:
-            environment.wait_until_ready(args.wait, console.progress)
-        except CDEnvironmentError as error:
-            if error.code == "ended":
-                show_last_lines(console, environment)
-            if not console.json_mode:
-                raise
-            report.error, report.code = error, 1  # a script needs to know the PID all the same
-        finally:
-            console.progress("")
-        report.data.update(ready=report.error is None, waited=round(time.monotonic() - began, 3))
+    if args.wait is not None or args.open:
+        await_answer(console, environment, report, READY_SECONDS if args.wait is None else args.wait)
+    if args.open and report.error is None:
+        show_in_browser(console, report.data["url"])
     return report
+
+
+def await_answer(console: Console, environment: Environment, report: Report, seconds: float) -> None:
+    """Wait for ComfyUI's first healthy answer and note in `report` whether it came; people are told by an error."""
+    began = time.monotonic()
+    try:
+        environment.wait_until_ready(seconds, console.progress)
+    except CDEnvironmentError as error:
+        if error.code == "ended":
+            show_last_lines(console, environment)
+        if not console.json_mode:
+            raise
+        report.error, report.code = error, 1  # a script needs to know the PID all the same
+    finally:
+        console.progress("")
+    report.data.update(ready=report.error is None, waited=round(time.monotonic() - began, 3))
+
+
+def show_in_browser(console: Console, url: str) -> bool:
+    """Open `url`; where no browser can be seen from here, tell it, and over SSH how to reach it."""
+    if open_in_browser(url):
+        return True
+    console.result(f"Open it in your browser: {url}")
+    if os.environ.get("SSH_CONNECTION"):
+        port = url.rpartition(":")[2]
+        server = os.environ["SSH_CONNECTION"].split()[2:3]
+        console.result(f"From your own machine: ssh -L {port}:127.0.0.1:{port} {(server or ['SERVER'])[0]}")
+    return False
+
+
+@command(
+    "open [NAME]",
+    "open ComfyUI in the browser, once it answers",
+    "--wait SECONDS        how long to wait for it (default: 180)",
+    ("open", "open sdxl"),
+    "✓ {url}",
+)
+def open_it(console: Console, args: Arguments) -> Report:
+    environment = selected(console, args)
+    if environment.observe().process is None:
+        raise CDEnvironmentError(f"ComfyUI is not running in environment '{environment.name}'", ("run",), "stopped")
+    try:
+        environment.wait_until_ready(args.wait, console.progress)
+    finally:
+        console.progress("")
+    url = environment.report()["url"]
+    is_open = show_in_browser(console, url)
+    return Report({"url": url, "opened": is_open}, environment.name, already_printed=not is_open)
+
+
+@command(
+    "exec CMD...",
+    "run a program in the ComfyUI folder, with the environment's Python first on its PATH",
+    "",
+    ("exec pip list", "-e dev exec -- python -V"),
+)
+def execute(console: Console, args: Arguments) -> Report:
+    if not args.comfyui_args:
+        raise CDEnvironmentError("'exec' needs a program to run.", ("help", "exec"), "usage")
+    from shutil import which
+
+    environment = selected(console, args)
+    environment.require_comfyui()
+    left_out = environment.dropped_variables()
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    variables, (program, *words) = with_interpreter(kept, environment.python), args.comfyui_args
+    own = {"python": [environment.python], "pip": [environment.python, "-m", "pip"]}
+    found = own.get(program, [which(program, path=variables["PATH"]) or ""])  # Windows would look along our own PATH
+    if not found[0]:
+        message = f"There is no program '{program}' on the PATH of environment '{environment.name}'."
+        raise CDEnvironmentError(message, "", "not-found")
+    code = run_at_terminal([*found, *words], str(environment.comfyui_path), variables)
+    return Report({}, environment.name, shell_code(code), already_printed=True)
+
+
+def do_all(console: Console, args: Arguments, act: Act, is_meant: Callable[[Environment], bool]) -> Report:
+    """Do a command to every environment, a line each; one that fails does not keep the others."""
+    workspace = select_workspace(args.workspace, True, current_folder())
+    items, first_error, was_quiet = [], None, console.quiet
+    for environment in workspace.list_environments():
+        name, error = environment.name, None
+        if not is_meant(environment):
+            continue
+        console.quiet = True
+        try:
+            report = act(console, Arguments({**vars(args), "env": name, "all": False, "one_of_all": True}))
+            said = "\n".join(console.lines(report, COMMANDS[act.__name__].words)).splitlines()
+            line, error = ", ".join(one.lstrip("✓ ") for one in said if one.startswith("✓")), report.error
+        except CDEnvironmentError as problem:
+            report, error, line = Report({}, name, 1), problem, ""
+        finally:
+            console.quiet = was_quiet
+        if error is not None and error.code != "running":
+            console.problem(CDEnvironmentError(f"{name}: {error.message}", error.hint))
+            first_error = first_error or error
+        else:
+            console.result(f"✓ {name}: {line or 'already running'}")
+        items.append({"environment": name, "ok": error is None or error.code == "running", "data": report.data})
+    if not items:
+        console.result("No environment is meant: there is none, or none runs.")
+    code = 1 if first_error else 0
+    return Report({"environments": items}, None, code, already_printed=True, error=first_error)
 
 
 def stays_in_foreground(args: Arguments) -> bool:
@@ -8347,18 +8494,21 @@ def format_queue(running: int, pending: int) -> str:
 
 
 @command(
-    "stop",
+    "stop [NAME]",
     "stop ComfyUI and what it started",
     QUEUE_OPTIONS
     + """
     --kill                kill it at once
     --port PORT           end the ComfyUI on this port, whoever started it
     --dry-run             with --port: only say what would be ended
-    """,
+    """
+    + ALL_OPTION,
     ("stop", "-e dev stop --timeout 60"),
     format_stop,
 )
 def stop(console: Console, args: Arguments) -> Report:
+    if args.all:
+        return do_all(console, args, stop, Environment.is_running)
     if args.port is not None:
         return stop_port(console, args)
     environment = selected(console, args)
@@ -8443,13 +8593,15 @@ def wait_until_idle(console: Console, environment: Environment, seconds: float) 
 
 
 @command(
-    "restart",
+    "restart [NAME]",
     "stop and start again with the same arguments",
-    QUEUE_OPTIONS,
-    ("restart",),
+    QUEUE_OPTIONS + WAIT_OPTION + ALL_OPTION,
+    ("restart", "restart sdxl --wait"),
     "✓ Restarted (new PID: {pid})\n✓ Running on {url}",
 )
 def restart(console: Console, args: Arguments) -> Report:
+    if args.all:
+        return do_all(console, args, restart, Environment.is_running)
     environment = selected(console, args)
     cut_off = settle_queue(console, args, environment, "restart")
     snapshot = environment.observe()
@@ -8461,6 +8613,8 @@ def restart(console: Console, args: Arguments) -> Report:
     environment.restart(args.timeout)
     report = started_report(environment, config_told_by(environment.recorded_args() or []).tls)
     report.data["cut_off"] = cut_off
+    if args.wait is not None:
+        await_answer(console, environment, report, args.wait)
     return report
 
 
@@ -8574,7 +8728,7 @@ def difference_lines(difference: dict[str, Any]) -> Iterator[str]:
 
 
 @command(
-    "status",
+    "status [NAME]",
     "what ComfyUI is doing (exit code 3 when it is not running)",
     "",
     ("status", "-e dev status --json"),
@@ -8986,7 +9140,11 @@ def change_nodes_one_by_one(
     record = environment._read_state() if restarted else None
     pid = record.pid if record else None
     data = {"name": environment.name, "nodes": items, "restarted": bool(restarted), "pid": pid}
-    return Report(data, environment.name, 1 if first_error else 0, error=first_error)
+    report = Report(data, environment.name)
+    if restarted and args.wait is not None:
+        await_answer(console, environment, report, args.wait)
+    report.error, report.code = first_error or report.error, 1 if first_error else report.code
+    return report
 
 
 def is_at_work(console: Console, environment: Environment) -> bool:
@@ -9050,7 +9208,7 @@ def node_list(console: Console, args: Arguments) -> Report:
 
 
 @command(
-    "logs",
+    "logs [NAME]",
     "the log of this run; it is kept after a crash",
     """
     -f --follow           the last 20 lines and what comes
@@ -9210,7 +9368,7 @@ def build_parser(command: Command, call: str = "comfydock") -> "argparse.Argumen
         return checked
 
     parser = Parser(
-        usage=f"{call} {command.usage} [options]" + (" [--] [ComfyUI's arguments]" if command.passes_on else ""),
+        usage=f"{call} {command.usage} [options]" + (" [--] [ComfyUI's arguments]" if command.name == "run" else ""),
         description=command.summary[0].upper() + command.summary[1:] + ".",
         epilog="\n".join(["examples:", *(f"  {call} {line}" for line in command.examples)]),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=columns(sys.stdout) - 2),
@@ -9233,11 +9391,17 @@ def build_parser(command: Command, call: str = "comfydock") -> "argparse.Argumen
     return parser
 
 
+def leading_options(words: list[str]) -> int:
+    """Return how many words stand before `--` or the first that is no option valid everywhere, nor its value."""
+    count = 0
+    while count < len(words) and words[count].startswith("-") and words[count] != "--":
+        count += 2 if words[count] in ("-e", "--env", "--workspace", "--color") else 1
+    return min(count, len(words))
+
+
 def find_command(words: list[str]) -> "tuple[Optional[Command], list[str], list[str]]":
     """Return the command, the options before its name and the words behind it; it is None where no name stands."""
-    start = 0
-    while start < len(words) and words[start].startswith("-"):
-        start += 2 if words[start] in ("-e", "--env", "--workspace", "--color") else 1
+    start = leading_options(words)
     for end in (start + 2, start + 1):
         command = COMMANDS.get(" ".join(words[start:end]))
         if command is not None:
@@ -9246,26 +9410,31 @@ def find_command(words: list[str]) -> "tuple[Optional[Command], list[str], list[
 
 
 def parse(words: list[str]) -> "tuple[Command, Arguments]":
-    """Return the command and its arguments. The first `--` is dropped, and all after it is ComfyUI's.
+    """Return the command and its arguments. The first `--` is dropped, and all after it is another program's.
 
     Raises CDEnvironmentError with code "usage".
     """
-    cut = words.index("--") if "--" in words else len(words)
-    command, front, rest = find_command(words[:cut])
+    command, front, rest = find_command(words)
     if command is None:
+        if rest[:1] == ["--"]:
+            raise usage_error("No command stands before '--'.")
         if rest and not (rest[0] == "node" and {"-h", "--help"} & set(rest)):
             raise unknown_command(rest)
-        if cut < len(words):
-            raise usage_error("No command stands before '--'.")
         command = COMMANDS["help"]
-    known, others = build_parser(command).parse_known_args(with_values(command, [*front, *rest]))
+    name = rest.pop(0) if command.operand == "[NAME]" and rest and not rest[0].startswith("-") else None
+    cut = rest.index("--") if "--" in rest else len(rest)
+    cut = leading_options(rest) if command.name == "exec" else cut
+    known, others = build_parser(command).parse_known_args(with_values(command, [*front, *rest[:cut]]))
     args = Arguments(vars(known))
-    args.comfyui_args = [*others, *words[cut + 1 :]]
+    args.comfyui_args = [*others, *(rest[cut + 1 :] if rest[cut : cut + 1] == ["--"] else rest[cut:])]
     if args.version:
         return Command("version", "", "", show_version), args
     if args.help and command.name != "help":
         args.comfyui_args = command.name.split()
         command = COMMANDS["help"]
+    if name is not None and args.env not in (None, name):
+        raise usage_error(f"Two environments are named: '{name}' and '{args.env}'.", command.name)
+    args.env = name or args.env
     if not command.passes_on:
         take_operands(command, args)
     check(command, args)
@@ -9298,25 +9467,31 @@ def with_values(command: Command, words: list[str]) -> list[str]:
 
 
 def take_operands(command: Command, args: Arguments) -> None:
-    """Give each operand its word: NAME one, `ID...` a list, `[...]` perhaps none.
+    """Give each operand its word: NAME one, `ID...` a list, `[...]` perhaps none; a first [NAME] was taken already.
 
     Raises CDEnvironmentError with code "usage" for an unknown option, and for too few and too many words.
     """
-    words, operand = args.comfyui_args, command.operand
+    words = args.comfyui_args
     unknown = next((word for word in words if word.startswith("-")), None)
     if unknown is not None:
         who = "comfydock" if command.name == "help" else f"'{command.name}'"
         raise usage_error(f"{who} has no option {unknown}.", command.name)
-    if "..." not in operand and len(words) > bool(operand):
-        raise usage_error(f"'{command.name}' does not take '{words[bool(operand)]}'.", command.name)
-    if operand and not words and not operand.startswith("["):
-        raise usage_error(f"'{command.name}' needs {operand.rstrip('.')}.", command.name)
-    attribute = operand.strip("[.]").lower() + "s" * operand.endswith(("...", "...]"))
-    setattr(args, attribute, words if "..." in operand else next(iter(words), None))
+    for operand in command.operand.split() if command.operand != "[NAME]" else ():
+        if not words and not operand.startswith("["):
+            raise usage_error(f"'{command.name}' needs {operand.rstrip('.')}.", command.name)
+        attribute = operand.strip("[.]").lower()
+        if "..." in operand:
+            setattr(args, f"{attribute}s", words)
+            return
+        setattr(args, attribute, words.pop(0) if words else None)
+    if words:
+        raise usage_error(f"'{command.name}' does not take '{words[0]}'.", command.name)
 
 
 def check(command: Command, args: Arguments) -> None:
     """Raises CDEnvironmentError with code "usage" for what does not go together."""
+    if args.all and args.env is not None and command.name != "logs":
+        raise usage_error(f"'{command.name} --all' takes no environment.", command.name)
     if args.env is not None and command.operand == "NAME":
         raise usage_error(f"'{command.name}' takes the name without -e.", command.name)
     for one, other in EXCLUDE_EACH_OTHER:
@@ -9328,18 +9503,37 @@ def check(command: Command, args: Arguments) -> None:
             raise usage_error(f"--{one.replace('_', '-')} needs --{other}.", command.name)
     if args.json and (not command.has_json or args.foreground):
         what = "run --foreground" if command.has_json else command.name
-        raise usage_error(f"'{what}' streams a log, so it has no --json.", command.name)
+        raise usage_error(f"'{what}' has no --json.", command.name)
+
+
+MEANT = {  # what people type -> the commands that do it
+    **dict.fromkeys(("ps", "ls"), ["list"]),
+    **dict.fromkeys(("start", "up", "launch"), ["run"]),
+    **dict.fromkeys(("down", "kill"), ["stop"]),
+    **dict.fromkeys(("monit", "watch"), ["top"]),
+    **dict.fromkeys(("shell", "sh"), ["exec"]),
+    **dict.fromkeys(("log", "tail"), ["logs"]),
+    "doctor": ["repair"],
+    "upgrade": ["update"],
+    "rm": ["delete"],
+    "install": ["node add", "create"],
+}
 
 
 def unknown_command(words: list[str]) -> CDEnvironmentError:
-    """Return the error of words that are no command, with the command that they may have been."""
+    """Return the error of words that are no command, with those that do what was meant.
+
+    A command that deletes is never suggested for its spelling.
+    """
     from difflib import get_close_matches
 
     if words[0] == "node":
         names = ", ".join(name[5:] for name in COMMANDS if name.startswith("node "))
         return usage_error(f"'node' needs one of: {names}.", "node")
-    close = [name for word in get_close_matches(words[0], COMMANDS, 1) for name in COMMANDS if name == word]
-    hint = tuple(close[0].split()) if close else ("help",)
+    harmless = [name for name in COMMANDS if name not in ("delete", "node remove")]
+    meant = MEANT.get(words[0]) or get_close_matches(words[0], harmless, 1) or ["help"]
+    first, *others = [tuple(name.split()) for name in meant]
+    hint = ["Try: ", first, *(part for other in others for part in (", or: ", other))] if others else first
     return CDEnvironmentError(f"Unknown command '{words[0]}'.", hint, "usage")
 
 
@@ -9537,9 +9731,9 @@ def hidden(words: list[str]) -> int:
 def answer(console: Console, words: list[str]) -> int:
     """Do what `words` ask for and show the report; returns the exit code."""
     command, args = parse(words)
-    console.quiet, console.colour = args.quiet, args.color
+    console.quiet, console.colour, console.json_mode = args.quiet, args.color, args.json
     console.where = ("--workspace", args.workspace) if args.workspace else ()
-    streams = args.foreground or command.name == "logs" and not args.rotate
+    streams = args.foreground or not command.has_json and not args.rotate
     with traced(console.trace) if args.verbose else nullcontext():
         with nullcontext() if streams else console.ticking(command.name):
             report = command.act(console, args)

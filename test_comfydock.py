@@ -5701,6 +5701,42 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
         ):
             self.assertEqual(self.parse(*words)[1].env, "dev", words)
 
+    def test_a_name_is_the_very_first_word_behind_a_command(self):
+        for words in (
+            ["stop", "sdxl"],
+            ["run", "sdxl", "--wait", "--", "--lowvram"],
+            ["logs", "sdxl", "-f"],
+            ["-e", "sdxl", "status", "sdxl"],
+        ):
+            self.assertEqual(self.parse(*words)[1].env, "sdxl", words)
+        _, args = self.parse("run", "--port", "8190", "x")
+        self.assertEqual((args.env, args.comfyui_args), (None, ["--port", "8190", "x"]))
+        self.assertEqual(self.parse("stop", "--when-idle", "5")[1].when_idle, 5.0)
+
+    def test_what_exec_runs_begins_with_the_first_word_that_is_no_option(self):
+        for words, env, theirs in (
+            (["exec", "pip", "list", "--json"], None, ["pip", "list", "--json"]),
+            (["exec", "-e", "dev", "git", "checkout", "--", "x"], "dev", ["git", "checkout", "--", "x"]),
+            (["-e", "dev", "exec", "--", "python", "-V"], "dev", ["python", "-V"]),
+        ):
+            _, args = self.parse(*words)
+            self.assertEqual((args.env, args.comfyui_args), (env, theirs))
+
+    def test_words_that_people_type_lead_to_the_command_that_does_it(self):
+        for word, hint in (
+            ("ps", ("list",)),
+            ("up", ("run",)),
+            ("sh", ("exec",)),
+            ("rm", ("delete",)),
+            ("deleet", ("help",)),
+        ):
+            with self.assertRaises(dock.CDEnvironmentError) as caught:
+                self.parse(word)
+            self.assertEqual((caught.exception.message, caught.exception.hint), (f"Unknown command '{word}'.", hint))
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            self.parse("install")
+        self.assertEqual(caught.exception.hint, ["Try: ", ("node", "add"), ", or: ", ("create",)])
+
     def test_values_are_read(self):
         _, args = self.parse("run", "--wait", "--set-env", "A=1", "--set-env", "B=x=y", "--demo")
         self.assertEqual((args.wait, args.set_env, args.demo), (180.0, {"A": "1", "B": "x=y"}, True))
@@ -5711,7 +5747,7 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
     def test_nonsense_is_a_usage_error_with_a_hint(self):
         cases = [
             ["frobnicate"], ["stauts"], ["stop", "--timeout", "x"], ["stop", "--timeout", "-1"], ["stop", "--timeout"],
-            ["logs", "-n", "-5"], ["logs", "-n5"], ["logs", "--json"], ["run", "--foreground", "--json"], ["status", "x"],
+            ["logs", "-n", "-5"], ["logs", "-n5"], ["logs", "--json"], ["run", "--foreground", "--json"], ["status", "-e", "a", "x"], ["status", "x", "y"], ["stop", "a", "-e", "b"], ["stop", "a", "--all"],
             ["status", "--fol"], ["use"], ["use", "a", "b"], ["create", "x", "--from", "d", "--no-install"], ["node"], ["node", "frob"], ["node", "add"], ["repair", "--adopt", "--end"], ["node", "add", "x", "--restart", "--no-restart"], ["run", "--set-env", "A"],
             ["stop", "--kil"], ["stop", "--port", "0"], ["stop", "--port", "99999"], ["-e"], ["run", "-e"], ["logs", "-fn", "5"], ["run", "--cpu", "-fe"], ["run", "-f=1"], ["status", "--json=1"], ["status", "--env"], ["--", "x"],
         ]  # fmt: skip
@@ -7263,6 +7299,70 @@ SHELL_CASES = {  # what is typed before Tab -> what stands there then
     "create new --from cod": "create new --from code",
     "run --dem": "run --demo",
 }
+
+
+class SmallCommands(Journey):
+    def test_a_name_may_be_the_first_word_and_is_told_when_it_is_none(self):
+        self.person.environment("alpha")
+        self.assertEqual(self.person.types("status", "alpha").returncode, 3)
+        self.assertClear(self.person.types("stop", "nobody"), 1, "There is no environment 'nobody'")
+        self.assertClear(self.person.types("run", "8190"), 1, "There is no environment '8190'")
+
+    def test_all_does_it_to_each_and_fails_when_one_fails(self):
+        for name in ("alpha", "beta"):
+            self.person.environment(name)
+        done = self.person.types("run", "--all")
+        self.assertEqual((done.returncode, len(done.stdout.splitlines())), (0, 2), done)
+        self.assertRegex(done.stdout, r"(?m)^✓ beta: ComfyUI started in background \(PID \d+\), .*http://")
+        self.assertIn("✓ alpha: already running", self.person.types("run", "--all").stdout)
+        self.assertEqual(self.person.types("stop", "alpha").returncode, 0)
+        done = self.person.types("restart", "--all")
+        self.assertRegex(done.stdout, r"\A✓ beta: Restarted .*\n\Z", done.stderr)
+        done = self.person.types("run", "--all", "--json")
+        self.assertEqual([item["ok"] for item in json.loads(done.stdout)["data"]["environments"]], [True, True])
+        self.assertEqual(self.person.types("stop", "--all").stdout.count("✓"), 2)
+        os.remove(os.path.join(self.person.home, "beta", "ComfyUI", "main.py"))
+        done = self.person.types("run", "--all")
+        self.assertEqual(
+            (done.returncode, done.stdout.count("✓"), done.stderr.count("✗ Beta:") + done.stderr.count("✗ beta:")),
+            (1, 1, 1),
+            done,
+        )
+
+    def test_exec_runs_in_the_folder_with_the_python_of_the_environment(self):
+        self.person.environment("alpha")
+        code = "import os, sys; print(os.getcwd(), sys.argv[1:]); sys.exit(7)"
+        done = self.person.types("exec", "python", "-c", code, "--json", "-v")
+        folder = os.path.join(self.person.home, "alpha", "ComfyUI")
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (7, f"{folder} ['--json', '-v']\n", ""))
+        self.assertIn("pip", self.person.types("-e", "alpha", "exec", "--", "pip", "--version").stdout)
+        self.assertClear(self.person.types("exec", "no-such-program"), 1, "There is no program 'no-such-program'")
+        self.assertClear(self.person.types("exec"), 2, "needs a program")
+
+    def test_restart_waits_for_the_answer_when_told_to(self):
+        self.run_demo()
+        data = json.loads(self.person.types("restart", "--wait", "--json").stdout)["data"]
+        self.assertEqual((data["ready"], data["waited"] < 60), (True, True))
+
+    @unittest.skipUnless(LINUX, "what Linux has for a browser")
+    def test_open_waits_for_the_answer_and_uses_only_a_browser_that_can_be_seen(self):
+        self.assertClear(self.person.types("open", "--wait", "x"), 2)
+        self.run_demo()
+        there = {"DISPLAY": ":7", "WAYLAND_DISPLAY": "", "SSH_CONNECTION": ""}
+        path, told = os.path.join(self.person.home, "bin"), os.path.join(self.person.home, "told")
+        os.mkdir(path)
+        write(os.path.join(path, "xdg-open"), f"#!/bin/sh\necho $1 >'{told}'\n")
+        os.chmod(os.path.join(path, "xdg-open"), 0o755)
+        there["PATH"] = path + os.pathsep + self.person.variables["PATH"]
+        url = self.person.status()["url"]
+        self.assertEqual(self.person.types("open", **there).stdout, f"✓ {url}\n")
+        eventually(lambda: os.path.exists(told) and Path(told).read_text() == f"{url}\n")
+        self.assertIn(f"Open it in your browser: {url}", self.person.types("open", **{**there, "DISPLAY": ""}).stdout)
+        self.assertIn(
+            "ssh -L", self.person.types("open", **{**there, "SSH_CONNECTION": "10.0.0.2 5 10.0.0.9 22"}).stdout
+        )
+        self.person.types("stop")
+        self.assertClear(self.person.types("open"), 1, "ComfyUI is not running")
 
 
 class CompletionInRealShells(Journey):
