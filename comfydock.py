@@ -766,6 +766,21 @@ def read_text(path: str) -> str:
         return ""
 
 
+def mounts() -> "list[tuple[str, str]]":
+    """Return (mount point, type of file system) of all that is mounted, in order; [] where the system does not tell."""
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            lines = os.fsdecode(file.read()).splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:  # "36 35 98:0 /mnt1 /mnt\0402 rw,noatime master:1 - ext3 /dev/root rw" (man proc_pid_mountinfo)
+        left, _, right = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), left.split(" ")[4])
+        found.append((point, right.split(" ")[0]))
+    return found
+
+
 O_BINARY = getattr(os, "O_BINARY", 0)
 
 
@@ -3305,12 +3320,12 @@ def move(source: str, target: str, scratch: Optional[str] = None) -> None:
     import errno
 
     refuse_existing(target)
+    refuse_mounts(source)
     try:
         retry_while_busy(lambda: os.rename(source, target), source)
     except CDEnvironmentError as error:
         if getattr(error.__cause__, "errno", None) != errno.EXDEV:
             raise
-        refuse_mounts(source)
         copy = temporary_name(os.path.join(scratch or os.path.dirname(target), os.path.basename(target)))
         try:
             copy_any(source, copy)
@@ -3325,8 +3340,8 @@ def move(source: str, target: str, scratch: Optional[str] = None) -> None:
 def remove_tree(path: str) -> None:
     """Delete a folder and all in it; links and junctions are deleted, never followed; nothing there is fine.
 
-    Raises CDEnvironmentError: "in-use" when a file cannot be deleted; "mounted", before anything is gone, when another
-    file system is mounted inside, as a volume with somebody's models must not be emptied.
+    Raises CDEnvironmentError: "in-use" when a file cannot be deleted; "mounted", before anything is gone, when there is
+    a mount inside, as a volume with somebody's models must not be emptied.
     """
     import shutil
 
@@ -3358,15 +3373,14 @@ def unlock_and_retry(top: str, function: Callable[..., Any], path: str, trouble:
 
 
 def refuse_mounts(path: str) -> None:
-    """Raise CDEnvironmentError (code "mounted") when a folder below path lies on another file system."""
-    if is_link(path) or not os.path.isdir(path):
+    """Raise CDEnvironmentError (code "mounted") when a mount is at a path or below: somebody's volume or bind mount."""
+    if is_link(path) or not os.path.lexists(path):
         return
-    device = os.lstat(path).st_dev
-    for folder, names, _ in os.walk(path):
-        names[:] = [name for name in names if not is_link(os.path.join(folder, name))]
-        for inner in [os.path.join(folder, name) for name in names]:
-            if os.lstat(inner).st_dev != device:
-                raise CDEnvironmentError(f"another file system is mounted at {inner}", f"umount {inner}", "mounted")
+    top = os.path.join(os.path.realpath(path), "")
+    points = [point for point, _ in mounts()] or [place for place, _, _ in os.walk(path) if os.path.ismount(place)]
+    for point in points:
+        if os.path.join(point, "").startswith(top):
+            raise CDEnvironmentError(f"{point} is mounted there, so nothing was removed", f"umount {point}", "mounted")
 
 
 def move_aside(path: str, shelf: str, name: str) -> str:

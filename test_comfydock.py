@@ -27,6 +27,7 @@ import posixpath
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -3350,22 +3351,29 @@ class RemovalTest(InWorkshop):
         with unittest.mock.patch.object(dock.os, "lstat", return_value=status):
             self.assertTrue(dock.is_link("x"))
 
-    def test_a_mounted_volume_stops_it_before_anything_is_gone(self):
+    def test_a_mounted_volume_or_a_bind_mount_stops_it_before_anything_is_gone(self):
         if not LINUX or os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
             self.skipTest("needs mount namespaces")
-        doomed = os.path.join(self.folder, "doomed")
-        write(os.path.join(doomed, "a", "file"), "x")
-        os.makedirs(os.path.join(doomed, "volume"))
-        script = (
-            f"mount -t tmpfs tmpfs {doomed}/volume && touch {doomed}/volume/model && "
-            f"{sys.executable} -c 'import comfydock as dock, sys; dock.remove_tree(sys.argv[1])' {doomed}; ls {doomed}/volume {doomed}/a"
-        )
-        done = subprocess.run(
-            ["unshare", "-m", "sh", "-c", script], cwd=HERE, capture_output=True, text=True, check=False
-        )
-        self.assertIn("another file system is mounted", done.stderr)
-        self.assertIn("model", done.stdout)
-        self.assertIn("file", done.stdout)
+        work = "import comfydock as dock, sys; {}"
+        works = ("dock.remove_tree(sys.argv[1])", "dock.move_aside(sys.argv[1], sys.argv[1] + '.aside', 'x')")
+        for number, (mount, act) in enumerate(
+            itertools.product(("-t tmpfs tmpfs", f"--bind {self.folder}/models"), works)
+        ):
+            doomed = os.path.join(self.folder, f"doomed {number}")
+            write(os.path.join(doomed, "a", "file"), "x")
+            os.makedirs(os.path.join(doomed, "the volume"))
+            volume, python = shlex.quote(f"{doomed}/the volume"), shlex.quote(work.format(act))
+            script = f"mount {mount} {volume} && touch {volume}/model && {sys.executable} -c {python} '{doomed}'; "
+            done = subprocess.run(
+                ["unshare", "-m", "sh", "-c", script + f"ls {volume} '{doomed}/a'"],
+                cwd=HERE,
+                capture_output=True,
+                text=True,
+            )
+            with self.subTest(mount=mount, act=act):
+                self.assertIn(f"{doomed}/the volume is mounted there", done.stderr)
+                self.assertIn("model", done.stdout)
+                self.assertIn("file", done.stdout)
 
     def test_moved_aside_twice_keeps_both(self):
         first = os.path.join(self.folder, "node")
