@@ -2847,6 +2847,16 @@ def fetch_json(url: str, limit: int = 16 * MEGABYTE) -> Any:
         raise CDEnvironmentError(f"{url} answered something that is not JSON", code="network") from None
 
 
+def is_reachable(url: str) -> bool:
+    """Tell whether a server answers at a URL, whatever it says."""
+    try:
+        for _ in download(url, MEGABYTE, seconds=5.0):
+            break
+    except CDEnvironmentError as error:
+        return error.code != "network"
+    return True
+
+
 # ====================================================================================================================
 # 6. Files
 # Alone creates, replaces, renames and deletes.
@@ -4151,13 +4161,28 @@ def clone(url: str, reference: Optional[str], folder: str) -> None:
     git(["submodule", "--quiet", "update", "--init", "--recursive"], folder, url)
 
 
+def remote_names(url: str, *what: str) -> list[str]:
+    """Return the tags (`--tags`) or branches (`--heads`) of a repository, by git."""
+    lines = git(["ls-remote", *what, "--refs", "--", url], url=url).splitlines()
+    return [line.split("/", 2)[-1] for line in lines]
+
+
 def newest_release(url: str) -> Optional[str]:
     """The highest vX.Y.Z tag of a repository, compared as numbers; None when it has no such tag."""
     if git_path() is not None:
-        lines = git(["ls-remote", "--tags", "--refs", "--", url], url=url).splitlines()
-        return highest_release([line.rsplit("/", 1)[-1] for line in lines])
+        return highest_release(remote_names(url, "--tags"))
     answer = fetch_json(f"https://api.github.com/repos/{github_name(url)}/releases/latest")
     return highest_release([str(answer.get("tag_name"))]) if isinstance(answer, dict) else None
+
+
+def nearest_names(wanted: str, names: list[str]) -> list[str]:
+    """Return up to five of the tags and branches that may have been meant: of like spelling, else of like numbers."""
+    from difflib import get_close_matches
+
+    versions = sorted((name for name in names if re.match(r"v?\d", name)), key=version_key)
+    place = sum(version_key(name) < version_key(wanted) for name in versions)
+    around = versions[max(0, place - 3) : place + 2] if re.match(r"v?\d", wanted) else []
+    return around[::-1] or get_close_matches(wanted, names, 5) or versions[:-6:-1]
 
 
 def highest_release(tags: list[str]) -> Optional[str]:
@@ -5347,7 +5372,9 @@ def create_environment(
     with claimed(paths):
         check_space(paths, "code" if no_install or os.path.isdir(paths.venv) else torch_backend)
         if not os.path.isdir(paths.comfyui):
-            with stage("ComfyUI", tell):  # beside its place, then renamed: a folder ComfyUI is a whole one
+            with stage(
+                "ComfyUI", tell, source or COMFYUI_REPOSITORY
+            ):  # beside its place, then renamed: a folder ComfyUI is a whole one
                 remove_tree(paths.partial)
                 fetch_comfyui(source, comfyui, paths.partial, tell)
                 move(paths.partial, paths.comfyui)
@@ -5407,11 +5434,18 @@ def create_command(paths: EnvironmentPaths) -> tuple[str, ...]:
 
 
 @contextmanager
-def stage(title: str, tell: Progress) -> Iterator[None]:
-    """Tell of one stage of a creation, and how long it took."""
+def stage(title: str, tell: Progress, url: str = "") -> Iterator[None]:
+    """Tell of one stage of a creation, and how long it took; when it fails for want of the network to `url`, say so."""
     tell(f"{title} ...")
     began = time.monotonic()
-    yield
+    try:
+        yield
+    except CDEnvironmentError as error:
+        host = re.match(r"https?://([^/]+)", url)
+        if host and error.code in ("git", "packages", "network") and not is_reachable(url):
+            message = f"Could not reach {host.group(1).rpartition('@')[2]}."
+            raise CDEnvironmentError(message, "Run the same command again to go on.", "network") from error
+        raise
     tell(f"{title}: done in {time.monotonic() - began:.1f} s")
 
 
@@ -5466,12 +5500,12 @@ def install_packages(paths: EnvironmentPaths, backend: str, tell: Progress) -> l
     frozen = installer.freeze()
     is_other = backend != "auto" and held_index(frozen) not in (None, torch_index(backend))
     if is_other or not set(map(package_name, frozen)).issuperset(TORCH_PACKAGES):
-        with stage("PyTorch", tell):
+        with stage("PyTorch", tell, TORCH_INDEX):
             if is_other:
                 installer.uninstall(TORCH_PACKAGES)
             installer.install_torch(backend, tell)
     if node_requirements(paths.comfyui).strip():
-        with stage("requirements", tell):
+        with stage("requirements", tell, os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple/"):
             packages = Packages(python, paths.cec)
             packages.install([paths.comfyui], tell)
             remove_file(packages.constraints)
@@ -5515,10 +5549,17 @@ def fetch_comfyui(source: Optional[str], reference: Optional[str], folder: str, 
 def fetch_repository(url: str, reference: Optional[str], folder: str, tell: Progress) -> None:
     """ComfyUI by git, or without git as the archive that GitHub makes of it."""
     check_repository(url)
-    reference = reference or newest_release(url)
+    wanted, reference = reference, reference or newest_release(url)
     tell(f"fetching {url} {reference or '(no release: its default branch)'}")
     if git_path() is not None:
-        return clone(url, reference, folder)
+        try:
+            return clone(url, reference, folder)
+        except CDEnvironmentError as error:
+            names = remote_names(url, "--tags", "--heads") if wanted and error.code == "git" else []
+            if not names or wanted in names or re.fullmatch(COMMIT, wanted or ""):
+                raise
+            hint = f"Nearest are: {', '.join(nearest_names(wanted or '', names))}"
+            raise CDEnvironmentError(f"ComfyUI at {url} has no version {wanted}.", hint, "not-found") from error
     check_reference(reference or "HEAD")
     unpack_from(f"https://github.com/{github_name(url)}/archive/{reference or 'HEAD'}.zip", folder, True, tell)
 
@@ -7736,7 +7777,9 @@ class Console:
 
     def work(self, line: str) -> None:
         """Be a Progress: show a line of long work, but not what pip says of things that are there already."""
-        if not line.lstrip().startswith(("Requirement already satisfied", "Looking in ", "[notice]")):
+        if not line.lstrip().startswith(
+            ("Requirement already satisfied", "Looking in ", "[notice]", "WARNING: Retrying")
+        ):
             self.say(f"   {line}")
 
     def warn(self, line: str, sign: str = "⚠ ") -> None:

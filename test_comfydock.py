@@ -3916,7 +3916,8 @@ class CreateTest(InWorkshop):
         for options, words in (
             ({"source": empty}, "no main.py"),
             ({"source": empty + "/x.zip"}, "is not there"),
-            ({"source": Workshop.comfyui, "comfyui": "v9.9.9"}, "git clone failed"),
+            ({"source": Workshop.comfyui, "comfyui": "v9.9.9"}, "has no version v9.9.9"),
+            ({"source": Workshop.comfyui, "comfyui": "0123456789abcdef"}, "git "),
             ({"source": "ext::sh -c x"}, "not a repository address"),
             ({"source": Workshop.comfyui, "comfyui": "--help"}, "no branch"),
             (
@@ -3927,6 +3928,42 @@ class CreateTest(InWorkshop):
             with self.subTest(words), self.assertRaises(dock.CDEnvironmentError) as caught:
                 self.make(self.paths(), **options)
             self.assertIn(words, caught.exception.message)
+
+    def test_a_version_that_does_not_exist_names_the_nearest(self):
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            self.make(self.paths(), source=Workshop.comfyui, comfyui="0.9.1")
+        self.assertRegex(caught.exception.hint, r"^Nearest are: v0\.10\.0, .*v0\.9\.0")
+        names = ["v0.3.9", "v0.3.64", "v0.10.0", "latest", "master", "main"]
+        for wanted, nearest in (
+            ("mastr", ["master"]),
+            ("v0.3.63", ["v0.10.0", "v0.3.64", "v0.3.9"]),
+            ("zz", ["v0.10.0"]),
+        ):
+            found = dock.nearest_names(wanted, names)
+            self.assertEqual(found[: len(nearest)], nearest, wanted)
+
+    def test_a_network_that_is_not_there_is_called_so_and_the_same_command_goes_on(self):
+        paths, nobody = self.paths(), f"http://127.0.0.1:{free_port()}"
+        variables = {"PIP_INDEX_URL": nobody + "/simple", "PIP_RETRIES": "0", "PIP_FIND_LINKS": "", "PIP_NO_INDEX": ""}
+        self.assertRaisesRegex(
+            dock.CDEnvironmentError, "^Could not reach 127.0.0.1", self.make, paths, source=nobody + "/x.git"
+        )
+        self.assertFalse(os.path.exists(paths.root))
+        with (
+            unittest.mock.patch.dict(os.environ, variables),
+            unittest.mock.patch.object(dock, "TORCH_INDEX", nobody + "/whl/"),
+        ):
+            options = {
+                "no_install": False,
+                "python": sys.executable,
+                "torch_backend": "cpu",
+                "source": Workshop.comfyui,
+            }
+            with unittest.mock.patch.object(dock, "check_space"), self.assertRaises(dock.CDEnvironmentError) as caught:
+                self.make(paths, **options)
+        self.assertRegex(caught.exception.message, r"^Could not reach 127\.0\.0\.1:\d+\.$")
+        self.assertEqual(caught.exception.hint, "Run the same command again to go on.")
+        self.assertEqual(dock.read_text(paths.python_version), f"{sys.version_info[0]}.{sys.version_info[1]}")
 
     def test_torch_indexes(self):
         self.assertEqual(dock.torch_index("cu128"), "https://download.pytorch.org/whl/cu128")
