@@ -2319,14 +2319,18 @@ def recorded_process(
     return process if is_owners and is_it(process) else None
 
 
-def recorded_comfyui(record: ProcessState, script: str) -> Optional[Process]:
+def recorded_comfyui(record: ProcessState, python: str, script: str) -> Optional[Process]:
     """Return the live process of a record that has a PID, if it is a Python that runs `script` (absolute).
 
-    A record with the plan's keys alone has no identity: it names a candidate, which is its own proof.
+    So is a wrapper in place of `python` that has not become it: a shell shows their names behind its own. A record with
+    the plan's keys alone has no identity: it names a candidate, which is its own proof.
     """
+    wrapped = (f" {python} {script}", f" {python} -s {script}")
     identity = record.identity or identity_of(process_table().process(record.pid or 0))
     return recorded_process(
-        record, {"pid": record.pid, "identity": identity}, lambda process: runs_script(process, script)
+        record,
+        {"pid": record.pid, "identity": identity},
+        lambda process: runs_script(process, script) or any(words in process.text for words in wrapped),
     )
 
 
@@ -5778,14 +5782,16 @@ class Snapshot:
     """What there is to see of an environment's ComfyUI without asking it anything.
 
     `state` is starting (an intent whose starter lives), running, stopped, crashed, foreign or unknown. `process`
-    is its process, if it has one here; `note` says what is special: untracked, moved (it bears the recorded run's
-    marker, and `record` has its PID, which the file has not yet), interrupted, rebooted, damaged, or nothing.
+    is its process, if it has one here; `note` says what is special: untracked, moved (Windows: the recorded run goes
+    on, and `record` has its new PID, which the file has not yet), interrupted, rebooted, damaged, or nothing. `relics`
+    are what is left of a recorded run whose ComfyUI is gone.
     """
 
     state: str
     record: Optional[ProcessState] = None
     process: Optional[Process] = None
     note: str = ""
+    relics: list[Process] = field(default_factory=list)
 
 
 def terminate(
@@ -5823,9 +5829,14 @@ def end_all(processes: "list[Process]") -> None:
             reap(process.pid)
 
 
+def family_of(process: Process) -> list[Process]:
+    """Return a live process and all that belongs to it, by the marker that it bears itself: a record may be forged."""
+    return process_tree(process, process_table().marker(process.pid))
+
+
 def end_with_family(process: Process, timeout: float) -> None:
     """End a process that nobody recorded, and what belongs to it. Raises as `terminate`."""
-    family = process_tree(process, process_table().marker(process.pid))
+    family = family_of(process)
     terminate(process, timeout)
     end_all(family)
 
@@ -5881,8 +5892,10 @@ def comfyui_on_port(port: int) -> Process:
         raise CDEnvironmentError(message, ("list",), "stopped")
     for process in filter(lambda process: is_python(process.name), holders):
         told = config_told_by(arguments_of(process))  # its address, and whether by TLS
-        argv = probe(ComfyUIConfig(told.host, port, told.tls), 2.0).argv or [""]
-        if os.path.basename(argv[0]) == "main.py" and ends_with_words(process, argv):
+        argv = probe(ComfyUIConfig(told.host, port, told.tls), 2.0).argv or []
+        folders = map(os.path.dirname, scripts_of(process, "main.py"))
+        is_comfyui = any(is_checkout(folder) or environment_above(folder) for folder in folders)
+        if is_comfyui and argv and os.path.basename(argv[0]) == "main.py" and ends_with_words(process, argv):
             return process
     named = ", ".join(f"{process.name}, PID {process.pid}" for process in holders)
     message = f"Port {port} is held by {named}, which is not proved to be a ComfyUI; nothing was ended."
@@ -5909,9 +5922,9 @@ def ends_with_words(process: Process, words: list[str]) -> bool:
     return process.text.endswith(" " + " ".join(words))
 
 
-def is_own_argv(argv: Optional[list[str]], process: Process, script: str) -> bool:
+def is_own_argv(argv: list[str], process: Process, script: str) -> bool:
     """Tell whether the command line that a server says it has can be that of `process`, started from `script`."""
-    return not argv or ends_with_words(process, argv) or os.path.isabs(argv[0]) and same_path(argv[0], script)
+    return ends_with_words(process, argv) or os.path.isabs(argv[0]) and same_path(argv[0], script)
 
 
 def exit_code_of(pid: int) -> Optional[int]:
@@ -6085,11 +6098,7 @@ class Environment:
             place = locate(record.holder[1])
             if place == "foreign":
                 return Snapshot(FOREIGN, record)
-            process = (
-                (recorded_comfyui(record, self._script) if record.pid else recorded_starter(record))
-                if place == "here"
-                else None
-            )
+            process = self._holder(record) if place == "here" else None
             if process is not None and record.pid is not None:
                 return Snapshot(RUNNING, record, process)
             if process is not None and not lock_held:  # somebody is starting ComfyUI
@@ -6101,20 +6110,39 @@ class Environment:
                 note = "rebooted"
             elif not ended_well:
                 state = CRASHED
-        processes = comfyui_processes(self._checkout, scan) if scan != {} else []
-        if not processes:
+        return Snapshot(state, record, None, note) if scan == {} else self._unrecorded(record, state, note, scan)
+
+    def _unrecorded(self, record: Optional[ProcessState], state: str, note: str, scan: Optional[Scan]) -> Snapshot:
+        """Look for what the record does not name: a live ComfyUI of this checkout, or what is left of the other."""
+        run_id = record.run_id if record is not None and record.pid is not None else None
+        found = comfyui_processes(self._checkout, scan)
+        strangers = [one for one in found if not run_id or process_table().marker(one.pid) != run_id]
+        if strangers:
+            return Snapshot(RUNNING, record, strangers[0], "untracked")
+        if record is None or not run_id or note == "rebooted":
             return Snapshot(state, record, None, note)
-        process = processes[0]
-        if (
-            record is None
-            or record.pid is None
-            or not record.run_id
-            or process_table().marker(process.pid) != record.run_id
-        ):
-            return Snapshot(RUNNING, record, process, "untracked")
-        # On Windows a ComfyUI that restarts itself, as ComfyUI-Manager has it do, goes on under another PID.
-        moved = ProcessState(**{**vars(record), "pid": process.pid, "identity": identity_of(process)})
-        return Snapshot(RUNNING, moved, process, "moved")
+        # On Windows a ComfyUI that restarts itself, as ComfyUI-Manager has it do, goes on under another PID; elsewhere
+        # it keeps its own, and a worker that it forked has the same command line.
+        for process in filter(lambda one: self._serves(one, record.port), found if IS_WINDOWS else []):
+            moved = ProcessState(**{**vars(record), "pid": process.pid, "identity": identity_of(process)})
+            return Snapshot(RUNNING, moved, process, "moved")
+        return Snapshot(state, record, None, note, self._relics(record))
+
+    def _relics(self, record: ProcessState) -> list[Process]:
+        """Return who bears the marker of a run that is gone; nobody when it is the marker of another ComfyUI's run."""
+        relics = process_tree(Process(0, uid=record.owner if record.uid is None else record.uid), record.run_id)
+        scripts = [script for relic in relics for script in scripts_of(relic, "main.py")]
+        return relics if all(same_path(script, self._script) for script in scripts) else []
+
+    def _holder(self, record: ProcessState) -> Optional[Process]:
+        """Return the living process that a record stands on: ComfyUI, or until there is one its starter."""
+        return recorded_comfyui(record, self.python, self._script) if record.pid else recorded_starter(record)
+
+    @staticmethod
+    def _serves(process: Process, port: int) -> bool:
+        """Tell whether a process, or one of its family, listens on a port."""
+        listeners = process_table().listeners(port)
+        return process.pid in listeners or bool(listeners) and any(one.pid in listeners for one in family_of(process))
 
     def is_running(self) -> bool:
         """Tell whether a ComfyUI of this environment is alive. Asks only for the process, and changes nothing."""
@@ -6133,8 +6161,7 @@ class Environment:
             return None
         config = self.config_of(snapshot)
         deadline = time.monotonic() + timeout
-        is_its_own = is_port_bound(config.port, snapshot.process.pid)  # so the answer will be, too
-        if not is_its_own and self._own_answer(snapshot, config, probe(config, timeout)).kind != HEALTHY:
+        if self._own_answer(snapshot, config, probe(config, timeout)).kind != HEALTHY:
             return None
         return queue_counts(config, max(0.0, deadline - time.monotonic()))
 
@@ -6213,6 +6240,7 @@ class Environment:
             "queue": {"running": answer.queue[0], "pending": answer.queue[1]} if answer.queue else None,
             "monitor": self._monitor_data(record),
             "uptime": round(process.age(), 3) if process else None,
+            "relics": [{"pid": one.pid, "command": one.text} for one in snapshot.relics],
             "started_at": record.started_at if record else None,
             "args": record.args if record else [],
             "log": self.log_path if record is None else record.log_path if record.has_log else None,
@@ -6221,13 +6249,16 @@ class Environment:
         }
 
     def _own_answer(self, snapshot: Snapshot, config: ComfyUIConfig, answer: Answer) -> Answer:
-        """Return what a probe met, now that it is known whose answer that is: another ComfyUI on our port is none."""
+        """Return what a probe met, now that it is known whose answer that is: argv or port must be our own."""
         process = snapshot.process
-        if process is None or answer.kind == HEALTHY and is_own_argv(answer.argv, process, self._script):
+        if process is None or answer.kind not in (HEALTHY, OTHER_SERVICE):
             return answer
-        if answer.kind in (OTHER_SERVICE, HEALTHY) and is_port_bound(config.port, process.pid):
-            return answer if answer.kind == HEALTHY else Answer(BAD_ANSWER)
-        return Answer(OTHER_SERVICE) if answer.kind == HEALTHY else answer
+        if answer.argv and is_own_argv(answer.argv, process, self._script):
+            return answer
+        is_its_own = self._serves(process, config.port)
+        if answer.kind == HEALTHY:
+            return answer if is_its_own else Answer(OTHER_SERVICE)
+        return Answer(BAD_ANSWER) if is_its_own else answer
 
     def monitor_process(self, record: Optional[ProcessState]) -> Optional[Process]:
         """Return the living monitor that a record names, or None."""
@@ -6302,11 +6333,8 @@ class Environment:
             record, _ = look_up_state(self.paths.state)
         except OSError:  # closed to us: one environment must not keep the others from starting
             return None
-        if (
-            record is None
-            or (recorded_comfyui(record, self._script) if record.pid else recorded_starter(record)) is None
-        ):
-            return None  # or it is another machine's
+        if record is None or self._holder(record) is None:  # or it is another machine's
+            return None
         return record.port, f"environment '{self.name}' (PID {record.holder[0]})"
 
     def rotate_log(self, keep: Optional[int] = None) -> bool:
@@ -6333,7 +6361,7 @@ class Environment:
                 copied = copy_log(path, draft, 0, spare=1 << 20)
                 record.phase = "rotating"
                 self._write_state(record)
-                with paused(process_tree(snapshot.process, record.run_id)):
+                with paused(family_of(snapshot.process)):
                     copy_log(path, draft, copied, spare=0)
                     shift_old_logs(path, keep)
                     replace_file(draft, rotated(path))
@@ -6361,12 +6389,12 @@ class Environment:
         record = self._read_state()
         if record is None or record.phase != "rotating":
             return
-        path, process = self.log_path, recorded_comfyui(record, self._script)
+        path, process = self.log_path, recorded_comfyui(record, self.python, self._script)
         was_moved = not os.path.exists(rotation_draft(path)) and same_beginning(path, rotated(path))
         if was_moved and os.path.getsize(path) == os.path.getsize(rotated(path)):
             self._start_log_anew(record)
         remove_file(rotation_draft(path))
-        for member in process_tree(process, record.run_id) if process is not None else []:
+        for member in family_of(process) if process is not None else []:
             resume(member)
         record.phase = "running"
         self._write_state(record)
@@ -6411,6 +6439,7 @@ class Environment:
             if is_told and snapshot.process is not None and wait_for_exit(snapshot.process, LEAVING_SECONDS):
                 snapshot = self.observe(lock_held=True)  # by a stop that was broken off then
             self._require_not_running(snapshot, take_over)
+            self._end_relics(snapshot)
             monitor = self.own_monitor_note() if monitored else None
             return self._start(words, config, set_env or {}, monitor=monitor, ports=5 if auto_port else 1)
 
@@ -6601,6 +6630,11 @@ class Environment:
             code,
         )
 
+    def _end_relics(self, snapshot: Snapshot) -> None:
+        if snapshot.relics:
+            self.tell("Ending what the last run left: " + ", ".join(f"PID {one.pid}" for one in snapshot.relics))
+            end_all(snapshot.relics)
+
     def _own_record(self, process: Process, snapshot: Snapshot) -> ProcessState:
         """Return the record of a process that is seen; of an untracked one of ours it is written now."""
         if snapshot.record is None or snapshot.note == "untracked":
@@ -6682,9 +6716,10 @@ class Environment:
 
     def orphans(self) -> list[Process]:
         """Return the live ComfyUI processes of this checkout that the record does not name, started by whomever."""
-        snapshot = self.observe()
-        tracked = snapshot.process.pid if snapshot.process is not None and snapshot.note != "untracked" else None
-        return [process for process in comfyui_processes(self._checkout) if process.pid != tracked]
+        snapshot, tracked = self.observe(), set()
+        if snapshot.process is not None and snapshot.note != "untracked":
+            tracked = {member.pid for member in process_tree(snapshot.process, None)}
+        return [process for process in comfyui_processes(self._checkout) if process.pid not in tracked]
 
     def take_back(self, process: Process) -> ProcessState:
         """Adopt an orphan as this environment's ComfyUI. Raises CDEnvironmentError when it has another."""
@@ -6710,6 +6745,7 @@ class Environment:
                 return False
             if snapshot.note == "damaged":
                 set_aside(self.paths.state)
+            self._end_relics(snapshot)
             self._retire_state()
             return True
 
@@ -6735,10 +6771,11 @@ class Environment:
                 self._retire_state()
             elif snapshot.record is not None and snapshot.record.pid is not None:
                 reap(snapshot.record.pid)
+                self._end_relics(snapshot)
                 self._retire_state()
             else:
                 self._clear_state()
-            return snapshot.process is not None
+            return snapshot.process is not None or bool(snapshot.relics)
 
     def _retire_state(self) -> None:
         """The record is no longer of anything that runs: it becomes the last run, which `restart` starts again."""
@@ -6782,10 +6819,14 @@ class Environment:
             return
         record = self._own_record(process, snapshot)
         self._want_stopped(record)
-        family = process_tree(process, record.run_id)
-        terminate(process, timeout, meanwhile, bool(record.starter.get("interrupt_ignored")))
+        marker = process_table().marker(process.pid)
+        family = process_tree(process, marker)
+        inner = [process, *family]  # ComfyUI itself where the recorded process is a wrapper
+        comfyui = next((one for one in inner if runs_script(one, self._script)), process)
+        terminate(comfyui, timeout, meanwhile, bool(record.starter.get("interrupt_ignored")))
+        wait_for_exit(process, 1.0)
         reap(process.pid)
-        end_all([*family, *process_tree(process, record.run_id)])
+        end_all([*family, *process_tree(process, marker)])
         self._await_monitor(record)
 
     def _await_monitor(self, record: ProcessState) -> None:
@@ -6837,6 +6878,7 @@ class Environment:
                         snapshot.record.desired_state = STOPPED
                         self._write_state(snapshot.record)  # a full disk shows now, not when ComfyUI is down already
                 self._stop_seen(snapshot, timeout)
+            self._end_relics(snapshot)
             record = self._read_state() or read_state(self.paths.last_run)
             if record is None:
                 raise CDEnvironmentError("Cannot restart: ComfyUI not running", ("run",), "stopped")
@@ -6928,15 +6970,14 @@ class Environment:
             is_same = record is not None and record.run_id == former.run_id and record.desired_state == "running"
             if record is None or not is_same or snapshot.process is not None:
                 return False
+            self._end_relics(snapshot)
             self._start_again(record, note)
             return True
 
     def _require_port_for_restart(self, process: Process, record: ProcessState) -> None:
         """While ComfyUI is still importing, another program may have taken its port."""
-        if is_port_bound(record.port, host=record.host):
-            holders = process_table().listeners(record.port)
-            own = [process, *process_tree(process, record.run_id)]
-            if holders and not any(member.pid in holders for member in own):
+        if is_port_bound(record.port, host=record.host) and not self._serves(process, record.port):
+            if process_table().listeners(record.port):
                 raise self._port_in_use(ComfyUIConfig(record.host, record.port), {})
 
 
@@ -7402,7 +7443,8 @@ class Workspace:
         """The environment whose record names the living process `pid`, or None."""
         for environment in self.list_environments():
             snapshot = observe_or_say(environment, {})
-            if snapshot.process is not None and snapshot.process.pid == pid:
+            run_id = snapshot.record.run_id if snapshot.record else None
+            if snapshot.process and (snapshot.process.pid == pid or run_id and process_table().marker(pid) == run_id):
                 return environment
         return None
 
@@ -8473,8 +8515,8 @@ class Foreground:
                 return self._stop()
             if os.getpid() == 1:
                 reap_strangers(snapshot.process.pid if snapshot.process else 0)
-            elif not self.console.has_reader():  # `run -f | head`: the reader has seen enough
-                raise BrokenPipeError
+            elif not self.console.has_reader():
+                self._lose_reader()
             if snapshot.process is not None or snapshot.state == STARTING:
                 ours, gone_since = record, None
             elif record is not None and record.run_id == (ours or record).run_id and record.desired_state != STOPPED:
@@ -8499,11 +8541,22 @@ class Foreground:
 
         try:
             show_new(self.console, self.follower)
+        except BrokenPipeError:
+            self._lose_reader()
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
             self.received.append("hangup")
             forget_output()
+
+    def _lose_reader(self) -> None:
+        """Wait a moment for the signal that ended the reader, for it is on its way to us, too: `run -f | tee`, Ctrl-C.
+
+        Raises BrokenPipeError when there is none: `run -f | head`, the reader has seen enough.
+        """
+        if not until(lambda: self.received, 1.0):
+            raise BrokenPipeError
+        forget_output()
 
     def _drain(self) -> None:
         """Show what is left, up to where the log ends now: a child of ComfyUI may go on writing for ever."""
@@ -8762,6 +8815,8 @@ def _crash_lines(data: dict[str, Any], typed: Typed) -> Iterator[str]:
         yield f"   Last known alive: {moment} ({format_duration(time.time() - alive)} ago)"
     if data["last_error"]:
         yield f"   Last error: {data['last_error']}"
+    for relic in data["relics"]:
+        yield f"   Left over: PID {relic['pid']} ({relic['command'][:80]}); the next start or stop ends it"
     if data["monitor"] and data["monitor"]["alive"] and not data["monitor"]["gave_up"]:
         yield "   Its monitor starts it again in a moment"
     else:
