@@ -1941,9 +1941,8 @@ def read_bytes(path: str, size: int = 32768, folder: Optional[int] = None) -> by
     except OSError:
         return b""
     try:
-        data = part = os.read(fd, size)
-        while len(part) == size:
-            part = os.read(fd, size)
+        data = b""
+        while part := os.read(fd, size):  # /proc/net gives its lines page by page
             data += part
         return data
     except OSError:
