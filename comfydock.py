@@ -593,7 +593,7 @@ class WorkspacePaths:
         return Path(self._logs)
 
     def log_file(self, name: str) -> str:
-        """The log of the environment `name`."""
+        """Return the path of the log of the environment `name`."""
         return os.path.join(self._logs, name, "comfyui.log")
 
 
@@ -629,7 +629,6 @@ class EnvironmentPaths:
 
 
 def rotated(log_path: str) -> str:
-    """Where the log goes that a rotation replaces."""
     return log_path + ".old"
 
 
@@ -639,17 +638,14 @@ def older_log(log_path: str, number: int) -> str:
 
 
 def rotation_draft(log_path: str) -> str:
-    """Where a rotation of a log in use gathers its copy."""
     return log_path + ".rotating.tmp"
 
 
 def main_script(comfyui_path: str) -> str:
-    """The file that starts ComfyUI in a checkout."""
     return os.path.join(comfyui_path, "main.py")
 
 
 def custom_nodes_of(comfyui_path: str) -> str:
-    """The folder of a checkout that ComfyUI loads nodes from."""
     return os.path.join(comfyui_path, "custom_nodes")
 
 
@@ -5431,7 +5427,6 @@ def claimed(paths: EnvironmentPaths, adopts: Optional[str] = None) -> Iterator[N
 
 
 def create_command(paths: EnvironmentPaths) -> tuple[str, ...]:
-    """What to type to go on with a creation that was interrupted."""
     adopted = last_known_manifest(paths).comfyui_path
     return ("create", paths.name, *(("--from", adopted) if adopted else ()))
 
@@ -5484,13 +5479,21 @@ def ensure_venv(paths: EnvironmentPaths, python: Optional[str], tell: Progress) 
     return version
 
 
-def version_of_python(python: str) -> str:
-    """Return "3.12" for an interpreter that works, else ""."""
-    words = "import sys; print('%d.%d' % sys.version_info[:2])"
+def ask_python(python: str, words: str) -> str:
+    """Return what a line of Python prints in an interpreter, "" where that does not work."""
     try:
         return str(run_command([python, "-c", words], timeout=60.0).stdout.strip())
     except CDEnvironmentError:
         return ""
+
+
+def version_of_python(python: str) -> str:
+    return ask_python(python, "import sys; print('%d.%d' % sys.version_info[:2])")
+
+
+def has_module(python: str, name: str) -> bool:
+    """Tell whether an interpreter would find a module; to import torch takes seconds."""
+    return bool(ask_python(python, f"import importlib.util as u; print(u.find_spec('{name}') or '')"))
 
 
 def install_packages(paths: EnvironmentPaths, backend: str, tell: Progress) -> list[str]:
@@ -5524,7 +5527,6 @@ def start_history(paths: EnvironmentPaths, tell: Progress) -> None:
 
 
 def fetch_comfyui(source: Optional[str], reference: Optional[str], folder: str, tell: Progress) -> None:
-    """Bring ComfyUI's code into a new folder."""
     source = source or COMFYUI_REPOSITORY
     is_folder = os.path.isdir(source)
     is_archive = source.lower().endswith(".zip") and not is_folder
@@ -5661,7 +5663,6 @@ def adopt_environment(paths: EnvironmentPaths, comfyui: str, python: str, tell: 
 
 
 def write_demo_manifest(paths: EnvironmentPaths, python: str) -> None:
-    """The manifest of the built-in demo, which runs on the Python that comfydock itself runs on."""
     project = {"name": f"comfydock-env-{paths.name}", "version": "0.1.0"}
     text = toml_text({"[project]": project, "[tool.comfydock]": {"demo": True, "python_path": python}})
     make_folder(paths.cec)
@@ -7391,11 +7392,6 @@ class Workspace:
             self._change_settings(active_environment="")
         return kept
 
-    def kept(self) -> list[str]:
-        """Return the folders of what deleted environments left, as absolute paths."""
-        names = sorted(os.listdir(self.paths.kept)) if os.path.isdir(self.paths.kept) else []
-        return [os.path.join(self.paths.kept, name) for name in names]
-
     def initialize(self) -> bool:
         """Make the workspace's folder; False when it is one already. Raises CDEnvironmentError for another folder."""
         if os.path.isdir(self.paths.metadata):
@@ -7530,20 +7526,19 @@ def find_checkout_python(checkout: str, name: Optional[str]) -> str:
     tried = []
 
     def is_usable(python: str) -> bool:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            try:
-                if os.stat(python) and os.access(python, os.X_OK):
-                    return True
-            except OSError:
-                pass
-            tried.append(f"{python} is unreadable")
+        with suppress(OSError):
+            if not is_there(python):
+                return False
+            if os.access(python, os.X_OK):
+                return True
+        tried.append(f"{python} is unreadable")
         return False
 
     found = list(filter(is_usable, own))
     if found:
-        return found[0] if len(found) == 1 else next(filter(has_torch, found), found[0])
+        return next((one for one in found if len(found) > 1 and has_module(one, "torch")), found[0])
     for python in filter(is_usable, dict.fromkeys(active)):
-        if has_torch(python):
+        if has_module(python, "torch"):
             return python
         tried.append(f"{python} has no PyTorch")
     command = ("create", name, "--from", checkout) if name else ("run",)
@@ -7554,15 +7549,6 @@ def find_checkout_python(checkout: str, name: Optional[str]) -> str:
         (*command, "--python", active[-1] if active else sys.executable),
         "missing",
     )
-
-
-def has_torch(python: str) -> bool:
-    """Whether an interpreter would find PyTorch; importing it takes seconds."""
-    words = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
-    try:
-        return bool(run_command([python, "-c", words], timeout=60).returncode == 0)
-    except CDEnvironmentError:
-        return False
 
 
 def select_workspace(chosen: Optional[str], named: bool, folder: str, to_make: bool = False) -> Workspace:
@@ -8240,9 +8226,18 @@ def run(console: Console, args: Arguments) -> Report:
     is_demo = environment.manifest.demo
     if not args.no_sync and not is_demo:
         environment.sync()
+    if (
+        "--enable-manager" in args.comfyui_args
+        and not is_demo
+        and not has_module(environment.python, "comfyui_manager")
+    ):
+        file = os.path.join(environment.comfyui_path, "manager_requirements.txt")
+        console.warn(
+            f"ComfyUI-Manager is not installed here: {quote(environment.python)} -m pip install -r {quote(file)}"
+        )
     asks_for_port = any(_is_flag(word.partition("=")[0], "--port", "--po") for word in args.comfyui_args)
     options = {
-        "auto_port": args.auto_port or (args.demo or args.one_of_all) and not asks_for_port,
+        "auto_port": args.auto_port or (is_demo or args.one_of_all) and not asks_for_port,
         "set_env": args.set_env,
         "take_over": args.take_over,
     }
@@ -8254,7 +8249,6 @@ def run(console: Console, args: Arguments) -> Report:
 def run_in_background(
     console: Console, args: Arguments, environment: Environment, options: dict[str, Any], tls: bool
 ) -> Report:
-    """Start ComfyUI, or a monitor that does, and wait for it when asked to."""
     watched = environment.observe().process if args.monitor else None
     if watched is not None and args.comfyui_args:
         raise CDEnvironmentError(
@@ -8433,7 +8427,6 @@ def environment_to_run(console: Console, args: Arguments) -> Environment:
 
 
 def say_what_starts(console: Console, environment: Environment, words: list[str], host: str, stays: bool) -> None:
-    """What is about to start, and what a user should know before it is up."""
     what = "the built-in demo" if environment.manifest.demo else "ComfyUI"
     console.say(f"🎮 Starting {what} in environment: {environment.name}")
     if words:
@@ -8451,7 +8444,6 @@ def say_what_starts(console: Console, environment: Environment, words: list[str]
 
 
 def started_report(environment: Environment, tls: bool) -> Report:
-    """What there is to say of a ComfyUI that was just started."""
     record = environment._read_state()
     if record is None:  # another command has stopped it meanwhile
         raise CDEnvironmentError(f"ComfyUI of environment '{environment.name}' was stopped meanwhile.", ("status",))
@@ -8470,7 +8462,6 @@ def started_report(environment: Environment, tls: bool) -> Report:
 
 
 def show_last_lines(console: Console, environment: Environment) -> None:
-    """The last lines of this run, on the error stream."""
     with suppress(OSError), open_regular(environment.log_path) as log:
         end = os.fstat(log.fileno()).st_size
         log.seek(last_lines_offset(log, SHOWN_ON_FAILURE, environment.session_offset(), end)[0])
@@ -8823,7 +8814,6 @@ def _crash_lines(data: dict[str, Any], typed: Typed) -> Iterator[str]:
 
 
 def difference_lines(difference: dict[str, Any]) -> Iterator[str]:
-    """How an environment differs from its manifest."""
     if difference.get("error"):
         yield f"   • {difference['error']}"
         return
@@ -8897,12 +8887,13 @@ def _list_status(item: dict[str, Any]) -> str:
 @command("list", "all environments and what runs in them", "", ("list",), format_list)
 def list_all(console: Console, args: Arguments) -> Report:
     workspace = select_workspace(args.workspace, args.env is not None, current_folder())
-    data = {"workspace": workspace.paths.root, "environments": workspace.reports(), "kept": workspace.kept()}
+    shelf = workspace.paths.kept
+    kept = [os.path.join(shelf, name) for name in sorted(os.listdir(shelf))] if os.path.isdir(shelf) else []
+    data = {"workspace": workspace.paths.root, "environments": workspace.reports(), "kept": kept}
     return Report(data)
 
 
 def difference_data(found: EnvironmentComparison) -> dict[str, Any]:
-    """A comparison as reports have it."""
     return {
         "synced": found.is_synced,
         "error": None,
@@ -8977,7 +8968,6 @@ def repair(console: Console, args: Arguments) -> Report:
 
 
 def repair_content(console: Console, args: Arguments, environment: Environment) -> dict[str, Any]:
-    """Bring custom nodes and packages in line with the manifest, as far as the user agrees."""
     nodes = environment.nodes
     done: dict[str, Any] = {"synced": False, "installed": [], "corrected": [], "tracked": [], "problems": []}
     difference = nodes.compare()
@@ -9005,7 +8995,6 @@ def repair_content(console: Console, args: Arguments, environment: Environment) 
 
 
 def put_right(console: Console, args: Arguments, environment: Environment, done: dict[str, Any]) -> None:
-    """Do what was agreed to, noting it in `done`."""
     nodes = environment.nodes
     with nodes.changing("repair"):  # what an addition that was broken off left is no node that somebody put there
         untracked = nodes.compare().extra_nodes

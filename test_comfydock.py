@@ -5406,7 +5406,7 @@ class MakingAWorkspace(unittest.TestCase):
         checkout = self.checkout()
         pythons = {name: os.path.join(self.folder, name, "bin", "python") for name in ("active", "conda", "system")}
         for name, python in pythons.items():
-            write(python, f"#!/bin/sh\ntest -e '{self.folder}/torch-in-{name}'\n")
+            write(python, f"#!/bin/sh\ntest -e '{self.folder}/torch-in-{name}' && echo found\n")
             os.chmod(python, 0o755)
         os.symlink("python", os.path.join(self.folder, "system", "bin", "python3"))
         variables = {
@@ -5419,6 +5419,7 @@ class MakingAWorkspace(unittest.TestCase):
                 dock.find_checkout_python(checkout, None)
             for python in pythons.values():
                 self.assertIn(f"{python} has no PyTorch", caught.exception.message)
+            self.assertNotIn("unreadable", caught.exception.message)
             self.assertEqual(caught.exception.hint, ("run", "--python", pythons["system"]))
             for name, python in reversed(pythons.items()):
                 write(os.path.join(self.folder, f"torch-in-{name}"), "")
@@ -7643,6 +7644,13 @@ class FromNothingToANode(Journey):
         self.assertIn("run --no-sync", said)
         self.assertIsNone(self.person.state("main"))
         self.types("run", "--no-sync", "--port", str(free_port()))
+
+    @unittest.skipIf(WINDOWS, "the venv is shared by a link")
+    def test_who_asks_for_a_manager_that_is_not_installed_is_told_before_the_start(self):
+        self.make()
+        said = self.types("run", "--port", str(free_port()), "--enable-manager")
+        self.assertIn("ComfyUI-Manager is not installed here:", said)
+        self.assertIn("pip install -r", said)
 
     @unittest.skipIf(WINDOWS, "the venv is made by links")
     def test_a_workspace_of_1_0_opens_runs_and_gains_a_node(self):
