@@ -2988,18 +2988,20 @@ def set_aside(path: str) -> None:
     replace_file(path, path + ".damaged")
 
 
-def read_small(path: str, limit: int = 1 << 20) -> Optional[bytes]:
+def read_small(path: str, limit: int = 16 * MEGABYTE) -> Optional[bytes]:
     """Return the content of a small regular file, None when it is not there.
 
-    Raises OSError, also when it is a link or no regular file, and ValueError when it is larger than `limit` bytes.
+    Raises OSError, also when it is a link, no regular file, or (EFBIG) larger than `limit` bytes.
     """
+    import errno
+
     try:
-        with open_regular(path, "rb") as file:
+        with open_regular(path) as file:
             data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)  # so much memory is asked for
     except FileNotFoundError:
         return None
     if len(data) > limit:
-        raise ValueError("too long")
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
     return data
 
 
@@ -3056,7 +3058,7 @@ def take_lock(path: str) -> "Optional[BinaryIO]":
 def _locked_out(path: str) -> CDEnvironmentError:
     try:
         pid, _, purpose = (read_small(path) or b"").decode("utf-8", "replace").partition(" ")
-    except (OSError, ValueError):
+    except OSError:
         pid, purpose = "", ""
     holder = f" ('comfydock {purpose}', PID {pid})" if pid.isdigit() else ""
     return CDEnvironmentError(
@@ -3615,7 +3617,8 @@ def read_state(path: str) -> Optional[ProcessState]:
     """Return the record at `path`, None where there is none or it is malformed. Raises OSError where it is closed."""
     try:
         with open_regular(path) as file:
-            data, owner = file.read(STATE_LIMIT + 1), os.fstat(file.fileno()).st_uid
+            status = os.fstat(file.fileno())
+            data, owner = file.read(min(STATE_LIMIT, status.st_size) + 1), status.st_uid
     except FileNotFoundError:
         return None
     try:
@@ -3955,12 +3958,14 @@ def last_known_manifest(paths: EnvironmentPaths) -> Manifest:
 def manifest_text(paths: EnvironmentPaths) -> str:
     """The manifest as text. Raises CDEnvironmentError (code "manifest"), for what is not UTF-8 with the line."""
     try:
-        with open(paths.manifest, "rb") as file:
-            data = file.read()
-        return data.decode("utf-8")
+        data = read_small(os.path.realpath(paths.manifest), 4 * MEGABYTE)  # the user's may be a link
+        reason = "there is none"
     except OSError as error:
-        message = f"{paths.manifest} cannot be read: {error.strerror}"
-        raise CDEnvironmentError(message, ("list",), "manifest") from None
+        data, reason = None, str(error.strerror)
+    if data is None:
+        raise CDEnvironmentError(f"{paths.manifest} cannot be read: {reason}", ("list",), "manifest")
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise broken_manifest(paths.manifest, data.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
 
@@ -3968,7 +3973,7 @@ def manifest_text(paths: EnvironmentPaths) -> str:
 def read_json(path: str) -> dict[str, Any]:
     """A JSON object from a file; empty when there is none that can be read."""
     try:
-        data = json.loads(read_small(path, 64 * MEGABYTE) or b"{}")
+        data = json.loads(read_small(path) or b"{}")
     except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
@@ -4433,8 +4438,7 @@ def requirement_lines(text: str) -> list[str]:
 
 def read_any_text(path: str) -> str:
     """A text file of unknown encoding: UTF-8, UTF-16 with its mark (Windows editors), else as Windows has it."""
-    with open(path, "rb") as file:
-        data = file.read()
+    data = read_small(os.path.realpath(path)) or b""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", "replace")
     try:
@@ -7730,10 +7734,9 @@ SIGNS = {  # sign -> (in ASCII, colour)
     "🧹": (">", None),
     "🔍": (">", None),
 }
-# What can drive a terminal, and what makes it show letters in another order than they stand in.
-CONTROLS = {
-    code: " " for code in (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
+# What can drive a terminal, begin a line, or make it show letters in another order than they stand in.
+STEERING = (*range(9), *range(10, 32), *range(127, 160), 0x61C, *range(0x200E, 0x2010), *range(0x2028, 0x202F))
+CONTROLS = dict.fromkeys((*STEERING, *range(0x2066, 0x206A)), " ")
 PLAIN = str.maketrans({sign: plain for sign, (plain, _) in SIGNS.items()})
 ONE_ENVIRONMENT = ("run", "stop", "restart", "status", "logs", "repair", "node")
 
@@ -7925,8 +7928,11 @@ class Console:
                 self.result(line)
 
     def lines(self, report: Report, words: "Words") -> Iterator[str]:
-        """Return a report in words."""
-        return iter([words.format(**report.data)] if isinstance(words, str) else words(report.data, self.typed))
+        """Return a report in words, line by line."""
+        if not isinstance(words, str):
+            return words(report.data, self.typed)
+        own = report.data["text"] if words == "{text}" else words
+        return (line if words == "{text}" else line.format(**report.data) for line in own.split("\n"))
 
     def problem(self, error: CDEnvironmentError) -> None:
         """Tell of one of several things that could not be done; the command goes on."""
@@ -7944,8 +7950,9 @@ class Console:
         self._write(self.err, f" {as_sentence(error.message)}\n")
         hint, _ = self.hint(error)
         if hint:
-            self._write(self.err, hint if "\n" in hint else f"  {hint}", "2")
-            self._write(self.err, "\n")
+            for line in hint.split("\n"):
+                self._write(self.err, line if "\n" in hint else f"  {line}", "2")
+                self._write(self.err, "\n")
 
     def flush(self) -> None:
         """Send what is still buffered; raises OSError (a closed pipe, a full disk), and for what went unheard."""
@@ -7969,7 +7976,8 @@ class Console:
         """Write `text` as a stream can show it, in place of what `progress` has drawn."""
         if stream is None:  # closed by whoever started us
             return
-        text = text.translate(CONTROLS)  # names of strangers may be in it
+        line = text.strip("\n")  # our own line feeds stand around it; names of strangers may be in it
+        text = text.replace(line, line.translate(CONTROLS), 1)
         if wants_colour(stream, self.colour) and not (self.json_mode and stream is self.out):
             for sign, (_, number) in SIGNS.items():
                 text = text.replace(sign, f"\x1b[{number}m{sign}\x1b[0m") if number else text
@@ -8356,7 +8364,7 @@ def do_all(console: Console, args: Arguments, act: Act, is_meant: Callable[[Envi
         console.quiet = True
         try:
             report = act(console, Arguments({**vars(args), "env": name, "all": False, "one_of_all": True}))
-            said = "\n".join(console.lines(report, COMMANDS[act.__name__].words)).splitlines()
+            said = list(console.lines(report, COMMANDS[act.__name__].words))
             line, error = ", ".join(one.lstrip("✓ ") for one in said if one.startswith("✓")), report.error
         except CDEnvironmentError as problem:
             report, error, line = Report({}, name, 1), problem, ""
@@ -8400,7 +8408,8 @@ def run_in_foreground(
             console.problem(error)
             return Report({}, environment.name, shell_code(error.exit_code), already_printed=True)
         console.show("run", started_report(environment, tls), format_run)
-        console.say(f"{'=' * 60}\nStreaming logs (Ctrl+C to stop ComfyUI)...\n{'=' * 60}")
+        for line in ("=" * 60, "Streaming logs (Ctrl+C to stop ComfyUI)...", "=" * 60):
+            console.say(line)
         return Report({}, environment.name, Foreground(console, environment, received).watch(), already_printed=True)
 
 
@@ -9863,7 +9872,8 @@ def complete(words: list[str]) -> int:
     """What completion scripts ask for; 1 when there is nothing to offer. Says nothing else."""
     try:
         offers = completions(words)
-        Console(sys.stdout, None, None).result("\n".join(offers))
+        for offer in offers:
+            Console(sys.stdout, None, None).result(offer)
         return 0 if offers else 1
     except Exception:
         return 1

@@ -8902,6 +8902,77 @@ class PlantedByOthers(Trouble):
                     with contextlib.suppress(FileNotFoundError):
                         os.rename(place + ".kept", place)
 
+    def test_pipes_devices_and_giants_in_place_of_our_files_are_one_clear_line_and_hold_nobody_up(self):
+        person, port = self.person, str(free_port())
+        self.start_demo()
+        cec, metadata = os.path.dirname(person.state_file()), os.path.join(person.workspace, ".metadata")
+        log = os.path.join(person.workspace, "logs", "demo", "comfyui.log")
+        places = [
+            person.state_file(),
+            log,
+            os.path.join(cec, "pyproject.toml"),
+            os.path.join(metadata, "workspace.json"),
+        ]
+        places += [os.path.join(cec, name) for name in (".comfyui.lock", ".comfyui.last", ".manifest.json")]
+        commands = [["run", "--demo", "--port", port], ["logs", "-n", "5"], ["status"], ["stop", "--timeout", "3"]]
+        commands += [["logs", "--rotate"], ["list"], ["repair"], ["restart"]] if LONG else []
+
+        def giant(path):
+            with open(path, "wb") as file:
+                file.truncate(64 << 20)
+
+        for make in (os.mkfifo, giant):
+            for place in places:
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(place, place + ".kept")
+                make(place)
+                for words in commands:
+                    with self.subTest(make=make.__name__, place=os.path.basename(place), words=words):
+                        self.assertQuiet(person.types("-e", "demo", *words, seconds=30), 0, 1, 3)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(place)
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(place + ".kept", place)
+                person.types("-e", "demo", "stop", "--kill")
+
+    def test_a_rotation_leaves_the_target_of_a_link_whole(self):
+        data, precious = self.run_demo(), os.path.join(self.person.home, "precious")
+        Path(precious).write_bytes(b"precious")
+        os.unlink(data["log"])
+        os.symlink(precious, data["log"])
+        self.assertClear(self.person.types("-e", "demo", "logs", "--rotate"), 1, data["log"])
+        self.assertEqual(Path(precious).read_bytes(), b"precious")
+
+    def test_names_of_others_neither_drive_a_terminal_nor_forge_a_line(self):
+        self.run_demo()
+        environments = os.path.join(self.person.workspace, "environments")
+        signs = (
+            "\n✓ ComfyUI stopped",
+            "\r✓ ComfyUI stopped",
+            "\x1b]0;owned\a",
+            "\u202etxt.exe",
+            "\u2066x",
+            "\x9b31m",
+            "\u2028✓ ComfyUI stopped",
+            "\udcff",
+        )
+        for number, sign in enumerate(signs):
+            os.makedirs(os.path.join(environments, f"e{number}{sign}", ".cec"))
+            os.makedirs(os.path.join(environments, "demo", "ComfyUI", "custom_nodes", f"n{number}{sign}"))
+        for words in (
+            ["list"],
+            ["-e", "demo", "status"],
+            ["-e", "demo", "repair"],
+            ["-e", "demo", "node", "list"],
+            ["-e", "demo", "node", "track", *(f"n{number}{sign}" for number, sign in enumerate(signs))],
+        ):
+            with self.subTest(words=words[:3]):
+                done = self.person.types(*words)
+                said = done.stdout + done.stderr
+                self.assertNotIn("fault of comfydock", said)
+                self.assertEqual([sign for sign in "\r\x1b\x07\x9b\u202e\u2066\u2028" if sign in said], [])
+                self.assertFalse([line for line in said.splitlines() if line.startswith("✓ ComfyUI stopped")])
+
     def test_a_link_where_the_old_log_goes_is_replaced(self):
         log = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
         os.makedirs(os.path.dirname(log))
