@@ -160,6 +160,15 @@ if TYPE_CHECKING:
     Hint = Union[str, tuple[Any, ...], list[Any]]
 
 
+def redact(text: str) -> str:
+    """Return text without what lets somebody in: users and passwords of addresses, values called token, and tokens."""
+    secret = "token|key|secret|passw|auth|signature|credential"
+    text = re.sub(r"(?i)\b((?!ssh:)[a-z][a-z0-9+.-]*://)[^\s/@'\"]*@", r"\1", text)
+    text = re.sub(r"(?i)\b((?:[a-z]+\+)?ssh://[^\s/:@]*):[^\s/@]*@", r"\1@", text)
+    text = re.sub(rf"(?i)([?&;#][\w-]*(?:{secret})[\w-]*=)[^\s&#'\"]+", r"\1***", text)
+    return re.sub(r"\b(?:gh[pousr]_|github_pat_|glpat-|hf_|npm_|pypi-|sk-)[\w-]{4,}", "***", text)
+
+
 class CDEnvironmentError(Exception):
     """What could not be done, in one sentence that names the thing.
 
@@ -171,8 +180,8 @@ class CDEnvironmentError(Exception):
     body = ""
 
     def __init__(self, message: str, hint: "Hint" = "", code: str = "failed") -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = redact(message)
+        super().__init__(self.message)
         self.hint = hint
         self.code = code
 
@@ -323,7 +332,9 @@ class NodeInfo:
 
     `name` is its directory in custom_nodes; `version` a registry version, a commit, or "dev";
     `source` one of registry, git, development, unknown; `branch` the one of a git repository that
-    was asked for, None for its default branch.
+    was asked for, None for its default branch; `pin` the version, tag or commit at which it is to stay. `released` are
+    packages that are not held because of it, with the versions that they had; `skipped_lines` requirements that could
+    not be installed; `no_deps` tells that none were.
     """
 
     name: str
@@ -334,6 +345,10 @@ class NodeInfo:
     source: str = "unknown"
     dependency_sources: list[str] = field(default_factory=list)
     branch: Optional[str] = None
+    pin: Optional[str] = None
+    released: list[str] = field(default_factory=list)
+    skipped_lines: list[str] = field(default_factory=list)
+    no_deps: bool = False
 
     @property
     def identifier(self) -> str:
@@ -3662,6 +3677,7 @@ TORCH_PACKAGES = ["torch", "torchvision", "torchaudio"]
 HELD_PACKAGES = (*TORCH_PACKAGES, "xformers", "triton", "numpy")
 STAGING = ".comfydock.disabled"  # inside custom_nodes, so that renames stay on one disk; ComfyUI skips *.disabled
 TRACKING = ".tracking"  # inside a registry node: the files of its archive, as ComfyUI-Manager writes them down
+CNR_ID = ".cnr-id"  # inside a clone's .git: the id that the registry has for it, also by ComfyUI-Manager
 NODE_RECORD = ".comfydock.json"  # what older versions wrote into a registry node: the digests of its files
 GIT_SECONDS = 1800.0
 INSTALL_SECONDS = 7200.0
@@ -3845,35 +3861,44 @@ def broken_manifest(path: str, line: int, reason: str) -> CDEnvironmentError:
     return CDEnvironmentError(f"{path} line {line}: {reason}", "mend that line; the file was not changed", "manifest")
 
 
+NODE_FIELDS = (  # in the order of 1.0.x, then ours
+    "name registry_id repository version branch download_url source dependency_sources "
+    "pin released skipped_lines no_deps"
+).split()
+
+
 def info_from_table(key: str, table: dict[str, Any]) -> NodeInfo:
     """Return a node as its table has it; a field of the wrong type is left out."""
-    texts = ("registry_id", "repository", "version", "download_url", "branch")
-    sources = table.get("dependency_sources")
-    return NodeInfo(
-        name=str(table.get("name") or key),
-        source=str(table.get("source") or "unknown"),
-        dependency_sources=[str(item) for item in sources] if isinstance(sources, list) else [],
-        **{name: table[name] for name in texts if isinstance(table.get(name), str)},
-    )
+    info = NodeInfo(name=key)
+    for name in NODE_FIELDS:
+        value, usual = table.get(name), getattr(info, name)
+        if value and isinstance(value, str if usual is None else type(usual)):
+            setattr(info, name, [str(item) for item in value] if isinstance(value, list) else value)
+    return info
 
 
 def table_from_info(info: NodeInfo, old: Optional[dict[str, Any]] = None) -> dict[str, Any]:
-    """Return the table for a node, in the order of 1.0.x: the old one's unknown keys stay."""
-    names = ("name", "registry_id", "repository", "version", "branch", "download_url", "source", "dependency_sources")
-    ours = {name: getattr(info, name) for name in names if getattr(info, name)}
-    return {**ours, **{key: value for key, value in (old or {}).items() if key not in names}}
+    """Return the table for a node, in the order of NODE_FIELDS: the old one's unknown keys stay."""
+    ours = {name: getattr(info, name) for name in NODE_FIELDS if getattr(info, name)}
+    return {**ours, **{key: value for key, value in (old or {}).items() if key not in NODE_FIELDS}}
 
 
 @dataclass
 class Manifest:
     """What an environment's pyproject.toml says of it.
 
-    `settings` is the table [tool.comfydock] with its `nodes`, `groups` the table [dependency-groups]; what is of the
-    wrong type reads as absent. `nodes` holds the nodes by key (the registry id, else the name), `tables` their tables.
+    `settings` is the table [tool.comfydock] with its `nodes`, or of the tool that `tool` names; `groups` the table
+    [dependency-groups]; `dependencies` those of [project], `constraints` those of [tool.uv]; `toml` the text. What is
+    of the wrong type reads as absent. `nodes` has the nodes by key (the registry id, else the name), `tables` their
+    tables.
     """
 
     settings: dict[str, Any]
     groups: dict[str, Any]
+    dependencies: list[str] = field(default_factory=list)
+    constraints: list[str] = field(default_factory=list)
+    tool: str = "comfydock"
+    toml: str = ""
 
     def __post_init__(self) -> None:
         self.settings = self.settings if isinstance(self.settings, dict) else {}
@@ -3911,11 +3936,17 @@ class Manifest:
         return [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
 
 
-def manifest_from(data: dict[str, Any]) -> Manifest:
-    """Return the parts of a parsed pyproject.toml that are ours."""
-    tool = data.get("tool")
-    settings: Any = tool.get("comfydock") if isinstance(tool, dict) else {}
-    return Manifest(settings, data.get("dependency-groups", {}))
+def manifest_from(data: dict[str, Any], toml: str = "") -> Manifest:
+    """Return the parts of a parsed pyproject.toml that are ours, or comfygit's, which has the same under its name."""
+    tool: Any = data.get("tool")
+    tool = tool if isinstance(tool, dict) else {}
+    name = "comfygit" if "comfygit" in tool and "comfydock" not in tool else "comfydock"
+    lists = [(data.get("project"), "dependencies"), (tool.get("uv"), "constraint-dependencies")]
+    found = [table.get(key) if isinstance(table, dict) else None for table, key in lists]
+    needs, bounds = [
+        [one for one in lines if isinstance(one, str)] if isinstance(lines, list) else [] for lines in found
+    ]
+    return Manifest(tool.get(name, {}), data.get("dependency-groups", {}), needs, bounds, name, toml)
 
 
 def read_manifest(paths: EnvironmentPaths, python: Optional[str] = None) -> Manifest:
@@ -3935,14 +3966,13 @@ def manifest_of(text: str, path: str, cache_path: str, python: Optional[str]) ->
     import than the rest of `status`.
     """
     cached = read_json(cache_path)
-    if cached.get("text") == text and isinstance(cached.get("settings"), dict):
-        return Manifest(cached["settings"], cached.get("groups", {}))
-    manifest = manifest_from(parse_toml(text, path, python))
-    record = {"text": text, "settings": manifest.settings, "groups": manifest.groups}
-    try:
+    if cached.get("toml") == text:
+        with suppress(TypeError):
+            return Manifest(**cached)
+    manifest = manifest_from(parse_toml(text, path, python), text)
+    record = {name: getattr(manifest, name) for name in tuple(Manifest.__annotations__)}
+    with suppress(OSError):  # a read-only workspace is read all the same
         write_atomic(cache_path, json.dumps(record, default=str).encode())
-    except OSError:
-        pass  # a read-only workspace is read all the same
     return manifest
 
 
@@ -4044,57 +4074,83 @@ def change_node(
             draft.change(with_pair, ("dependency-groups", group), lines)
     table = table_from_info(info, manifest.tables.get(key)) if info else None
     if table != manifest.tables.get(key):
-        draft.change(with_table, ("tool", "comfydock", "nodes", key), table)
+        draft.change(with_table, ("tool", manifest.tool, "nodes", key), table)
     draft.save()
 
 
 def change_settings(paths: EnvironmentPaths, settings: dict[str, Any], python: Optional[str] = None) -> None:
     """Write settings of [tool.comfydock], None removes one; every other byte stays. Raises as change_node does."""
     draft = Draft(paths, python)
+    tool = manifest_from(draft.data).tool
     for name, value in settings.items():
-        draft.change(with_pair, ("tool", "comfydock", name), value)
+        draft.change(with_pair, ("tool", tool, name), value)
     draft.save()
 
 
 # Git
 
+GIT_LOCAL = (  # what `git rev-parse --local-env-vars` lists: which repository, and its own settings
+    "GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_CONFIG GIT_CONFIG_PARAMETERS GIT_CONFIG_COUNT GIT_OBJECT_DIRECTORY GIT_DIR "
+    "GIT_WORK_TREE GIT_IMPLICIT_WORK_TREE GIT_GRAFT_FILE GIT_INDEX_FILE GIT_NO_REPLACE_OBJECTS GIT_REPLACE_REF_BASE "
+    "GIT_PREFIX GIT_SHALLOW_FILE GIT_COMMON_DIR GIT_NAMESPACE"
+).split()
+GIT_SETTINGS = {"core.hooksPath": os.devnull, "core.fsmonitor": "false"}  # no program of a repository or a user
+
 
 def git_path() -> Optional[str]:
-    """The git program, or None."""
+    """Return the git program, or None."""
     import shutil
 
     return shutil.which("git")
 
 
+def scratch_folder() -> Any:
+    """Return a context with an empty folder of ours: for files, and for programs that look for settings around them."""
+    from tempfile import TemporaryDirectory
+
+    return TemporaryDirectory(prefix="comfydock-")
+
+
 def git_environment(url: str = "") -> dict[str, str]:
-    """The environment for git: it never asks, and uses only the ways to fetch that `url` itself may use.
+    """Return the environment for git: it never asks, and uses only the ways to fetch that `url` itself may use.
 
     GIT_ALLOW_PROTOCOL also holds for redirects and submodules: one of an https repository cannot name a local path.
-    Variables that point git at another repository (set inside hooks) are dropped.
     """
-    dropped = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
-    inherited = {key: value for key, value in os.environ.items() if key not in dropped}
-    inherited.setdefault("GIT_SSH_COMMAND", "ssh -oBatchMode=yes")
+    kept = {key: value for key, value in os.environ.items() if key not in GIT_LOCAL}
+    kept["GIT_CONFIG_COUNT"] = str(len(GIT_SETTINGS))
+    for number, (name, value) in enumerate(GIT_SETTINGS.items()):
+        kept.update({f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value})
     also = ":http" if url.startswith("http://") else "" if url.startswith("https://") else ":file"
-    never_ask = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "LC_ALL": "C"}
-    return {**inherited, **never_ask, "GIT_ALLOW_PROTOCOL": "https:ssh" + also}
+    never_ask = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "GCM_INTERACTIVE": "never", "LC_ALL": "C"}
+    return {**kept, **never_ask, "GIT_ALLOW_PROTOCOL": "https:ssh" + also}
 
 
 def git(words: list[str], folder: Optional[str] = None, url: str = "") -> str:
-    """What a git command prints. Raises CDEnvironmentError (code "git") with git's own last words when it fails."""
+    """Return what a git command prints; `folder` is a repository, `url` where it fetches from.
+
+    Raises CDEnvironmentError (code "git") with git's own last words when it fails.
+    """
     program = git_path()
     if program is None:
         raise CDEnvironmentError("git is not installed", "install git, then run the command again", "missing")
-    done = run_command([program, *words], cwd=folder, env=git_environment(url), timeout=GIT_SECONDS)
-    if done.returncode != 0:
-        message = f"git {words[0]} failed{f' for {url}' if url else ''}: {last_words(done)}"
-        hint = "check the address and the network, then run the command again" if url else ""
-        raise CDEnvironmentError(message, hint, "git")
-    return done.stdout.strip()
+    with scratch_folder() as empty:
+        environ = {**git_environment(url), "GIT_CEILING_DIRECTORIES": os.path.dirname(os.path.realpath(empty))}
+        if url and not url.startswith("http") and not is_local(url) and not {"GIT_SSH", "GIT_SSH_COMMAND"} & {*environ}:
+            own = run_command([program, "config", "--get", "core.sshCommand"], empty, environ, 30.0).stdout.strip()
+            environ["GIT_SSH_COMMAND"] = own or "ssh -oBatchMode=yes"  # the user's; never one of a repository
+        done = run_command([program, *words], folder or empty, environ, GIT_SECONDS)
+    if done.returncode == 0:
+        return done.stdout.strip()
+    message = f"git {words[0]} failed{f' for {url}' if url else ''}: {last_words(done)}"
+    hint = "check the address and the network, then run the command again" if url else ""
+    if "dubious ownership" in done.stderr and folder:
+        message = f"git does not read {folder}: it belongs to another user"
+        hint = f"git config --global --add safe.directory {quote(folder)}"
+    raise CDEnvironmentError(message, hint, "git")
 
 
 def git_answer(words: list[str], folder: str) -> Optional[str]:
-    """What a git command prints about a folder that is itself a repository; None when it is none or git fails."""
+    """Return what git prints about a folder that is itself a repository; None when it is none or git fails."""
     if not os.path.lexists(os.path.join(folder, ".git")):
         return None
     try:
@@ -4104,18 +4160,27 @@ def git_answer(words: list[str], folder: str) -> Optional[str]:
 
 
 def current_branch(folder: str) -> Optional[str]:
-    """The branch that a clone is on; None at a tag or a commit."""
+    """Return the branch that a clone is on; None at a tag or a commit."""
     return git_answer(["symbolic-ref", "--quiet", "--short", "HEAD"], folder)
 
 
-def remote_of(folder: str) -> Optional[str]:
-    """Where a clone is from, without the user name and password that its address may hold; None for no clone."""
-    remote = git_answer(["config", "--get", "remote.origin.url"], folder)
-    return re.sub(r"^(https?://)[^/@]*@", r"\1", remote) if remote else None
+def remote_of(folder: str) -> "tuple[str, Optional[str]]":
+    """Return the name and address of the repository that a clone is from, preferably "origin"; no address for no clone.
+
+    What an address holds to let somebody in is left out. Raises CDEnvironmentError (code "git") when git refuses.
+    """
+    if not os.path.lexists(os.path.join(folder, ".git")) or git_path() is None:
+        return "", None
+    git(["rev-parse", "--git-dir"], folder)
+    lines = (git_answer(["config", "--get-regexp", r"^remote\..*\.url$"], folder) or "").splitlines()
+    remotes = {key[len("remote.") : -len(".url")]: url for key, _, url in (line.partition(" ") for line in lines)}
+    name = "origin" if "origin" in remotes else next(iter(remotes), "")
+    url = redact(remotes.get(name, ""))
+    return name, (re.sub(r"[?#].*", "", url) if "://" in url else url) or None
 
 
 def last_words(done: Any) -> str:
-    """The lines of a failed command that say why: those marked as errors, else the last."""
+    """Return the lines of a failed command that say why: those marked as errors, else the last."""
     lines = [line.strip() for line in (done.stderr + "\n" + done.stdout).splitlines() if line.strip()]
     marked = [line for line in lines if line.lower().startswith(("error:", "fatal:", "\u00d7", "\u2570"))]
     return " / ".join((marked or lines[-1:])[:3]) or f"exit code {done.returncode}"
@@ -4172,11 +4237,13 @@ def remote_names(url: str, *what: str) -> list[str]:
 
 
 def newest_release(url: str) -> Optional[str]:
-    """The highest vX.Y.Z tag of a repository, compared as numbers; None when it has no such tag."""
+    """Return the highest vX.Y.Z tag of a repository, compared as versions; None when it has no such tag."""
     if git_path() is not None:
-        return highest_release(remote_names(url, "--tags"))
-    answer = fetch_json(f"https://api.github.com/repos/{github_name(url)}/releases/latest")
-    return highest_release([str(answer.get("tag_name"))]) if isinstance(answer, dict) else None
+        tags = remote_names(url, "--tags")
+    else:
+        answer = fetch_json(f"https://api.github.com/repos/{github_name(url)}/releases/latest")
+        tags = [str(answer.get("tag_name"))] if isinstance(answer, dict) else []
+    return max((tag for tag in tags if re.fullmatch(r"v\d+\.\d+\.\d+", tag)), key=version_key, default=None)
 
 
 def nearest_names(wanted: str, names: list[str]) -> list[str]:
@@ -4189,19 +4256,31 @@ def nearest_names(wanted: str, names: list[str]) -> list[str]:
     return around[::-1] or get_close_matches(wanted, names, 5) or versions[:-6:-1]
 
 
-def highest_release(tags: list[str]) -> Optional[str]:
-    """The highest of the tags that read vX.Y.Z."""
-    return max((tag for tag in tags if re.fullmatch(r"v\d+\.\d+\.\d+", tag)), key=version_key, default=None)
+VERSION = (
+    r"v?(?:(\d{1,9})!)?(\d{1,18}(?:\.\d{1,18})*)(?:[-_.]?(a|b|c|rc|alpha|beta|pre|preview)[-_.]?(\d{0,18}))?"
+    r"(?:[-_.]?(post|rev|r)[-_.]?(\d{0,18})|-(\d{1,18}))?(?:[-_.]?dev[-_.]?(\d{0,18}))?(?:\+.*)?"
+)
 
 
-def version_key(version: str) -> list[tuple[int, str]]:
-    """A sort key that compares versions by their numbers: 1.10.0 is above 1.9.0, 2.0.0 between 2.0.0-rc1 and .post1."""
-    parts = re.findall(r"\d+|[a-z]+", version.lower().lstrip("v").split("+")[0])
-    return [(int(part), "") if part.isdigit() else (-(part != "post"), part) for part in parts] + [(0, "")]
+def version_key(version: str) -> tuple[Any, ...]:
+    """Return a sort key that compares versions as PEP 440 has it, others by their numbers: 9.1 is 9.1.0."""
+    found = re.fullmatch(VERSION, version.strip().lower())
+    numbers = re.findall(r"\d{1,18}", found[2] if found else version)
+    while numbers and not int(numbers[-1]):
+        numbers.pop()
+    release = [int(number) for number in numbers]
+    if found is None:
+        return (0, release, (0, 0), -1, 0)
+    epoch, _, kind, pre, post, after, implied, dev = found.groups()
+    stage = ({"a": -3, "b": -2}.get(kind[0], -1), int(pre or 0)) if kind else (0, 0)
+    late = int(after or implied or 0) if post or implied else -1
+    if dev is not None and not kind and late < 0:
+        stage = (-4, 0)
+    return (int(epoch or 0), release, stage, late, float("inf") if dev is None else int(dev or 0))
 
 
 def github_name(url: str) -> str:
-    """OWNER/REPOSITORY of a GitHub address. Raises CDEnvironmentError for another, which takes git to read."""
+    """Return OWNER/REPOSITORY of a GitHub address. Raises CDEnvironmentError for another, which takes git to read."""
     found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?", url)
     if found is None:
         hint = "install git, or use --source with an archive"
@@ -4210,13 +4289,36 @@ def github_name(url: str) -> str:
 
 
 def same_repository(one: Optional[str], other: Optional[str]) -> bool:
-    """Whether two addresses mean the same repository, whatever their spelling."""
+    """Tell whether two addresses mean the same repository, whatever their spelling."""
 
     def plain(url: str) -> str:
         url = re.sub(r"^(?:ssh://)?[\w.-]+@([\w.-]+)[:/]", r"\1/", url.strip())
         return re.sub(r"^[a-z+]+://", "", url).rstrip("/").removesuffix(".git").casefold()
 
     return bool(one and other) and plain(one or "") == plain(other or "")
+
+
+def is_local(url: str) -> bool:
+    """Tell whether a repository address is a path on this machine: no scheme, and no HOST:PATH as ssh has it."""
+    return "://" not in url and not re.match(r"[\w.-]+@[\w.-]+:|[\w.-]{2,}:(?!\\)", url)
+
+
+def split_reference(identifier: str) -> tuple[str, Optional[str]]:
+    """Return ADDRESS@REFERENCE in its parts. The @ of git@host does not count, nor one in a folder's real name.
+
+    The address of a page in a browser means the repository, and the branch, tag or commit that the page shows.
+    """
+    if is_local(identifier):
+        url, mark, reference = identifier.rpartition("@")
+        return (identifier, None) if os.path.isdir(identifier) or not mark else (url, reference)
+    head = re.match(r"[A-Za-z+.-]+://[^/]*|[^/:]*:", identifier)
+    start = head.end() if head else 0
+    path, mark, reference = identifier[start:].partition("@")
+    view = r"(?:/-)?/(?:tree|commit|releases/tag|src/branch)/([^?#]+?)"
+    page = re.fullmatch(rf"(/[^/]+/[^/?#]+?)(?:\.git)?(?:{view})?/?([?#].*)?", path)
+    if page and identifier.startswith("http") and (page[2] or page[3]):
+        path, reference = page[1], reference or page[2] or ""
+    return identifier[:start] + path, reference or None
 
 
 class GitManager:
@@ -4257,6 +4359,13 @@ class GitManager:
         git(["add", "--all"], self.repo_path)
         git(["commit", "--quiet", "--no-gpg-sign", "--no-verify", "-m", message], self.repo_path)
 
+    def record(self, message: str) -> None:
+        """Commit what changed, where there is git and the repository is ours: its list of ignored files tells."""
+        is_ours = os.path.isfile(self.ignore) and read_any_text(self.ignore).startswith(self.GITIGNORE.splitlines()[0])
+        if is_ours and git_path() and git_answer(["status", "--porcelain"], self.repo_path):
+            self.hide_runtime_files()
+            self.commit(message)
+
     def hide_runtime_files(self) -> None:
         """See that git ignores our files: what .gitignore lacks goes to .git/info/exclude, which is never committed."""
         if not os.path.isdir(self.git_folder):
@@ -4272,101 +4381,76 @@ class GitManager:
 
 # Packages: pip, or uv where it is (environments of 1.0.x have no pip)
 
+PIP_SOURCES = (  # where things come from; whatever says where they go, or what is shown, is ours to say
+    "index-url extra-index-url no-index find-links proxy cert client-cert trusted-host cache-dir no-cache-dir "
+    "constraint timeout retries keyring-provider"
+).split()
+UV_SOURCES = (
+    r"UV_((DEFAULT_|EXTRA_)?INDEX(_\w+)?|FIND_LINKS|NO_INDEX|OFFLINE|(NO_)?CACHE(_DIR)?|CONSTRAINT|NATIVE_TLS|"
+    r"SYSTEM_CERTS|INSECURE_HOST|KEYRING_PROVIDER|HTTP_TIMEOUT|LINK_MODE|PYTHON_INSTALL_DIR)"
+)
 
-class PipInstaller:
-    """Installs packages with the environment's own pip."""
 
-    trying = ["--dry-run", "--quiet"]
-    uninstalling = ["uninstall", "--yes"]
-    index_policy: list[str] = []
+class Installer:
+    """Installs packages with uv, or with the environment's own pip. What it runs is the same; the words differ."""
 
-    def __init__(self, python: str) -> None:
-        self.python = python
-        self.program = [python, "-m", "pip"]
+    def __init__(self, python: str, uv: Optional[str]) -> None:
+        self.python, self.uv = python, uv
+        self.trying = ["--dry-run"] if uv else ["--dry-run", "--quiet"]
+        # PyTorch's index holds old copies of other packages: uv must look at both
+        self.index_policy = ["--index-strategy", "unsafe-best-match"] if uv else []
 
-    def install(self, words: list[str], folder: Optional[str] = None, tell: Progress = no_progress) -> None:
+    def run(self, words: list[str], tell: Progress = no_progress) -> Any:
+        """Run a command of pip's, and return its code and output. Raises CDEnvironmentError (code "no-pip")."""
+        pip = [self.python, "-m", "pip", *words]
+        uv = [self.uv, "pip", words[0], "--python", self.python, *words[1:]] if self.uv else []
+        with scratch_folder() as empty:
+            done = run_command(uv or pip, empty, package_environment(self.python), INSTALL_SECONDS, tell)
+        if "No module named pip" in done.stderr:
+            hint = f"{quote(self.python)} -m ensurepip"
+            raise CDEnvironmentError(f"{self.python} has no pip, and uv is not installed", hint, "no-pip")
+        return done
+
+    def install(self, words: list[str], tell: Progress = no_progress) -> None:
         """Install. Raises CDEnvironmentError (code "packages") with the reason."""
-        self.run(["install", *words], folder, tell)
-
-    def try_install(self, words: list[str], folder: str, scratch: str) -> None:
-        """Find out whether an installation can work; only the scratch folder is changed. Raises as install does."""
-        try:
-            self.run(["install", *self.trying, *words], folder)
-        except CDEnvironmentError as error:
-            if "no such option" not in error.message:  # pip before 22.2
-                raise
-            self.run(["install", "--quiet", "--target", scratch, *words], folder)
-
-    def install_torch(self, backend: str, tell: Progress) -> None:
-        """Install PyTorch from the index of a backend."""
-        index = torch_index(detect_torch_backend() if backend == "auto" else backend)
-        self.install(["--index-url", index, *TORCH_PACKAGES], tell=tell)
-
-    def uninstall(self, names: list[str]) -> None:
-        """Remove packages by name."""
-        self.run([*self.uninstalling, *names])
-
-    def freeze(self) -> list[str]:
-        """What is installed, as lines NAME==VERSION; of a folder that its author works in -e FOLDER#egg=NAME==VERSION.
-
-        `pip freeze` would also name the files that others were built from, which of conda's are not there any more.
-        """
-        said = self.run(["list", "--format=json"])
-        listed = json.loads(next((line for line in said.splitlines() if line.startswith("[")), "[]"))
-        folders = [one.get("editable_project_location") for one in listed]
-        lines = [f"{one['name']}=={one['version']}" for one in listed]
-        return [f"-e {folder}#egg={line}" if folder else line for folder, line in zip(folders, lines)]
-
-    def run(self, words: list[str], folder: Optional[str] = None, tell: Progress = no_progress) -> str:
-        """What a command prints."""
-        return run_installer([*self.program, *words], self.python, folder, tell)
-
-
-class UvInstaller(PipInstaller):
-    """Installs packages with uv. PyTorch's index holds old copies of other packages: uv must look at both indexes."""
-
-    trying = ["--dry-run"]
-    uninstalling = ["uninstall"]
-    index_policy = ["--index-strategy", "unsafe-best-match"]
-
-    def __init__(self, python: str, uv: str) -> None:
-        super().__init__(python)
-        self.program = [uv, "pip"]
+        done = self.run(["install", *words], tell)
+        if done.returncode != 0:
+            raise CDEnvironmentError(f"packages cannot be installed: {last_words(done)}", code="packages")
 
     def install_torch(self, backend: str, tell: Progress) -> None:
         """Install PyTorch; uv finds the graphics card by itself, but may be too old to have heard of a backend."""
-        try:
-            self.install([f"--torch-backend={backend}", *TORCH_PACKAGES], tell=tell)
-        except CDEnvironmentError:
-            super().install_torch(backend, tell)
+        if self.uv:
+            with suppress(CDEnvironmentError):
+                return self.install([f"--torch-backend={backend}", *TORCH_PACKAGES], tell)
+        index = torch_index(detect_torch_backend() if backend == "auto" else backend)
+        self.install(["--index-url", index, *TORCH_PACKAGES], tell)
 
-    def run(self, words: list[str], folder: Optional[str] = None, tell: Progress = no_progress) -> str:
-        """What a `uv pip` command prints."""
-        return super().run([words[0], "--python", self.python, *words[1:]], folder, tell)
+    def uninstall(self, names: list[str]) -> None:
+        """Remove packages by name."""
+        done = self.run(["uninstall", *([] if self.uv else ["--yes"]), *names])
+        if done.returncode != 0:
+            raise CDEnvironmentError(f"{', '.join(names)} cannot be removed: {last_words(done)}", code="packages")
+
+    def conflicts(self) -> set[str]:
+        """Return the sentences in which `pip check` says what does not fit together."""
+        done = self.run(["check"])
+        lines = (done.stdout + "\n" + done.stderr).splitlines()
+        return {line.strip() for line in lines if re.search(r" requires | has requirement ", line)}
+
+    def freeze(self) -> list[str]:
+        """Return what is installed, as lines NAME==VERSION."""
+        return [f"{one.name}=={one.version}" for one in installed_packages(self.python).values()]
 
 
-def find_installer(python: str) -> PipInstaller:
-    """Uv where it is installed, else the environment's pip."""
+def find_installer(python: str) -> Installer:
+    """Return uv where it is installed, else the environment's pip."""
     import shutil
 
-    uv = shutil.which("uv")
-    return UvInstaller(python, uv) if uv else PipInstaller(python)
-
-
-def run_installer(command: list[str], python: str, folder: Optional[str], tell: Progress) -> str:
-    """Run pip or uv. Raises CDEnvironmentError (code "packages") with its reason when it fails."""
-    done = run_command(command, cwd=folder, env=package_environment(python), timeout=INSTALL_SECONDS, tell=tell)
-    if "No module named pip" in done.stderr:
-        raise CDEnvironmentError(
-            f"{python} has no pip, and uv is not installed", f"{quote(python)} -m ensurepip", "no-pip"
-        )
-    if done.returncode != 0:
-        raise CDEnvironmentError(f"packages cannot be installed: {last_words(done)}", code="packages")
-    return done.stdout
+    return Installer(python, shutil.which("uv"))
 
 
 def with_interpreter(variables: dict[str, str], python: str) -> dict[str, str]:
-    """Variables as an activated environment has them: PATH begins with its folder, VIRTUAL_ENV names a venv."""
+    """Return variables as an activated environment has them: its folder leads PATH, VIRTUAL_ENV names a venv."""
     folder = os.path.dirname(python)
     kept = {key: value for key, value in variables.items() if key != "VIRTUAL_ENV"}
     kept["PATH"] = os.pathsep.join([folder, kept.get("PATH", os.defpath)])
@@ -4375,30 +4459,120 @@ def with_interpreter(variables: dict[str, str], python: str) -> dict[str, str]:
 
 
 def package_environment(python: str) -> dict[str, str]:
-    """The environment variables under which packages are installed and install.py runs.
+    """Return the environment variables under which packages are installed and install.py runs.
 
     Packages of the user's own site are left out: ComfyUI's portable Python is started with -s and does not see them.
     """
-    dropped = ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_REQUIRE_VIRTUALENV")
-    kept = {key: value for key, value in os.environ.items() if key not in dropped}
-    quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-    return {**with_interpreter(kept, python), **quiet, "PYTHONNOUSERSITE": "1", "PYTHONIOENCODING": "utf-8"}
+    dropped = rf"(?!{UV_SOURCES}$)(PIP_|UV_|PYTHONHOME$|PYTHONPATH$)"
+    kept = {key: value for key, value in os.environ.items() if not re.match(dropped, key)}
+    ours = {"PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    rest = {"UV_NO_CONFIG": "1", "PYTHONNOUSERSITE": "1", "PYTHONIOENCODING": "utf-8"}
+    return {**with_interpreter(kept, python), **pip_settings(python), **uv_settings(), **ours, **rest}
+
+
+@lru_cache(8)
+def pip_settings(python: str) -> dict[str, str]:
+    """Return the user's settings of pip, from its files and variables, that say where packages come from."""
+    from ast import literal_eval
+
+    variables = {pip_variable(name): name for name in PIP_SOURCES}
+    found = {variables[key]: value for key, value in os.environ.items() if key in variables}
+    kept = {key: value for key, value in os.environ.items() if not re.match("PIP_(?!CONFIG_FILE$)|PYTHON", key)}
+    with scratch_folder() as empty:
+        said = run_command([python, "-m", "pip", "config", "list"], empty, {**kept, "PIP_QUIET": "0"}, 60.0).stdout
+    for section in ("install", "global"):
+        for name, value in re.findall(rf"^{section}\.([\w-]+)=(.*)$", said, re.M):
+            if name in PIP_SOURCES:
+                found.setdefault(name, str(literal_eval(value)))
+    for name, value in found.items():  # paths were meant from where the user stands
+        found[name] = " ".join(os.path.abspath(one) if os.path.exists(one) else one for one in value.split())
+    return {pip_variable(name): value for name, value in found.items()}
+
+
+def pip_variable(name: str) -> str:
+    """Return the environment variable of a setting of pip."""
+    return "PIP_" + name.upper().replace("-", "_")
+
+
+def uv_settings() -> dict[str, str]:
+    """Return the indexes of the user's own uv.toml; all else in it, and any file around us, counts for nothing."""
+    home = os.environ.get("APPDATA") if IS_WINDOWS else os.environ.get("XDG_CONFIG_HOME")
+    path = os.path.join(home or os.path.expanduser("~/.config"), "uv", "uv.toml")
+    if not os.path.isfile(path):
+        return {}
+    with suppress(CDEnvironmentError, OSError, AttributeError, TypeError, KeyError):
+        data = parse_toml(read_any_text(path), path)
+        data = {**data.get("pip", {}), **data}
+        others = data.get("index", [])
+        urls = {
+            "UV_DEFAULT_INDEX": [one["url"] for one in others if one.get("default")] or [data.get("index-url", "")],
+            "UV_INDEX": [one["url"] for one in others if not one.get("default")] + data.get("extra-index-url", []),
+            "UV_FIND_LINKS": data.get("find-links", []),
+        }
+        return {name: " ".join(found) for name, found in urls.items() if any(found) and name not in os.environ}
+    return {}
+
+
+@dataclass
+class Package:
+    """One installed package: how to install it again, what it needs, and the files that it owns.
+
+    `line` is NAME==VERSION, or where it is from; `files` are relative to the folder of packages.
+    """
+
+    name: str
+    version: str
+    line: list[str]
+    files: set[str]
+
+
+def installed_packages(python: str) -> dict[str, Package]:
+    """Return the packages that an interpreter finds, by their normalised names. They are read, not asked of pip."""
+    from importlib.metadata import distributions
+
+    words = "import sys; print('\\n'.join(sys.path[1:]))"
+    with scratch_folder() as empty:
+        done = run_command([python, "-c", words], empty, package_environment(python), 60.0)
+    found: dict[str, Package] = {}
+    for one in distributions(path=done.stdout.splitlines()):
+        name, version = one.metadata["Name"], one.version
+        if isinstance(name, str) and isinstance(version, str):
+            lines = (one.read_text("RECORD") or "").splitlines()
+            lines = [line for line in lines if not re.search(r"\.dist-info/|__pycache__|,0$", line)]
+            files = {line.rsplit(",", 2)[0] for line in lines}
+            found.setdefault(package_name(name), Package(name, version, origin(name, version, one), files))
+    return found
+
+
+def origin(name: str, version: str, distribution: Any) -> list[str]:
+    """Return the words that install a package again: a file, folder or commit of direct_url.json, else its version."""
+    try:
+        direct = json.loads(distribution.read_text("direct_url.json") or "{}")
+        url, commit = str(direct.get("url", "")), direct.get("vcs_info", {})
+        if direct.get("dir_info", {}).get("editable"):
+            from urllib.request import url2pathname
+
+            return ["-e", url2pathname(url.removeprefix("file://"))]
+    except (ValueError, AttributeError):
+        url, commit = "", {}
+    if commit:
+        url = f"{commit.get('vcs')}+{url}@{commit.get('commit_id')}"
+    return [f"{name} @ {url}" if url else f"{name}=={version}"]
 
 
 def package_name(line: str) -> str:
-    """The normalised package name in a requirement line; the line itself when it has none."""
+    """Return the normalised package name in a requirement line; the line itself when it has none."""
     found = re.match(r"(?:-e .*[#&]egg=)?([A-Za-z0-9][A-Za-z0-9._-]*)", line)
     return re.sub(r"[-_.]+", "-", found.group(1)).lower() if found else line
 
 
 def held_packages(frozen: list[str]) -> list[str]:
-    """The installed versions of PyTorch's family and numpy, as lines of a constraint file."""
-    plain = [line.rpartition("#egg=")[2] if line.startswith("-e ") else line for line in frozen]
-    return [line for line in plain if "==" in line and package_name(line) in HELD_PACKAGES]
+    """Return the installed versions of PyTorch's family and numpy, as lines of a constraint file."""
+    return [line for line in frozen if "==" in line and package_name(line) in HELD_PACKAGES]
 
 
 def held_index(frozen: list[str]) -> Optional[str]:
-    """The index that the installed PyTorch is from, by its local version: 2.9.0+cu128 is from .../whl/cu128."""
+    """Return the index that the installed PyTorch is from, by its local version: 2.9.0+cu128 is from .../whl/cu128."""
     for line in frozen:
         local = re.fullmatch(r"[^+]*==[^+]*\+(cpu|cu\d+|rocm[\d.]+|xpu)", line)
         if local and package_name(line) == "torch":
@@ -4407,14 +4581,14 @@ def held_index(frozen: list[str]) -> Optional[str]:
 
 
 def torch_index(backend: str) -> str:
-    """The address of PyTorch's index for a backend. Raises CDEnvironmentError for a word that can be none."""
+    """Return the address of PyTorch's index for a backend. Raises CDEnvironmentError for a word that can be none."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9]+)?", backend):
         raise CDEnvironmentError(f"{backend!r} is no PyTorch backend", "--torch-backend auto, cpu, cu128, rocm6.4, xpu")
     return TORCH_INDEX + backend
 
 
 def detect_torch_backend() -> str:
-    """The PyTorch backend for the graphics card of this machine: cuNNN, rocmX.Y or cpu (on Macs this has Metal too).
+    """Return the PyTorch backend for this machine's graphics card: cuNNN, rocmX.Y or cpu (on Macs it has Metal too).
 
     CUDA 13 needs driver 580 or later and CUDA 12.8 driver 570 (NVIDIA's release notes).
     """
@@ -4430,15 +4604,44 @@ def detect_torch_backend() -> str:
     return "rocm6.4" if on_path("rocminfo") else "cpu"
 
 
+# What somebody needs: the lines of a requirements.txt, read once, and said to pip in one file for all
+
+
+def requirement_entries(text: str) -> list[str]:
+    """Return the entries of a requirements.txt: continued lines as one, without comments and without hashes.
+
+    pip wants a hash for every package once one has it, which a world of several files never has.
+    """
+    lines = [re.sub(r"(^|\s)#.*$", "", line) for line in re.sub(r"\\\r?\n", " ", text).splitlines()]
+    return [line for line in (re.sub(r"\s+--hash[= ]\S+", "", line).strip() for line in lines) if line]
+
+
 def requirement_lines(text: str) -> list[str]:
-    """The plain requirements of a requirements.txt, which dependency groups can hold; options and paths left out."""
-    lines = [re.sub(r"(^|\s)#.*$", "", line).strip() for line in text.splitlines()]
-    return [line for line in lines if re.match(r"[A-Za-z0-9][\w.-]*\s*(\[[^\]]*\]\s*)?($|[<>=!~;@(])", line)]
+    """Return the plain requirements of a requirements.txt, which a manifest can hold; options and paths left out."""
+    pattern = r"[A-Za-z0-9][\w.-]*\s*(\[[^\]]*\]\s*)?($|[<>=!~;@(])"
+    return [redact(line) for line in requirement_entries(text) if re.match(pattern, line)]
+
+
+def pip_entry(entry: str, folder: str) -> str:
+    """Return an entry as it is meant in a folder, whatever file it stands in; empty for an option that is not obeyed.
+
+    An index of its own is one more index for all: it takes no other node's away.
+    """
+    option = re.fullmatch(r"(-r|--requirement|-c|--constraint|-e|--editable)[ =]?\s*(\S.*)", entry)
+    index = re.fullmatch(r"(?:-i|--index-url|--extra-index-url)[ =]\s*(\S+)", entry)
+    if index:
+        return f"--extra-index-url {index[1]}"
+    if entry.startswith("-") and not option:
+        return entry if re.match(r"(-f|--find-links|--pre|--only-binary|--no-binary|--prefer-binary)\b", entry) else ""
+    path = (option[2] if option else entry).strip("'\"")
+    if option and "://" not in path or re.match(r"\.{1,2}([/\\\[]|$)", path):
+        path = os.path.join(folder, path)
+    return f"{option[1]} {path}" if option else path
 
 
 def read_any_text(path: str) -> str:
-    """A text file of unknown encoding: UTF-8, UTF-16 with its mark (Windows editors), else as Windows has it."""
-    data = read_small(os.path.realpath(path)) or b""
+    """Return a text file of unknown encoding: UTF-8, UTF-16 with its mark (Windows editors), else as Windows has it."""
+    data = read_small(os.path.realpath(path), 16 * MEGABYTE) or b""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", "replace")
     try:
@@ -4448,7 +4651,7 @@ def read_any_text(path: str) -> str:
 
 
 def project_table(folder: str, python: Optional[str] = None) -> dict[str, Any]:
-    """[project] of the pyproject.toml in a folder; empty when there is none, or it is broken."""
+    """Return [project] of the pyproject.toml in a folder; empty when there is none, or it is broken."""
     path = os.path.join(folder, "pyproject.toml")
     try:
         project = parse_toml(read_any_text(path), path, python).get("project")
@@ -4458,7 +4661,7 @@ def project_table(folder: str, python: Optional[str] = None) -> dict[str, Any]:
 
 
 def node_requirements(folder: str, python: Optional[str] = None) -> str:
-    """What a node needs, as the text of a requirements.txt: its own, else the dependencies of its pyproject.toml."""
+    """Return what a node needs, as the text of a requirements.txt: its own, else what its pyproject.toml lists."""
     path = os.path.join(folder, "requirements.txt")
     if os.path.isfile(path):
         return read_any_text(path)
@@ -4466,80 +4669,145 @@ def node_requirements(folder: str, python: Optional[str] = None) -> str:
     return "".join(f"{line}\n" for line in listed if isinstance(line, str)) if isinstance(listed, list) else ""
 
 
-class Packages:
-    """The packages of one environment, for one change: tried, installed under constraints, and put back.
+@dataclass
+class Need:
+    """What one who is named needs: entries of requirements, or where `is_limit` only what must not be broken."""
 
-    `before` is what was installed when the change began; `scratch` a folder for the files that pip is given.
+    who: str
+    entries: list[str]
+    is_limit: bool = False
+
+
+class Packages:
+    """The packages of one environment, for one change: tried and installed as one world, and put back.
+
+    `world` is who needs what there; `before` what was installed when the change began, `held` lines NAME==VERSION that
+    stay as they are. `is_whole` tells whether the world fits together; `said` and `conflict` are of the last question.
     """
 
-    def __init__(self, python: str, scratch: str, before: Optional[list[str]] = None) -> None:
-        self.installer = find_installer(python)
-        self.python, self.scratch = python, scratch
-        self.before = self.installer.freeze() if before is None else before
-        self.constraints = self.file("constraints.txt", held_packages(self.before))
-        index = held_index(self.before)
+    def __init__(self, python: str, world: list[Need], released: "set[str] | frozenset[str]" = frozenset()) -> None:
+        self.installer, self.python, self.world = find_installer(python), python, world
+        self.before = installed_packages(python)
+        frozen = [f"{one.name}=={one.version}" for one in self.before.values()]
+        self.held = [line for line in held_packages(frozen) if package_name(line) not in released]
+        index = held_index(frozen)
         self.index = ["--extra-index-url", index, *self.installer.index_policy] if index else []
+        self.is_whole, self.said, self.conflict = True, "", ""
 
-    def file(self, name: str, lines: list[str]) -> str:
-        """A file of lines in the scratch folder."""
-        path = os.path.join(self.scratch, name)
-        write_atomic(path, "".join(f"{line}\n" for line in lines).encode(), 0o644)
-        return path
+    @contextmanager
+    def words(self, needs: list[Need]) -> Iterator[list[str]]:
+        """Write what is needed and what is held into files, and hand on the words by which pip is given them."""
+        held = {package_name(line) for line in self.held}
+        entries = [entry for need in needs if not need.is_limit for entry in need.entries]
+        bounds = [line for need in needs if need.is_limit for line in need.entries if package_name(line) not in held]
+        bounds = [line for line in bounds if re.fullmatch(r"[\w.-]+\s*([<>=!~;].*)?", line)]  # pip takes no extras here
+        with scratch_folder() as folder:
+            for name, lines in (("requirements.txt", entries), ("constraints.txt", [*self.held, *bounds])):
+                write_atomic(os.path.join(folder, name), "".join(f"{line}\n" for line in dict.fromkeys(lines)).encode())
+            files = ["-r", os.path.join(folder, "requirements.txt"), "-c", os.path.join(folder, "constraints.txt")]
+            yield [*files, *self.index]
 
-    def words(self, *folders: str) -> list[str]:
-        """The arguments that name what the nodes in folders need, and hold what must not change."""
-        files = [word for folder in folders for word in ("-r", self.requirements_file(folder))]
-        return [*files, "-c", self.constraints, *self.index]
+    def ask(self, needs: list[Need], tell: Progress = no_progress, is_trial: bool = True) -> str:
+        """Try or install what is needed; return why it cannot be, empty when it can."""
+        with self.words(needs) as words:
+            done = self.installer.run(["install", *(self.installer.trying if is_trial else []), *words], tell)
+        self.said = done.stderr
+        if done.returncode == 0 or is_trial and "no such option" in done.stderr:  # pip before 22.2
+            return ""
+        self.conflict = self.reason(done.stderr + done.stdout, needs)
+        return self.conflict or last_words(done)
 
-    def requirements_file(self, folder: str) -> str:
-        """A node's own requirements.txt, which may name others, where pip can read it; else its lines in a new file."""
-        own = os.path.join(folder, "requirements.txt")
-        try:
-            with open(own, encoding="utf-8") as file:
-                file.read()
-            return own
-        except (OSError, ValueError):
-            lines = node_requirements(folder, self.python).splitlines()
-            return self.file(f"of-{os.path.basename(folder)}.txt", lines)
+    def reason(self, said: str, needs: list[Need]) -> str:
+        """Return a conflict as who wants what, and what is held; empty when the text tells of none."""
+        block = said.partition("conflict is caused by")[2] or said
+        if not re.search(r"conflict|unsatisfiable|No solution", said):
+            return ""
+        words = {package_name(word) for word in re.findall(r"[A-Za-z0-9][A-Za-z0-9._-]*", block)}
+        wants = [f"{one.who} needs {entry}" for one in needs for entry in one.entries if package_name(entry) in words]
+        wants += [f"{who} needs {what}" for who, what in re.findall(r"^\s+(\S+ \S+) depends on (.+)$", block, re.M)]
+        held = [line.split("==") for line in self.held if package_name(line) in words]
+        wants += [f"{name} is held at {version}" + " for PyTorch" * self.is_whole for name, version in held]
+        return "; ".join(dict.fromkeys(wants))
 
-    def try_install(self, folder: str) -> None:
-        """Find out whether a node's requirements can be installed beside what is there."""
-        self.installer.try_install(self.words(folder), folder, os.path.join(self.scratch, "target"))
+    def try_install(self, new: Need, skip_bad: bool, tell: Progress) -> list[str]:
+        """Find out whether `new` can be installed beside all else; return the entries of it that are left out as bad.
 
-    def install(self, folders: list[str], tell: Progress) -> None:
-        """Install the requirements of nodes: at once, which is fast, else one by one, which names one."""
-        only = folders[0] if len(folders) == 1 else None
-        try:
-            self.installer.install(self.words(*folders), only, tell)
-        except CDEnvironmentError:
-            if only:
-                raise
-            for folder in folders:
-                self.install([folder], tell)
+        A world that does not fit together already is told of once: then the new one alone is tried, all else as it is.
+        Raises CDEnvironmentError (code "packages") with who wants what.
+        """
+        left_out: list[str] = []
+        while why := self.ask([*self.world, new]):
+            said = self.said.replace(" ", "")
+            bad = [] if self.conflict else [entry for entry in new.entries if entry.replace(" ", "") in said]
+            if skip_bad and bad:
+                left_out.append(max(bad, key=len))
+                new.entries.remove(left_out[-1])
+                tell(f"warning: left out, as it cannot be installed: {left_out[-1]}")
+            elif self.is_whole and self.world and (already := self.ask(self.world)):
+                tell(f"warning: what is here does not fit together already: {already}")
+                self.is_whole, self.world = False, []
+                self.held = [f"{one.name}=={one.version}" for one in self.before.values()]
+            else:
+                raise CDEnvironmentError(f"packages cannot be installed: {why}", code="packages")
+        return left_out
+
+    def install(self, new: Need, tell: Progress) -> None:
+        """Install what was tried. Raises CDEnvironmentError (code "packages"), also when something fits no more."""
+        conflicts = self.installer.conflicts()
+        why = self.ask([*self.world, new], tell, is_trial=False)
+        if why:
+            raise CDEnvironmentError(f"packages cannot be installed: {why}", code="packages")
+        broken = sorted(self.installer.conflicts() - conflicts)
+        if broken:
+            raise CDEnvironmentError(f"packages do not fit together any more: {'; '.join(broken[:3])}", code="packages")
+
+    def tell_changes(self, tell: Progress) -> list[str]:
+        """Tell what was installed and changed, and which packages share files; returns the names of the new ones."""
+        now = installed_packages(self.python)
+        new = [one for name, one in now.items() if name not in self.before]
+        moved = [name for name, one in now.items() if name in self.before and one.version != self.before[name].version]
+        changed = [f"{now[name].name} {self.before[name].version} -> {now[name].version}" for name in moved]
+        if new:
+            tell(f"new packages: {', '.join(f'{one.name} {one.version}' for one in new)}")
+        if changed:
+            tell(f"changed packages: {', '.join(changed)}")
+        for one in new:
+            for other in now.values():
+                shared = one.files & other.files if one is not other else set()
+                if shared:
+                    tell(f"warning: {one.name} and {other.name} share files ({min(shared)}): keep or remove both")
+        return [one.name for one in new]
 
     def run_install_script(self, folder: str, comfyui: str, tell: Progress) -> None:
         """Run a node's install.py, whose own calls of pip are held to the same versions."""
-        held = {"PIP_CONSTRAINT": self.constraints, "UV_CONSTRAINT": self.constraints, "COMFYUI_PATH": comfyui}
-        variables = {**package_environment(self.python), **held}
-        done = run_command([self.python, "install.py"], folder, variables, INSTALL_SECONDS, tell)
+        with self.words([]) as words:
+            held = {"PIP_CONSTRAINT": words[3], "UV_CONSTRAINT": words[3], "COMFYUI_PATH": comfyui}
+            variables = {**package_environment(self.python), **held}
+            done = run_command([self.python, "install.py"], folder, variables, INSTALL_SECONDS, tell)
         if done.returncode != 0:
             message = f"{os.path.join(folder, 'install.py')} failed: {last_words(done)}"
             raise CDEnvironmentError(message, code="install-script")
-        now = held_packages(self.installer.freeze())
-        lost = [line for line in held_packages(self.before) if line not in now]
+        now = self.installer.freeze()
+        lost = [line for line in self.held if line not in now]
         if lost:
             raise CDEnvironmentError(f"install.py replaced {', '.join(lost)}", code="install-script")
 
     def put_back(self, tell: Progress) -> None:
-        """Install what was there before and remove what was not; tells the packages, and what could not be done."""
-        now = self.installer.freeze()
-        gone = [line for line in self.before if line not in now]
-        kept = {package_name(line) for line in self.before}
-        new = [name for name in map(package_name, now) if name not in kept]
+        """Install what was there before and remove what was not; tells the packages, and what could not be done.
+
+        A package that shares files with one that is removed or replaced is installed again.
+        """
+        from functools import partial
+
+        now = installed_packages(self.python)
+        new = [name for name in now if name not in self.before]
+        gone = [name for name, one in self.before.items() if name not in now or now[name].line != one.line]
+        touched = {path for name in new + gone if name in now for path in now[name].files}
+        hurt = [name for name, one in self.before.items() if name not in gone and touched & one.files]
         steps = [(f"{', '.join(new)} removed", partial(self.installer.uninstall, new))] if new else []
-        for line in gone:  # one by one: what no index has any more keeps no other back
-            words = ["-e", line[3:].rpartition("#egg=")[0]] if line.startswith("-e ") else [line]
-            steps.append((line, partial(self.installer.install, [*words, "--no-deps", *self.index])))
+        for name in gone + hurt:  # one by one: what no index has any more keeps no other back
+            words = ["--no-deps", "--force-reinstall", *self.before[name].line, *self.index]
+            steps.append((" ".join(self.before[name].line), partial(self.installer.install, words)))
         done = []
         for what, step in steps:
             try:
@@ -4569,54 +4837,78 @@ def check_node_name(name: str) -> None:
 
 
 class RegistrySource:
-    """The Comfy Registry: `ID` or `ID@VERSION` at api.comfy.org, or where COMFYDOCK_REGISTRY_URL says."""
+    """The Comfy Registry at api.comfy.org, or where COMFYDOCK_REGISTRY_URL says.
+
+    `ID` is the newest version, as is `ID@latest`; `ID@1.2` or `ID==1.2` that one, and it stays; `ID@nightly` and
+    `ID@BRANCH` are the repository that the registry names.
+    """
 
     name = "registry"
     lists = (TRACKING, NODE_RECORD)  # files that tell of the others; an archive's own count for nothing
 
     def find(self, identifier: str, tell: Progress) -> NodeInfo:
-        """The node and the version to install, named as the registry spells it; says what speaks against it.
+        """Return the node and the version to install, named as the registry spells it; say what speaks against it.
 
         Raises CDEnvironmentError: code "name" (no id), "not-found", "banned", or as download does.
         """
-        identity, mark, version = identifier.partition("@")
+        identity, _, version = identifier.replace("==", "@", 1).partition("@")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", identity):
             hint = "use an id of registry.comfy.org, https://..., or --dev FOLDER"
             raise CDEnvironmentError(f"{identifier!r} is neither a registry id nor a git address", hint, "name")
-        if mark and not re.fullmatch(r"\d+\.\d+\.\d+[A-Za-z0-9.+-]*", version):
-            raise CDEnvironmentError(f"{version!r} is no version", ("node", "add", f"{identity}@1.2.3"), "name")
         node = self.ask(f"/nodes/{identity.lower()}", identity)
         self.judge(identity, node, tell)
-        version_page = f"/nodes/{identity.lower()}/versions/{version}"
-        release = self.ask(version_page, identifier) if version else node.get("latest_version")
+        name, repository = str(node.get("id") or identity), str(node.get("repository") or "") or None
+        if name.lower() != identity.lower():
+            raise CDEnvironmentError(f"the registry answered {name!r} when asked for {identity}", code="not-found")
+        check_node_name(name)
+        version = "" if version == "latest" else version
+        if version and not version[0].isdigit():
+            check_reference(version)
+            if repository is None:
+                raise CDEnvironmentError(f"the registry names no repository of {identity}", code="not-found")
+            check_repository(repository)
+            wanted = None if version == "nightly" else version
+            return NodeInfo(name, name, repository, wanted, source="git", pin=wanted)
+        release = self.release(identity, version) if version else node.get("latest_version")
         if not isinstance(release, dict) or not release.get("version"):
             hint = f"name one: {identity}@1.2.3, or use its git address"
             raise CDEnvironmentError(f"the registry offers no version of {identity}", hint, "not-found")
         self.judge(f"{identity} {release['version']}", release, tell)
-        return self.info(identity, node, release)
+        url = str(release.get("downloadUrl") or "") or None
+        return NodeInfo(name, name, repository, str(release["version"]), url, self.name, pin=version or None)
 
-    def info(self, identity: str, node: dict[str, Any], release: dict[str, Any]) -> NodeInfo:
-        """The registry's words as a NodeInfo; the id as the registry spells it names the folder."""
-        name = str(node.get("id") or identity)
-        if name.lower() != identity.lower():
-            raise CDEnvironmentError(f"the registry answered {name!r} when asked for {identity}", code="not-found")
-        check_node_name(name)
-        repository, url = str(node.get("repository") or "") or None, str(release.get("downloadUrl") or "") or None
-        return NodeInfo(name, name, repository, str(release["version"]), url, self.name)
+    def release(self, identity: str, version: str) -> Any:
+        """Return what the registry says of a version: of one that means the same, when it spells it otherwise."""
+        check_reference(version)
+        try:
+            return self.ask(f"/nodes/{identity.lower()}/versions/{version}", f"{identity}@{version}")
+        except CDEnvironmentError as error:
+            if error.code != "not-found":
+                raise
+            with suppress(CDEnvironmentError):
+                listed = self.ask(f"/nodes/{identity.lower()}/versions", identity, list)
+                for one in listed:
+                    if isinstance(one, dict) and version_key(str(one.get("version"))) == version_key(version):
+                        return one
+            raise
 
-    def ask(self, path: str, what: str) -> dict[str, Any]:
-        """One question to the registry."""
+    def ask(self, path: str, what: str, kind: Any = dict) -> Any:
+        """Return the answer to one question to the registry."""
         base = os.environ.get("COMFYDOCK_REGISTRY_URL") or REGISTRY_URL
         try:
             answer = fetch_json(base.rstrip("/") + path)
         except CDEnvironmentError as error:
-            if error.code == "http-403":
+            said = re.search(r'"message"\s*:\s*"([^"]{1,200})', error.body)
+            if error.code == "http-403" and said and "banned" in said[1].lower():
                 raise CDEnvironmentError(f"{what} is banned in the registry", code="banned") from None
-            if error.code in ("http-404", "http-400"):
+            if error.code == "http-404":
                 hint = "give the node's git address instead"
                 raise CDEnvironmentError(f"the registry has no {what}", hint, "not-found") from None
+            if error.code.startswith("http-"):
+                reason = f": {printable(said[1])}" if said else "; what answered may be a proxy in between"
+                raise CDEnvironmentError(f"{error.message}{reason}", code=error.code) from None
             raise
-        if not isinstance(answer, dict):
+        if not isinstance(answer, kind):
             raise CDEnvironmentError(f"the registry answered nothing usable about {what}", code="network")
         return answer
 
@@ -4632,18 +4924,48 @@ class RegistrySource:
         if record.get("deprecated"):
             tell(f"warning: {what} is deprecated by its author")
 
+    def search(self, words: str) -> list[dict[str, Any]]:
+        """Return what the registry finds for some words, as it describes its nodes."""
+        from urllib.parse import quote_plus
+
+        found = self.ask(f"/nodes/search?search={quote_plus(words)}&limit=20", words).get("nodes")
+        return [one for one in found if isinstance(one, dict) and one.get("id")] if isinstance(found, list) else []
+
+    def pack_of(self, node_class: str) -> Optional[str]:
+        """Return the id of the pack that a class of nodes is from; None when the registry knows none."""
+        from urllib.parse import quote as quote_url
+
+        try:
+            return (
+                str(self.ask(f"/comfy-nodes/{quote_url(node_class, safe='')}/node", node_class).get("id") or "") or None
+            )
+        except CDEnvironmentError as error:
+            if error.code != "not-found":
+                raise
+            return None
+
     def fetch(self, info: NodeInfo, folder: str, tell: Progress) -> NodeInfo:
-        """Download and unpack into a new folder, with the list of its files by which ComfyUI-Manager knows it."""
-        identity = info.registry_id or info.name
-        question = f"/nodes/{identity.lower()}/install?version={info.version}"
-        url = info.download_url or self.ask(question, identity).get("downloadUrl")
-        if not url:
-            hint = ("node", "add", info.repository) if info.repository else ""
-            message = f"the registry has no archive of {identity} {info.version}"
-            raise CDEnvironmentError(message, hint, "not-found")
-        files = [name for name in unpack_from(str(url), folder, tell=tell) if name not in self.lists]
-        write_atomic(os.path.join(folder, TRACKING), "\n".join(files).encode(), 0o644)
-        return info
+        """Download and unpack into a new folder, with the list of its files by which ComfyUI-Manager knows it.
+
+        An address that is written down may be out of date: then the registry is asked for the one of now.
+        """
+        identity, url, files = info.registry_id or info.name, info.download_url, None
+        if url:
+            try:
+                files = unpack_from(url, folder, tell=tell)
+            except CDEnvironmentError as error:
+                if error.code not in ("http-403", "http-404", "http-410"):
+                    raise
+        if files is None:
+            url = self.ask(f"/nodes/{identity.lower()}/install?version={info.version}", identity).get("downloadUrl")
+            if not url:
+                hint: Hint = ("node", "add", info.repository) if info.repository else ""
+                message = f"the registry has no archive of {identity} {info.version}"
+                raise CDEnvironmentError(message, hint, "not-found")
+            files = unpack_from(str(url), folder, tell=tell)
+        listed = "\n".join(name for name in files if name not in self.lists)
+        write_atomic(os.path.join(folder, TRACKING), listed.encode(), 0o644)
+        return info.altered(download_url=str(url))
 
     def newest(self, info: NodeInfo, tell: Progress) -> NodeInfo:
         """Return the newest version, or the node as it is when there is none above it."""
@@ -4687,7 +5009,7 @@ class GitSource:
     name = "git"
 
     def find(self, identifier: str, tell: Progress) -> NodeInfo:
-        """The node; its version is the reference that was asked for until it is fetched."""
+        """Return the node; its version is the reference that was asked for until it is fetched."""
         url, reference = split_reference(identifier)
         check_repository(url)
         if reference is not None:
@@ -4696,19 +5018,24 @@ class GitSource:
             url = os.path.abspath(os.path.expanduser(url))
         name = url.replace("\\", "/").rstrip("/").replace(":", "/").rsplit("/", 1)[-1].removesuffix(".git")
         check_node_name(name)
-        return NodeInfo(name=name, repository=url, version=reference, source=self.name)
+        return NodeInfo(name=name, repository=url, version=reference, source=self.name, pin=reference)
 
     def fetch(self, info: NodeInfo, folder: str, tell: Progress) -> NodeInfo:
-        """Clone into a new folder; the answer has the commit as its version."""
+        """Clone into a new folder; the answer has the commit as its version, and a branch is no pin."""
         if not info.repository:
             hint = ("node", "remove", info.name)
             raise CDEnvironmentError(f"the manifest names no repository for {info.name}", hint, "not-found")
         clone(info.repository, info.version, folder)
+        commit = git_answer(["rev-parse", "--verify", "HEAD"], folder)
+        if commit is None:
+            raise CDEnvironmentError(f"{info.repository} is an empty repository", code="not-found")
+        if info.registry_id:
+            write_atomic(os.path.join(folder, ".git", CNR_ID), info.registry_id.encode(), 0o644)
         branch = current_branch(folder) if info.version else None
-        return info.altered(version=git(["rev-parse", "HEAD"], folder), branch=branch or info.branch)
+        return info.altered(version=commit, branch=branch or info.branch, pin=None if branch else info.pin)
 
     def newest(self, info: NodeInfo, tell: Progress) -> NodeInfo:
-        """The newest commit of the branch that was asked for, else of the default one."""
+        """Return the newest commit of the branch that was asked for, else of the default one."""
         url, branch = info.repository or "", info.branch
         check_repository(url)
         answer = git(["ls-remote", "--", url, f"refs/heads/{branch}" if branch else "HEAD"], url=url).split()
@@ -4738,22 +5065,6 @@ class GitSource:
         return None if listed is None else {".git", *listed.split("\0")}
 
 
-def is_local(url: str) -> bool:
-    """Whether a repository address is a path on this machine: no scheme, and no HOST:PATH as ssh has it."""
-    return "://" not in url and not re.match(r"[\w.-]+@[\w.-]+:|[\w.-]{2,}:(?!\\)", url)
-
-
-def split_reference(identifier: str) -> tuple[str, Optional[str]]:
-    """ADDRESS@REFERENCE in its parts. The @ of git@host does not count, nor one in a folder's real name."""
-    if is_local(identifier):
-        url, mark, reference = identifier.rpartition("@")
-        return (identifier, None) if os.path.isdir(identifier) or not mark else (url, reference)
-    head = re.match(r"[A-Za-z+.-]+://[^/]*|[^/:]*:", identifier)
-    start = head.end() if head else 0
-    path, mark, reference = identifier[start:].partition("@")
-    return identifier[:start] + path, (reference if mark else None)
-
-
 class DevelopmentSource:
     """A folder that its author works in: linked into custom_nodes when it lies elsewhere, never copied or deleted."""
 
@@ -4778,7 +5089,7 @@ class DevelopmentSource:
             raise CDEnvironmentError(f"{self.place} is not a folder", "name a folder with --dev", "not-found")
         name = os.path.basename(self.place)
         check_node_name(name)
-        remote = remote_of(self.disabled or self.place)
+        remote = remote_of(self.disabled or self.place)[1]
         return NodeInfo(name=name, repository=remote, version="dev", source=self.name)
 
     def place_in(self, folder: str) -> str:
@@ -4801,6 +5112,56 @@ def pick_source(identifier: str) -> Any:
     path = r"/|\./|\.\./|~|\.\\|\.\.\\|[A-Za-z]:[\\/]"
     address = r".*://|.*::|[\w.-]+@[\w.-]+:"
     return GitSource() if re.match(f"{path}|{address}", identifier) else RegistrySource()
+
+
+# Workflow files: what ComfyUI saved, as JSON or in the text chunks of a PNG image
+
+FRONTEND_NODES = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")  # the browser's own, which are in no file
+
+
+def workflow_data(path: str) -> Any:
+    """Return the workflow in a file. Raises CDEnvironmentError (code "workflow") when it holds none."""
+    import zlib
+
+    data = read_small(os.path.realpath(path), 256 * MEGABYTE)
+    if data is None:
+        raise CDEnvironmentError(f"{path} is not there", "name a .json or .png file that ComfyUI saved", "workflow")
+    texts: dict[bytes, bytes] = {b"workflow": data}
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        place, texts = 8, {}
+        while place + 12 <= len(data):
+            size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+            key, _, text = data[place + 8 : place + 8 + size].partition(b"\0")
+            place += size + 12
+            if kind == b"iTXt" and text.count(b"\0", 2) >= 2:
+                packed, (_, _, text) = text[:1] == b"\1", text[2:].split(b"\0", 2)
+                with suppress(zlib.error):
+                    text = zlib.decompressobj().decompress(text, 64 * MEGABYTE) if packed else text
+            if kind in (b"tEXt", b"iTXt"):
+                texts.setdefault(key, text if kind == b"iTXt" else text.decode("latin-1").encode())
+    for name in (b"workflow", b"prompt"):
+        with suppress(ValueError, RecursionError):
+            return json.loads(texts.get(name, b"").decode("utf-8-sig"))
+    hint = "name a .json or .png file that ComfyUI saved"
+    raise CDEnvironmentError(f"{path} holds no workflow of ComfyUI", hint, "workflow")
+
+
+def workflow_nodes(data: Any) -> "Iterator[tuple[str, dict[str, Any]]]":
+    """Yield class and properties of each node of a workflow, in the format of its editor or of the API.
+
+    A node that stands for a part of the workflow has that part's id as its class.
+    """
+    data = data if isinstance(data, dict) else {}
+    parts = data.get("definitions")
+    parts = parts.get("subgraphs") if isinstance(parts, dict) else None
+    groups = [part for part in [data, *(parts if isinstance(parts, list) else [])] if isinstance(part, dict)]
+    own = [part.get("id") for part in groups[1:]]
+    nodes = [node for part in groups if isinstance(part.get("nodes"), list) for node in part["nodes"]]
+    for node in nodes or list(data.values()):
+        kind = (node.get("type") or node.get("class_type")) if isinstance(node, dict) else None
+        if isinstance(kind, str) and kind not in own and kind not in FRONTEND_NODES:
+            properties = node.get("properties")
+            yield kind, properties if isinstance(properties, dict) else {}
 
 
 # Changing nodes: what is fetched lies in custom_nodes/.comfydock.disabled/FOLDER/new, the folder that it replaces in
@@ -4915,24 +5276,33 @@ class NodeManager:
         ours = [name for name in names if not re.match(r"\.|.*\.disabled$|__pycache__$", name, re.S)]
         return [name for name in ours if not has_control(name)]  # no manifest can hold such a name
 
-    def disabled(self) -> set[str]:
-        """Return names, case folded, of disabled nodes: NAME.disabled, or the Manager's .disabled/NAME[@VERSION]."""
-        found: set[str] = set()
+    def disabled(self) -> dict[str, str]:
+        """Return disabled nodes by name, case folded, with their folders: NAME.disabled, .disabled/NAME[@VERSION]."""
+        found: dict[str, str] = {}
         for folder, end in ((self.custom_nodes, ".disabled"), (os.path.join(self.custom_nodes, ".disabled"), "")):
             with suppress(OSError):
-                names = [name.removesuffix(".disabled") for name in os.listdir(folder) if name.endswith(end)]
-                found.update(name.partition("@")[0].casefold() for name in names)
+                for name in sorted(os.listdir(folder)):
+                    if name.endswith(end) and not name.startswith("."):
+                        plain = name.removesuffix(".disabled").partition("@")[0]
+                        found[plain.casefold()] = os.path.join(folder, name)
         return found
+
+    def disabled_folder(self, info: NodeInfo) -> Optional[str]:
+        """Return where a disabled node lies, under its name or its registry id; None when it is not disabled."""
+        away = self.disabled()
+        return away.get(info.name.casefold()) or away.get((info.registry_id or info.name).casefold())
 
     def compare(self) -> EnvironmentComparison:
         """Return how custom_nodes differs from the manifest. Changes nothing."""
-        manifest, folders, away = self.manifest, self.folders(), self.disabled()
+        manifest, folders = self.manifest, self.folders()
         there = {name.casefold() for name in folders}
         tracked = {info.name.casefold(): info for info in manifest.nodes.values()}
         found = {name.casefold() for name in manifest.found_nodes}
         extra = [name for name in folders if name.casefold() not in tracked]
         return EnvironmentComparison(
-            missing_nodes=[info.name for name, info in tracked.items() if name not in there | away],
+            missing_nodes=[
+                info.name for name, info in tracked.items() if name not in there and not self.disabled_folder(info)
+            ],
             extra_nodes=[name for name in extra if name.casefold() not in found],
             found_nodes=[name for name in extra if name.casefold() in found],
             version_mismatches=[wrong for name in tracked if name in there for wrong in self.mismatch(tracked[name])],
@@ -4947,25 +5317,38 @@ class NodeManager:
         if info.source == "git" and not re.fullmatch("[0-9a-f]{40,64}", info.version):
             return []
         actual = source.version_in(self.folder_of(info))
-        differs = actual and actual.removeprefix("v") != info.version.removeprefix("v")
+        differs = actual and version_key(actual) != version_key(info.version)
+        differs = actual != info.version if info.source == "git" else differs
         return [{"name": info.name, "expected": info.version, "actual": actual}] if differs else []
 
     # What changes nodes
 
     def add_node(
-        self, identifier: str, is_development: bool = False, no_test: bool = False, force: bool = False
+        self,
+        identifier: str,
+        is_development: bool = False,
+        no_test: bool = False,
+        force: bool = False,
+        no_deps: bool = False,
+        release: "tuple[str, ...]" = (),
+        skip_bad_lines: bool = False,
     ) -> NodeOperationResult:
         """Add a node and what it needs: a registry id `ID[@VERSION]` or a git address or path `ADDRESS[@REFERENCE]`.
 
         With `is_development` it is a folder, the user's own work: linked, and never deleted. `no_test` does not try the
-        requirements before they are installed; `force` replaces what is there, and moves somebody's work aside. Raises
-        CDNodeConflictError when the node, or a folder of its name, is there already, and CDEnvironmentError when it
-        cannot be found, fetched or installed; then all is as before.
+        requirements before they are installed; `force` replaces what is there, and moves somebody's work aside.
+        `no_deps` leaves out what the node needs, `skip_bad_lines` what of it cannot be installed; packages named in
+        `release` are not held for it. Raises CDNodeConflictError when the node, or a folder of its name, is there
+        already, and CDEnvironmentError when it cannot be found, fetched or installed; then all is as before.
         """
         with self.changing(f"add {identifier}"):
             source = DevelopmentSource(self.custom_nodes) if is_development else pick_source(identifier)
-            key, info = self.tracked_as(source.find(identifier, self.tell), identifier, force)
-            info = self.put(key, info, source, no_test, force)
+            key, info = self.tracked_as(source.find(identifier, self.tell), force)
+            info = info.altered(no_deps=no_deps, released=[*map(package_name, release)])
+            source = (
+                self.source_of(info) if info.source == "git" else source
+            )  # the registry may have named a repository
+            info = self.put(key, info, source, no_test, force, skip_bad_lines)
         return NodeOperationResult(info, True, "Node added - ComfyUI needs to load new node classes")
 
     def remove_node(self, identifier: str) -> NodeRemovalResult:
@@ -4982,6 +5365,7 @@ class NodeManager:
                     action = self.make_room(change, info)
                 change.goal = (None,)
                 change_node(self.paths, key, None, [], self.python)
+            self.without_failing(self.settle_packages, info)
             self.without_failing(remove_file, self.record_path(info))
         return NodeRemovalResult(identifier, info.name, info.source, action)
 
@@ -4998,16 +5382,16 @@ class NodeManager:
         meanwhile. `force` replaces the node's own local changes, which are moved aside. Raises CDNodeConflictError when
         the node has local changes, CDEnvironmentError as add_node does.
         """
-        key, info = self.find_node(identifier)
-        source = self.source_of(info)
-        if not os.path.lexists(self.folder_of(info)) and info.name.casefold() in self.disabled():
+        key, info, asked = self.find_version(identifier)
+        if not os.path.lexists(self.folder_of(info)) and self.disabled_folder(info):
             return left_alone(info, f"{info.name} is disabled, and was left as it is")
-        if source is None:
-            raise CDEnvironmentError(f"nobody recorded where {info.name} comes from", ("repair",), "not-found")
-        newest = source.newest(info, self.tell).altered(name=info.name, registry_id=info.registry_id)
-        if newest.version != info.version:
-            asked = confirmation_strategy
-            if asked is not None and not asked(info.name, str(info.version), str(newest.version)):
+        if info.pin and not asked:
+            return left_alone(info, f"{info.name} stays at {info.pin}; to move it: node update {key}@latest")
+        newest = self.newest(info, asked)
+        source = self.source_of(newest)
+        if newest.version != info.version or newest.pin != info.pin:
+            confirm = confirmation_strategy
+            if confirm is not None and not confirm(info.name, str(info.version), str(newest.version or asked)):
                 return left_alone(info, f"{info.name} was left as it is")
         elif info.source != "development":
             return left_alone(info, f"{info.name} is at its newest version")
@@ -5017,8 +5401,8 @@ class NodeManager:
                 message = f"node '{info.name}' was changed by another command meanwhile"
                 raise CDEnvironmentError(message, ("node", "update", key))
             before = self.manifest.requirements(info)
-            if newest.version != info.version or self.needs_in(self.folder_of(info)) != before:
-                newest = self.put(key, newest, source, no_test, force)
+            if newest != info or self.needs_of(info, self.folder_of(info)) != before:
+                newest = self.put(key, newest, source, no_test, force, bool(info.skipped_lines))
             after = self.manifest.requirements(newest)
         changed = info.version != newest.version or before != after
         return UpdateResult(
@@ -5034,6 +5418,27 @@ class NodeManager:
             restart_reason=f"Node '{info.name}' updated to {newest.version}" if changed else None,
         )
 
+    def find_version(self, identifier: str) -> "tuple[str, NodeInfo, str]":
+        """Return key and node that NODE or NODE@VERSION means, and the version. Raises as find_node does."""
+        base, _, asked = identifier.replace("==", "@", 1).rpartition("@")
+        if not base or self.is_tracked(identifier):
+            return (*self.find_node(identifier), "")
+        return (*self.find_node(base), asked)
+
+    def newest(self, info: NodeInfo, asked: str) -> NodeInfo:
+        """Return a node as it is to become: at the version that was asked for, else at its newest."""
+        source = self.source_of(info)
+        if source is None:
+            raise CDEnvironmentError(f"nobody recorded where {info.name} comes from", ("repair",), "not-found")
+        if not asked:
+            found = source.newest(info, self.tell)
+        elif info.registry_id:
+            found = RegistrySource().find(f"{info.registry_id}@{asked}", self.tell)
+        else:
+            found = source.find(f"{info.repository}" + f"@{asked}" * (asked != "latest"), self.tell)
+        kept = ("name", "registry_id", "released", "skipped_lines", "no_deps")
+        return NodeInfo(**{**vars(found), **{name: getattr(info, name) for name in kept}})
+
     def sync(self, correct_versions: bool = False) -> SyncReport:
         """Install what the manifest has and the disk lacks; nothing is removed.
 
@@ -5046,7 +5451,8 @@ class NodeManager:
             for name in difference.missing_nodes:
                 self.restore(name, report, report.installed)
             for wrong in difference.version_mismatches if correct_versions else []:
-                self.restore(wrong["name"], report, report.corrected)
+                if not self.taken_in(wrong, report):
+                    self.restore(wrong["name"], report, report.corrected)
             if self.install_requirements() and not report.problems:
                 write_atomic(self.paths.stamp, json.dumps({"stamp": self.stamp()}).encode())
         return report
@@ -5065,6 +5471,68 @@ class NodeManager:
         except CDEnvironmentError as error:
             report.problems.append(f"{name}: {error.message}")
 
+    def taken_in(self, wrong: dict[str, str], report: SyncReport) -> bool:
+        """Write down the version of a node that somebody else, such as ComfyUI-Manager, has changed in its place.
+
+        False when it is as we last saw it: then the manifest has changed, and the node is to follow.
+        """
+        key, info = self.find_node(wrong["name"])
+        if self.recorded(info).get("version") != info.version:
+            return False
+        place = self.folder_of(info)
+        is_newer = {"download_url": None} if info.source == "registry" else {}
+        info = info.altered(version=wrong["actual"], pin=info.pin and wrong["actual"], **is_newer)
+        change_node(self.paths, key, info, self.needs_of(info, place), self.python)
+        self.without_failing(self.record, info, place, None)
+        report.corrected.append(f"{info.name}: {wrong['actual']}, as it is there now")
+        return True
+
+    def switch_node(self, identifier: str, is_on: bool) -> str:
+        """Disable a node or enable it again, on disk as ComfyUI-Manager does it; tells what became of it."""
+        with self.changing(f"{'enable' if is_on else 'disable'} {identifier}"):
+            _, info = self.find_node(identifier)
+            place, away = self.folder_of(info), self.disabled_folder(info)
+            if os.path.lexists(place) == is_on:
+                return f"{info.name} is {'enabled' if is_on else 'disabled'} already"
+            if is_on and away is None:
+                raise CDEnvironmentError(f"{info.name} is not there", ("repair",), "not-found")
+            shelf = os.path.join(self.custom_nodes, ".disabled")
+            number = "nightly" if info.source == "git" else str(info.version).replace(".", "_")
+            name = f"{info.registry_id.lower()}@{number}" if info.registry_id else os.path.basename(place)
+            make_folder(shelf)
+            move(away or "", place) if is_on else move(place, os.path.join(shelf, name))
+            return f"{info.name} is {'enabled' if is_on else 'disabled'}"
+
+    def packs_of(self, workflow: str) -> "tuple[list[str], list[str]]":
+        """Return what is to be added for a workflow file to run, as add_node takes it, and classes nobody knows."""
+        import glob
+
+        packs: dict[str, str] = {}
+        unknown: list[str] = []
+        places = [os.path.join(glob.escape(self.comfyui), *part) for part in (["nodes.py"], ["comfy_*", "*.py"])]
+        core = "".join(read_any_text(path) for place in places for path in glob.glob(place))
+        for kind, properties in workflow_nodes(workflow_data(workflow)):
+            pack, repository = str(properties.get("cnr_id") or "").lower(), str(properties.get("aux_id") or "")
+            version = str(properties.get("ver") or "")
+            if pack == "comfy-core" or not (pack or repository) and re.search(rf"""["']{re.escape(kind)}["']""", core):
+                continue
+            if not pack and re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+                pack = f"https://github.com/{repository}"
+            pack = pack or RegistrySource().pack_of(kind) or ""
+            if pack:
+                pattern = COMMIT if "://" in pack else r"\d+(\.\d+)+\S*"
+                packs.setdefault(pack, f"@{version}" if re.fullmatch(pattern, version) else "")
+            elif kind not in unknown:
+                unknown.append(kind)
+        return [pack + version for pack, version in packs.items() if not self.is_tracked(pack)], unknown
+
+    def is_tracked(self, identifier: str) -> bool:
+        """Tell whether the manifest has a node."""
+        try:
+            return bool(self.find_node(identifier))
+        except CDEnvironmentError:
+            return False
+
     def track(self, name: str) -> NodeInfo:
         """Write a folder that is in custom_nodes into the manifest as what it looks like; nothing else changes.
 
@@ -5079,21 +5547,29 @@ class NodeManager:
             if key in self.list_nodes():
                 hint = ("node", "remove", key)
                 raise CDNodeConflictError(f"the manifest has another {key}", hint, "conflict")
-            change_node(self.paths, key, info, self.needs_in(folder), self.python)
+            change_node(self.paths, key, info, self.needs_of(info, folder), self.python)
+            self.without_failing(self.record, info, folder, None)
         return info
 
     def recognised(self, folder: str, name: str) -> NodeInfo:
         """Return what kind of node a folder holds."""
         check_node_name(name)
-        remote = remote_of(folder)
-        if remote:
+        remote, url = remote_of(folder)
+        if url:
             version, branch = GitSource().version_in(folder), current_branch(folder)
-            usual = git_answer(["symbolic-ref", "--quiet", "--short", "refs/remotes/origin/HEAD"], folder)
-            branch = None if usual == f"origin/{branch}" else branch
-            return NodeInfo(name, repository=remote, version=version, source="git", branch=branch)
-        identity = project_table(folder, self.python).get("name")
-        if os.path.isfile(os.path.join(folder, TRACKING)) and isinstance(identity, str):
-            return NodeInfo(name, identity, version=RegistrySource().version_in(folder), source="registry")
+            usual = git_answer(["symbolic-ref", "--quiet", "--short", f"refs/remotes/{remote}/HEAD"], folder)
+            branch = None if usual == f"{remote}/{branch}" else branch
+            mark = os.path.join(folder, ".git", CNR_ID)
+            identity = read_any_text(mark).strip() if os.path.isfile(mark) else ""
+            known = identity if re.fullmatch(r"[\w.-]{1,100}", identity) else None
+            return NodeInfo(name, known, url, version, source="git", branch=branch)
+        project = project_table(folder, self.python).get("name")
+        if os.path.isfile(os.path.join(folder, TRACKING)):
+            plain, _, version = name.partition("@")  # NAME@1_0_5, as ComfyUI-Manager once named them
+            version = RegistrySource().version_in(folder) or version.replace("_", ".")
+            identity = project if isinstance(project, str) else plain if "@" in name else ""
+            if identity and version:
+                return NodeInfo(name, identity.lower(), version=version, source="registry")
         return NodeInfo(name, version="dev", source="development")
 
     # The steps of a change
@@ -5104,7 +5580,10 @@ class NodeManager:
         with locked(self.paths.content_lock, 30.0, purpose):
             self.known = None
             self.take_back_interrupted()
+            if self.manifest.tool != "comfydock":
+                self.tell(f"the manifest is one of {self.manifest.tool}: its tables are used as ours are")
             yield
+            self.without_failing(GitManager(self.paths.cec).record, redact(purpose))
 
     def interrupted(self) -> list[str]:
         """Return the names of nodes that a killed command left in the staging folder, their places being empty."""
@@ -5122,8 +5601,11 @@ class NodeManager:
         if record:
             node = self.list_nodes().get(str(record.get("key")))
             if self.python and (node is None or vars(node) != record.get("node")):
-                with self.scratch() as scratch:
-                    Packages(self.python, scratch, record.get("before")).put_back(self.tell)
+                packages = Packages(self.python, [])
+                there = packages.before
+                files = {name: there[name].files if name in there else set() for name in record["before"]}
+                packages.before = {name: Package(one[0], one[1], one[2], files[name]) for name, one in record["before"].items()}
+                packages.put_back(self.tell)
             remove_file(self.paths.packages)
         staged = os.path.join(self.custom_nodes, STAGING)
         for name in os.listdir(staged) if os.path.isdir(staged) and not is_link(staged) else []:
@@ -5169,7 +5651,7 @@ class NodeManager:
         except (CDEnvironmentError, OSError) as error:
             self.tell(f"warning: {error}")
 
-    def tracked_as(self, info: NodeInfo, identifier: str, force: bool) -> tuple[str, NodeInfo]:
+    def tracked_as(self, info: NodeInfo, force: bool) -> tuple[str, NodeInfo]:
         """Return the key for a node that is to be added, and its NodeInfo in the folder of the one that it replaces.
 
         Raises CDNodeConflictError when what is there already is not to be replaced.
@@ -5178,7 +5660,7 @@ class NodeManager:
             same_name = (info.registry_id or info.name).casefold() in (key.casefold(), old.name.casefold())
             if not same_name and not same_repository(info.repository, old.repository):
                 continue
-            version_asked = info.source == old.source and "@" in identifier and info.version != old.version
+            version_asked = info.source == old.source and info.pin and info.version != old.version
             if not force and not version_asked and os.path.isdir(self.folder_of(old)):
                 hint = ("node", "update" if info.source == old.source else "remove", key)
                 message = f"node '{key}' is already here ({old.source} {old.version})"
@@ -5186,7 +5668,9 @@ class NodeManager:
             return key, info if info.source == "development" else info.altered(name=old.name)
         return info.registry_id or info.name, info
 
-    def put(self, key: str, info: NodeInfo, source: Any, no_test: bool = False, force: bool = False) -> NodeInfo:
+    def put(
+        self, key: str, info: NodeInfo, source: Any, no_test: bool = False, force: bool = False, skip_bad: bool = False
+    ) -> NodeInfo:
         """Fetch a node, install what it needs, put it in its place, and record it: all or nothing."""
         old = self.list_nodes().get(key)
         with self.change(key, info) as change:
@@ -5198,9 +5682,8 @@ class NodeManager:
                 info = source.fetch(info, change.new, self.tell)
                 if former:
                     self.carry_over(change, old, force)
-            needs = self.needs_in(fetched)
+            info, packages = self.install_needs(change, key, info, fetched, no_test, skip_bad)
             change.goal = (info,) if info != old else None
-            packages = self.install_needs(change, key, info, fetched, no_test)
             place = change.former if fetched == change.former else change.place
             if fetched != place:
                 if os.path.lexists(change.former):
@@ -5209,9 +5692,10 @@ class NodeManager:
             if packages and os.path.isfile(os.path.join(place, "install.py")):
                 self.tell(f"running install.py of {info.name}")
                 packages.run_install_script(place, self.comfyui, self.tell)
+            needs = self.needs_of(info, place)
             if info != old or needs != self.manifest.requirements(info):
                 change_node(self.paths, key, info, needs, self.python)
-        self.without_failing(self.record, info, place, source)
+        self.without_failing(self.record, info, place, packages)
         return info
 
     def changes_in(self, change: NodeChange, key: str, force: bool) -> Optional[list[str]]:
@@ -5260,40 +5744,122 @@ class NodeManager:
         return "disabled"
 
     def install_needs(
-        self, change: NodeChange, key: str, info: NodeInfo, folder: str, no_test: bool
-    ) -> Optional[Packages]:
-        """Install what a fetched node needs; None when it needs nothing, or there is no Python to install it for."""
-        lines = node_requirements(folder, self.python).strip()
-        if not lines and not os.path.isfile(os.path.join(folder, "install.py")):
-            return None
-        if not self.python:
-            self.tell("warning: this environment has no Python yet, so what the node needs is not installed")
-            return None
-        packages = Packages(self.python, change.folder)
-        if not no_test:
-            self.tell(f"trying the requirements of {info.name}")
-            packages.try_install(folder)
-        if info != self.list_nodes().get(key):
-            record = {"key": key, "node": vars(info), "before": packages.before}
-            write_atomic(self.paths.packages, json.dumps(record).encode())
-        change.undo.callback(packages.put_back, self.tell)
-        self.tell(f"installing the requirements of {info.name}")
-        packages.install([folder], self.tell)
-        return packages
+        self, change: NodeChange, key: str, info: NodeInfo, folder: str, no_test: bool, skip_bad: bool
+    ) -> "tuple[NodeInfo, Optional[Packages]]":
+        """Install what a fetched node needs; no Packages when it needs nothing, or there is no Python to install for.
 
-    def needs_in(self, folder: str) -> list[str]:
+        The node comes back with what could not be installed, and with the versions of what is not held for it.
+        """
+        need = self.need_of(info, folder)
+        if not need.entries and not os.path.isfile(os.path.join(folder, "install.py")):
+            return info, None
+        if not self.python or info.no_deps:
+            why = "as asked" if self.python else "for this environment has no Python yet"
+            self.tell(f"warning: what {info.name} needs is not installed, {why}")
+            return info, None
+        if folder == change.new:  # a package that stays tied to this folder would lose it
+            need.entries = [re.sub(r"^(-e|--editable)\b[ =]?\s*", "", entry) for entry in need.entries]
+        released = {package_name(line): line for one in self.list_nodes().values() for line in one.released}
+        packages = Packages(self.python, self.world(key), {*released, *map(package_name, info.released)})
+        there = {name: f"{one.name}=={one.version}" for name, one in packages.before.items()}
+        info = info.altered(
+            released=[released.get(name) or there.get(name, name) for name in map(package_name, info.released)]
+        )
+        try:
+            if not no_test or skip_bad:
+                self.tell(f"trying the requirements of {info.name}")
+                left_out = packages.try_install(need, skip_bad, self.tell)
+                info = info.altered(skipped_lines=[*info.skipped_lines, *map(redact, left_out)])
+            if info != self.list_nodes().get(key):
+                before = {name: (one.name, one.version, one.line) for name, one in packages.before.items()}
+                record = {"key": key, "node": vars(info), "before": before}
+                write_atomic(self.paths.packages, json.dumps(record).encode())
+            change.undo.callback(packages.put_back, self.tell)
+            self.tell(f"installing the requirements of {info.name}")
+            packages.install(need, self.tell)
+        except CDEnvironmentError as error:
+            if error.code == "packages":
+                error.hint = self.ways_on(info, packages, error.message)
+            raise
+        return info, packages
+
+    def ways_on(self, info: NodeInfo, packages: Packages, why: str) -> Any:
+        """Return the hint for a node whose packages cannot be installed."""
+        add = ("node", "add", info.registry_id or info.repository or info.name)
+        held = [line.split("==")[0] for line in packages.held if f"{line.split('==')[0]} is held" in why]
+        ways: list[Any] = []
+        for name in [name for name in held if package_name(name) not in TORCH_PACKAGES]:
+            ways += [f"To let {name} move: ", (*add, "--release", name), ". "]
+        if not packages.conflict:
+            ways += ["Without the lines that cannot be met: ", (*add, "--skip-bad-lines"), ". "]
+        return [*ways, "Without all that it needs: ", (*add, "--no-deps")]
+
+    def settle_packages(self, info: NodeInfo) -> None:
+        """Tell which packages a removed node leaves behind, and give back what was not held for it alone."""
+        brought, nodes = read_json(self.record_path(info)).get("packages"), self.list_nodes().values()
+        others = {package_name(line) for one in nodes for line in one.released}
+        back = [line for line in info.released if package_name(line) not in others]
+        if not self.python or not (brought or back):
+            return
+        packages = Packages(self.python, self.world(), others | {*map(package_name, back)})
+        if back and (why := packages.ask([*packages.world, Need("what was before", back)], self.tell, is_trial=False)):
+            self.tell(f"warning: {', '.join(back)} cannot be given back: {why}")
+        elif back:
+            self.tell(f"given back: {', '.join(back)}")
+        wanted = {package_name(entry) for need in packages.world for entry in need.entries}
+        left = [
+            name for name in brought or [] if package_name(name) in packages.before and package_name(name) not in wanted
+        ]
+        if left:
+            self.tell(f"packages that {info.name} brought stay installed: {', '.join(left)}")
+
+    def need_of(self, info: NodeInfo, folder: str) -> Need:
+        """Return what the node in a folder needs, as pip is to be told it."""
+        lines = [] if info.no_deps else requirement_entries(node_requirements(folder, self.python))
+        entries = [pip_entry(line, folder) for line in lines if redact(line) not in info.skipped_lines]
+        return Need(info.name, [entry for entry in entries if entry])
+
+    def needs_of(self, info: NodeInfo, folder: str) -> list[str]:
         """Return the requirements of the node in a folder that the manifest records."""
-        return requirement_lines(node_requirements(folder, self.python))
+        lines = [] if info.no_deps else requirement_lines(node_requirements(folder, self.python))
+        return [line for line in lines if line not in info.skipped_lines]
+
+    def world(self, but: str = "", comfyui: Optional[str] = None) -> list[Need]:
+        """Return who needs what here: ComfyUI, the manifest, and every node but one that is about to change.
+
+        `comfyui` is a folder with other files of requirements than the checkout's. In an adopted environment, whose
+        packages are the user's, ComfyUI's are only not to be broken.
+        """
+        manifest, folder = self.manifest, comfyui or self.comfyui
+        entries = [pip_entry(line, folder) for line in requirement_entries(node_requirements(folder, self.python))]
+        own = Need("ComfyUI", [entry for entry in entries if entry], bool(manifest.comfyui_path))
+        manager = os.path.join(folder, "manager_requirements.txt")
+        limits = requirement_entries(read_any_text(manager)) if os.path.isfile(manager) else []
+        named = {package_name(entry) for entry in entries}  # the checkout's own file knows better than a copy of it
+        rest = [line for line in manifest.dependencies if package_name(line) not in named]
+        nodes = [
+            self.need_of(info, self.folder_of(info))
+            for key, info in manifest.nodes.items()
+            if key != but and self.source_of(info) and os.path.isdir(self.folder_of(info))
+        ]
+        bounds = [Need("ComfyUI's manager", limits, True), Need("the manifest", manifest.constraints, True)]
+        return [own, Need("the manifest", rest), *bounds, *nodes]
 
     def record_path(self, info: NodeInfo) -> str:
         """Return where it is written down what a node's files were when they were put there."""
         return os.path.join(self.paths.nodes, f"{info.name}.json")
 
-    def record(self, info: NodeInfo, place: str, source: Any) -> None:
-        """Write down what was put in a place: the version, and of an archive's files the digests."""
+    def record(self, info: NodeInfo, place: str, packages: Optional[Packages]) -> None:
+        """Write down what is in a place now: the version, the packages it brought, and what was put there by us.
+
+        Without `packages` given nothing is said of its files: somebody else put them there.
+        """
         make_folder(self.paths.nodes)
-        files = source.digests(place) if info.source == "registry" else None
-        write_atomic(self.record_path(info), json.dumps({"version": info.version, "files": files}).encode())
+        old = read_json(self.record_path(info)).get("packages") or []
+        brought = packages.tell_changes(self.tell) if packages else []
+        files = RegistrySource().digests(place) if info.source == "registry" else None
+        record = {"version": info.version, "files": files, "packages": [*dict.fromkeys([*old, *brought])]}
+        write_atomic(self.record_path(info), json.dumps(record).encode())
 
     def recorded(self, info: Optional[NodeInfo]) -> dict[str, Any]:
         """Return what was last put in a node's place, as far as that is what the manifest has."""
@@ -5305,35 +5871,29 @@ class NodeManager:
 
     # Sync
 
-    def requirement_folders(self) -> list[str]:
-        """Return folders whose requirements are the environment's to install: of an adopted one, nodes added by us."""
-        own = [] if self.manifest.comfyui_path else [self.comfyui]
-        nodes = [self.folder_of(info) for info in self.list_nodes().values() if self.source_of(info)]
-        return [folder for folder in own + nodes if os.path.isdir(folder)]
-
     def install_requirements(self) -> bool:
         """Install what ComfyUI and the nodes need and is not there; False where neither pip nor uv is there to do it.
 
-        1.0.x made venvs by uv, without pip. Such an environment is taken as it is: it ran before.
+        1.0.x made venvs by uv, without pip. Such an environment is taken as it is: it ran before. What cannot be
+        installed together is told, and left as it is.
         """
-        folders = [folder for folder in self.requirement_folders() if node_requirements(folder, self.python).strip()]
-        if not self.python or not folders:
+        world = self.world()
+        if not self.python or not any(need.entries for need in world if not need.is_limit):
             return True
         try:
-            with self.scratch() as scratch:
-                Packages(self.python, scratch).install(folders, self.tell)
+            released = {package_name(line) for info in self.list_nodes().values() for line in info.released}
+            packages = Packages(self.python, world, released)
+            why = packages.ask(world, self.tell, is_trial=False)
         except CDEnvironmentError as error:
             if error.code != "no-pip":
                 raise
             self.tell(f"warning: {error.message}, so its packages were not looked at: {error.hint}")
             return False
+        if why and not packages.conflict:
+            raise CDEnvironmentError(f"packages cannot be installed: {why}", code="packages")
+        if why:
+            self.tell(f"warning: not all that is needed fits together: {why}")
         return True
-
-    def scratch(self) -> Any:
-        """Return a context with an empty folder for the files that pip is given."""
-        from tempfile import TemporaryDirectory
-
-        return TemporaryDirectory(prefix="comfydock-")
 
     def is_synced(self) -> bool:
         """Tell whether nothing changed since the last sync that found no problem."""
@@ -5342,12 +5902,13 @@ class NodeManager:
     def stamp(self) -> str:
         """Return all that sync depends on, as one text: a few dozen stat calls, no program is run."""
         names = ("requirements.txt", "pyproject.toml")
-        watched = [os.path.join(folder, name) for folder in self.requirement_folders() for name in names]
+        folders = [self.comfyui, *(self.folder_of(info) for info in self.list_nodes().values() if self.source_of(info))]
+        watched = [os.path.join(folder, name) for folder in folders for name in names]
         if self.python:
             venv = os.path.dirname(os.path.dirname(self.python))
             watched += [self.python, os.path.join(venv, "pyvenv.cfg")]  # the latter changes with a new venv
         marks = [f"{path} {file_mark(path)}" for path in watched]
-        facts = [manifest_text(self.paths), *marks, *self.folders(), *sorted(self.disabled()), *self.interrupted()]
+        facts = [self.manifest.toml, *marks, *self.folders(), *sorted(self.disabled()), *self.interrupted()]
         return "\n".join(facts)
 
 
@@ -5516,9 +6077,11 @@ def install_packages(paths: EnvironmentPaths, backend: str, tell: Progress) -> l
             installer.install_torch(backend, tell)
     if node_requirements(paths.comfyui).strip():
         with stage("requirements", tell, os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple/"):
-            packages = Packages(python, paths.cec)
-            packages.install([paths.comfyui], tell)
-            remove_file(packages.constraints)
+            lines = requirement_entries(node_requirements(paths.comfyui))
+            world = [Need("ComfyUI", [pip_entry(line, paths.comfyui) for line in lines])]
+            why = Packages(python, world).ask(world, tell, is_trial=False)
+            if why:
+                raise CDEnvironmentError(f"packages cannot be installed: {why}", code="packages")
     return installer.freeze()
 
 
@@ -5582,7 +6145,7 @@ def code_facts(folder: str, source: Optional[str] = None, reference: Optional[st
     found = re.search(r"""__version__\s*=\s*["']([^"']+)""", read_any_text(path)) if os.path.isfile(path) else None
     tag = git_answer(["describe", "--tags", "--exact-match", "--match=v[0-9]*"], folder)
     version = tag or (f"v{found.group(1)}" if found else None)
-    commit, remote = git_answer(["rev-parse", "HEAD"], folder), remote_of(folder)
+    commit, remote = git_answer(["rev-parse", "HEAD"], folder), remote_of(folder)[1]
     is_other = (
         commit and reference and git_answer(["rev-parse", "--verify", f"{reference}^{{commit}}"], folder) != commit
     )
@@ -7976,6 +8539,7 @@ class Console:
         """Write `text` as a stream can show it, in place of what `progress` has drawn."""
         if stream is None:  # closed by whoever started us
             return
+        text = redact(text)
         line = text.strip("\n")  # our own line feeds stand around it; names of strangers may be in it
         text = text.replace(line, line.translate(CONTROLS), 1)
         if wants_colour(stream, self.colour) and not (self.json_mode and stream is self.out):
