@@ -5604,7 +5604,9 @@ class NodeManager:
                 packages = Packages(self.python, [])
                 there = packages.before
                 files = {name: there[name].files if name in there else set() for name in record["before"]}
-                packages.before = {name: Package(one[0], one[1], one[2], files[name]) for name, one in record["before"].items()}
+                packages.before = {
+                    name: Package(one[0], one[1], one[2], files[name]) for name, one in record["before"].items()
+                }
                 packages.put_back(self.tell)
             remove_file(self.paths.packages)
         staged = os.path.join(self.custom_nodes, STAGING)
@@ -7244,10 +7246,10 @@ class Environment:
     # Nodes ---------------------------------------------------------------------------
 
     def add_node(
-        self, identifier: str, is_development: bool = False, no_test: bool = False, force: bool = False
+        self, identifier: str, is_development: bool = False, no_test: bool = False, force: bool = False, **more: Any
     ) -> NodeOperationResult:
-        """Add a custom node: a registry id, a git address or a folder. See `NodeManager.add_node`."""
-        return self.nodes.add_node(identifier, is_development, no_test, force)
+        """Add a custom node: a registry id, a git address or a folder. See `NodeManager.add_node`, also for `more`."""
+        return self.nodes.add_node(identifier, is_development, no_test, force, **more)
 
     def remove_node(self, identifier: str) -> NodeRemovalResult:
         """Remove a custom node. See `NodeManager.remove_node`."""
@@ -9713,24 +9715,90 @@ def format_node(data: dict[str, Any], typed: Typed) -> Iterator[str]:
 
 
 @command(
-    "node add ID...",
+    "node add [ID...]",
     "add custom nodes: registry ids, git addresses (id@version, address@ref), or folders with --dev",
     """
+    --workflow FILE       what this workflow needs: a .json file, or an image that ComfyUI saved
     --dev                 the ID is a folder with your own work
     --force               replace what is in the way; your own changes are moved aside
     --no-test             do not try the requirements first
+    --release PACKAGE     let a package move that is held, such as numpy, as long as the node is here
+    --skip-bad-lines      leave out the requirements that cannot be installed
+    --no-deps             without the packages that the node needs
     """
     + RESTART_OPTIONS,
-    ("node add comfyui-kjnodes", "node add https://github.com/owner/pack@v1.2 --restart"),
+    (
+        "node add comfyui-kjnodes",
+        "node add https://github.com/owner/pack@v1.2 --restart",
+        "node add --workflow art.png",
+    ),
     format_node,
 )
 def node_add(console: Console, args: Arguments) -> Report:
+    environment = selected(console, args)
+    environment.require_comfyui()
+    unknown: list[str] = []
+    if args.workflow:
+        packs, unknown = environment.nodes.packs_of(args.workflow)
+        vars(args)["ids"] = [*args.ids, *packs]
+    elif not args.ids:
+        raise CDEnvironmentError("'node add' needs an ID, or --workflow FILE.", ("help", "node", "add"), "usage")
+    if not args.ids:
+        console.result("✓ All that this workflow needs is here" + ", as far as anybody knows" * bool(unknown))
 
     def add(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
-        result = environment.add_node(identifier, args.dev, args.no_test, args.force)
+        more = {"no_deps": args.no_deps, "skip_bad_lines": args.skip_bad_lines}
+        release = tuple((args.release or "").replace(",", " ").split())
+        result = environment.add_node(identifier, args.dev, args.no_test, args.force, release=release, **more)
         return f"Added node: {result.node_info.name}", result.restart_reason
 
-    return change_nodes_one_by_one(console, args, add)
+    nothing = {"name": environment.name, "nodes": [], "restarted": False, "pid": None}
+    report = change_nodes_one_by_one(console, args, add) if args.ids else Report(nothing, environment.name)
+    if unknown:
+        console.warn(f"nobody knows where these are from: {', '.join(unknown)}")
+    report.data["unknown"] = unknown
+    return report
+
+
+@command(
+    "node disable NODE...",
+    "keep custom nodes from being loaded",
+    RESTART_OPTIONS,
+    ("node disable kjnodes",),
+    format_node,
+)
+def node_disable(console: Console, args: Arguments) -> Report:
+    return change_nodes_one_by_one(
+        console, args, lambda one, name: (one.nodes.switch_node(name, False), "Node disabled")
+    )
+
+
+@command(
+    "node enable NODE...", "have disabled nodes loaded again", RESTART_OPTIONS, ("node enable kjnodes",), format_node
+)
+def node_enable(console: Console, args: Arguments) -> Report:
+    return change_nodes_one_by_one(console, args, lambda one, name: (one.nodes.switch_node(name, True), "Node enabled"))
+
+
+def format_search(data: dict[str, Any], typed: Typed) -> Iterator[str]:
+    for item in data["nodes"]:
+        yield printable(f"  {item['id']} {item['version'] or ''}: {item['description']}")[:120]
+    yield f"Add one with: {typed('node', 'add', 'ID')}" if data["nodes"] else "Nothing was found in the registry"
+
+
+@command("node search ID...", "search the registry for custom nodes", "", ("node search upscale",), format_search)
+def node_search(console: Console, args: Arguments) -> Report:
+    found = RegistrySource().search(" ".join(args.ids))
+    items = [
+        {
+            "id": str(one["id"]),
+            "version": (one.get("latest_version") or {}).get("version"),
+            "description": " ".join(str(one.get("description") or one.get("name") or "").split()),
+            "repository": one.get("repository"),
+        }
+        for one in found
+    ]
+    return Report({"nodes": items})
 
 
 @command(
@@ -9857,8 +9925,11 @@ def format_node_list(data: dict[str, Any], typed: Typed) -> Iterator[str]:
         shown = {"git": f"@ {version[:8]}", "development": "(dev)"}.get(
             item["source"], f"v{version}" if version else ""
         )
-        missing = "" if item["installed"] else f"  ⚠ not installed: {typed('repair')}"
-        yield printable(f"  • {item['name']} ({item['source']}) {shown}") + missing
+        missing = "" if item["installed"] or item["disabled"] else f"  ⚠ not installed: {typed('repair')}"
+        notes = [f"stays at {item['pin']}" if item["pin"] else "", "disabled" if item["disabled"] else ""]
+        notes += ["without its packages" if item["no_deps"] else "", *(f"without {one}" for one in item["skipped"])]
+        noted = "".join(f", {note}" for note in notes if note)
+        yield printable(f"  • {item['name']} ({item['source']}) {shown}{noted}") + missing
 
 
 @command("node list", "the custom nodes of an environment", "", ("node list",), format_node_list)
@@ -9874,6 +9945,10 @@ def node_list(console: Console, args: Arguments) -> Report:
             "version": info.version,
             "repository": info.repository,
             "installed": info.name.casefold() in present,
+            "disabled": info.name.casefold() not in present and nodes.disabled_folder(info) is not None,
+            "pin": info.pin,
+            "no_deps": info.no_deps,
+            "skipped": info.skipped_lines,
         }
         for info in nodes.list_nodes().values()
     ]
