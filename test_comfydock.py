@@ -3707,7 +3707,7 @@ class GitTest(InWorkshop):
         self.assertIn("broken .gitconfig", said[0])
         self.assertFalse(os.path.exists(os.path.join(self.cec, ".git")))
         dock.start_history(dock.EnvironmentPaths(os.path.dirname(self.cec)), said.append)
-        self.assertEqual((len(said), git(self.cec, "log", "--format=%s")), (1, dock.CREATE_MESSAGE))
+        self.assertEqual((len(said), git(self.cec, "log", "--format=%s")), (1, "Initial environment setup"))
 
     def test_a_branch_may_look_like_a_commit(self):
         repository = make_repository("dated", {"a": "1"})
@@ -4872,9 +4872,9 @@ class OddMachines(unittest.TestCase):
         for place, code in zip(places, (1, 0)):
             write(place, f"#!/bin/sh\nexit {code}\n")
             os.chmod(place, 0o755)
-        self.assertEqual(dock.find_checkout_python(checkout), places[1])
+        self.assertEqual(dock.find_checkout_python(checkout, "x"), places[1])
         write(places[1], "#!/bin/sh\nexit 1\n")
-        self.assertEqual(dock.find_checkout_python(checkout), places[0])
+        self.assertEqual(dock.find_checkout_python(checkout, "x"), places[0])
 
     @unittest.skipIf(WINDOWS, "names are no bytes there")
     def test_a_folder_whose_name_is_no_text_is_no_node_and_a_checkout_of_such_a_name_is_refused(self):
