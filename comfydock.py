@@ -612,11 +612,14 @@ class WorkspacePaths:
         return os.path.join(self._logs, name, "comfyui.log")
 
 
+ALIVE_NAME = ".comfyui.alive"  # the lock file that ComfyUI has open as long as it lives
+
+
 class EnvironmentPaths:
     """Where an environment keeps its things, all as absolute str. IGNORED is what is no part of its history in git."""
 
     IGNORED = (
-        ".comfyui.state .comfyui.state.damaged .comfyui.last .comfyui.lock .content.lock .complete "
+        ".comfyui.state .comfyui.state.damaged .comfyui.last .comfyui.alive .comfyui.lock .content.lock .complete "
         ".manifest.json .sync.json .packages.json .nodes/ removed/ *.tmp"
     ).split()
 
@@ -631,6 +634,7 @@ class EnvironmentPaths:
         self.state = inside + ".comfyui.state"
         self.last_run = inside + ".comfyui.last"
         self.lock = inside + ".comfyui.lock"
+        self.alive = inside + ALIVE_NAME
         self.content_lock = inside + ".content.lock"
         self.gitignore = inside + ".gitignore"
         self.removed = inside + "removed"
@@ -983,7 +987,7 @@ if sys.platform == "win32":
             raise ctypes.WinError(ctypes.get_last_error())
         return os.fdopen(msvcrt.open_osfhandle(handle, os.O_APPEND), "ab", buffering=0)
 
-    def lock_handle(fd: int) -> bool:
+    def lock_handle(fd: int, shared: bool = False) -> bool:
         """Take the exclusive lock of an open file without waiting; it falls with the descriptor or the process.
 
         Windows locks bytes and refuses reading them, so the byte lies far past the end.
@@ -1287,15 +1291,17 @@ else:
         """
         return open_regular(path, "ab", buffering=0)
 
-    def lock_handle(fd: int) -> bool:
-        """Take the exclusive lock of an open file without waiting; it falls with the descriptor or the process.
+    def lock_handle(fd: int, shared: bool = False) -> bool:
+        """Take the lock of an open file without waiting; it falls with the last copy of the descriptor.
 
-        flock, not lockf: lockf's lock falls as soon as any descriptor of that file is closed in this process.
+        flock, not lockf: lockf's lock falls as soon as any descriptor of that file is closed in this process. Who only
+        wants to know takes a `shared` one, for two who ask must not meet each other. Raises OSError where the file
+        system has no locks.
         """
         import fcntl
 
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             return False
@@ -1499,13 +1505,17 @@ def trace_command(cmd: list[str], cwd: "Optional[Union[str, Path]]") -> None:
 
 
 def create_background_process(
-    cmd: list[str], cwd: "Union[str, Path]", log_file: "IO[Any]", env: Optional[dict[str, str]] = None
+    cmd: list[str],
+    cwd: "Union[str, Path]",
+    log_file: "IO[Any]",
+    env: Optional[dict[str, str]] = None,
+    pass_fds: tuple[int, ...] = (),
 ) -> "subprocess.Popen[bytes]":
     """Start a process that outlives us: detached from terminal and console, all output into `log_file`, stdin empty.
 
-    `env` is the whole environment (ours if None). No other descriptor is inherited; SIGINT, SIGTERM and the signal mask
-    are at their defaults when called in the main thread. The caller closes its `log_file`, and hands the process to
-    `release` when it no longer watches it. Raises CDEnvironmentError where the program cannot be started.
+    `env` is the whole environment (ours if None). No descriptor but `pass_fds` is inherited; SIGINT, SIGTERM and the
+    signal mask are at their defaults when called in the main thread. The caller closes its `log_file`, and hands the
+    process to `release` when it no longer watches it. Raises CDEnvironmentError where the program cannot be started.
     """
     import subprocess
 
@@ -1513,15 +1523,8 @@ def create_background_process(
     for options in BACKGROUND:
         try:
             with default_signals():
-                return subprocess.Popen(
-                    cmd,
-                    cwd=cwd,
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log_file,
-                    stderr=subprocess.STDOUT,
-                    **options,
-                )
+                files: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": subprocess.STDOUT}
+                return subprocess.Popen(cmd, cwd=cwd, env=env, pass_fds=pass_fds, **files, **options)
         except OSError as error:
             if options is BACKGROUND[-1] or not isinstance(error, PermissionError):
                 raise cannot_start(cmd, cwd, error) from error
@@ -2293,7 +2296,7 @@ def is_identity_of(process: Process, recorded: object) -> bool:
 
 
 def locate(identity: object) -> str:
-    """Return where a recorded process lives: "here", "foreign" (another machine or namespace) or "rebooted".
+    """Return where a recorded process lives: "here", "beside" us in another PID namespace, "foreign" or "rebooted".
 
     "rebooted" is this machine before its last start: the process is surely dead. The same boot is the same kernel; else
     both names of the machine must match, for clones have one id, and an empty id is nobody's. Other fields that a
@@ -2306,7 +2309,7 @@ def locate(identity: object) -> str:
             return "foreign"
         if theirs["boot_id"] and ours["boot_id"]:
             return "rebooted"
-    return "here" if theirs["pid_ns"] == ours["pid_ns"] else "foreign"
+    return "here" if theirs["pid_ns"] == ours["pid_ns"] else "beside"
 
 
 def recorded_process(
@@ -2442,10 +2445,22 @@ def ancestors_of(pid: int, processes: dict[int, Process]) -> set[int]:
     return found
 
 
-def process_tree(process: Process, run_id: Optional[str]) -> list[Process]:
+def opened_inodes(pid: int, name: str) -> set[str]:
+    """Return the inodes of the files called `name`, deleted or not, that a process has open, as far as we may look."""
+    folder, found = f"/proc/{pid}/fd", set()
+    with suppress(OSError):
+        for fd in os.listdir(folder):
+            with suppress(FileNotFoundError):  # closed meanwhile
+                if os.path.basename(os.readlink(f"{folder}/{fd}")).split(" ")[0] == name:
+                    found.add(str(os.stat(f"{folder}/{fd}").st_ino))
+    return found
+
+
+def process_tree(process: Process, run_id: Optional[str], alive: Optional[dict[str, Any]] = None) -> list[Process]:
     """Return the process itself and all that belongs to it, alive: what one stop must end.
 
-    That is its session (where it leads one), its descendants, and every process that bears the marker `run_id`. Neither
+    That is its session (where it leads one), its descendants, and every process that bears the marker `run_id` or has
+    the same lock file open, as forks do: its own, or the recorded one of a process that has ended (`alive`). Neither
     ourselves nor our ancestors, which may bear the marker too; nor what is another user's. Parents stand before their
     children.
     """
@@ -2460,6 +2475,8 @@ def process_tree(process: Process, run_id: Optional[str]) -> list[Process]:
     if process.session == process.pid and (same or now is None):
         family |= {pid for pid, one in processes.items() if one.session == process.pid}
     family |= {pid for pid in processes if run_id and markers.get(pid) == run_id}
+    locks = {str(alive.get("ino"))} if alive else opened_inodes(process.pid, ALIVE_NAME)
+    family |= {pid for pid in processes if locks and locks & opened_inodes(pid, ALIVE_NAME)}
     candidates = (processes[pid] for pid in family - spared if processes[pid].name.lower() not in SYSTEM_HELPERS)
     members = (one for one in candidates if one.uid == process.uid)
     return sorted(members, key=lambda one: (one.start_ticks or one.created or 0, one.pid))
@@ -3070,6 +3087,21 @@ def take_lock(path: str) -> "Optional[BinaryIO]":
     return None
 
 
+# Where a lock that is free is nobody's. On all else, a network's above all, one of another machine may not show.
+LOCAL_FILE_SYSTEMS = frozenset("ext2 ext3 ext4 xfs btrfs zfs f2fs bcachefs tmpfs overlay".split())
+
+
+def file_system_of(path: str) -> str:
+    """Return the type of the file system that holds a path, "" where it is not told."""
+    place = os.path.join(os.path.realpath(path), "")
+    found = [
+        (len(point), number, kind)
+        for number, (point, kind) in enumerate(mounts())
+        if place.startswith(os.path.join(point, ""))
+    ]
+    return max(found)[2] if found else ""
+
+
 def _locked_out(path: str) -> CDEnvironmentError:
     try:
         pid, _, purpose = (read_small(path) or b"").decode("utf-8", "replace").partition(" ")
@@ -3647,6 +3679,22 @@ def read_state(path: str) -> Optional[ProcessState]:
 def write_state(path: str, state: ProcessState) -> None:
     """Write the record: atomic, synced, readable by its owner alone, who stays its owner. Raises OSError."""
     write_atomic(path, (json.dumps(state.to_dict(), indent=2) + "\n").encode("utf-8"), owner=state.owner)
+
+
+def lives_elsewhere(record: ProcessState, path: str) -> bool:
+    """Tell whether the process of a record, which is not found here, lives where we cannot look, or may live there.
+
+    While it lives it holds the lock file at `path`. Nothing follows from a lock that is free where no lock is recorded,
+    that very file is not there any more, the file system has no locks, or another machine may hold it.
+    """
+    place, is_free = locate(record.holder[1]), None
+    if place != "here" and record.alive:
+        with suppress(OSError), open_regular(path) as lock:
+            if os.fstat(lock.fileno()).st_ino == record.alive.get("ino"):  # the device has another number at each mount
+                is_free = lock_handle(lock.fileno(), shared=True)
+    if is_free and place == "foreign" and file_system_of(path) not in LOCAL_FILE_SYSTEMS:
+        is_free = None
+    return is_free is False or is_free is None and place in ("beside", "foreign")
 
 
 def clear_state(path: str) -> None:
@@ -6630,7 +6678,9 @@ class Environment:
 
     @contextmanager
     def _process_lock(self, purpose: str, seconds: float = LOCK_SECONDS) -> Iterator[None]:
-        if not os.path.exists(self.paths.lock):  # the first time here: git shall not see our files
+        if not os.path.exists(self.paths.lock) or not os.path.exists(
+            self.paths.alive
+        ):  # the first time here: git shall not see our files
             GitManager(self.paths.cec).hide_runtime_files()
         with locked(self.paths.lock, seconds, purpose):
             sweep_leftovers(self.paths.state)
@@ -6664,10 +6714,9 @@ class Environment:
         """Compare a record with the processes that there are."""
         state = STOPPED
         if record is not None:
-            place = locate(record.holder[1])
-            if place == "foreign":
+            process = self._holder(record)
+            if process is None and lives_elsewhere(record, self.paths.alive):
                 return Snapshot(FOREIGN, record)
-            process = self._holder(record) if place == "here" else None
             if process is not None and record.pid is not None:
                 return Snapshot(RUNNING, record, process)
             if process is not None and not lock_held:  # somebody is starting ComfyUI
@@ -6675,7 +6724,7 @@ class Environment:
             ended_well = record.desired_state == STOPPED or (record.last_exit or {}).get("code") == 0
             if record.pid is None:
                 note = "interrupted"
-            elif place == "rebooted":
+            elif locate(record.identity) == "rebooted":
                 note = "rebooted"
             elif not ended_well:
                 state = CRASHED
@@ -6699,7 +6748,9 @@ class Environment:
 
     def _relics(self, record: ProcessState) -> list[Process]:
         """Return who bears the marker of a run that is gone; nobody when it is the marker of another ComfyUI's run."""
-        relics = process_tree(Process(0, uid=record.owner if record.uid is None else record.uid), record.run_id)
+        relics = process_tree(
+            Process(0, uid=record.owner if record.uid is None else record.uid), record.run_id, record.alive
+        )
         scripts = [script for relic in relics for script in scripts_of(relic, "main.py")]
         return relics if all(same_path(script, self._script) for script in scripts) else []
 
@@ -7091,30 +7142,35 @@ class Environment:
         from subprocess import CompletedProcess
 
         previous = previous or self._read_state()
-        record = self._write_intent(args, config, variables, monitor, auto_port=ports > 1)
-        child = None
-        try:
-            rotate_at_start(self.log_path)
-            header = session_header(record.run_id or "", self.name)
-            log, record.log_offset, record.log_inode = begin_session(self.log_path, header)
-            inherited = {key: value for key, value in os.environ.items() if key not in DROPPED_VARIABLES}
-            inherited.pop("PYTHONUNBUFFERED", None)  # ComfyUI wraps its streams: its output would be held back longer
-            ours = {"PYTHONIOENCODING": "utf-8", **record.env, RUN_ID_VARIABLE: record.run_id or ""}
-            environ = {**with_interpreter(inherited, self.python), **ours}
-            with log:
-                child = create_background_process(record.command, record.cwd or self._checkout, log, environ)
-            record.pid, record.phase = child.pid, "running"
-            process = process_table().process(child.pid)
-            record.identity, record.uid = identity_of(process), process.uid if process is not None else own_user()
-            record.started_at = utc_now()
-            self._write_state(record)
-        except BaseException:
-            process = process_table().process(child.pid) if child is not None else None
-            if process is not None:
-                end_all([process, *process_tree(process, None)])
-                reap(process.pid)
-            self._put_back(previous)
-            raise
+        with self._alive_lock() as alive:
+            record = self._write_intent(args, config, variables, monitor, ports > 1, alive)
+            child = None
+            try:
+                rotate_at_start(self.log_path)
+                header = session_header(record.run_id or "", self.name)
+                log, record.log_offset, record.log_inode = begin_session(self.log_path, header)
+                inherited = {key: value for key, value in os.environ.items() if key not in DROPPED_VARIABLES}
+                inherited.pop(
+                    "PYTHONUNBUFFERED", None
+                )  # ComfyUI wraps its streams: its output would be held back longer
+                ours = {"PYTHONIOENCODING": "utf-8", **record.env, RUN_ID_VARIABLE: record.run_id or ""}
+                environ = {**with_interpreter(inherited, self.python), **ours}
+                with log:
+                    child = create_background_process(
+                        record.command, record.cwd or self._checkout, log, environ, (alive.fileno(),) if alive else ()
+                    )
+                record.pid, record.phase = child.pid, "running"
+                process = process_table().process(child.pid)
+                record.identity, record.uid = identity_of(process), process.uid if process is not None else own_user()
+                record.started_at = utc_now()
+                self._write_state(record)
+            except BaseException:
+                process = process_table().process(child.pid) if child is not None else None
+                if process is not None:
+                    end_all([process, *process_tree(process, None)])
+                    reap(process.pid)
+                self._put_back(previous)
+                raise
         try:
             self._watch(child, record, previous)
         except CDEndedError as ended:
@@ -7123,6 +7179,24 @@ class Environment:
             return self._start(args, config, variables, None, monitor, ports - 1)
         return CompletedProcess(record.command, 0, f"Started on {record.host}:{record.port}", "")
 
+    @contextmanager
+    def _alive_lock(self) -> "Iterator[Optional[BinaryIO]]":
+        """Hold, for a start, the lock that ComfyUI will hold while it lives; None where there is no need or no lock.
+
+        Closed, not unlocked: that would free it for ComfyUI, too.
+        """
+        lock = None
+        if pid_namespace() is not None:
+            with suppress(OSError):
+                lock = until(lambda: take_lock(self.paths.alive), 1.0)
+                if lock is None:
+                    message = (
+                        f"A process that was left by an earlier ComfyUI holds {self.paths.alive} and does not end."
+                    )
+                    raise CDEnvironmentError(message, ("repair", "--orphan"), "stranger")
+        with lock or nullcontext():
+            yield lock
+
     def _write_intent(
         self,
         args: list[str],
@@ -7130,6 +7204,7 @@ class Environment:
         variables: dict[str, str],
         monitor: Optional[dict[str, Any]],
         auto_port: bool,
+        alive: "Optional[BinaryIO]",
     ) -> ProcessState:
         """Choose the port and write down what is about to start, so that no other environment takes the port.
 
@@ -7150,6 +7225,9 @@ class Environment:
             record.cwd = os.path.dirname(folder) if is_portable else self._checkout
             record.starter = {"pid": os.getpid(), "identity": identity_of(process_table().process(os.getpid()))}
             record.starter["interrupt_ignored"] = not passes_interrupt_on()
+            if alive is not None:
+                here = os.fstat(alive.fileno())
+                record.alive = {"dev": here.st_dev, "ino": here.st_ino}
             self._write_state(record)
         return record
 

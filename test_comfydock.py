@@ -1941,7 +1941,7 @@ class TheSameProcess(Stage):
                 ({"boot_id": "x", "machine": ""}, "foreign")
             ]
         if dock.pid_namespace():
-            cases.append(({"pid_ns": "1"}, "foreign"))
+            cases.append(({"pid_ns": "1"}, "beside"))
         for changes, place in cases:
             with self.subTest(changes=changes):
                 self.assertEqual(dock.locate({**self.identity, **changes}), place)
@@ -6179,6 +6179,7 @@ class FirstContact(Journey):
         links = {name: os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
         self.assertEqual((links["0"], links["1"], links["2"]), ("/dev/null", log, log))
         others = [target for number, target in links.items() if int(number) > 2]
+        others.remove(os.path.join(os.path.dirname(self.person.state_file()), dock.ALIVE_NAME))
         self.assertEqual(
             [target for target in others if not target.startswith(("socket:", "anon_inode:", "pipe:"))], []
         )
@@ -6790,6 +6791,127 @@ print(json.dumps(facts))
         for command in (["run", "--demo", "--wait"], ["status"], ["logs", "-n", "1"], ["stop"]):
             done = self.inside(*words, *command, options=("--mount",), COMFYDOCK_HOME=data)
             self.assertEqual(done.returncode, 0, done.stderr)
+
+
+class AliveOrDead(Journey):
+    """One workspace, seen from several PID namespaces: the lock that ComfyUI holds tells the living from the dead."""
+
+    def setUp(self):
+        super().setUp()
+        if not namespaces_work():
+            self.skipTest("needs root, unshare and nsenter for other PID namespaces")
+
+    def container(self):
+        """Start ComfyUI as `run --demo` in a container of its own, which lives until it is killed."""
+        port = str(free_port())
+        words = [
+            "unshare",
+            "--fork",
+            "--pid",
+            "--mount-proc",
+            "--kill-child=KILL",
+            *self.person.command("run", "--demo", "--port", port),
+        ]
+        said = open(os.path.join(self.person.home, f"said-{port}"), "w+")
+        self.addCleanup(said.close)
+        child = subprocess.Popen(
+            words, cwd=self.person.home, env=self.person.variables, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+        )
+        self.addCleanup(lambda: (child.kill(), child.wait()))
+        self.assertTrue(eventually(lambda: http_status(int(port)) == 200 or child.poll(), 30) is True, read(said.name))
+        return child, int(port)
+
+    def end(self, child, port):
+        child.kill()
+        child.wait()
+        self.assertTrue(eventually(lambda: http_status(port) != 200))
+
+    def test_a_container_that_was_killed_comes_back_and_one_that_lives_is_never_doubled(self):
+        for number in range(20 if "--long" in sys.argv else 3):
+            child, port = self.container()
+            self.assertEqual(self.person.status("-e", "demo")["state"], "foreign")
+            self.assertClear(self.person.types("run", "--demo", "--port", str(free_port())), 1, "in another container")
+            if number == 1:  # as a version without the lock has it
+                recorded = {**self.person.state(), "alive": None}
+                Path(self.person.state_file()).write_text(json.dumps(recorded), encoding="utf-8")
+                self.assertClear(self.person.types("run", "--demo"), 1, "in another container")
+                self.end(child, port)
+                done = self.person.types("run", "--demo", "--take-over", "--port", str(free_port()))
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertEqual(self.person.types("-e", "demo", "stop").returncode, 0)
+                continue
+            self.end(child, port)
+            self.assertEqual(self.person.status("-e", "demo")["state"], "crashed")
+        self.run_demo()
+
+    def test_one_that_lives_here_is_never_doubled_whatever_became_of_the_lock(self):
+        for what in ("closed", "git clean", "no lock recorded"):
+            with self.subTest(what=what):
+                checkout = self.person.checkout(parent=what)
+                main = Path(checkout, "main.py")
+                if what == "closed":
+                    main.write_text(
+                        "import os, sys\nos.closerange(3, 99)\n" + main.read_text(encoding="utf-8"), encoding="utf-8"
+                    )
+                name = what.replace(" ", "-")
+                self.assertEqual(
+                    self.person.types("create", name, "--from", checkout, "--python", sys.executable).returncode, 0
+                )
+                self.assertEqual(self.person.types("-e", name, "run", "--port", str(free_port())).returncode, 0)
+                path = self.person.state_file(name)
+                pid = self.person.state(name)["pid"]
+                if what == "git clean":
+                    for file in (path, os.path.join(os.path.dirname(path), dock.ALIVE_NAME)):
+                        os.unlink(file)
+                if what == "no lock recorded":
+                    Path(path).write_text(json.dumps({**self.person.state(name), "alive": None}), encoding="utf-8")
+                self.assertClear(self.person.types("-e", name, "run"), 1, f"already running (PID {pid}")
+                self.assertEqual(self.person.types("-e", name, "stop").returncode, 0)
+                self.assertFalse(alive(pid))
+
+    def test_what_a_free_lock_proves_depends_on_who_could_hold_it(self):
+        path = os.path.join(self.person.home, "alive")
+        Path(path).write_text("", encoding="utf-8")
+        record = dock.ProcessState.from_dict({**PLANS_STATE, "alive": {"dev": 1, "ino": os.stat(path).st_ino}})
+        here = dock.identity_of(None)
+        places = {
+            "here": {},
+            "beside": {"pid_ns": "1"},
+            "rebooted": {"boot_id": "x"},
+            "foreign": {"boot_id": "x", "host": "x"},
+        }
+        for kind in ("ext4", "nfs4"):
+            for place, other in places.items():
+                record.identity = {**here, **other}
+                for held in (False, True):
+                    with (
+                        self.subTest(kind=kind, place=place, held=held),
+                        unittest.mock.patch.object(dock, "mounts", lambda kind=kind: [("/", "tmpfs"), ("/", kind)]),
+                        dock.take_lock(path) if held else contextlib.nullcontext(),
+                    ):
+                        unknown = place == "foreign" and kind == "nfs4"
+                        self.assertEqual(dock.lives_elsewhere(record, path), place != "here" and (held or unknown))
+        record.identity = {**here, **places["foreign"]}
+        for alive_, error in ((None, None), ({"ino": 1}, None), (record.alive, OSError(errno.ENOLCK, "No locks"))):
+            record.alive = alive_
+            with unittest.mock.patch.object(dock, "lock_handle", side_effect=error, return_value=True):
+                self.assertTrue(dock.lives_elsewhere(record, path))
+
+    def test_forks_that_survive_hold_the_lock_and_are_ended_with_it(self):
+        checkout = self.person.checkout()
+        main = Path(checkout, "main.py")
+        fork = "import os\nif os.fork() == 0:\n    os.setsid()\n    os.execve('/bin/sleep', ['sleep', '600'], {})\n"
+        main.write_text(fork + main.read_text(encoding="utf-8"), encoding="utf-8")
+        self.assertEqual(self.person.types("create", "a", "--from", checkout, "--python", sys.executable).returncode, 0)
+        done = self.person.types("-e", "a", "run", "--port", str(free_port()))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        state = self.person.state("a")
+        dock.signal_process(state["pid"], "kill")
+        eventually(lambda: not alive(state["pid"]))
+        seen = self.person.status("-e", "a")
+        self.assertEqual((seen["state"], [one["command"] for one in seen["relics"]]), ("crashed", ["sleep 600"]))
+        self.assertEqual(self.person.types("-e", "a", "run", "--port", str(free_port())).returncode, 0)
+        self.assertFalse(alive(seen["relics"][0]["pid"]))
 
 
 class WhatUsersMet(Journey):
