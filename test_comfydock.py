@@ -2132,7 +2132,7 @@ class SomeoneElse(Stage):
                 dock.write_state(path, state)
                 read_again = dock.read_state(path)
                 self.assertEqual((os.stat(path).st_uid, read_again.owner), (owner, owner))
-                self.assertEqual(dock.recorded_comfyui(read_again, self.script) is not None, ours)
+                self.assertEqual(dock.recorded_comfyui(read_again, sys.executable, self.script) is not None, ours)
 
     def test_where_a_new_file_is_not_its_makers_ownership_says_nothing(self):
         path = self.write("", "state")
