@@ -5977,6 +5977,7 @@ def create_environment(
     python: Optional[str] = None,
     torch_backend: str = "auto",
     no_install: bool = False,
+    no_manager: bool = False,
 ) -> None:
     """Make an environment in stages, each of which looks at its own result: run again it goes on where it broke off.
 
@@ -5997,7 +5998,7 @@ def create_environment(
         frozen: list[str] = []
         if not no_install:
             settings["python_version"] = ensure_venv(paths, python, tell)
-            frozen = install_packages(paths, torch_backend, tell)
+            frozen = install_packages(paths, torch_backend, not no_manager, tell)
         settings["torch_backend"] = torch_backend
         text = first_manifest(paths, settings, requirement_lines(node_requirements(paths.comfyui)), frozen)
         parse_toml(text, paths.manifest, None if no_install else venv_python(paths.venv))
@@ -6111,7 +6112,7 @@ def has_module(python: str, name: str) -> bool:
     return bool(ask_python(python, f"import importlib.util as u; print(u.find_spec('{name}') or '')"))
 
 
-def install_packages(paths: EnvironmentPaths, backend: str, tell: Progress) -> list[str]:
+def install_packages(paths: EnvironmentPaths, backend: str, with_manager: bool, tell: Progress) -> list[str]:
     """Install PyTorch and what ComfyUI needs; return what is installed then.
 
     PyTorch comes first and from its own index: else the usual index decides for which hardware.
@@ -6128,6 +6129,8 @@ def install_packages(paths: EnvironmentPaths, backend: str, tell: Progress) -> l
     if node_requirements(paths.comfyui).strip():
         with stage("requirements", tell, os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple/"):
             lines = requirement_entries(node_requirements(paths.comfyui))
+            manager = os.path.join(paths.comfyui, "manager_requirements.txt")
+            lines += requirement_entries(read_any_text(manager)) if with_manager and os.path.isfile(manager) else []
             world = [Need("ComfyUI", [pip_entry(line, paths.comfyui) for line in lines])]
             why = Packages(python, world).ask(world, tell, is_trial=False)
             if why:
@@ -6363,17 +6366,19 @@ def keep_own_files(paths: EnvironmentPaths, shelf: str) -> Optional[str]:
             make_folder(kept)
             replace_file(os.path.join(paths.comfyui, name), os.path.join(kept, name))
             done.append(name)
-    except OSError as error:
+    except BaseException as error:
         for name in done:
             replace_file(os.path.join(kept, name), os.path.join(paths.comfyui, name))
+        if not isinstance(error, OSError):
+            raise
         message = f"{os.path.join(paths.comfyui, names[len(done)])} cannot be moved to {shelf}: {error.strerror}"
         raise CDEnvironmentError(message, ["Delete it, too: ", ("delete", paths.name, "--purge")], "disk") from error
     return kept if names else None
 
 
-def sweep_deleted(environments: str, tell: Progress, ours: str) -> None:
+def sweep_deleted(environments: str, tell: Progress, ours: str = "") -> None:
     """Remove what is deleted: `ours` now, and what deletions that were killed have left."""
-    for name in os.listdir(environments):
+    for name in os.listdir(environments) if os.path.isdir(environments) else ():
         left = EnvironmentPaths(os.path.join(environments, name))
         if name.startswith(DELETED) and (left.root == ours or not is_held(left.content_lock)):
             try:
@@ -8012,6 +8017,7 @@ class Workspace:
         python: Optional[str] = None,
         torch_backend: str = "auto",
         no_install: bool = False,
+        no_manager: bool = False,
         tell: Progress = no_progress,
     ) -> Environment:
         """Make an environment with a ComfyUI of its own; after a failure or a kill it goes on where it broke off.
@@ -8022,7 +8028,7 @@ class Workspace:
         """
         environment = self._new_environment(name)
         self._change_settings()
-        create_environment(environment.paths, tell, comfyui, source, python, torch_backend, no_install)
+        create_environment(environment.paths, tell, comfyui, source, python, torch_backend, no_install, no_manager)
         return environment
 
     def delete(self, name: str, *, purge: bool = False, tell: Progress = no_progress) -> Optional[str]:
@@ -8032,6 +8038,7 @@ class Workspace:
         returned, None when there were none; with `purge` they are deleted, too. Raises CDEnvironmentError when there is
         no such environment, while its ComfyUI runs, or when a file system is mounted inside.
         """
+        sweep_deleted(self.paths.environments, tell)
         environment = self.get_environment(name)
         shelf = None if purge else self.paths.kept
         kept = delete_environment(environment.paths, environment.idle("delete"), shelf, tell)
@@ -9699,6 +9706,7 @@ def format_create(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     --python PATH         an interpreter, or a version such as 3.12
     --torch-backend BACKEND  cpu, cu128, rocm6.4, xpu ... (default: what this machine has)
     --no-install          the code only: no Python packages
+    --no-manager          without ComfyUI-Manager's package, where ComfyUI names it
     --use                 make it the active environment
     """,
     ("create main --use", "create old --from ~/ComfyUI"),
@@ -9717,6 +9725,7 @@ def create(console: Console, args: Arguments) -> Report:
             python=args.python,
             torch_backend=args.torch_backend or "auto",
             no_install=args.no_install,
+            no_manager=args.no_manager,
             tell=console.work,
         )
     if args.use:
@@ -10132,7 +10141,7 @@ EXCLUDE_EACH_OTHER = (
     ("foreground", "wait"),
     *(("rotate", other) for other in ("path", "follow", "all", "tail")),
     *(("path", other) for other in ("follow", "all", "tail")),
-    *(("from_dir", other) for other in ("comfyui", "source", "torch_backend", "no_install")),
+    *(("from_dir", other) for other in ("comfyui", "source", "torch_backend", "no_install", "no_manager")),
 )
 
 
@@ -10579,8 +10588,9 @@ def interrupted(console: Console, words: list[str], is_program: bool) -> int:
         try:
             if is_program:
                 ignore_interrupts()
-            error = CDEnvironmentError("Interrupted.", ("status",), "interrupted")
-            return complain(console, words, error, 130)
+            is_create = find_command(words)[0] is COMMANDS["create"]
+            hint: Hint = "Run the same command again to go on." if is_create else ("status",)
+            return complain(console, words, CDEnvironmentError("Interrupted.", hint, "interrupted"), 130)
         except KeyboardInterrupt:
             continue
 

@@ -610,6 +610,7 @@ def raise_workshop():
         ("tiny", "1.0"),
         ("tiny", "2.0"),
         ("brand", "1.0"),
+        ("comfyui_manager", "4.2"),
     ):
         make_wheel(name, version)
     make_wheel("wants-new-torch", "1.0", ["torch>=3"])
@@ -7671,7 +7672,8 @@ class FromNothingToANode(Journey):
         raise_workshop()
         cls.source = os.path.join(Workshop.root, "repositories", "Runnable")
         if not os.path.isdir(cls.source):
-            code = {"main.py": dock.demo_source(), "requirements.txt": "tiny\n", "custom_nodes/.gitkeep": ""}
+            code = {"main.py": dock.demo_source(), "requirements.txt": "tiny\n", "custom_nodes/.gitkeep": "",
+                    "manager_requirements.txt": "comfyui_manager\n"}  # fmt: skip
             make_repository("Runnable", code, "v1.0.0")
 
     def setUp(self):
@@ -7698,6 +7700,8 @@ class FromNothingToANode(Journey):
         for stage in ("ComfyUI: done in", "Python: done in", "PyTorch: done in", "requirements: done in"):
             self.assertIn(stage, said)
         cec = os.path.join(self.person.workspace, "environments", "main", ".cec")
+        python = dock.venv_python(os.path.join(os.path.dirname(cec), ".venv"))
+        self.assertIn("comfyui_manager==4.2", [line.replace("-", "_") for line in dock.find_installer(python).freeze()])
         self.assertIn("Initial environment setup", git(cec, "log", "--format=%s"))
         self.assertEqual(git(cec, "status", "--porcelain"), "")
         self.assertIn("✓ main", self.types("list"))
