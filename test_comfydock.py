@@ -4870,11 +4870,11 @@ class OddMachines(unittest.TestCase):
     def test_of_several_pythons_the_one_with_pytorch_is_taken(self):
         checkout = os.path.join(self.folder, "ComfyUI")
         places = [dock.venv_python(os.path.join(checkout, name)) for name in (".venv", "venv")]
-        for place, code in zip(places, (1, 0)):
-            write(place, f"#!/bin/sh\nexit {code}\n")
+        for place, said in zip(places, ("", "found")):
+            write(place, f"#!/bin/sh\necho {said}\n")
             os.chmod(place, 0o755)
         self.assertEqual(dock.find_checkout_python(checkout, "x"), places[1])
-        write(places[1], "#!/bin/sh\nexit 1\n")
+        write(places[1], "#!/bin/sh\necho\n")
         self.assertEqual(dock.find_checkout_python(checkout, "x"), places[0])
 
     @unittest.skipIf(WINDOWS, "names are no bytes there")
