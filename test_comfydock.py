@@ -4079,7 +4079,6 @@ class DeleteTest(InWorkshop):
         report = manager.compare()
         self.assertTrue(report.is_synced)
         self.assertEqual((report.found_nodes, report.extra_nodes), (["mine"], []))
-        self.assertEqual(manager.requirement_folders(), [])
         manager.sync()
         self.assertEqual(git(checkout, "status", "--porcelain"), "?? custom_nodes/mine/")
         self.assertEqual(manager.track("mine").source, "development")
