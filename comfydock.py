@@ -2873,7 +2873,9 @@ def pause_after(url: str, error: Exception, delay: Optional[float]) -> float:
 def fetch_json(url: str, limit: int = 16 * MEGABYTE) -> Any:
     """Return the JSON document at a URL. Raises CDEnvironmentError as download does, "network" when it is no JSON."""
     try:
-        return json.loads(b"".join(download(url, limit, seconds=300.0)))
+        answer = json.loads(b"".join(download(url, limit, seconds=300.0)))
+        json.dumps(answer, ensure_ascii=False).encode()  # halves of letters, which no file and no terminal takes
+        return answer
     except (ValueError, RecursionError):
         raise CDEnvironmentError(f"{url} answered something that is not JSON", code="network") from None
 

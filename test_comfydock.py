@@ -4345,6 +4345,59 @@ class AddTest(NodeCase):
             self.failing("", self.manager.add_node, f"hostile{number}")
         self.assertEqual(self.snapshot(), before)
 
+    def test_a_hostile_registry_is_one_clear_line_and_leaves_everything_as_it_was(self):
+        before, url = self.snapshot(), Workshop.registry.url
+        answers = [b"[" * 200000, b'{"id": %s}' % (b"1" * 10000), b'{"id": NaN}', b"[]", b"7", b'"x"', b"\xff"]
+        odd = (
+            "x",
+            ["1"],
+            7,
+            None,
+            {"version": ["1"]},
+            {"version": "1.0\ud800"},
+            {"version": "1\n\x1b[31m"},
+            {"version": ""},
+            {"version": {}},
+        )
+        odd += tuple(
+            {"version": "1.0.0", "downloadUrl": address}
+            for address in (
+                7,
+                ["x"],
+                "https://a..b/x",
+                "https://" + "a" * 70 + ".example/x",
+                "http://127.0.0.1:99999/",
+                "http://127.0.0.1:abc/",
+                "https://[::1/x",
+                url + "/\u00fc",
+                url + "/a b",
+                url + "/%00",
+                "file:///etc/passwd",
+                "https://u:p@x/y",
+                "x" * 100000,
+            )
+        )
+        answers += [
+            {
+                "id": "evil",
+                "repository": "https://x/\udcff",
+                "latest_version": {"version": "1.0.0", "downloadUrl": url + "/none"},
+            }
+        ]
+        answers += [{"id": "evil", "latest_version": latest} for latest in odd]
+        answers += [
+            {"id": name, "latest_version": {"version": "1"}} for name in (7, ["evil"], "EVIL\n", "evil\u202e", "ev/il")
+        ]
+        for number, answer in enumerate(answers):
+            Workshop.registry.say("/nodes/evil", answer)
+            with self.subTest(number=number, answer=str(answer)[:100]):
+                self.failing("", self.manager.add_node, "evil")
+        Workshop.registry.publish("evil", "9" * 5000, {"__init__.py": ""})
+        self.assertEqual(self.snapshot(), before)
+        self.manager.add_node("evil")
+        Workshop.registry.publish("evil", "8" * 6000, {"__init__.py": ""})
+        self.manager.update_node("evil")
+
     def test_odd_encodings_of_requirements_are_read(self):
         for number, encoding in enumerate(("utf-16", "cp1252", "utf-8-sig")):
             text = "tiny\n# für\n".encode(encoding)
