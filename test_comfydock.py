@@ -2630,7 +2630,7 @@ class DownloadTest(InWorkshop):
 
         def drip(connection, head):
             connection.sendall(head)
-            for _ in range(100):
+            for _ in range(30):
                 connection.sendall(b"x")
                 time.sleep(0.05)
 
