@@ -85,12 +85,16 @@ __all__ = [
     "CDNodeConflictError",
     "ComfyUIConfig",
     "Environment",
+    "EnvironmentComparison",
+    "EnvironmentPaths",
     "GitManager",
+    "Manifest",
     "NodeInfo",
     "NodeManager",
     "NodeOperationResult",
     "NodeRemovalResult",
     "ProcessState",
+    "SyncReport",
     "UpdateResult",
     "Workspace",
     "WorkspacePaths",
@@ -7852,17 +7856,23 @@ class Workspace:
         self.paths = WorkspacePaths(path if path is not None else default_workspace())
 
     def list_environments(self) -> list[Environment]:
-        """All environments by name, unfinished ones too (`is_complete` tells).
+        """Return all environments by name, unfinished ones (`is_complete` tells) and those that are closed to us, too.
 
         Raises CDEnvironmentError when the workspace is no folder, OSError when it cannot look.
         """
+
+        def holds_one(name: str) -> bool:
+            try:
+                return not name.startswith(DELETED) and is_there(self._environment(name).paths.cec)
+            except OSError:
+                return True
+
         self._require_folder()
         try:
             names = sorted(os.listdir(self.paths.environments), key=str.lower)
         except FileNotFoundError:
             return []
-        environments = [self._environment(name) for name in names if not name.startswith(DELETED)]
-        return [environment for environment in environments if os.path.isdir(environment.paths.cec)]
+        return list(map(self._environment, filter(holds_one, names)))
 
     def _require_folder(self) -> None:
         if is_there(self.paths.root) and not os.path.isdir(self.paths.root):
@@ -7873,7 +7883,7 @@ class Workspace:
         if not is_folder_name(name):
             raise CDEnvironmentError(f"'{name}' cannot name an environment: {NAME_RULE}.", ("list",), "usage")
         environment = self._environment(name)
-        if not os.path.isdir(environment.paths.cec):
+        if not is_there(environment.paths.cec):
             raise CDEnvironmentError(f"There is no environment '{name}'.", self._suggestion(name), "unknown")
         return environment
 
@@ -9110,14 +9120,10 @@ def started_report(environment: Environment, tls: bool) -> Report:
     if record is None:  # another command has stopped it meanwhile
         raise CDEnvironmentError(f"ComfyUI of environment '{environment.name}' was stopped meanwhile.", ("status",))
     data = {
+        **{name: getattr(record, name) for name in ("pid", "host", "port", "args", "started_at")},
         "name": environment.name,
-        "pid": record.pid,
         "url": local_url(ComfyUIConfig(record.host, record.port, tls)),
-        "host": record.host,
-        "port": record.port,
-        "args": record.args,
         "log": record.log_path,
-        "started_at": record.started_at,
         "demo": environment.manifest.demo,
     }
     return Report(data, environment.name)
@@ -9278,16 +9284,11 @@ def stop(console: Console, args: Arguments) -> Report:
     snapshot = environment.observe()
     if snapshot.process is not None and snapshot.note != "untracked":
         console.say(f"⏸  Stopping ComfyUI (PID {snapshot.process.pid})...")
-    called_off = snapshot.process is None and environment.monitor_process(snapshot.record) is not None
+    pid = snapshot.process.pid if snapshot.process else None
+    had_monitor = pid is None and environment.monitor_process(snapshot.record) is not None
     stopped = environment.stop(args.timeout, kill=args.kill)
-    data = {
-        "name": environment.name,
-        "stopped": stopped,
-        "pid": snapshot.process.pid if snapshot.process else None,
-        "cut_off": cut_off,
-        "called_off": called_off and not stopped,
-    }
-    return Report(data, environment.name)
+    data = {"name": environment.name, "stopped": stopped, "pid": pid, "cut_off": cut_off}
+    return Report({**data, "called_off": had_monitor and not stopped}, environment.name)
 
 
 def stop_port(console: Console, args: Arguments) -> Report:

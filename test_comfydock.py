@@ -5436,6 +5436,20 @@ class MakingAWorkspace(unittest.TestCase):
             with self.subTest(name=name):
                 self.assertIn("cannot name an environment", self.refusal(dock.require_new_name, name))
 
+    def test_an_environment_that_is_closed_to_us_is_listed_and_not_called_missing(self):
+        workspace, real = dock.Workspace(os.path.join(self.folder, "w")), os.stat
+
+        def closed(path, *words, **more):
+            if os.sep + "b" + os.sep in str(path):
+                raise PermissionError(13, "Permission denied", path)
+            return real(path, *words, **more)
+
+        for name in "abc":
+            os.makedirs(os.path.join(workspace.paths.environments, name, ".cec"))
+        with unittest.mock.patch("os.stat", closed):
+            self.assertEqual([environment.name for environment in workspace.list_environments()], ["a", "b", "c"])
+            self.assertRaises(PermissionError, workspace.get_environment, "b")
+
     def test_the_record_of_another_machine_takes_no_port_here(self):
         workspace = dock.Workspace(os.path.join(self.folder, "w"))
         environment = workspace.demo()
