@@ -8430,7 +8430,8 @@ class Console:
     `--workspace DIR` and `chosen` the `-e NAME` that a command needs to mean the same again. `quiet` leaves out all
     but results, warnings and errors; `colour` is one of COLOUR_CHOICES. A line that cannot be written (a full disk, no
     reader any more) must not keep ComfyUI from being stopped: `write_error` holds the error until `flush` raises it.
-    `drawn` is what `progress` has on the terminal now; `gate` keeps a ticker (`ticking`) from writing into a line.
+    `drawn` is what `progress` has on the terminal now; `gate` keeps a ticker (`ticking`) from writing into a line;
+    `cut` is the beginning of a colour code at the end of what `log` was given last.
     """
 
     def __init__(
@@ -8456,6 +8457,8 @@ class Console:
         self.ticks = False
         self.environment: Optional[str] = None
         self.write_error: Optional[OSError] = None
+        self.log_as_it_is = False
+        self.cut = b""
 
     def say(self, line: str = "") -> None:
         """Say what goes on, in one line; nothing in JSON mode or when quiet."""
@@ -8532,8 +8535,19 @@ class Console:
             ticker.join()
             self.progress("")
 
+    def log(self, data: bytes) -> None:
+        """Show bytes of a log, without its colours where there shall be none, unless `log_as_it_is`. Raises OSError."""
+        if not self.log_as_it_is and not wants_colour(self.out, self.colour):
+            data, self.cut = self.cut + data, b""
+            if b"\x1b" in data:
+                data = re.sub(rb"\x1b\[[0-9;]*m", b"", data)
+                end = re.search(rb"\x1b(\[[0-9;]{0,20})?$", data[-30:])
+                self.cut = end[0] if end else b""
+                data = data[: len(data) - len(self.cut)]
+        self.raw(data)
+
     def raw(self, data: bytes) -> None:
-        """Show bytes of a log, as they are. Raises OSError: who only shows a log has nothing else to do."""
+        """Show bytes as they are. Raises OSError: who only shows a log has nothing else to do."""
         if self.out is None:
             return
         self.ticks = False
@@ -9143,7 +9157,7 @@ def show_new(console: Console, follower: LogFollower) -> None:
         piece = follower.read()
         if not piece:
             break
-        console.raw(piece)
+        console.log(piece)
 
 
 def shell_code(code: Optional[int]) -> int:
@@ -10054,13 +10068,14 @@ def node_list(console: Console, args: Arguments) -> Report:
     --all                 earlier runs too
     --rotate              move the log aside now, while ComfyUI goes on writing
     --keep N              with --rotate: how many old logs stay (default: as many as there are)
+    --raw                 the bytes as they are; else colours reach only a terminal that is to have them
     --path                where the log is
     """,
     ("logs -n 50", "logs -f"),
 )
 def logs(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
-    path = environment.log_path
+    path, console.log_as_it_is = environment.log_path, args.raw
     if args.path:
         return Report({"text": path}, environment.name)
     if args.rotate:
@@ -10081,7 +10096,7 @@ def logs(console: Console, args: Arguments) -> Report:
     for span_path, start, end in log_spans(environment, args.all, args.tail):
         with open_regular(span_path) as log:
             log.seek(start)
-            copy_bytes(log, console.raw, end - start)
+            copy_bytes(log, console.log, end - start)
     return Report({}, environment.name, already_printed=True)
 
 

@@ -7258,6 +7258,35 @@ class Logs(Journey):
         self.assertEqual((whole.returncode, whole.stderr), (0, b""))
         self.assertEqual(self.person.types("logs", "-n", "1").stdout, "last line\n")
 
+    def test_colours_reach_only_who_wants_them_and_raw_is_every_byte(self):
+        data = self.run_demo()
+        whole = read_bytes(data["log"])[self.person.state()["log_offset"] :].decode().replace("\r\n", "\n")
+        self.assertIn("\x1b[32m[INFO]\x1b[0m To see the GUI go to", whole)
+        plain = re.sub(r"\x1b\[\d+m", "", whole)
+        for words, shown in (
+            ([], plain),
+            (["--color", "never"], plain),
+            (["--raw"], whole),
+            (["--color", "always"], whole),
+        ):
+            with self.subTest(words=words):
+                self.assertEqual(self.person.types("logs", *words).stdout, shown)
+        if not WINDOWS:
+            for words, has_colours in (([], True), (["--color", "never"], False), (["--raw"], True)):
+                with self.subTest(terminal=words):
+                    self.assertEqual("\x1b[32m[INFO]" in self.person.at_a_terminal("logs", *words)[1], has_colours)
+            self.person.variables["NO_COLOR"] = "1"
+            self.assertNotIn("\x1b[32m", self.person.at_a_terminal("logs")[1])
+
+    def test_a_colour_that_is_cut_in_two_is_left_out_all_the_same(self):
+        whole = b"\x1b[1m\x1b[31m[ERROR]\x1b[0m no\n\x1b[2K\x1b[A100%|\n"
+        for size in range(1, len(whole)):
+            sink = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+            console = dock.Console(sink, None, None)
+            for start in range(0, len(whole), size):
+                console.log(whole[start : start + size])
+            self.assertEqual(sink.buffer.getvalue(), b"[ERROR] no\n\x1b[2K\x1b[A100%|\n")
+
     def test_follow_shows_the_noise_of_a_living_server_and_goes_on_through_a_restart(self):
         self.run_demo(COMFYDOCK_DEMO_NOISE="1")
         child = self.person.starts("logs", "-f", "-n", "3")
