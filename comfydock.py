@@ -4148,6 +4148,7 @@ GIT_LOCAL = (  # what `git rev-parse --local-env-vars` lists: which repository, 
     "GIT_WORK_TREE GIT_IMPLICIT_WORK_TREE GIT_GRAFT_FILE GIT_INDEX_FILE GIT_NO_REPLACE_OBJECTS GIT_REPLACE_REF_BASE "
     "GIT_PREFIX GIT_SHALLOW_FILE GIT_COMMON_DIR GIT_NAMESPACE"
 ).split()
+LOOK = ["-c", "safe.directory=*"]  # for what runs nothing of a repository, whose ever it is
 GIT_SETTINGS = {"core.hooksPath": os.devnull, "core.fsmonitor": "false"}  # no program of a repository or a user
 
 
@@ -4215,7 +4216,7 @@ def git_answer(words: list[str], folder: str) -> Optional[str]:
 
 def current_branch(folder: str) -> Optional[str]:
     """Return the branch that a clone is on; None at a tag or a commit."""
-    return git_answer(["symbolic-ref", "--quiet", "--short", "HEAD"], folder)
+    return git_answer([*LOOK, "symbolic-ref", "--quiet", "--short", "HEAD"], folder)
 
 
 def remote_of(folder: str) -> "tuple[str, Optional[str]]":
@@ -4225,8 +4226,8 @@ def remote_of(folder: str) -> "tuple[str, Optional[str]]":
     """
     if not os.path.lexists(os.path.join(folder, ".git")) or git_path() is None:
         return "", None
-    git(["rev-parse", "--git-dir"], folder)
-    lines = (git_answer(["config", "--get-regexp", r"^remote\..*\.url$"], folder) or "").splitlines()
+    git([*LOOK, "rev-parse", "--git-dir"], folder)
+    lines = (git_answer([*LOOK, "config", "--get-regexp", r"^remote\..*\.url$"], folder) or "").splitlines()
     remotes = {key[len("remote.") : -len(".url")]: url for key, _, url in (line.partition(" ") for line in lines)}
     name = "origin" if "origin" in remotes else next(iter(remotes), "")
     url = redact(remotes.get(name, ""))
@@ -5100,7 +5101,7 @@ class GitSource:
 
     def version_in(self, folder: str) -> Optional[str]:
         """The commit that a folder is at."""
-        return git_answer(["rev-parse", "HEAD"], folder)
+        return git_answer([*LOOK, "rev-parse", "HEAD"], folder)
 
     def changes(self, folder: str, record: dict[str, Any]) -> Optional[list[str]]:
         """Return changed files, and commits or stashes that no other repository has; None when git cannot tell."""
@@ -5537,7 +5538,7 @@ class NodeManager:
         is_newer = {"download_url": None} if info.source == "registry" else {}
         info = info.altered(version=wrong["actual"], pin=info.pin and wrong["actual"], **is_newer)
         change_node(self.paths, key, info, self.needs_of(info, place), self.python)
-        self.without_failing(self.record, info, place, None)
+        self.without_failing(self.record, info, place)
         report.corrected.append(f"{info.name}: {wrong['actual']}, as it is there now")
         return True
 
@@ -5602,7 +5603,7 @@ class NodeManager:
                 hint = ("node", "remove", key)
                 raise CDNodeConflictError(f"the manifest has another {key}", hint, "conflict")
             change_node(self.paths, key, info, self.needs_of(info, folder), self.python)
-            self.without_failing(self.record, info, folder, None)
+            self.without_failing(self.record, info, folder)
         return info
 
     def recognised(self, folder: str, name: str) -> NodeInfo:
@@ -5611,7 +5612,7 @@ class NodeManager:
         remote, url = remote_of(folder)
         if url:
             version, branch = GitSource().version_in(folder), current_branch(folder)
-            usual = git_answer(["symbolic-ref", "--quiet", "--short", f"refs/remotes/{remote}/HEAD"], folder)
+            usual = git_answer([*LOOK, "symbolic-ref", "--quiet", "--short", f"refs/remotes/{remote}/HEAD"], folder)
             branch = None if usual == f"{remote}/{branch}" else branch
             mark = os.path.join(folder, ".git", CNR_ID)
             identity = read_any_text(mark).strip() if os.path.isfile(mark) else ""
@@ -5751,7 +5752,7 @@ class NodeManager:
             needs = self.needs_of(info, place)
             if info != old or needs != self.manifest.requirements(info):
                 change_node(self.paths, key, info, needs, self.python)
-        self.without_failing(self.record, info, place, packages)
+        self.without_failing(self.record, info, place, packages, True)
         return info
 
     def changes_in(self, change: NodeChange, key: str, force: bool) -> Optional[list[str]]:
@@ -5905,15 +5906,12 @@ class NodeManager:
         """Return where it is written down what a node's files were when they were put there."""
         return os.path.join(self.paths.nodes, f"{info.name}.json")
 
-    def record(self, info: NodeInfo, place: str, packages: Optional[Packages]) -> None:
-        """Write down what is in a place now: the version, the packages it brought, and what was put there by us.
-
-        Without `packages` given nothing is said of its files: somebody else put them there.
-        """
+    def record(self, info: NodeInfo, place: str, packages: Optional[Packages] = None, is_ours: bool = False) -> None:
+        """Write down what is in a place now: the version, the packages it brought, and of our files the digests."""
         make_folder(self.paths.nodes)
         old = read_json(self.record_path(info)).get("packages") or []
         brought = packages.tell_changes(self.tell) if packages else []
-        files = RegistrySource().digests(place) if info.source == "registry" else None
+        files = RegistrySource().digests(place) if is_ours and info.source == "registry" else None
         record = {"version": info.version, "files": files, "packages": [*dict.fromkeys([*old, *brought])]}
         write_atomic(self.record_path(info), json.dumps(record).encode())
 

@@ -48,6 +48,7 @@ import urllib.request
 import uuid
 import warnings
 import zipfile
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -464,12 +465,12 @@ def tree(folder):
     return found
 
 
-def make_wheel(name, version, requires=()):
+def make_wheel(name, version, requires=(), files=None):
     """A tiny wheel, written by hand."""
     plain = name.replace("-", "_")
     info = f"{plain}-{version}.dist-info"
     members = {
-        f"{plain}.py": f"version = {version!r}\n",
+        **(files or {f"{plain}.py": f"version = {version!r}\n"}),
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         + "".join(f"Requires-Dist: {item}\n" for item in requires),
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
@@ -4730,6 +4731,372 @@ class ChangeTest(NodeCase):
         self.assertEqual(read_bytes(os.path.join(self.nodes, "ComfyUI-KJNodes", "__init__.py")), b"2")
         self.assertTrue(tree(self.paths.removed), "nobody knew whether the old folder was changed")
         self.assertTrue(self.manager.manifest.tables["comfyui-kjnodes"]["pinned"])
+
+
+@needs_git
+class OneWorld(NodeCase):
+    """What ComfyUI, all nodes and the manifest need is one world of packages, with real pip and wheels."""
+
+    def publish(self, name, requirements, version="1.0.0", **files):
+        Workshop.registry.publish(name, version, {"__init__.py": "", "requirements.txt": requirements, **files})
+        return name
+
+    def said_now(self):
+        said = " ".join(self.said)
+        self.said.clear()
+        return said
+
+    def pip(self, *words):
+        subprocess.run([Workshop.python, "-m", "pip", "-q", *words], check=True, capture_output=True, text=True)
+
+    def test_a_conflict_is_told_as_who_wants_what_with_the_ways_on(self):
+        make_wheel("numpy", "1.25.0")
+        before = self.snapshot()
+        error = self.failing(
+            "wants-numpy needs numpy<1.26", self.manager.add_node, self.publish("wants-numpy", "numpy<1.26")
+        )
+        self.assertIn("numpy is held at 1.26.0 for PyTorch", error.message)
+        self.assertIn(("node", "add", "wants-numpy", "--release", "numpy"), error.hint)
+        self.assertIn(("node", "add", "wants-numpy", "--no-deps"), error.hint)
+        self.assertEqual(self.snapshot(), before)
+        for name in ("wants-numpy", self.publish("wants-it-too", "numpy<1.26\n")):
+            self.manager.add_node(name, release=("numpy",))
+        self.assertIn("numpy==1.25.0", self.freeze())
+        self.assertIn("changed packages: numpy 1.26.0 -> 1.25.0", self.said_now())
+        self.manager.sync()
+        self.manager.remove_node("wants-numpy")
+        self.assertIn("numpy==1.25.0", self.freeze())
+        self.manager.remove_node("wants-it-too")
+        self.assertIn("given back: numpy==1.26.0", self.said_now())
+        self.assertEqual(self.freeze(), before[-1])
+
+    def test_no_node_breaks_another_and_one_can_come_without_its_packages(self):
+        self.manager.add_node(self.publish("wants-old", "tiny<2"))
+        before = self.snapshot()
+        error = self.failing("wants-old needs tiny<2", self.manager.add_node, self.publish("wants-new", "tiny>=2"))
+        self.assertIn("wants-new needs tiny>=2", error.message)
+        self.assertEqual(self.snapshot(), before)
+        self.manager.add_node("wants-new", no_deps=True)
+        self.manager.sync()
+        self.assertEqual(self.freeze(), before[-1])
+        self.assertTrue(dock.read_manifest(self.paths).nodes["wants-new"].no_deps)
+
+    def test_a_world_that_does_not_fit_already_is_said_once_and_keeps_no_node_out(self):
+        for name, line in (("mine-old", "tiny<2"), ("mine-new", "tiny>=2")):
+            write(os.path.join(self.nodes, name, "requirements.txt"), line)
+            self.manager.track(name)
+        self.manager.sync()
+        self.assertIn("not all that is needed fits together: ", self.said_now())
+        self.assertTrue(self.manager.is_synced())
+        self.pip("uninstall", "-y", "brand") if "brand==1.0" in self.freeze() else None
+        self.manager.add_node(self.publish("third", "brand"))
+        self.assertEqual(self.said_now().count("does not fit together already: "), 1)
+        self.assertIn("brand==1.0", self.freeze())
+
+    def test_a_line_that_cannot_be_is_left_out_when_asked_and_stays_out(self):
+        lines = "tiny<2\npip install tiny\nno-such-package==1 # x\n"
+        error = self.failing("pip install tiny", self.manager.add_node, self.publish("bad-lines", lines))
+        self.assertIn(("node", "add", "bad-lines", "--skip-bad-lines"), error.hint)
+        self.manager.add_node("bad-lines", skip_bad_lines=True)
+        self.assertIn("left out, as it cannot be installed: pip install tiny", self.said_now())
+        self.assertEqual(self.manager.sync().problems, [])
+        info = self.manager.list_nodes()["bad-lines"]
+        self.assertEqual((sorted(info.skipped_lines), dock.read_manifest(self.paths).requirements(info)),
+                         (["no-such-package==1", "pip install tiny"], ["tiny<2"]))  # fmt: skip
+
+    def test_what_fits_no_more_with_a_package_of_the_users_fails_the_addition(self):
+        make_wheel("users-own", "1.0", ["tiny<2"])
+        self.pip("install", "users-own", "tiny<2")
+        self.addCleanup(self.pip, "uninstall", "-y", "users-own")
+        before = self.snapshot()
+        self.failing(
+            "do not fit together any more: users-own 1.0", self.manager.add_node, self.publish("breaks-it", "tiny>=2")
+        )
+        self.assertEqual(self.snapshot(), before)
+
+    def test_packages_that_share_files_are_told_of_and_whole_after_an_undo(self):
+        wheels = {"opencv-python": "True", "opencv-python-headless": "False"}
+        for name, text in wheels.items():
+            make_wheel(name, "4.9", files={"cv2/__init__.py": f"gui = {text}\n"})
+        self.pip("install", "opencv-python")
+        self.addCleanup(self.pip, "uninstall", "-y", *wheels)
+        script = {"install.py": "raise SystemExit('no compiler')"}
+        self.failing("no compiler", self.manager.add_node, self.publish("headless", "opencv-python-headless", **script))
+        done = subprocess.run(
+            [Workshop.python, "-c", "import cv2; print(cv2.gui)"], capture_output=True, text=True, check=True
+        )
+        self.assertEqual(done.stdout, "True\n")
+        self.manager.add_node(self.publish("headless", "opencv-python-headless", "1.0.1"))
+        self.assertRegex(self.said_now(), "opencv-python-headless and opencv-python share files")
+        self.manager.remove_node("headless")
+        self.assertIn("packages that headless brought stay installed: opencv-python-headless", self.said_now())
+
+    def test_an_undo_brings_back_what_came_from_a_file(self):
+        elsewhere = os.path.join(Workshop.root, f"elsewhere{self.counter}")
+        make_wheel("own", "1.0")
+        os.mkdir(elsewhere)
+        shutil.move(os.path.join(Workshop.wheels, "own-1.0-py3-none-any.whl"), elsewhere)
+        make_wheel("own", "2.0")
+        self.pip("install", os.path.join(elsewhere, "own-1.0-py3-none-any.whl"))
+        self.addCleanup(self.pip, "uninstall", "-y", "own")
+        files = {"install.py": "raise SystemExit('no')"}
+        self.failing("install.py failed", self.manager.add_node, self.publish("wants-own", "own>=2", **files))
+        self.assertIn("own==1.0", self.freeze())
+
+    def test_the_manifests_own_packages_and_bounds_count(self):
+        with open(self.paths.manifest, encoding="utf-8") as file:
+            text = file.read()
+        bounded = text.replace("constraint-dependencies = [", 'constraint-dependencies = ["tiny<2", ')
+        bounded = bounded.replace("dependencies = [", 'dependencies = ["brand==1.0", ', 1)
+        self.assertNotEqual(bounded, text)
+        write(self.paths.manifest, bounded)
+        self.failing("the manifest needs tiny<2", self.manager.add_node, self.publish("over", "tiny>=2"))
+        self.manager.sync()
+        self.assertIn("brand==1.0", self.freeze())
+
+    def test_settings_of_pip_that_redirect_or_silence_it_change_nothing(self):
+        conf, target = os.path.join(Workshop.root, f"pip{self.counter}.conf"), os.path.join(Workshop.root, "target")
+        write(conf, f"[global]\ntarget = {target}\nquiet = 2\nfind-links = {Workshop.wheels}\n")
+        variables = {
+            "PIP_CONFIG_FILE": conf,
+            "PIP_DRY_RUN": "1",
+            "PIP_NO_DEPS": "1",
+            "PIP_ROOT": target,
+            "PIP_USER": "1",
+        }
+        self.pip("uninstall", "-y", "brand")
+        with unittest.mock.patch.dict(os.environ, variables):
+            del os.environ["PIP_FIND_LINKS"]
+            dock.pip_settings.cache_clear()
+            self.manager.add_node(self.publish("settled", "brand"))
+            self.failing("held at 2.0.0+cpu", self.manager.add_node, self.publish("unsettling", "torch>=3"))
+        dock.pip_settings.cache_clear()
+        self.assertIn("brand==1.0", self.freeze())
+        self.assertFalse(os.path.exists(target))
+
+    def test_a_path_means_the_nodes_folder_and_an_index_is_one_more(self):
+        lines = [
+            ".",
+            "-e ./sub",
+            "-r more.txt",
+            "--index-url https://a/simple",
+            "tiny==1.0 --hash=sha256:aa",
+            "--no-index",
+        ]
+        self.assertEqual([dock.pip_entry(line, "/n") for line in dock.requirement_entries("\n".join(lines))],
+                         ["/n/.", "-e /n/./sub", "-r /n/more.txt", "--extra-index-url https://a/simple", "tiny==1.0", ""])  # fmt: skip
+        text = "tiny==1.0 \\\n  --hash=sha256:aa\ngit+https://ghp_SECRET1@github.com/o/r\npack @ https://u:p@h/x.whl\n"
+        self.assertEqual(dock.requirement_lines(text), ["tiny==1.0", "pack @ https://h/x.whl"])
+
+
+@needs_git
+class TheRegistryAndTheManager(NodeCase):
+    """Versions as they are meant, the registry's own words, and life beside ComfyUI-Manager."""
+
+    def publish(self, name, *versions, **more):
+        for version in versions:
+            project = f'[project]\nname = "{name}"\nversion = "{more.get("says", version)}"\n'
+            Workshop.registry.publish(name, version, {"__init__.py": version, "pyproject.toml": project})
+        return name
+
+    def test_a_version_is_asked_for_in_several_ways_and_stays_until_another_is(self):
+        self.publish("many", "1.0.0", "1.0.5", "2.0.0")
+        for words, version, pin in (
+            ("many==1.0.5", "1.0.5", "1.0.5"),
+            ("many@1.0.0", "1.0.0", "1.0.0"),
+            ("many@latest", "2.0.0", None),
+        ):
+            info = self.manager.add_node(words, force=True).node_info
+            self.assertEqual((info.version, info.pin), (version, pin))
+        self.manager.update_node("many@1.0.5")
+        result = self.manager.update_node("many")
+        self.assertEqual((result.changed, "stays at 1.0.5" in result.message), (False, True))
+        self.assertEqual(self.manager.update_node("many==latest").new_version, "2.0.0")
+        self.assertFalse(self.manager.update_node("many").changed)
+
+    def test_a_version_in_two_parts_is_the_one_in_three(self):
+        name = self.publish("two-parts", "3.41.0", says="3.41")
+        release = json.loads(Workshop.registry.answers[f"/nodes/{name}/versions/3.41.0"][2])
+        Workshop.registry.say(f"/nodes/{name}/versions", [release])
+        self.assertEqual(self.manager.add_node(f"{name}@3.41").node_info.version, "3.41.0")
+        self.assertTrue(self.manager.compare().is_synced)
+
+    def test_nightly_and_a_branch_are_the_repository_that_the_registry_names(self):
+        repository = make_repository("of-registry", {"__init__.py": "1"})
+        git(repository, "branch", "dev")
+        Workshop.registry.say("/nodes/gitted", {"id": "gitted", "repository": repository})
+        for words, branch in (("gitted@nightly", None), ("gitted@dev", "dev")):
+            info = self.manager.add_node(words, force=True).node_info
+            self.assertEqual((info.source, info.branch, info.pin), ("git", branch, None))
+            self.assertEqual(read_bytes(os.path.join(self.nodes, "gitted", ".git", ".cnr-id")), b"gitted")
+
+    def test_a_pinned_clone_stays_and_a_page_of_a_browser_is_its_repository(self):
+        repository = make_repository("pinned", {"__init__.py": "1"}, "v1")
+        commit(repository, {"__init__.py": "2"})
+        self.manager.add_node(f"{repository}@v1")
+        self.assertFalse(self.manager.update_node("pinned").changed)
+        self.assertTrue(self.manager.update_node("pinned@latest").changed)
+        self.assertIsNone(self.manager.list_nodes()["pinned"].pin)
+        for page, parts in {
+            "https://github.com/o/r/tree/main": ("https://github.com/o/r", "main"),
+            "https://github.com/o/r.git?tab=readme#x": ("https://github.com/o/r", None),
+            "https://gitlab.com/o/r/-/tree/a/b": ("https://gitlab.com/o/r", "a/b"),
+            "https://github.com/o/r/releases/tag/v1": ("https://github.com/o/r", "v1"),
+        }.items():
+            self.assertEqual(dock.split_reference(page), parts)
+        empty = os.path.join(Workshop.root, "repositories", "empty")
+        git(Workshop.root, "init", "--quiet", empty)
+        self.failing("is an empty repository", self.manager.add_node, empty)
+
+    def test_what_the_registry_did_not_say_is_not_said(self):
+        say = Workshop.registry.say
+        say("/nodes/blocked", b"<html>blocked by a proxy</html>", 403)
+        say("/nodes/auth", {"message": "missing auth token"}, 400)
+        self.failing("403 Forbidden; what answered may be a proxy", self.manager.add_node, "blocked")
+        self.failing("400 Bad Request: missing auth token", self.manager.add_node, "auth")
+
+    def test_an_address_that_is_out_of_date_is_asked_for_again(self):
+        name = self.publish("moved-archive", "1.0.0")
+        info = self.manager.add_node(name).node_info
+        shutil.rmtree(os.path.join(self.nodes, name))
+        old = info.download_url[len(Workshop.registry.url) :]
+        Workshop.registry.answers["/files/elsewhere.zip"] = Workshop.registry.answers.pop(old)
+        Workshop.registry.say(
+            f"/nodes/{name}/install?version=1.0.0", {"downloadUrl": f"{Workshop.registry.url}/files/elsewhere.zip"}
+        )
+        report = self.manager.sync()
+        self.assertEqual((report.installed, report.problems), ([name], []))
+
+    def test_nodes_are_disabled_and_enabled_as_the_manager_does_it(self):
+        name = self.publish("switched", "1.0.5")
+        self.manager.add_node(name)
+        self.assertEqual(self.manager.switch_node("SWITCHED", False), "switched is disabled")
+        self.assertEqual(os.listdir(os.path.join(self.nodes, ".disabled")), ["switched@1_0_5"])
+        self.assertTrue(self.manager.compare().is_synced)
+        self.assertEqual(self.manager.switch_node(name, False), "switched is disabled already")
+        self.assertEqual(self.manager.switch_node(name, True), "switched is enabled")
+        self.assertTrue(os.path.exists(os.path.join(self.nodes, name, "__init__.py")))
+
+    def test_what_the_manager_installed_is_known_with_id_and_version(self):
+        repository = make_repository("by-manager", {"__init__.py": ""})
+        git(self.nodes, "clone", "--quiet", "-o", "upstream", repository)
+        write(os.path.join(self.nodes, "by-manager", ".git", ".cnr-id"), "Their-Id")
+        write(os.path.join(self.nodes, "older@1_2_3", ".tracking"), "__init__.py")
+        clone, older = self.manager.track("by-manager"), self.manager.track("older@1_2_3")
+        self.assertEqual((clone.source, clone.registry_id, clone.repository), ("git", "Their-Id", repository))
+        self.assertEqual((older.source, older.registry_id, older.version), ("registry", "older", "1.2.3"))
+
+    def test_an_update_by_the_manager_is_taken_in_and_its_files_are_known(self):
+        name = self.publish("shared", "1.0.0")
+        self.manager.add_node(name)
+        folder = os.path.join(self.nodes, name)
+        write(os.path.join(folder, "mine.txt"), "mine")
+        write(
+            os.path.join(folder, "pyproject.toml"), f'[project]\nname = "{name}"\nversion = "1.1"\n'
+        )  # as it unpacks over it
+        write(os.path.join(folder, "new.py"), "")
+        write(os.path.join(folder, ".tracking"), "__init__.py\npyproject.toml\nnew.py\n../../evil\n/etc/passwd")
+        self.assertEqual(self.manager.sync(correct_versions=True).problems, [])
+        self.assertEqual(self.manager.list_nodes()[name].version, "1.1")
+        self.publish(name, "1.2.0")
+        self.assertTrue(self.manager.update_node(name).changed)
+        self.assertEqual(sorted(tree(folder)), [".tracking", "__init__.py", "mine.txt", "pyproject.toml"])
+        self.assertIn(b"mine", tree(self.paths.removed).values())  # nobody knew what had been changed there
+
+    def test_a_workflow_names_what_it_needs(self):
+        self.publish("pack-a", "1.0.0"), self.publish("pack-b", "2.0.0")
+        Workshop.registry.say("/comfy-nodes/By%20Class/node", {"id": "pack-b"})
+        write(os.path.join(self.paths.comfyui, "nodes.py"), 'NODE_CLASS_MAPPINGS = {"KSampler": 1}\n')
+        inner = {"id": "1-2-3", "nodes": [{"type": "By Class"}, {"type": "Lost"}]}
+        nodes = [{"type": "KSampler"}, {"type": "Note"}, {"type": "1-2-3"},
+                 {"type": "A", "properties": {"cnr_id": "Pack-A", "ver": "1.0.0"}},
+                 {"type": "G", "properties": {"aux_id": "o/r", "ver": "0123456789abcdef"}},
+                 {"type": "C", "properties": {"cnr_id": "comfy-core"}}]  # fmt: skip
+        workflow = {"nodes": nodes, "definitions": {"subgraphs": [inner]}}
+        needed = (["pack-a@1.0.0", "https://github.com/o/r@0123456789abcdef", "pack-b"], ["Lost"])
+        path = os.path.join(self.paths.root, "art.json")
+        write(path, json.dumps(workflow))
+        self.assertEqual(self.manager.packs_of(path), needed)
+
+        def chunk(kind, data):
+            return len(data).to_bytes(4, "big") + kind + data + b"crc!"
+
+        for kind, head, data in ((b"tEXt", b"", json.dumps(workflow).encode()),
+                                 (b"iTXt", b"\1\0\0\0", zlib.compress(json.dumps(workflow).encode()))):  # fmt: skip
+            image = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", b"x" * 13) + chunk(kind, b"workflow\0" + head + data)
+            Path(path).write_bytes(image)
+            self.assertEqual(self.manager.packs_of(path), needed)
+        write(path, json.dumps({"1": {"class_type": "By Class", "inputs": {}}}))
+        self.assertEqual(self.manager.packs_of(path), (["pack-b"], []))
+        self.manager.add_node("pack-b")
+        self.assertEqual(self.manager.packs_of(path), ([], []))
+        write(path, "no workflow")
+        self.failing("holds no workflow", self.manager.packs_of, path)
+
+    def test_a_manifest_of_comfygit_is_used_as_it_is(self):
+        text = Path(self.paths.manifest).read_text(encoding="utf-8").replace("tool.comfydock", "tool.comfygit")
+        write(self.paths.manifest, text)
+        self.manager.add_node(self.publish("in-comfygit", "1.0.0"))
+        self.assertIn("[tool.comfygit.nodes.in-comfygit]", Path(self.paths.manifest).read_text(encoding="utf-8"))
+        self.assertNotIn("tool.comfydock", Path(self.paths.manifest).read_text(encoding="utf-8"))
+        self.assertIn("the manifest is one of comfygit", " ".join(self.said))
+
+    def test_git_obeys_the_user_and_no_repository(self):
+        home = temporary_folder(self)
+        repository = make_repository("sshed", {"__init__.py": ""})
+        for name, text in (("ssh", f"exec git-upload-pack {repository}"), ("hooks/post-checkout", "exit 1")):
+            write(os.path.join(home, name), f"#!/bin/sh\n{text}\n")
+            os.chmod(os.path.join(home, name), 0o755)
+        write(os.path.join(home, ".gitconfig"), f"[core]\n\thooksPath = {home}/hooks\n\tsshCommand = '{home}/ssh'\n")
+        with unittest.mock.patch.dict(os.environ, HOME=home, GIT_DIR="/nowhere"):
+            self.assertEqual(self.manager.add_node("git@127.0.0.1:o/sshed.git").node_info.name, "sshed")
+            self.failing(
+                "already here", self.manager.add_node, "git@127.0.0.1:o/sshed.git", error=dock.CDNodeConflictError
+            )
+
+    def test_no_token_is_shown_or_kept(self):
+        for text, shown in {
+            "https://me:ghp_SECRET1@h/o/r": "https://h/o/r",
+            "git+https://ghp_SECRET1@github.com/o/r": "git+https://github.com/o/r",
+            "ssh://git@h/o": "ssh://git@h/o",
+            "ssh://u:pass@h/o": "ssh://u@h/o",
+            "https://h/o?private_token=abc&x=1": "https://h/o?private_token=***&x=1",
+            "remote: hf_ABCDEF12 is no good": "remote: *** is no good",
+        }.items():
+            self.assertEqual(dock.redact(text), shown)
+        repository = make_repository("tokened", {"__init__.py": ""})
+        git(self.nodes, "clone", "--quiet", repository)
+        git(
+            os.path.join(self.nodes, "tokened"),
+            "remote",
+            "set-url",
+            "origin",
+            "https://h/o/r?private_token=glpat-SECRET",
+        )
+        self.assertEqual(self.manager.track("tokened").repository, "https://h/o/r")
+
+    def test_what_cannot_be_tidied_fails_nothing(self):
+        self.manager.add_node(self.publish("untidy", "1.0.0"))
+        real = dock.remove_tree
+
+        def refuses(path):
+            if os.path.basename(path) == "old":
+                raise dock.CDEnvironmentError(f"{path} cannot be changed: not ours", code="in-use")
+            real(path)
+
+        with unittest.mock.patch.object(dock, "remove_tree", refuses):
+            self.assertEqual(self.manager.remove_node("untidy").filesystem_action, "deleted")
+        self.assertIn("the former untidy is kept", " ".join(self.said))
+        self.manager.add_node("untidy")
+        self.assertTrue(self.manager.compare().is_synced)
+
+    def test_each_change_is_a_commit_where_the_history_is_ours(self):
+        dock.GitManager(self.paths.cec).initialize_environment_repo("first")
+        self.manager.add_node(self.publish("committed", "1.0.0"))
+        self.manager.remove_node("committed")
+        self.assertEqual(
+            git(self.paths.cec, "log", "--format=%s").split("\n"), ["remove committed", "add committed", "first"]
+        )
 
 
 @needs_git
