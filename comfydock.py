@@ -9527,7 +9527,7 @@ def status(console: Console, args: Arguments) -> Report:
 def format_list(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if not data["environments"]:
         yield "No environments found."
-        yield "".join(part if isinstance(part, str) else typed(*part) for part in THREE_WAYS)
+        yield from "".join(part if isinstance(part, str) else typed(*part) for part in THREE_WAYS).split("\n")
     else:
         yield "Environments:"
     width = max(15, 15, *(len(environment_title(item)) for item in data["environments"]))

@@ -7736,6 +7736,10 @@ class WhichEnvironment(Journey):
     def test_by_name_by_folder_the_active_one_the_only_one(self):
         person = self.person
         self.assertClear(person.types("status"), 1, "There is no environment", "run --demo")
+        for done in (person.types("list").stdout, person.types("run").stderr):
+            ways = [line.split("  ")[-1] for line in done.splitlines() if line.startswith("  ")]
+            self.assertEqual(ways[0], "in your ComfyUI folder: adopts and starts it")
+            self.assertEqual(len(ways), 3, done)
         person.environment("a")
         self.assertIn("Environment: a", person.types("status").stdout)
         person.environment("b")
