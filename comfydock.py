@@ -240,6 +240,7 @@ class ProcessState:
     env: dict[str, str] = field(default_factory=dict)
     uid: Optional[int] = None
     alive: Optional[dict[str, Any]] = None
+    tls: Optional[bool] = None
     log_offset: int = 0
     log_inode: int = 0
     monitor: Optional[dict[str, Any]] = None
@@ -557,26 +558,53 @@ def sanitize_name(name: str) -> str:
     return bent if is_new_name(bent) else f"{bent}-env"
 
 
-ERROR_LINE = r"[^ :]*(Error|Exception|Interrupt)(:|$)|.*: error:"
+SESSION_MARK = "=== comfydock session "
+ERROR_LINE = r"[^ :]*(Error|Exception|ExceptionGroup|Interrupt|Exit)(:|$)|.*: error:"
+FATAL_LINE = r"Fatal Python error: |Windows fatal exception: |terminate called "
+LEVEL = r"\[(DEBUG|DETAIL|INFO|WARNING|ERROR|CRITICAL)\] ?"  # ComfyUI 0.33 begins its lines with one, in colour
 
 
-def last_error_line(text: str) -> Optional[str]:
-    """The last line of a log that ends a traceback or looks like an error, or None."""
-    found, in_traceback = None, False
-    for line in filter(str.strip, text.replace("\r", "\n").split("\n")):
-        if line.startswith("Traceback (most recent call last)"):
+def without_colours(text: str) -> str:
+    """Return a text without the sequences by which terminals are coloured."""
+    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
+
+
+def last_error_line(text: str, code: Optional[int] = None) -> Optional[str]:
+    """Return the line of a log that most likely says why ComfyUI ended (with `code`), or None.
+
+    That is what ends a traceback or looks like an error, a fatal one with the custom node that its stack names; and
+    after `sys.exit("text")`, which is code 1, the last line.
+    """
+    found, in_traceback, line = "", False, ""
+    text = without_colours(text)
+    for line in filter(str.strip, re.split(r"[\r\n]+", text)):
+        if code == 1 and re.match(LEVEL, line):  # ComfyUI went on after that error
+            found = ""
+        line = re.sub(rf"^({LEVEL}|  [|+] )", "", line)  # the tracebacks of groups are framed
+        if re.match(r"(Exception Group )?Traceback \(most recent call last\)", line):
             in_traceback = True
-        elif in_traceback and not line[0].isspace() or re.match(ERROR_LINE, line.strip()):
+        elif re.match(FATAL_LINE, line):
+            stack = text[text.rindex(line) :]
+            node = re.search(r'custom_nodes[\\/]+([^\\/"]+)', stack.partition("Current thread")[2] or stack)
+            what = re.search(r"what\(\): *(.*)", stack)
+            return printable(line + (f" (custom node {node[1]})" if node else "") + (f": {what[1]}" if what else ""))
+        elif in_traceback and not line[:1].isspace() or re.match(ERROR_LINE, line.strip()):
             found, in_traceback = line.strip(), False
-    return printable(found) if found else None
+    last = line.strip() if code == 1 and not line.startswith(SESSION_MARK) else ""
+    return printable(found or last) or None
+
+
+def closest_flag(refusal: str, flags: list[str]) -> Optional[str]:
+    """The one of `flags` that is spelled most like the first unknown one that a parser's refusal names, or None."""
+    from difflib import get_close_matches
+
+    unknown = re.findall(r"(?<=unrecognized arguments: )(--[\w-]+)", refusal)
+    return next(iter(get_close_matches(unknown[0], flags, 1, 0.7)), None) if unknown else None
 
 
 def printable(text: str) -> str:
     """`text` without control characters, which could drive a terminal; at most 500 characters."""
     return "".join(sign if sign.isprintable() else " " for sign in text[:500]).strip()
-
-
-SESSION_MARK = "=== comfydock session "
 
 
 def session_header(run_id: str, environment: str) -> str:
@@ -747,9 +775,6 @@ def default_workspace() -> str:
 
 
 IS_WINDOWS = sys.platform == "win32"
-
-# How soon a program that refuses its arguments has ended: 0.05 s (observed); Windows looks for viruses first.
-EARLY_END_SECONDS = 1.0 if IS_WINDOWS else 0.25
 
 
 def until(question: "Callable[[], Thing]", seconds: float, pause: float = 0.01) -> "Thing":
@@ -6398,6 +6423,8 @@ def sweep_deleted(environments: str, tell: Progress, ours: str = "") -> None:
 LOCK_SECONDS = 10.0
 LEAVING_SECONDS = 3.0  # a clean stop takes up to 2 s
 START_GRACE = 180.0  # first starts with many custom nodes take minutes: until then silence is no fault
+PARSER_SECONDS = 20.0  # 0.15 s (observed); virus scanners look at a Python that starts for the first time
+FIRST_LINE_SECONDS = 5.0  # a ComfyUI whose parser cannot be asked is watched until it says something
 MONITOR_SECONDS = 20.0  # a monitor answers within the patience for the lock and the first moments of ComfyUI
 MONITOR_VARIABLE = "COMFYDOCK_MONITOR_TASK"
 DROPPED_VARIABLES = ("__COMFY_CLI_SESSION__", "PYTHONHOME", "PYTHONPATH")
@@ -6418,6 +6445,31 @@ class Snapshot:
     process: Optional[Process] = None
     note: str = ""
     relics: list[Process] = field(default_factory=list)
+
+
+@dataclass
+class Launch:
+    """What is about to start: the words that were typed, where ComfyUI will listen, what we add to the words.
+
+    `is_parsed` tells whether ComfyUI's own parser has taken the words.
+    """
+
+    args: list[str]
+    config: ComfyUIConfig
+    added: list[str]
+    is_parsed: bool = False
+
+
+def print_parsed_arguments() -> None:
+    """Be another program, of an environment's Python: print ComfyUI's flags, and what its parser makes of the words."""
+    import json
+    import sys
+    from importlib import import_module
+
+    sys.path.insert(0, sys.argv.pop(1))
+    parser = import_module("comfy.cli_args").parser
+    sys.stdout.write(json.dumps(sorted(parser._option_string_actions)) + "\n")
+    sys.stdout.write(json.dumps(vars(parser.parse_args()), default=str) + "\n")
 
 
 def terminate(
@@ -6790,14 +6842,18 @@ class Environment:
             return None
         config = self.config_of(snapshot)
         deadline = time.monotonic() + timeout
-        if self._own_answer(snapshot, config, probe(config, timeout)).kind != HEALTHY:
+        is_its_own = is_port_bound(config.port, snapshot.process.pid)  # so the answer will be, too
+        if not is_its_own and self._own_answer(snapshot, config, probe(config, timeout)).kind != HEALTHY:
             return None
         return queue_counts(config, max(0.0, deadline - time.monotonic()))
 
     def config_of(self, snapshot: Snapshot) -> ComfyUIConfig:
         """Return where the ComfyUI of a snapshot listens, by its arguments."""
-        if snapshot.record is not None and snapshot.note != "untracked":
-            return config_told_by(snapshot.record.args)
+        record = snapshot.record if snapshot.note != "untracked" else None
+        if record is not None and record.tls is not None:
+            return ComfyUIConfig(record.host, record.port, record.tls)
+        if record is not None:
+            return config_told_by(record.args)
         return config_told_by(arguments_of(snapshot.process) if snapshot.process else [])
 
     def watch(self, pause: float) -> "Iterator[tuple[Snapshot, Optional[int]]]":
@@ -6827,20 +6883,26 @@ class Environment:
         Raises CDEnvironmentError: code "ended" when ComfyUI ends first, "timeout" when the time is up: then it runs on.
         """
         began = time.monotonic()
-        for snapshot, _ in self.watch(0.1):
-            if snapshot.process is None:
-                reason = self.last_error()
-                message = "ComfyUI ended before it answered" + (f": {reason}" if reason else ".")
-                raise CDEnvironmentError(message, ("logs",), "ended")
+        for snapshot, code in self.watch(0.1):
             config, waited = self.config_of(snapshot), time.monotonic() - began
-            if self.describe(snapshot, probe(config, 1.0))["state"] == RUNNING:
+            if snapshot.process is None and snapshot.state != STARTING:
+                if code is not None and snapshot.record is not None:
+                    self.note(snapshot.record.run_id, last_exit={"code": code, "at": utc_now()})
+                how, reason = "" if code is None else f" ({format_exit(code)})", self.last_error(code)
+                message = f"ComfyUI ended before it answered{how}" + (f": {reason}" if reason else ".")
+                raise CDEnvironmentError(message, ("-e", self.name, "logs"), "ended")
+            if snapshot.process and self.describe(snapshot, probe(config, 1.0))["state"] == RUNNING:
                 return self.note(seconds=0.5, last_health_check=utc_now(), health_status=HEALTHY)
             if waited > seconds:
-                message = (
-                    f"ComfyUI did not answer within {seconds:g} s; it goes on starting (PID {snapshot.process.pid})."
-                )
-                raise CDEnvironmentError(message, ("logs", "-f"), "timeout")
+                message = f"Not ready after {seconds:g} s, still starting."
+                raise CDEnvironmentError(message, ["Watch it: ", ("-e", self.name, "logs", "-f")], "timeout")
             tell(f"   Waiting for ComfyUI to answer on {local_url(config)} ... {waited:.0f} s")
+
+    @property
+    def url(self) -> Optional[str]:
+        """Where the ComfyUI that runs can be opened on this machine; None when none runs."""
+        snapshot = self.observe()
+        return local_url(self.config_of(snapshot)) if snapshot.process else None
 
     def describe(self, snapshot: Snapshot, answer: Answer) -> dict[str, Any]:
         """Return a snapshot and a probe as one JSON-ready object: UTC ISO times, seconds, bytes."""
@@ -6916,14 +6978,14 @@ class Environment:
         """
         if record is None:
             return dict.fromkeys(("last_alive", "last_error", "exit_code"))
-        end, is_last = self._end_of_session()
+        code, (end, is_last) = (record.last_exit or {}).get("code"), self._end_of_session()
         signs = [os.stat(record.log_path).st_mtime] if is_last and os.path.exists(record.log_path) else []
         with suppress(ValueError):
             signs.append(epoch_of(record.last_health_check))
         return {
             "last_alive": format_utc(max(signs)) if signs else None,
-            "last_error": last_error_line(end),
-            "exit_code": (record.last_exit or {}).get("code"),
+            "last_error": last_error_line(end, code),
+            "exit_code": code,
         }
 
     # The log -------------------------------------------------------------------------
@@ -6936,9 +6998,9 @@ class Environment:
             is_recorded = record is not None and record.log_inode == here.st_ino and record.log_offset <= here.st_size
             return record.log_offset if record and is_recorded else find_session(log, here.st_size)
 
-    def last_error(self) -> Optional[str]:
-        """Return the line of this run's log that most likely says why it ended, from the log's last 64 KB."""
-        return last_error_line(self._end_of_session()[0])
+    def last_error(self, code: Optional[int] = None) -> Optional[str]:
+        """Return the line of this run's log that most likely says why it ended (with `code`), from its last 64 KB."""
+        return last_error_line(self._end_of_session()[0], code)
 
     def _end_of_session(self) -> tuple[str, bool]:
         """Return what the last 64 KB of the log have of this run, and whether no start that was refused follows it."""
@@ -7043,20 +7105,20 @@ class Environment:
         set_env: Optional[dict[str, str]] = None,
         take_over: bool = False,
         monitored: bool = False,
+        wait: Optional[float] = None,
     ) -> "subprocess.CompletedProcess[str]":
-        """Start ComfyUI as a detached daemon; returns once it has outlived its first moment (EARLY_END_SECONDS).
+        """Start ComfyUI as a detached daemon; it answers seconds to minutes later (`wait_until_ready`).
 
         `auto_port` takes the next free port when the asked one is in use; `set_env` are variables
         for ComfyUI, kept in the state file and repeated by `restart`; `take_over` drops the record
-        of another machine or PID namespace; `monitored` records this very process as the monitor. The result's stdout
-        is "Started on host:port".
-        Raises CDEnvironmentError when it runs already, the port is taken, Python or main.py is
-        missing, or ComfyUI ended at once; OSError when a file cannot be written.
+        of another machine or PID namespace; `monitored` records this very process as the monitor; `wait` is how many
+        seconds to wait for the first healthy answer (None: not at all). The result's stdout is "Started on host:port".
+        Raises CDEnvironmentError when it runs already, the port is taken, Python or main.py is missing, ComfyUI refuses
+        its arguments or ended at once, and as `wait_until_ready`; OSError when a file cannot be written.
         """
         if isinstance(args, str) or not is_text_list(list(args or [])):
             raise TypeError("args is a list of str, one word each")
         words = list(args or [])
-        config = parse_comfyui_args(words)
         with self._process_lock("run"):
             self._require_startable()  # asked only now: who had the lock may have deleted all
             snapshot = self.observe(lock_held=True)
@@ -7068,9 +7130,13 @@ class Environment:
             if is_told and snapshot.process is not None and wait_for_exit(snapshot.process, LEAVING_SECONDS):
                 snapshot = self.observe(lock_held=True)  # by a stop that was broken off then
             self._require_not_running(snapshot, take_over)
+            launch = self._launch(words)
             self._end_relics(snapshot)
             monitor = self.own_monitor_note() if monitored else None
-            return self._start(words, config, set_env or {}, monitor=monitor, ports=5 if auto_port else 1)
+            done = self._start(launch, set_env or {}, monitor=monitor, auto_port=auto_port)
+        if wait is not None:
+            self.wait_until_ready(wait)
+        return done
 
     @staticmethod
     def own_monitor_note() -> dict[str, Any]:
@@ -7135,39 +7201,85 @@ class Environment:
             "foreign",
         )
 
+    def _interpreter(self) -> "tuple[list[str], str]":
+        """Return (words, folder) with which ComfyUI's Python starts: the portable's in its own root, with -s."""
+        folder = os.path.dirname(self.python)
+        is_portable = os.path.basename(folder) == "python_embeded"
+        return [self.python, *["-s"] * is_portable], os.path.dirname(folder) if is_portable else self._checkout
+
+    def _variables(self, own: dict[str, str]) -> dict[str, str]:
+        """Return the environment variables of ComfyUI: ours, those of its Python, and `own`."""
+        inherited = {key: value for key, value in os.environ.items() if key not in DROPPED_VARIABLES}
+        inherited.pop("PYTHONUNBUFFERED", None)  # ComfyUI wraps its streams: its output would be held back longer
+        return {**with_interpreter(inherited, self.python), "PYTHONIOENCODING": "utf-8", **own}
+
+    def _parser_text(self) -> str:
+        return read_text(os.path.join(self._checkout, "comfy", "cli_args.py"))
+
+    def _added(self) -> list[str]:
+        """Return the words that we add to those which were typed: a browser of ComfyUI's would end with it."""
+        return ["--disable-auto-launch"] if "--disable-auto-launch" in self._parser_text() else []
+
+    def opens_browser(self, args: list[str]) -> bool:
+        """Tell whether `args` ask for a browser, which ComfyUI is then kept from opening: we do, once it answers."""
+        asking = (("--auto-launch", "--au"), ("--windows-standalone-build", "--w"))
+        is_asked = any(_is_flag(word, *flag) for word in args for flag in asking)
+        return is_asked and "--disable-auto-launch" not in args and bool(self._added())
+
+    def _launch(self, args: list[str]) -> Launch:
+        """Return what `args` mean, by ComfyUI's own parser where it can be asked.
+
+        Raises CDEnvironmentError (code "usage") when it refuses them.
+        """
+        launch = Launch(args, parse_comfyui_args(args), self._added())
+        if not self._parser_text():
+            return launch
+        import inspect
+
+        (words, folder), own = self._interpreter(), {"PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            program = f"{inspect.getsource(print_parsed_arguments)}\n\nprint_parsed_arguments()\n"
+            command = [*words, "-c", program, self._checkout, *args]
+            done = run_command(command, folder, self._variables(own), PARSER_SECONDS)
+            lines = [json.loads(line) for line in done.stdout.splitlines()]
+            if done.returncode == 2 and len(lines) == 1:
+                reason = done.stderr.strip().rpartition("\n")[2].partition("error: ")[2]
+                close = closest_flag(reason, lines[0])
+                hint = f"did you mean {close}?" if close else ""
+                raise CDEnvironmentError(f"ComfyUI refuses its arguments: {reason}", hint, "usage")
+            told = lines[1]
+            config = ComfyUIConfig(told["listen"], told["port"], bool(told["tls_keyfile"] and told["tls_certfile"]))
+            return Launch(args, config, launch.added, is_parsed=True)
+        except CDEnvironmentError as error:
+            if error.code == "usage":
+                raise
+        except (OSError, ValueError, KeyError, TypeError, IndexError):  # another parser than we know
+            pass
+        return launch
+
     def _start(
         self,
-        args: list[str],
-        config: ComfyUIConfig,
+        launch: Launch,
         variables: dict[str, str],
         previous: Optional[ProcessState] = None,
         monitor: Optional[dict[str, Any]] = None,
-        ports: int = 1,
+        auto_port: bool = False,
     ) -> "subprocess.CompletedProcess[str]":
-        """Intent, log, process, record, watch. Whatever fails before the record leaves all as it was.
-
-        With more than one of `ports` a free one is taken, and when a stranger snatches it meanwhile the next.
-        """
+        """Intent, log, process, record, watch. Whatever fails before the record leaves all as it was."""
         from subprocess import CompletedProcess
 
         previous = previous or self._read_state()
         with self._alive_lock() as alive:
-            record = self._write_intent(args, config, variables, monitor, ports > 1, alive)
+            record = self._write_intent(launch, variables, monitor, auto_port, alive)
             child = None
             try:
                 rotate_at_start(self.log_path)
                 header = session_header(record.run_id or "", self.name)
                 log, record.log_offset, record.log_inode = begin_session(self.log_path, header)
-                inherited = {key: value for key, value in os.environ.items() if key not in DROPPED_VARIABLES}
-                inherited.pop(
-                    "PYTHONUNBUFFERED", None
-                )  # ComfyUI wraps its streams: its output would be held back longer
-                ours = {"PYTHONIOENCODING": "utf-8", **record.env, RUN_ID_VARIABLE: record.run_id or ""}
-                environ = {**with_interpreter(inherited, self.python), **ours}
+                environ = self._variables({**record.env, RUN_ID_VARIABLE: record.run_id or ""})
+                handed = (alive.fileno(),) if alive else ()
                 with log:
-                    child = create_background_process(
-                        record.command, record.cwd or self._checkout, log, environ, (alive.fileno(),) if alive else ()
-                    )
+                    child = create_background_process(record.command, record.cwd or "", log, environ, handed)
                 record.pid, record.phase = child.pid, "running"
                 process = process_table().process(child.pid)
                 record.identity, record.uid = identity_of(process), process.uid if process is not None else own_user()
@@ -7180,12 +7292,10 @@ class Environment:
                     reap(process.pid)
                 self._put_back(previous)
                 raise
-        try:
-            self._watch(child, record, previous)
-        except CDEndedError as ended:
-            if ports < 2 or "while attempting to bind on address" not in ended.message:
-                raise
-            return self._start(args, config, variables, None, monitor, ports - 1)
+        if not launch.is_parsed:
+            self._watch_first_moments(child, record, previous)
+        release(child)
+        self._process = child
         return CompletedProcess(record.command, 0, f"Started on {record.host}:{record.port}", "")
 
     @contextmanager
@@ -7208,30 +7318,26 @@ class Environment:
 
     def _write_intent(
         self,
-        args: list[str],
-        config: ComfyUIConfig,
+        launch: Launch,
         variables: dict[str, str],
         monitor: Optional[dict[str, Any]],
         auto_port: bool,
         alive: "Optional[BinaryIO]",
     ) -> ProcessState:
-        """Choose the port and write down what is about to start, so that no other environment takes the port.
-
-        The Windows portable build runs from its own root, with -s.
-        """
+        """Choose the port and write down what is about to start, so that no other environment takes the port."""
         with workspace_lock(self.workspace_paths, "run"):
-            taken, port = self._taken_ports(), config.port
-            if port in taken or is_port_bound(port, host=config.host):
+            config, args = launch.config, launch.args
+            try:
+                self.require_free_port(config)
+            except CDEnvironmentError:
                 if not auto_port:
-                    raise self._port_in_use(config, taken)
-                port = next_free_port(port + 1, config.host, taken)
-                args = with_port(args, port)
-            record = ProcessState(None, config.host, port, args, utc_now(), self.log_path, phase=STARTING)
+                    raise
+                config.port = next_free_port(config.port + 1, config.host, self._taken_ports())
+                args = with_port(args, config.port)
+            record = ProcessState(None, config.host, config.port, args, utc_now(), self.log_path, phase=STARTING)
             record.run_id, record.env, record.monitor = os.urandom(16).hex(), variables, monitor
-            folder = os.path.dirname(self.python)
-            is_portable = os.path.basename(folder) == "python_embeded"
-            record.command = [self.python, *["-s"] * is_portable, self._script, *args]
-            record.cwd = os.path.dirname(folder) if is_portable else self._checkout
+            words, record.cwd = self._interpreter()
+            record.command, record.tls = [*words, self._script, *args, *launch.added], config.tls
             record.starter = {"pid": os.getpid(), "identity": identity_of(process_table().process(os.getpid()))}
             record.starter["interrupt_ignored"] = not passes_interrupt_on()
             if alive is not None:
@@ -7239,6 +7345,12 @@ class Environment:
                 record.alive = {"dev": here.st_dev, "ino": here.st_ino}
             self._write_state(record)
         return record
+
+    def require_free_port(self, config: ComfyUIConfig) -> None:
+        """Raise CDEnvironmentError when a program or another environment has the port of `config`."""
+        taken = self._taken_ports()
+        if config.port in taken or is_port_bound(config.port, host=config.host):
+            raise self._port_in_use(config, taken)
 
     def _port_in_use(self, config: ComfyUIConfig, taken: dict[int, str]) -> CDEnvironmentError:
         port = config.port
@@ -7265,26 +7377,29 @@ class Environment:
         """Return the variables that are set here and that ComfyUI does not get, because they would lead it astray."""
         return [name for name in DROPPED_VARIABLES if name in os.environ]
 
-    def _watch(self, child: "subprocess.Popen[bytes]", record: ProcessState, previous: Optional[ProcessState]) -> None:
-        """Raise CDEndedError when ComfyUI ends within the first moments.
+    def _watch_first_moments(
+        self, child: "subprocess.Popen[bytes]", record: ProcessState, previous: Optional[ProcessState]
+    ) -> None:
+        """Raise CDEndedError when ComfyUI ends before it says anything: a usage text stands in the log before the end.
 
         The run is then recorded as a crash; but when it refused its arguments (code 2), nothing has changed.
         """
-        until(lambda: child.poll() is not None, EARLY_END_SECONDS)
+
+        def is_decided() -> bool:
+            said = self._end_of_session()[0].partition("\n")[2]  # behind the header
+            return child.poll() is not None or "\n" in said and not said.startswith("usage:")
+
+        until(is_decided, FIRST_LINE_SECONDS, 0.02)
         code = child.poll()
         if code is None:
-            release(child)
-            self._process = child
             return
-        reason = self.last_error()
+        reason = self.last_error(code)
         record.last_exit = {"code": code, "at": utc_now()}
         with suppress(OSError):  # on a full disk it is told all the same
             self._put_back(previous if code == 2 else record)
-        raise CDEndedError(
-            f"ComfyUI ended at once ({format_exit(code)})" + (f": {reason}" if reason else "."),
-            ("-e", self.name, "logs"),
-            code,
-        )
+        message = f"ComfyUI ended at once ({format_exit(code)})" + (f": {reason}" if reason else ".")
+        close = closest_flag(reason or "", re.findall(r"--[\w-]+", self._end_of_session()[0]))
+        raise CDEndedError(message, f"did you mean {close}?" if close else ("-e", self.name, "logs"), code)
 
     def _end_relics(self, snapshot: Snapshot) -> None:
         if snapshot.relics:
@@ -7522,35 +7637,35 @@ class Environment:
                 raise self._foreign(snapshot)
             if snapshot.note == "damaged":
                 raise self.damaged_state()
-            if snapshot.record is None and snapshot.process is None and read_state(self.paths.last_run) is None:
+            process = snapshot.process
+            record = snapshot.record or read_state(self.paths.last_run) if process is None else None
+            if process is not None:
+                record = self._own_record(process, snapshot)
+            if record is None:
                 message = f"Cannot restart: ComfyUI not running in environment '{self.name}', and it never was."
                 raise CDEnvironmentError(message, ("-e", self.name, "run"), "stopped")
+            launch = self._launch(record.args)
             make_folder(os.path.dirname(self.log_path))
             open_append(self.log_path).close()
-            if snapshot.process is not None:
-                if snapshot.record is not None:
-                    self._require_port_for_restart(snapshot.process, snapshot.record)
-                    if snapshot.note != "untracked":
-                        snapshot.record.desired_state = STOPPED
-                        self._write_state(snapshot.record)  # a full disk shows now, not when ComfyUI is down already
-                self._stop_seen(snapshot, timeout)
-            self._end_relics(snapshot)
-            record = self._read_state() or read_state(self.paths.last_run)
-            if record is None:
-                raise CDEnvironmentError("Cannot restart: ComfyUI not running", ("run",), "stopped")
-            if snapshot.process is None and self.monitor_process(record) is not None:
+            if process is not None:
+                self._require_port_for_restart(process, record)
+                record.desired_state = STOPPED
+                self._write_state(record)  # a full disk shows now, not when ComfyUI is down already
+                self._stop_seen(Snapshot(RUNNING, record, process), timeout)
+            elif self.monitor_process(record) is not None:
                 self._want_stopped(record)  # its monitor was about to start it again: let it go
                 self._await_monitor(record)
+            self._end_relics(snapshot)
             if record.monitor is None:
-                self._start_again(record, None)
+                self._start_again(record, launch, None)
                 return True
         self.start_monitored(record.args, set_env=record.env)
         return True
 
-    def _start_again(self, record: ProcessState, monitor: Optional[dict[str, Any]]) -> None:
+    def _start_again(self, record: ProcessState, launch: Launch, monitor: Optional[dict[str, Any]]) -> None:
         """Start what a record has, once its port is free again."""
         until(lambda: not is_port_bound(record.port, host=record.host), 5, 0.02)
-        self._start(record.args, parse_comfyui_args(record.args), record.env, previous=record, monitor=monitor)
+        self._start(launch, record.env, previous=record, monitor=monitor)
 
     def take_on_as_monitor(self, note: Optional[dict[str, Any]] = None) -> bool:
         """Record this process as the monitor of the ComfyUI that runs; return False when none of ours does.
@@ -7627,7 +7742,7 @@ class Environment:
             if record is None or not is_same or snapshot.process is not None:
                 return False
             self._end_relics(snapshot)
-            self._start_again(record, note)
+            self._start_again(record, self._launch(record.args), note)
             return True
 
     def _require_port_for_restart(self, process: Process, record: ProcessState) -> None:
@@ -8867,6 +8982,14 @@ def selected(console: Console, args: Arguments) -> Environment:
     return prepare(console, args, environment)
 
 
+def url_line(data: dict[str, Any], typed: Typed) -> str:
+    """The line that tells where a ComfyUI that was just started answers, or will."""
+    if data.get("ready") or data["health"] == HEALTHY:
+        return f"✓ Running on {data['url']}"
+    waits = f"{typed('open')} or {typed('run', '--wait')}"
+    return f"✓ Starting on {data['url']} (answers when ComfyUI has loaded; {waits} waits)"
+
+
 def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data.get("ready"):
         yield f"✓ ComfyUI is ready ({data['waited']:.1f} s)"
@@ -8874,7 +8997,7 @@ def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
         yield f"✓ A monitor now watches the ComfyUI that runs (PID {data['pid']})"
     else:
         yield f"✓ ComfyUI started in background (PID {data['pid']})"
-    yield f"✓ Running on {data['url']}"
+    yield url_line(data, typed)
     yield f"  Log: {data['log']}"
     yield ""
     yield f"Tip: View logs with '{typed('logs')}', stop with '{typed('stop')}'"
@@ -8906,8 +9029,15 @@ def run(console: Console, args: Arguments) -> Report:
     stays = stays_in_foreground(args)
     environment = environment_to_run(console, args)
     say_what_starts(console, environment, args.comfyui_args, config.host, stays)
-    is_demo = environment.manifest.demo
+    is_demo, former = environment.manifest.demo, environment.recorded_args()
+    if former and former != args.comfyui_args and not is_demo:
+        console.say(f"   Last time: {' '.join(map(quote, former))}. {console.typed('restart')} starts with these.")
+    asks_for_port = any(_is_flag(word.partition("=")[0], "--port", "--po") for word in args.comfyui_args)
+    auto_port = args.auto_port or (is_demo or args.one_of_all) and not asks_for_port
     if not args.no_sync and not is_demo:
+        seen = environment.observe()
+        if seen.state in (STOPPED, CRASHED) and not seen.relics and not auto_port:
+            environment.require_free_port(config)  # before anything is installed, and once more at the start
         environment.sync()
     if (
         "--enable-manager" in args.comfyui_args
@@ -8918,9 +9048,8 @@ def run(console: Console, args: Arguments) -> Report:
         console.warn(
             f"ComfyUI-Manager is not installed here: {quote(environment.python)} -m pip install -r {quote(file)}"
         )
-    asks_for_port = any(_is_flag(word.partition("=")[0], "--port", "--po") for word in args.comfyui_args)
     options = {
-        "auto_port": args.auto_port or (is_demo or args.one_of_all) and not asks_for_port,
+        "auto_port": auto_port,
         "set_env": args.set_env,
         "take_over": args.take_over,
     }
@@ -8948,9 +9077,10 @@ def run_in_background(
         raise
     report = started_report(environment, tls)
     report.data["only_watched"] = watched is not None
-    if args.wait is not None or args.open:
+    opens = args.open or environment.opens_browser(args.comfyui_args)
+    if args.wait is not None or opens:
         await_answer(console, environment, report, READY_SECONDS if args.wait is None else args.wait)
-    if args.open and report.error is None:
+    if opens and report.error is None:
         show_in_browser(console, report.data["url"])
     return report
 
@@ -9135,6 +9265,7 @@ def started_report(environment: Environment, tls: bool) -> Report:
         **{name: getattr(record, name) for name in ("pid", "host", "port", "args", "started_at")},
         "name": environment.name,
         "url": local_url(ComfyUIConfig(record.host, record.port, tls)),
+        "health": environment.report(0.5)["health"],
         "log": record.log_path,
         "demo": environment.manifest.demo,
     }
@@ -9372,7 +9503,7 @@ def wait_until_idle(console: Console, environment: Environment, seconds: float) 
     "stop and start again with the same arguments",
     QUEUE_OPTIONS + WAIT_OPTION + ALL_OPTION,
     ("restart", "restart sdxl --wait"),
-    "✓ Restarted (new PID: {pid})\n✓ Running on {url}",
+    lambda data, typed: iter((f"✓ Restarted (new PID: {data['pid']})", url_line(data, typed))),
 )
 def restart(console: Console, args: Arguments) -> Report:
     if args.all:

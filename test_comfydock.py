@@ -847,6 +847,31 @@ class WhoARecordStandsOn(unittest.TestCase):
 
 
 class WordsForPeople(unittest.TestCase):
+    def test_why_comfyui_ended_is_read_from_its_log_without_colours_and_levels(self):
+        fatal = (
+            "\x1b[32m[INFO]\x1b[0m all is well\nFatal Python error: Segmentation fault\n\nThread 0x1 (most recent call first):\n"
+            '  File "/x/custom_nodes/Innocent/a.py", line 1 in f\n\nCurrent thread 0x2 (most recent call first):\n'
+            '  File "/x/custom_nodes/Guilty/b.py", line 2 in g\n'
+        )
+        group = (
+            "  + Exception Group Traceback (most recent call last):\n  |   File x\n  | ExceptionGroup: two (2 sub-exceptions)\n"
+            "  +-+---------------- 1 ----------------\n    | ValueError: 1\n    +------------------------------------\n"
+        )
+        failed = "\x1b[31m[ERROR]\x1b[0m Traceback (most recent call last):\n  File x\nImportError: a node\n"
+        cases = [
+            (fatal, -11, "Fatal Python error: Segmentation fault (custom node Guilty)"),
+            ("Windows fatal exception: access violation\n", None, "Windows fatal exception: access violation"),
+            ("terminate called after throwing an instance of 'x'\n  what():  no CUDA\n", -6,
+             "terminate called after throwing an instance of 'x': no CUDA"),
+            (group, 1, "ExceptionGroup: two (2 sub-exceptions)"),
+            (failed + "[INFO] up\n", 3, "ImportError: a node"),
+            (failed + "[INFO] up\nNo models folder.\n", 1, "No models folder."),
+            ("Traceback (most recent call last):\n  File x\nSystemExit: 7\n", 7, "SystemExit: 7"),
+        ]  # fmt: skip
+        for text, code, expected in cases:
+            with self.subTest(expected=expected):
+                self.assertEqual(dock.last_error_line(text, code), expected)
+
     def test_the_last_line_of_a_traceback_is_an_error_whatever_it_is_called(self):
         begin = "Traceback (most recent call last):\n  File x\n    call()\n"
         unknown = "socket.gaierror: [Errno -2] Name or service not known"
@@ -6534,7 +6559,7 @@ class Journey(unittest.TestCase):
 
     def ends_at_once(self, *words, **variables):
         """Start a demo that ends while `run` watches, which takes longer on a busy machine than `run` usually does."""
-        self.person.program = installed("comfydock.EARLY_END_SECONDS = 30")
+        self.person.program = installed("comfydock.FIRST_LINE_SECONDS = 30")
         done = self.person.types("run", "--demo", "--port", str(free_port()), *words, **variables)
         self.person.program = installed()
         return done
@@ -6687,7 +6712,7 @@ class Running(Journey):
         done = self.person.types(
             "run", "--demo", "--port", str(free_port()), "--wait", "0.5", COMFYDOCK_DEMO_START_SECONDS="60"
         )
-        self.assertClear(done, 1, "did not answer within 0.5 s")
+        self.assertClear(done, 1, "Not ready after 0.5 s")
         data = self.person.status()
         self.assertEqual((data["state"], data["health"]), ("starting", "starting"))
 
@@ -6788,7 +6813,7 @@ class Foreground(Journey):
             self.assertEqual(self.person.processes(), [])
 
     def test_comfyuis_own_end_is_handed_on(self):
-        later = 2 * dock.EARLY_END_SECONDS + 0.1  # past the time in which `run` itself watches
+        later = 0.6
         cases = [(f"later:3:{later}", 3), (f"later:0:{later}", 0)]
         cases += [] if WINDOWS else [(f"later:segv:{later}", 139)]
         for fault, code in cases:
@@ -6855,6 +6880,69 @@ class Foreground(Journey):
         self.assertIn("ComfyUI stopped", Path(said).read_text(encoding="utf-8"))
 
 
+class ComfyUIsOwnParser(Journey):
+    """A checkout with the file in which ComfyUI has its parser, asked before anything starts."""
+
+    PARSER = """
+        import argparse
+        parser = argparse.ArgumentParser()
+        for flag in ("--lowvram", "--cpu", "--auto-launch", "--disable-auto-launch"):
+            parser.add_argument(flag, action="store_true")
+        parser.add_argument("--listen", default="127.0.0.1", nargs="?", const="0.0.0.0,::")
+        parser.add_argument("--port", type=int, default=8188)
+        for flag in ("--tls-keyfile", "--tls-certfile"):
+            parser.add_argument(flag)
+        args = parser.parse_args([])
+    """
+
+    def setUp(self):
+        super().setUp()
+        self.folder = self.person.checkout("studio")
+        os.makedirs(os.path.join(self.folder, "comfy"))
+        self.parser = Path(self.folder, "comfy", "cli_args.py")
+        self.parser.write_text(textwrap.dedent(self.PARSER), encoding="utf-8")
+        self.port = str(free_port())
+
+    def run_here(self, *words):
+        return self.person.types("run", "--port", self.port, *words, cwd=self.folder, DISPLAY="")
+
+    def test_a_mistyped_flag_is_told_and_nothing_starts(self):
+        for words, hint in (("--lowvarm",), "did you mean --lowvram?"), (("--lowvram", "--cpu", "--xyzzy=1"), None):
+            done = self.run_here(*words)
+            self.assertClear(done, 2, f"ComfyUI refuses its arguments: unrecognized arguments: {words[-1]}")
+            self.assertEqual("did you mean" in done.stderr, hint is not None)
+            self.assertIn(hint or "", done.stderr)
+        self.assertEqual((self.person.state("studio"), self.person.processes()), (None, []))
+        self.assertEqual(list(Path(self.folder, "comfy").iterdir()), [self.parser], "no compiled code is left there")
+
+    def test_what_we_add_is_no_part_of_what_was_typed(self):
+        self.assertIn("✓ Starting on", self.run_here("--cpu").stdout)
+        state = self.person.state("studio")
+        self.assertEqual(state["args"], ["--port", self.port, "--cpu"])
+        self.assertEqual(state["command"][-2:], ["--cpu", "--disable-auto-launch"])
+        self.assertEqual(self.person.types("-e", "studio", "restart", "--wait").returncode, 0)
+        self.assertEqual(self.person.state("studio")["args"], state["args"])
+        self.assertEqual(self.person.types("-e", "studio", "stop").returncode, 0)
+        self.assertIn(f"Last time: --port {self.port} --cpu. comfydock restart", self.run_here("--lowvram").stdout)
+
+    def test_a_restart_whose_arguments_are_no_more_stops_nothing(self):
+        self.assertEqual(self.run_here("--cpu", "--wait").returncode, 0)
+        self.parser.write_text(textwrap.dedent(self.PARSER).replace('"--cpu"', '"--gpu"'), encoding="utf-8")
+        self.assertClear(self.person.types("-e", "studio", "restart"), 2, "unrecognized arguments: --cpu")
+        self.assertEqual(self.person.status("-e", "studio")["state"], "running")
+
+    def test_a_browser_is_opened_by_us_once_comfyui_answers(self):
+        done = self.run_here("--auto-launch")
+        self.assertIn(f"Open it in your browser: http://127.0.0.1:{self.port}", done.stdout)
+        self.assertIn("--disable-auto-launch", self.person.state("studio")["command"])
+
+    def test_a_parser_that_cannot_be_asked_keeps_nobody_from_starting(self):
+        for text in ("import nonsense", "parser = None", "raise SystemExit(3)"):
+            self.parser.write_text(text, encoding="utf-8")
+            self.assertEqual(self.run_here().returncode, 0)
+            self.assertEqual(self.person.types("-e", "studio", "stop").returncode, 0)
+
+
 class TellingTheTruth(Journey):
     def test_after_a_crash_status_tells_of_it_and_restart_starts_with_the_same_arguments(self):
         data = self.run_demo("--cpu")
@@ -6877,7 +6965,11 @@ class TellingTheTruth(Journey):
         self.assertEqual(self.person.state()["args"], ["--port", str(data["port"]), "--cpu"])
 
     def test_the_last_error_line_is_found(self):
-        self.assertClear(self.ends_at_once(COMFYDOCK_DEMO_EXIT="import:1"), 1, "ModuleNotFoundError")
+        words = ("run", "--demo", "--port", str(free_port()), "--wait")
+        done = self.person.types(*words, COMFYDOCK_DEMO_EXIT="import:1")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("(code 1): ModuleNotFoundError: No module named 'PIL'", done.stderr)
+        self.assertEqual(self.person.status()["exit_code"], 1)
 
     def test_alive_but_not_answering_yet_is_told_apart_from_not_responding(self):
         self.start_demo(COMFYDOCK_DEMO_START_SECONDS="60")
@@ -7430,15 +7522,8 @@ class WhatUsersMet(Journey):
         self.assertEqual((code, self.person.status()["pid"]), (1, data["pid"]))
 
     def test_a_stop_between_two_starts_of_the_monitor_says_what_it_did(self):
-        data = self.start_demo()
-        dock.signal_process(data["pid"], "kill")
-        eventually(lambda: not alive(data["pid"]))
-        waiting = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-        self.addCleanup(waiting.communicate)
-        environment = self.environment_of_person()
-        record = dock.read_state(environment.paths.state)
-        record.monitor = {"pid": waiting.pid, "identity": dock.identity_of(dock.process_table().process(waiting.pid))}
-        dock.write_state(environment.paths.state, record)
+        self.start_demo("--monitor", COMFYDOCK_DEMO_EXIT="later:3:0.3")
+        eventually(lambda: self.person.status()["state"] == "crashed")
         self.assertIn("its monitor starts it no more", self.person.types("stop").stdout)
         self.assertIn("is not running", self.person.types("stop").stdout)
 
