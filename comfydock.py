@@ -801,6 +801,14 @@ PS_WITH_ENVIRONMENT = "-axwwE" if sys.platform == "darwin" else "axeww"
 PS_LOCALE = {"LC_TIME": "C", "LC_CTYPE": "UTF-8" if sys.platform == "darwin" else "C.UTF-8", "TZ": "UTC"}
 
 
+def inherited_environment() -> dict[str, str]:
+    """Return the variables for what we start: ours, but for the drawing backend of a notebook, which only it has."""
+    variables = dict(os.environ)
+    if variables.get("MPLBACKEND", "").startswith("module://"):
+        del variables["MPLBACKEND"]
+    return variables
+
+
 def read_text(path: str) -> str:
     """Return the stripped text of a small file, "" where it cannot be read."""
     try:
@@ -940,6 +948,10 @@ if sys.platform == "win32":
         kernel, ntdll = ctypes.WinDLL("kernel32", use_last_error=True), ctypes.WinDLL("ntdll")
         handle, dword = wintypes.HANDLE, wintypes.DWORD
         kernel.OpenProcess.restype = kernel.CreateFileW.restype = kernel.CreateToolhelp32Snapshot.restype = handle
+        kernel.CreateJobObjectW.restype = handle
+        kernel.CreateJobObjectW.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        kernel.SetInformationJobObject.argtypes = [handle, ctypes.c_int, ctypes.c_void_p, dword]
+        kernel.AssignProcessToJobObject.argtypes = [handle, handle]
         kernel.OpenProcess.argtypes = [dword, wintypes.BOOL, dword]
         kernel.CloseHandle.argtypes = [handle]
         kernel.CreateToolhelp32Snapshot.argtypes = [dword, dword]
@@ -1032,6 +1044,23 @@ if sys.platform == "win32":
             return False
         finally:
             os.lseek(fd, place, os.SEEK_SET)
+
+    @cache
+    def job() -> Any:
+        """Return a job whose processes end with us: the system closes its only handle then."""
+        import ctypes
+
+        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, whose flags stand behind two numbers of 64 bits; 0x2000:
+        # KILL_ON_JOB_CLOSE
+        kernel, limits = libraries()[0], ctypes.create_string_buffer(144 if sys.maxsize > 2**32 else 112)
+        limits[17] = b"\x20"
+        handle = kernel.CreateJobObjectW(None, None)
+        kernel.SetInformationJobObject(handle, 9, limits, len(limits))
+        return handle
+
+    def bind_to_us(process: "subprocess.Popen[str]") -> None:
+        """Have a child, and what it starts from now on, end when we have ended, however."""
+        libraries()[0].AssignProcessToJobObject(job(), int(process._handle))  # type: ignore[attr-defined]
 
     def attach_and_interrupt(pid: int) -> None:
         """Press Ctrl-C on the console of `pid`. Only for a short-lived helper: it leaves its own console for that.
@@ -1265,7 +1294,7 @@ if sys.platform == "win32":
         return os.path.join(folder, "Scripts", "python.exe")
 
     boot_id = pid_namespace = unknown  # creation times are absolute here, so nothing is lost
-    session_of = kernel_clock = open_proc = own_user = give_to = unknown
+    session_of = kernel_clock = open_proc = own_user = give_to = unlock_handle = ending_with_us = unknown
     is_writable_by_others = unknown  # a matter of ACLs, which the mode of a file does not show
     reap_strangers = unknown  # there are no zombies
 
@@ -1277,19 +1306,22 @@ else:
     """Popen options of a command that we wait for: its own session, so that it can be ended as a whole. Without a
     terminal git and ssh cannot stop and ask for a password either."""
 
+    bind_to_us = unknown
     exit_code_kept = nullcontext  # the system keeps exit codes for parents, and for nobody else
     attach_and_interrupt = listed_processes = tcp_listeners = process_facts = unknown
 
     @contextmanager
     def default_signals() -> Iterator[None]:
-        """Give children the default SIGINT, SIGTERM and signal mask for the time of a spawn.
+        """Give children the default SIGINT, SIGTERM, SIGCHLD and signal mask for the time of a spawn.
 
         A caught signal is at its default after exec, an ignored one stays ignored: so an ignored one is caught by a
         handler that does nothing, which changes nothing for us. Only the main thread may set handlers.
         """
         import signal
 
-        ignored = [one for one in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(one) is signal.SIG_IGN]
+        ignored = [
+            one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD) if signal.getsignal(one) is signal.SIG_IGN
+        ]
         caught = []
         try:
             for number in ignored:
@@ -1379,6 +1411,27 @@ else:
         finally:
             if folder is not None:
                 os.close(folder)
+
+    def ending_with_us() -> Optional[Callable[[], None]]:
+        """Return what a child does so that it is killed when we have ended, however; None where there is no way."""
+        import ctypes
+
+        parent, prctl = os.getpid(), getattr(ctypes.CDLL(None), "prctl", None)
+        if prctl is None:
+            return None
+
+        def prepare() -> None:
+            prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+            if os.getppid() != parent:
+                os._exit(1)
+
+        return prepare
+
+    def unlock_handle(fd: int) -> None:
+        """Give up the lock of an open file, whoever else has the descriptor."""
+        import fcntl
+
+        fcntl.flock(fd, fcntl.LOCK_UN)
 
     def open_proc(pid: int) -> Optional[int]:
         """Open the folder of a process in /proc, which is then that of no other; None where there is none."""
@@ -1622,6 +1675,36 @@ def ignore_interrupts() -> None:
         pass
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP came: what a Ctrl-C means, with the exit code of that signal."""
+
+    exit_code = 130
+
+
+def prepare_signals() -> None:
+    """Have SIGTERM and SIGHUP raise Terminated, so that what was begun is ended and undone on the way out.
+
+    For a program in its main thread. What whoever started us had us inherit is undone: SIGCHLD ignored would lose exit
+    codes, blocked signals would not be heard. A SIGHUP ignored by nohup stays so.
+    """
+    import signal
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # the undoing is not broken off by a second one
+        terminated = Terminated()
+        terminated.exit_code = 128 + number
+        raise terminated
+
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
+
+
 @contextmanager
 def noted_signals() -> Iterator[list[str]]:
     """Yield a list to which SIGINT, SIGTERM and SIGHUP add "interrupt", "terminate", "hangup" instead of acting.
@@ -1680,6 +1763,10 @@ def pumped_lines(process: "subprocess.Popen[str]", deadline: Optional[float]) ->
             raise TimeoutError
 
 
+# The lock files that the commands we run hold with us, as descriptors, and who notes which command that is.
+HANDED_ON: dict[int, Callable[[int, list[str]], None]] = {}
+
+
 def run_command(
     cmd: list[str],
     cwd: Optional[str] = None,
@@ -1691,7 +1778,8 @@ def run_command(
 
     `timeout` is in seconds; `tell` is given each line of output as it comes. A code other than 0 does not raise.
     Raises CDEnvironmentError with code "missing" where the program is not there, "timeout" when the time is up: then,
-    as with any other exception, the command and all that it started are ended.
+    as with any other exception, the command and all that it started are ended. What runs under a lock of HANDED_ON has
+    its descriptor, and ends with us where the system can see to that.
     """
     import subprocess
 
@@ -1699,12 +1787,26 @@ def run_command(
     began = time.monotonic()
     try:
         pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-        process = subprocess.Popen(cmd, cwd=cwd, env=env, stdin=subprocess.DEVNULL, errors="replace", **pipe, **GROUP)
+        if HANDED_ON and not IS_WINDOWS:
+            pipe.update(pass_fds=tuple(HANDED_ON), preexec_fn=ending_with_us())
+        with default_signals():
+            process = subprocess.Popen(
+                cmd,
+                cwd=cwd,
+                env=inherited_environment() if env is None else env,
+                stdin=subprocess.DEVNULL,
+                errors="replace",
+                **pipe,
+                **GROUP,
+            )
     except OSError as error:
         raise cannot_start(cmd, cwd, error) from error
     deadline = None if timeout is None else time.monotonic() + timeout
     output: dict[str, list[str]] = {"stdout": [], "stderr": []}
     try:
+        for note in HANDED_ON.values():
+            bind_to_us(process)
+            note(process.pid, cmd)
         for name, line in pumped_lines(process, deadline):
             output[name].append(line)
             tell(line.rstrip("\n"))
@@ -2342,11 +2444,12 @@ def locate(identity: object) -> str:
 
 
 def recorded_process(
-    record: ProcessState, noted: Optional[dict[str, Any]], is_it: Callable[[Process], bool]
+    noted: Optional[dict[str, Any]], users: tuple[Optional[int], ...], is_it: Callable[[Process], bool]
 ) -> Optional[Process]:
     """Return the live process that `noted` names ("pid", "identity"), if it is what it should be, else None.
 
-    The record speaks for its owner: of another user's process it proves nothing.
+    `users` are whose it must be, by the file that says so and by what that says, as far as known: a record speaks for
+    its owner, of another user's process it proves nothing.
     """
     pid = noted.get("pid") if noted else None
     process = process_table().process(pid) if noted and isinstance(pid, int) and is_pid(pid) else None
@@ -2357,28 +2460,32 @@ def recorded_process(
         or not is_identity_of(process, noted.get("identity"))
     ):
         return None
-    is_owners = all(user in (None, process.uid) for user in (record.owner, record.uid))
+    is_owners = all(user in (None, process.uid) for user in users)
     return process if is_owners and is_it(process) else None
 
 
 def recorded_comfyui(record: ProcessState, python: str, script: str) -> Optional[Process]:
     """Return the live process of a record that has a PID, if it is a Python that runs `script` (absolute).
 
-    So is a wrapper in place of `python` that has not become it: a shell shows their names behind its own. A record with
-    the plan's keys alone has no identity: it names a candidate, which is its own proof.
+    So is a wrapper in place of `python`, a script, that has not become it: a shell shows their names behind its own. A
+    record with the plan's keys alone has no identity: it names a candidate, which is its own proof.
     """
-    wrapped = (f" {python} {script}", f" {python} -s {script}")
+
+    def is_comfyui(process: Process) -> bool:
+        if not runs_script(process, script):
+            with suppress(OSError), open(python, "rb") as file:
+                is_wrapped = any(f" {python} {option}{script}" in process.text for option in ("", "-s "))
+                return is_wrapped and file.read(2) == b"#!"
+            return False
+        return True
+
     identity = record.identity or identity_of(process_table().process(record.pid or 0))
-    return recorded_process(
-        record,
-        {"pid": record.pid, "identity": identity},
-        lambda process: runs_script(process, script) or any(words in process.text for words in wrapped),
-    )
+    return recorded_process({"pid": record.pid, "identity": identity}, (record.owner, record.uid), is_comfyui)
 
 
 def recorded_starter(record: ProcessState) -> Optional[Process]:
     """Return the process that wrote an intent, if it lives."""
-    return recorded_process(record, record.starter, lambda process: True)
+    return recorded_process(record.starter, (record.owner, record.uid), lambda process: True)
 
 
 def recorded_monitor(record: Optional[ProcessState], root: str) -> Optional[Process]:
@@ -2389,7 +2496,7 @@ def recorded_monitor(record: Optional[ProcessState], root: str) -> Optional[Proc
         is_entry = IMPORTED.partition("{}")[0] in head or runs_script(process, own_command()[-1])
         return is_python(process.name) and is_entry and same_path(place, root)
 
-    return recorded_process(record, record.monitor, is_monitor) if record is not None else None
+    return recorded_process(record.monitor, (record.owner, record.uid), is_monitor) if record is not None else None
 
 
 def is_process_alive(pid: int) -> bool:
@@ -3068,24 +3175,98 @@ def read_small(path: str, limit: int = 16 * MEGABYTE) -> Optional[bytes]:
     return data
 
 
+# Where a lock that is free is nobody's. On all else, a network's above all, one of another machine may not show.
+LOCAL_FILE_SYSTEMS = frozenset("ext2 ext3 ext4 xfs btrfs zfs f2fs bcachefs tmpfs overlay".split())
+
+
+def file_system_of(path: str) -> str:
+    """Return the type of the file system that holds a path, "" where it is not told."""
+    place = os.path.join(os.path.realpath(path), "")
+    found = [
+        (len(point), number, kind)
+        for number, (point, kind) in enumerate(mounts())
+        if place.startswith(os.path.join(point, ""))
+    ]
+    return max(found)[2] if found else ""
+
+
 @contextmanager
-def locked(path: str, seconds: float, purpose: str) -> Iterator[None]:
+def locked(
+    path: str, seconds: float, purpose: str, handed_on: bool = False, past_stopped: bool = False
+) -> Iterator[None]:
     """Hold the lock file at `path`, waiting up to `seconds` for it.
 
-    The lock is the system's and ends with its holder, so the file is never deleted and never
-    stale; its text only tells others who holds it. Raises CDEnvironmentError naming the holder.
+    The lock is the system's and ends with its holder, so the file is never deleted and never stale; its text only tells
+    others who holds it. One that is `handed_on` is held by the commands that we run meanwhile, too: one that outlives
+    us is waited for by the next comer, and then ended. Who goes `past_stopped` needs no lock whose holder stands still.
+    Raises CDEnvironmentError naming the holder.
     """
-    try:
-        lock = until(lambda: take_lock(path), seconds)
-    except FileNotFoundError:
-        raise CDEnvironmentError(f"{os.path.dirname(path)} is no longer there.", code="unknown") from None
-    if lock is None:
+    holder = holder_of(path) if past_stopped else None
+    is_passed = holder is not None and holder.state == "stopped"
+    lock = until(lambda: take_lock(path), 0 if is_passed else seconds)
+    if lock is None and not is_passed and end_orphan_at(path):
+        lock = until(lambda: take_lock(path), LEFTOVER_AGE)
+    if lock is None and not is_passed:
         raise _locked_out(path)
-    with lock:
-        with suppress(OSError):  # a full disk must not keep anyone from stopping ComfyUI
-            os.ftruncate(lock.fileno(), 0)
-            os.write(lock.fileno(), f"{os.getpid()} {purpose}".encode("utf-8", "backslashreplace"))
-        yield
+    with lock or nullcontext():
+        if lock is not None:
+            _sign(lock, purpose)
+            if handed_on:
+                HANDED_ON[lock.fileno()] = lambda pid, cmd: _sign(lock, purpose, pid, cmd)
+        try:
+            yield
+        finally:
+            if lock is not None and handed_on:
+                del HANDED_ON[lock.fileno()]
+                with suppress(OSError):
+                    unlock_handle(lock.fileno())  # what a command that has ended left behind holds nothing
+
+
+def _sign(lock: "BinaryIO", purpose: str, pid: int = 0, cmd: Optional[list[str]] = None) -> None:
+    text = f"{os.getpid()} {purpose}"
+    if cmd is not None:
+        identity = identity_of(process_table().process(pid))
+        text += "\n" + json.dumps({"pid": pid, "identity": identity, "command": cmd})
+    with suppress(OSError):  # a full disk must not keep anyone from stopping ComfyUI
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), text.encode("utf-8", "backslashreplace"))
+
+
+def _signed(path: str) -> tuple[int, str, str]:
+    """Return PID and purpose of who signed a lock file, and what it says of the command that it runs."""
+    try:
+        line, _, command = (read_small(path) or b"").decode("utf-8", "replace").partition("\n")
+    except (OSError, ValueError):
+        line = command = ""
+    pid, _, purpose = line.partition(" ")
+    return int(pid) if pid.isascii() and pid.isdigit() else 0, purpose, command
+
+
+def holder_of(path: str) -> Optional[Process]:
+    """Return who has a lock file open: who signed it, if he still has, else another; None where that is hidden."""
+    signer, name = _signed(path)[0], os.path.basename(path)
+    with suppress(OSError):
+        inode = str(os.stat(path).st_ino)
+        if is_usable("proc"):
+            openers = [pid for pid in process_table().pids() if inode in opened_inodes(pid, name)]
+            signer = signer if signer in openers else next(iter(openers), 0)
+    return process_table().process(signer) if is_pid(signer) else None
+
+
+def end_orphan_at(path: str) -> bool:
+    """End the command that a lock file names, if it has outlived who ran it; tell whether there was one."""
+    signer, _, text = _signed(path)
+    holder = holder_of(path)
+    try:
+        noted: Any = json.loads(text) if holder is None or holder.pid != signer else None
+        users = (speaker_of(path, os.stat(path).st_uid),)
+        orphan = recorded_process(noted, users, lambda process: process.command == noted["command"])
+    except (ValueError, TypeError, AttributeError, KeyError, OSError):
+        return False
+    for process in process_tree(orphan, None) if orphan is not None else []:
+        with suppress(OSError):
+            signal_same(process, "kill")
+    return orphan is not None
 
 
 def is_held(path: str) -> bool:
@@ -3107,7 +3288,7 @@ def take_lock(path: str) -> "Optional[BinaryIO]":
         lock = open_regular(path, "rb")  # enough to lock: ComfyUI on a read-only disk must be stoppable, too
     try:
         # Who waited for one that was deleted meanwhile opens the next one.
-        if lock_handle(lock.fileno()) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+        if _lock_or_warn(lock.fileno(), path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
             return lock
     except FileNotFoundError:
         pass
@@ -3118,30 +3299,30 @@ def take_lock(path: str) -> "Optional[BinaryIO]":
     return None
 
 
-# Where a lock that is free is nobody's. On all else, a network's above all, one of another machine may not show.
-LOCAL_FILE_SYSTEMS = frozenset("ext2 ext3 ext4 xfs btrfs zfs f2fs bcachefs tmpfs overlay".split())
+def _lock_or_warn(handle: int, path: str) -> bool:
+    import errno
+    import warnings
 
-
-def file_system_of(path: str) -> str:
-    """Return the type of the file system that holds a path, "" where it is not told."""
-    place = os.path.join(os.path.realpath(path), "")
-    found = [
-        (len(point), number, kind)
-        for number, (point, kind) in enumerate(mounts())
-        if place.startswith(os.path.join(point, ""))
-    ]
-    return max(found)[2] if found else ""
+    try:
+        return lock_handle(handle)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
+            raise
+        where = f"the file system of {path} has no locks ({file_system_of(path) or error.strerror})"
+        warnings.warn(f"{where}: run one command at a time here, or keep the workspace on a local disk", stacklevel=2)
+        return True
 
 
 def _locked_out(path: str) -> CDEnvironmentError:
-    try:
-        pid, _, purpose = (read_small(path) or b"").decode("utf-8", "replace").partition(" ")
-    except OSError:
-        pid, purpose = "", ""
-    holder = f" ('comfydock {purpose}', PID {pid})" if pid.isdigit() else ""
-    return CDEnvironmentError(
-        f"Another comfydock command{holder} is busy here.", "wait until it is done, then try again", "locked"
-    )
+    (signer, purpose, _), holder = _signed(path), holder_of(path)
+    who, hint, state = "Another comfydock command", "wait until it is done, then try again", ""
+    if holder is not None and holder.pid == signer:
+        who += f" ('comfydock {purpose}', PID {signer})"
+    elif holder is not None:
+        who = f"Another program ({holder.name}, PID {holder.pid})"
+    if holder is not None and holder.state == "stopped":
+        state, hint = " and stands still", f"let it go on: kill -CONT {holder.pid}"
+    return CDEnvironmentError(f"{who} is busy here{state}.", hint, "locked")
 
 
 def rotate_at_start(path: str, limit: int = LOG_LIMIT) -> None:
@@ -4544,7 +4725,7 @@ def package_environment(python: str) -> dict[str, str]:
     Packages of the user's own site are left out: ComfyUI's portable Python is started with -s and does not see them.
     """
     dropped = rf"(?!{UV_SOURCES}$)(PIP_|UV_|PYTHONHOME$|PYTHONPATH$)"
-    kept = {key: value for key, value in os.environ.items() if not re.match(dropped, key)}
+    kept = {key: value for key, value in inherited_environment().items() if not re.match(dropped, key)}
     ours = {"PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
     rest = {"UV_NO_CONFIG": "1", "PYTHONNOUSERSITE": "1", "PYTHONIOENCODING": "utf-8"}
     return {**with_interpreter(kept, python), **pip_settings(python), **uv_settings(), **ours, **rest}
@@ -4557,7 +4738,9 @@ def pip_settings(python: str) -> dict[str, str]:
 
     variables = {pip_variable(name): name for name in PIP_SOURCES}
     found = {variables[key]: value for key, value in os.environ.items() if key in variables}
-    kept = {key: value for key, value in os.environ.items() if not re.match("PIP_(?!CONFIG_FILE$)|PYTHON", key)}
+    kept = {
+        key: value for key, value in inherited_environment().items() if not re.match("PIP_(?!CONFIG_FILE$)|PYTHON", key)
+    }
     with scratch_folder() as empty:
         said = run_command([python, "-m", "pip", "config", "list"], empty, {**kept, "PIP_QUIET": "0"}, 60.0).stdout
     for section in ("install", "global"):
@@ -5657,7 +5840,7 @@ class NodeManager:
     @contextmanager
     def changing(self, purpose: str) -> Iterator[None]:
         """Hold the content lock, on ground that no killed command left half done."""
-        with locked(self.paths.content_lock, 30.0, purpose):
+        with locked(self.paths.content_lock, 30.0, purpose, handed_on=True):
             self.known = None
             self.take_back_interrupted()
             if self.manifest.tool != "comfydock":
@@ -6060,7 +6243,7 @@ def claimed(paths: EnvironmentPaths, adopts: Optional[str] = None) -> Iterator[N
         raise CDEnvironmentError(f"{paths.root} exists and is no unfinished environment", "use another name", "exists")
     make_folder(paths.cec)
     try:
-        with locked(paths.content_lock, 5.0, f"create {paths.name}"):
+        with locked(paths.content_lock, 5.0, f"create {paths.name}", handed_on=True):
             refuse()  # another command may have completed it meanwhile
             yield
     except BaseException:
@@ -6738,12 +6921,12 @@ class Environment:
                 self._write_state(record)
 
     @contextmanager
-    def _process_lock(self, purpose: str, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+    def _process_lock(self, purpose: str, seconds: float = LOCK_SECONDS, past_stopped: bool = False) -> Iterator[None]:
         if not os.path.exists(self.paths.lock) or not os.path.exists(
             self.paths.alive
         ):  # the first time here: git shall not see our files
             GitManager(self.paths.cec).hide_runtime_files()
-        with locked(self.paths.lock, seconds, purpose):
+        with locked(self.paths.lock, seconds, purpose, past_stopped=past_stopped):
             sweep_leftovers(self.paths.state)
             sweep_leftovers(self.paths.cec)
             yield
@@ -7209,7 +7392,7 @@ class Environment:
 
     def _variables(self, own: dict[str, str]) -> dict[str, str]:
         """Return the environment variables of ComfyUI: ours, those of its Python, and `own`."""
-        inherited = {key: value for key, value in os.environ.items() if key not in DROPPED_VARIABLES}
+        inherited = {key: value for key, value in inherited_environment().items() if key not in DROPPED_VARIABLES}
         inherited.pop("PYTHONUNBUFFERED", None)  # ComfyUI wraps its streams: its output would be held back longer
         return {**with_interpreter(inherited, self.python), "PYTHONIOENCODING": "utf-8", **own}
 
@@ -7531,7 +7714,7 @@ class Environment:
         the same. Returns whether there was anything to stop. Raises CDEnvironmentError when the
         process belongs to another user, machine, or program, or does not end.
         """
-        with self._process_lock("stop", timeout):
+        with self._process_lock("stop", timeout, past_stopped=kill):
             snapshot = self.observe(lock_held=True)
             if snapshot.state == FOREIGN:
                 raise self._foreign(snapshot)
@@ -8107,7 +8290,7 @@ class Workspace:
             interpreter = working_python(python or find_checkout_python(checkout, name))
             places = {"comfyui_path": os.path.realpath(checkout), "python_path": interpreter}
             held = environment.idle("create") if has_moved else nullcontext()
-            with locked(environment.paths.content_lock, LOCK_SECONDS, "create"), held:
+            with locked(environment.paths.content_lock, LOCK_SECONDS, "create", handed_on=True), held:
                 change_settings(environment.paths, places, interpreter)
         return environment
 
@@ -10675,6 +10858,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     0 done, 1 could not, 2 wrong usage, 3 `status` of something that does not run, 130 interrupted;
     with --foreground ComfyUI's own code.
     """
+    import warnings
+
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in HIDDEN_ENTRIES:
         return hidden(words)
@@ -10683,12 +10868,15 @@ def main(argv: Optional[list[str]] = None) -> int:
     own_words = words[: words.index("--")] if "--" in words else words
     console = Console(sys.stdout, sys.stderr, sys.stdin, "--json" in own_words, lambda: how_called(sys.argv))
     try:
+        if argv is None:
+            prepare_signals()
+            warnings.showwarning = lambda message, *_, **__: console.warn(str(message))
         return answer(console, words)
     except BrokenPipeError:  # `logs | head`: the reader has seen enough
         forget_output()
         return 0
-    except KeyboardInterrupt:
-        return interrupted(console, words, is_program=argv is None)
+    except KeyboardInterrupt as error:
+        return interrupted(console, words, argv is None, getattr(error, "exit_code", 130))
     except CDEnvironmentError as error:
         return complain(console, words, error, 2 if error.code == "usage" else 1)
     except OSError as error:
@@ -10729,7 +10917,7 @@ def answer(console: Console, words: list[str]) -> int:
     return report.code
 
 
-def interrupted(console: Console, words: list[str], is_program: bool) -> int:
+def interrupted(console: Console, words: list[str], is_program: bool, code: int) -> int:
     """Say so; a program that is about to end hears no second Ctrl-C, which would only break off its last words."""
     while True:
         try:
@@ -10737,7 +10925,7 @@ def interrupted(console: Console, words: list[str], is_program: bool) -> int:
                 ignore_interrupts()
             is_create = find_command(words)[0] is COMMANDS["create"]
             hint: Hint = "Run the same command again to go on." if is_create else ("status",)
-            return complain(console, words, CDEnvironmentError("Interrupted.", hint, "interrupted"), 130)
+            return complain(console, words, CDEnvironmentError("Interrupted.", hint, "interrupted"), code)
         except KeyboardInterrupt:
             continue
 

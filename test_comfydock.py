@@ -1257,12 +1257,13 @@ class StartingInTheBackground(Stage):
 
     @unittest.skipIf(WINDOWS, "POSIX signals")
     def test_it_hears_the_interrupt_even_where_we_ignore_and_block_it(self):
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        ignored = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
         try:
             self.start(
                 "import signal as s; print(s.getsignal(s.SIGINT) is s.default_int_handler,"
-                "s.getsignal(s.SIGTERM) is s.SIG_DFL, s.pthread_sigmask(s.SIG_BLOCK, []), 'ready', flush=True)"
+                "{*map(s.getsignal, (s.SIGTERM, s.SIGCHLD))} == {s.SIG_DFL}, s.pthread_sigmask(s.SIG_BLOCK, []), 'ready', flush=True)"
             )
             ours = [signal.getsignal(number) for number in before], signal.pthread_sigmask(signal.SIG_BLOCK, [])
         finally:
@@ -1270,7 +1271,7 @@ class StartingInTheBackground(Stage):
             for number, handler in before.items():
                 signal.signal(number, handler)
         self.assertEqual(read(self.log), "True True set() ready\n")
-        self.assertEqual(ours[0], [signal.SIG_IGN, signal.SIG_IGN])
+        self.assertEqual(ours[0], [signal.SIG_IGN] * 3)
         self.assertEqual(ours[1], {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 
     @unittest.skipIf(WINDOWS, "POSIX signals")
@@ -1991,7 +1992,7 @@ class TheSameProcess(Stage):
         for pid in (True, False, 0, 1, -1, -self.pid, str(self.pid), float(self.pid), None, 2**31, 2**70):
             with self.subTest(pid=pid):
                 noted = {"pid": pid, "identity": self.identity}
-                self.assertIsNone(dock.recorded_process(dock.ProcessState.from_dict(PLANS_STATE), noted, bool))
+                self.assertIsNone(dock.recorded_process(noted, (), bool))
                 self.assertFalse(dock.is_process_alive(pid))
 
     def test_waiting_can_be_broken_off(self):
@@ -2299,7 +2300,7 @@ import comfydock as m
 start = lambda: subprocess.Popen([sys.executable, sys.argv[2]], stdout=subprocess.DEVNULL)
 first = start()
 identity = m.identity_of(m.process_table().process(first.pid))
-find = lambda pid: m.recorded_process(m.ProcessState(pid, "", 1, [], "", ""), {"pid": pid, "identity": identity}, bool)
+find = lambda pid: m.recorded_process({"pid": pid, "identity": identity}, (), bool)
 same = find(first.pid) is not None
 first.kill(); first.wait()
 while time.clock_gettime(time.CLOCK_BOOTTIME) * m.kernel_clock()[1] < identity["start_ticks"] + 2: pass
@@ -2842,9 +2843,88 @@ class LocksExclude(unittest.TestCase):
     def test_a_file_system_without_locks_is_told_and_nothing_stays_open(self):
         before = os.listdir("/proc/self/fd")
         with unittest.mock.patch.object(dock, "lock_handle", side_effect=OSError(errno.ENOLCK, "No locks available")):
-            with self.assertRaises(OSError), dock.locked(self.path, 1, "run"):
-                pass
+            with self.assertWarnsRegex(UserWarning, f"file system of {self.path} has no locks"):
+                with dock.locked(self.path, 1, "run", handed_on=True):
+                    pass
         self.assertEqual(len(os.listdir("/proc/self/fd")), len(before))
+
+    def holder(self, *lines, path=None):
+        """Start a program that holds the lock while it does as the lines say, and return it when it prints a number."""
+        head = f"import os, subprocess, sys; sys.path.insert(0, {HERE!r}); import comfydock as m\n"
+        code = head + f"with m.locked({self.path!r}, 1, 'node add', handed_on=True):\n    " + "\n    ".join(lines)
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        self.addCleanup(lambda: (child.kill(), child.wait(), child.stdout.close()))
+        return child, int(child.stdout.readline())
+
+    SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    RUN = f"m.run_command([sys.executable, '-c', {SLEEP!r}], tell=lambda line: print(line, flush=True))"
+
+    @unittest.skipIf(WINDOWS, "there they end with us by a job")
+    def test_a_command_that_outlives_us_holds_the_lock_and_only_it_is_ended(self):
+        holder, command = self.holder("m.ending_with_us = lambda: None", self.RUN)
+        text = Path(self.path).read_text(encoding="utf-8")
+        with self.assertRaisesRegex(dock.CDEnvironmentError, f"'comfydock node add', PID {holder.pid}"):
+            with dock.locked(self.path, 0, "next"):
+                pass
+        holder.kill()
+        holder.wait()
+        for lie in (
+            "x",
+            "1 x\n{}",
+            text.replace(sys.executable, "/other/python"),
+            text.replace('"start_ticks": ', '"start_ticks": 1'),
+        ):
+            Path(self.path).write_text(lie, encoding="utf-8")
+            with self.assertRaisesRegex(
+                dock.CDEnvironmentError, f"Another program .*PID {command}" if LINUX else "is busy"
+            ):
+                with dock.locked(self.path, 0, "next"):
+                    pass
+        self.assertTrue(alive(command))
+        Path(self.path).write_text(text, encoding="utf-8")
+        with dock.locked(self.path, 0, "next"):
+            self.assertFalse(dock.is_process_alive(command))
+
+    @unittest.skipUnless(LINUX or WINDOWS, "where the system can see to it")
+    def test_a_command_ends_with_us_even_when_we_are_killed(self):
+        holder, command = self.holder(self.RUN)
+        holder.kill()
+        self.assertTrue(eventually(lambda: not dock.is_process_alive(command)))
+
+    @unittest.skipIf(WINDOWS, "POSIX signals")
+    def test_a_termination_ends_the_command_and_undoes_what_was_begun(self):
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            undo = ["m.prepare_signals()", "try:", f"    {self.RUN}", "except KeyboardInterrupt as error:",
+                    "    print('undone', error.exit_code, flush=True)"]  # fmt: skip
+            holder, command = self.holder(*undo)
+            holder.send_signal(number)
+            self.assertEqual(holder.stdout.read(), f"undone {128 + number}\n")
+            self.assertFalse(alive(command))
+
+    @unittest.skipIf(WINDOWS, "POSIX descriptors")
+    def test_what_a_finished_command_left_behind_holds_nothing(self):
+        with dock.locked(self.path, 1, "node add", handed_on=True):
+            pid = int(dock.run_command(["sh", "-c", "sleep 600 >/dev/null 2>&1 & echo $!"]).stdout)
+        self.addCleanup(os.kill, pid, signal.SIGKILL)
+        with dock.locked(self.path, 0, "next"):
+            self.assertTrue(alive(pid))
+
+    @unittest.skipIf(WINDOWS, "POSIX stops")
+    def test_a_holder_that_stands_still_is_told_and_who_must_goes_past_it(self):
+        holder, _ = self.holder("print(1, flush=True)", "import time", "time.sleep(600)")
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "is busy here"):
+            with dock.locked(self.path, 0, "stop", past_stopped=True):
+                pass
+        holder.send_signal(signal.SIGSTOP)
+        eventually(lambda: dock.process_table().process(holder.pid).state == "stopped")
+        with (
+            self.assertRaisesRegex(dock.CDEnvironmentError, "and stands still") as caught,
+            dock.locked(self.path, 0, "stop"),
+        ):
+            pass
+        self.assertIn(f"kill -CONT {holder.pid}", caught.exception.hint)
+        with dock.locked(self.path, 10, "stop", past_stopped=True):
+            self.assertTrue(alive(holder.pid))
 
     @unittest.skipIf(WINDOWS, "a file that is open is not deleted there")
     def test_who_waits_for_a_lock_file_that_is_deleted_or_replaced_opens_the_next_one(self):
@@ -2861,7 +2941,7 @@ class LocksExclude(unittest.TestCase):
             with dock.locked(self.path, 1, "run"):
                 with self.assertRaises(dock.CDEnvironmentError) as caught, dock.locked(self.path, 0, "stop"):
                     pass
-        self.assertIn("Another comfydock command is busy", caught.exception.message)
+        self.assertIn("is busy here", caught.exception.message)
 
     def test_the_lock_ends_with_its_holder(self):
         code = (
