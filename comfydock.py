@@ -2075,6 +2075,10 @@ class ProcessTable:
         """Return the PIDs that listen on a TCP port, as far as the system tells us."""
         raise NotImplementedError
 
+    def usage(self) -> "dict[int, tuple[int, float, int]]":
+        """Return pid -> (parent's pid, seconds of CPU, resident bytes) of every process that tells."""
+        return {}
+
 
 def read_bytes(path: str, size: int = 32768, folder: Optional[int] = None) -> bytes:
     """Return a whole file of /proc, b"" where it is gone or closed to us. os.read: three times as fast as open().
@@ -2163,6 +2167,16 @@ class ProcTable(ProcessTable):
             wanted.update(f"socket:[{inode}]" for inode in parse_proc_net(text, port))
         return [pid for pid in self.pids() if wanted & self.open_files(pid)] if wanted else []
 
+    def usage(self) -> "dict[int, tuple[int, float, int]]":
+        from mmap import PAGESIZE
+
+        (_, ticks, _), found = kernel_clock(), {}
+        for pid in self.pids():
+            fields = read_bytes(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+            if len(fields) > 21:  # from field 3 of proc(5) on: 4 ppid, 14 utime, 15 stime, 24 rss
+                found[pid] = int(fields[1]), (int(fields[11]) + int(fields[12])) / ticks, int(fields[21]) * PAGESIZE
+        return found
+
     def open_files(self, pid: int) -> set[str]:
         """Return what the descriptors of a process lead to; of one that is gone or someone else's, nothing."""
         folder, found = f"/proc/{pid}/fd", set()
@@ -2211,6 +2225,13 @@ class PsutilTable(ProcessTable):
         uid, created, start = uids.real if uids else None, facts["create_time"], proc_start_ticks(pid)
         return Process(facts["pid"], facts["ppid"] or 0, session_of(pid), uid, state, created, start, words)
 
+    def usage(self) -> "dict[int, tuple[int, float, int]]":
+        asked = psutil_module().process_iter(["ppid", "cpu_times", "memory_info"])
+        told = [(one.pid, one.info["ppid"], one.info["cpu_times"], one.info["memory_info"]) for one in asked]
+        return {
+            pid: (ppid, times.user + times.system, memory.rss) for pid, ppid, times, memory in told if times and memory
+        }
+
     def marker(self, pid: int) -> str:
         psutil = psutil_module()
         try:
@@ -2244,6 +2265,18 @@ def printed(cmd: list[str], env: Optional[dict[str, str]] = None) -> str:
         return ""
 
 
+def parse_usage(text: str) -> "dict[int, tuple[int, float, int]]":
+    """Return what `ps -o pid=,ppid=,time=,rss=` tells: times are [[days-]hours:]minutes:seconds, memory is in KiB."""
+    found = {}
+    for pid, ppid, spent, size in (line.split() for line in text.splitlines() if len(line.split()) == 4):
+        days, _, clock = spent.rpartition("-")
+        seconds = float(days or 0) * 86400
+        for power, part in enumerate(reversed(clock.split(":"))):
+            seconds += float(part) * 60**power
+        found[int(pid)] = int(ppid), seconds, int(size) * 1024
+    return found
+
+
 class PsTable(ProcessTable):
     """macOS, BSD: the text of `ps`, and `lsof` for folders and ports."""
 
@@ -2255,6 +2288,9 @@ class PsTable(ProcessTable):
     def ps(self, *options: str) -> str:
         inherited = {name: value for name, value in os.environ.items() if name != "LC_ALL"}
         return printed(["ps", *options], {**inherited, **PS_LOCALE})
+
+    def usage(self) -> "dict[int, tuple[int, float, int]]":
+        return parse_usage(self.ps("-A", "-o", "pid=,ppid=,time=,rss="))
 
     def with_start(self, processes: list[Process]) -> list[Process]:
         """Add what ps does not print: the session, and the start ticks where there is a /proc."""
@@ -2656,23 +2692,40 @@ def port_holders(port: int) -> list[Process]:
 # 5. The network
 # Alone opens sockets and URLs; every call has a wall-clock deadline and a byte limit.
 
-HEALTHY, REFUSED, TIMEOUT, OTHER_SERVICE, BAD_ANSWER = "healthy", "refused", "silent", "stranger", "garbled"
+HEALTHY, REFUSED, TIMEOUT, OTHER_SERVICE, BAD_ANSWER = "healthy", "refused", "timeout", "other-service", "bad-answer"
 ANSWER_LIMIT = 1 << 20
 QUEUE_LIMIT = 16 << 20
 
 
 @dataclass
 class Answer:
-    """What a probe met: healthy, refused (nobody listens), silent (no answer in time), or a stranger.
+    """What a probe met: healthy, refused (nobody listens), timeout, other-service, or bad-answer: our own process's.
 
-    A stranger that turns out to be our own process is called garbled.
-
-    `argv` is the command line that ComfyUI says it has, `queue` how many prompts run and wait, or None.
+    `argv` is the command line that ComfyUI says it has, `queue` how many prompts run and wait, or None; `facts` are
+    what `facts_of` reads.
     """
 
     kind: str
     argv: Optional[list[str]] = None
     queue: Optional[tuple[int, int]] = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def facts_of(stats: Any) -> dict[str, Any]:
+    """Return versions, device and VRAM (bytes) as /system_stats tells them, each only where it is what it should be."""
+    system, devices = stats.get("system"), stats.get("devices")
+    device = devices[0] if isinstance(devices, list) and devices and isinstance(devices[0], dict) else {}
+    total, free = device.get("vram_total"), device.get("vram_free")
+    named = (
+        ("version", system.get("comfyui_version")),
+        ("python", system.get("python_version")),
+        ("device", device.get("name")),
+    )
+    facts: dict[str, Any] = {key: printable(value) for key, value in named if isinstance(value, str)}
+    facts["python"] = facts.get("python", "").partition(" ")[0] or None
+    if type(total) is int and type(free) is int and total >= free >= 0 and total > 1 << 20:  # a CPU has had 1 byte
+        facts["vram"] = {"used": total - free, "total": total}
+    return facts
 
 
 def begin(work: "Callable[[], Thing]") -> "Callable[[float], Thing]":
@@ -2788,8 +2841,9 @@ def probe(config: ComfyUIConfig, timeout: float) -> Answer:
     try:
         status, body = http_get(config, "/system_stats", timeout)
         if status == 200:
-            argv = json.loads(body)["system"].get("argv")
-            answer = Answer(HEALTHY, argv if is_text_list(argv) else None)
+            stats = json.loads(body)
+            argv = stats["system"].get("argv")
+            answer = Answer(HEALTHY, argv if is_text_list(argv) else None, facts=facts_of(stats))
         elif status in (401, 403, 407):  # a reverse proxy with a password: up, but not for us to read
             answer = Answer(HEALTHY)
     except ConnectionRefusedError:
@@ -7097,6 +7151,9 @@ class Environment:
             is_young = process.age() < START_GRACE and process.state != "stopped" and not was_healthy
             is_late = answer.kind in (TIMEOUT, BAD_ANSWER) or not is_young
             state = RUNNING if answer.kind == HEALTHY else UNRESPONSIVE if is_late else STARTING
+        is_told = answer.kind in (HEALTHY, OTHER_SERVICE, BAD_ANSWER)
+        health = answer.kind if is_told else STARTING if state == STARTING else "unhealthy"
+        facts = answer.facts if state == RUNNING else {}
         return {
             "name": self.name,
             "state": state,
@@ -7109,9 +7166,10 @@ class Environment:
             "host": config.host if process else None,
             "port": config.port if process else None,
             "url": local_url(config) if process else None,
-            "health": {RUNNING: "healthy", STARTING: "starting"}.get(state, "unhealthy") if process else None,
-            "answer": answer.kind if process else None,
+            "health": health if process else None,
             "queue": {"running": answer.queue[0], "pending": answer.queue[1]} if answer.queue else None,
+            "version": facts.get("version") or self.manifest.comfyui_version,
+            **{key: facts.get(key) for key in ("python", "device", "vram")},
             "monitor": self._monitor_data(record),
             "uptime": round(process.age(), 3) if process else None,
             "relics": [{"pid": one.pid, "command": one.text} for one in snapshot.relics],
@@ -8685,6 +8743,7 @@ SIGNS = {  # sign -> (in ASCII, colour)
     "⚠": ("[!]", 33),
     "\ufe0f": ("", None),
     "•": ("*", None),
+    "…": ("~", None),
     "🎮": (">", None),
     "📋": (">", None),
     "🔄": (">", None),
@@ -8841,6 +8900,12 @@ class Console:
                 self.cut = end[0] if end else b""
                 data = data[: len(data) - len(self.cut)]
         self.raw(data)
+
+    def redraw(self, lines: list[str], over: int) -> None:
+        """Show `lines` in place of the `over` lines that stand above the cursor."""
+        up = f"\x1b[{over}A" if over else ""
+        shown = "".join(f"{line.translate(CONTROLS)}\x1b[K\n" for line in lines)
+        self.raw(f"{up}{shown}\x1b[J".encode(getattr(self.out, "encoding", None) or "utf-8", "replace"))
 
     def raw(self, data: bytes) -> None:
         """Show bytes as they are. Raises OSError: who only shows a log has nothing else to do."""
@@ -9013,6 +9078,20 @@ def columns(stream: "Any") -> int:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError, AttributeError):
         return 80
+
+
+def table(rows: list[dict[str, str]], dropped: tuple[str, ...], width: int) -> Iterator[str]:
+    """Yield rows (title -> text) as lines below their titles; where `width` is less, columns go, then names are cut."""
+    sizes = {title: max(len(title), *(len(row[title]) for row in rows)) for title in rows[0]}
+    for title in dropped:
+        if sum(sizes.values()) + 2 * len(sizes) - 2 > width:
+            sizes.pop(title, None)
+    sizes["NAME"] = max(6, min(sizes["NAME"], width - sum(sizes.values()) - 2 * len(sizes) + 2 + sizes["NAME"]))
+    for row in [dict(zip(sizes, sizes)), *rows]:
+        name = row["NAME"] if len(row["NAME"]) <= sizes["NAME"] else row["NAME"][: sizes["NAME"] - 1] + "…"
+        yield "  ".join(
+            f"{text:{size}}" for text, size in zip(({**row, "NAME": name}[t] for t in sizes), sizes.values())
+        ).rstrip()
 
 
 def wants_colour(stream: "Any", choice: str = "auto") -> bool:
@@ -9738,7 +9817,11 @@ def _status_line(data: dict[str, Any], typed: Typed) -> str:
     if data["state"] == FOREIGN:
         return f"Unknown: started on another machine or in another container ({data['machine']})"
     if data["state"] == CRASHED:
-        return "Stopped: ComfyUI ended by itself"
+        code = data["exit_code"]
+        known = "" if code is None else f"{'exit ' if code >= 0 else ''}{format_exit(code)}"
+        when = f"{format_duration(time.time() - epoch_of(data['last_alive']))} ago" if data["last_alive"] else ""
+        about = ", ".join(filter(None, (known, when)))
+        return "Crashed" + (f" ({about})" if about else "") + (f": {data['last_error']}" if data["last_error"] else "")
     if data["note"] == "untracked":
         return f"Running (not tracked: {typed('repair', '--orphan')})"
     if data["state"] == STOPPED:
@@ -9760,6 +9843,8 @@ _HEALTH_WORDS = {
     "healthy": "✓ Healthy",
     "starting": "not answering yet",
     "unhealthy": "⚠ Not responding",
+    OTHER_SERVICE: "⚠ Another program answers on port {port}",
+    BAD_ANSWER: "⚠ It answers, but not as a healthy ComfyUI does",
 }
 
 
@@ -9772,28 +9857,28 @@ def _monitor_line(monitor: dict[str, Any], typed: Typed) -> str:
 
 
 def _live_lines(data: dict[str, Any]) -> Iterator[str]:
-    health = _HEALTH_WORDS[data["health"]]
-    if data["answer"] == OTHER_SERVICE and data["health"] != "healthy":
-        health = f"⚠ Another program answers on port {data['port']}"
-    if data["answer"] == BAD_ANSWER:
-        health = "⚠ It answers, but not as a healthy ComfyUI does"
     yield f"   PID: {data['pid']}"
     yield f"   URL: {data['url']}"
-    yield f"   Health: {health}"
+    yield f"   Health: {_HEALTH_WORDS[data['health']].format(**data)}"
     if data["queue"]:
         yield f"   Queue: {format_queue(data['queue']['running'], data['queue']['pending'])}"
     yield f"   Uptime: {format_duration(data['uptime'])}"
+    if data["python"]:
+        yield f"   ComfyUI: {data['version'] or 'unknown version'}, Python {data['python']}"
+    if data["device"]:
+        yield f"   Device: {data['device']}" + (f", VRAM {_vram(data)}" if data["vram"] else "")
+    if data["args"]:
+        yield f"   Arguments: {' '.join(map(quote, data['args']))}"
+
+
+def _vram(data: dict[str, Any]) -> str:
+    return f"{data['vram']['used'] / 2**30:.1f}/{data['vram']['total'] / 2**30:.1f} GB" if data["vram"] else ""
 
 
 def _crash_lines(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    if data["exit_code"] is not None:
-        yield f"   Ended with: {format_exit(data['exit_code'])}"
     if data["last_alive"]:
-        alive = epoch_of(data["last_alive"])
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(alive))
-        yield f"   Last known alive: {moment} ({format_duration(time.time() - alive)} ago)"
-    if data["last_error"]:
-        yield f"   Last error: {data['last_error']}"
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(epoch_of(data["last_alive"])))
+        yield f"   Last known alive: {moment}"
     for relic in data["relics"]:
         yield f"   Left over: PID {relic['pid']} ({relic['command'][:80]}); the next start or stop ends it"
     if data["monitor"] and data["monitor"]["alive"] and not data["monitor"]["gave_up"]:
@@ -9843,38 +9928,52 @@ def format_list(data: dict[str, Any], typed: Typed) -> Iterator[str]:
         yield "No environments found."
         yield from "".join(part if isinstance(part, str) else typed(*part) for part in THREE_WAYS).split("\n")
     else:
-        yield "Environments:"
-    width = max(15, 15, *(len(environment_title(item)) for item in data["environments"]))
-    for item in data["environments"]:
-        marker, label = ("✓", "(active)") if item["active"] else (" ", "        ")
-        yield f"  {marker} {environment_title(item):{width}} {label} {_list_status(item)}"
+        width = columns(sys.stdout) if is_terminal(sys.stdout) else 1000
+        yield from table(list(map(list_row, data["environments"])), ("VERSION", "VRAM", "UPTIME", "QUEUE"), width)
     if data["kept"]:
         yield f"Kept of {len(data['kept'])} deleted: {os.path.dirname(data['kept'][0])}"
 
 
-def _list_status(item: dict[str, Any]) -> str:
-    state = item["state"]
-    if state in LIVE_STATES and item["pid"]:
-        queue = item["queue"]
-        busy = f", {format_queue(queue['running'], queue['pending'])}" if queue and any(queue.values()) else ""
-        monitor = item["monitor"]
-        watched = "" if not monitor else ", monitored" if monitor["alive"] else ", ⚠ its monitor is gone"
-        sign = "✓" if state == RUNNING else "⚠"
-        words = {RUNNING: "running", STARTING: "starting", UNRESPONSIVE: "not responding"}[state]
-        return f"({sign} {words} on {item['url']}, PID {item['pid']}{busy}{watched})" + (
-            " untracked" if item["note"] == "untracked" else ""
-        )
-    if state == STOPPED and not item["complete"]:
-        return "(incomplete)"
-    if item["note"] in ("damaged", "unreadable"):
-        return f"({state}, ⚠ {item['note']} state file)"
-    if item["missing"]:
-        return f"({state}, ⚠ its ComfyUI is missing)"
-    return f"({state})"
+_STATE_SIGNS = {RUNNING: "✓", STARTING: "•", UNRESPONSIVE: "⚠", CRASHED: "✗", FOREIGN: "?", UNKNOWN: "?"}
 
 
-@command("list", "all environments and what runs in them", "", ("list",), format_list)
+def list_row(item: dict[str, Any]) -> dict[str, str]:
+    """Return what a table shows of an environment, by column."""
+    queue, port = item["queue"], item["port"]
+    monitor = item["monitor"] if item["pid"] else None
+    remarks = [
+        "not responding" if item["state"] == UNRESPONSIVE else item["state"],
+        "monitored" if monitor and monitor["alive"] else "monitor gone" if monitor else "",
+        "" if item["complete"] else "incomplete",
+        {"damaged": "damaged record", "unreadable": "unreadable record", "untracked": "untracked"}.get(
+            item["note"], ""
+        ),
+        "ComfyUI is missing" if item["missing"] else "",
+    ]
+    return {
+        " ": _STATE_SIGNS.get(item["state"], " "),
+        "NAME": environment_title(item) + (" (active)" if item["active"] else ""),
+        "STATE": ", ".join(filter(None, remarks)),
+        "QUEUE": f"{queue['running']}+{queue['pending']}" if queue else "",
+        "VRAM": _vram(item),
+        "UPTIME": format_duration(item["uptime"]) if item["uptime"] is not None else "",
+        "PORT": str(port or ""),
+        "VERSION": item["version"] or "",
+    }
+
+
+@command(
+    "list",
+    "all environments and what runs in them",
+    """
+    --watch               redraw it every 2 seconds, with memory and CPU: the same as top
+    """,
+    ("list", "list --json"),
+    format_list,
+)
 def list_all(console: Console, args: Arguments) -> Report:
+    if args.watch:
+        return top(console, args)
     workspace = select_workspace(args.workspace, args.env is not None, current_folder())
     shelf = workspace.paths.kept
     kept = [os.path.join(shelf, name) for name in sorted(os.listdir(shelf))] if os.path.isdir(shelf) else []
@@ -9891,6 +9990,50 @@ def difference_data(found: EnvironmentComparison) -> dict[str, Any]:
         "mismatches": found.version_mismatches,
         "interrupted": found.interrupted,
     }
+
+
+@command("top", "watch all environments: queue, VRAM, memory, CPU; Ctrl-C ends it and stops nothing", "", ("top",))
+def top(console: Console, args: Arguments) -> Report:
+    """Redraw a table on the normal screen; no key is read and no mode is set, so a terminal needs no repair."""
+    workspace = select_workspace(args.workspace, True, current_folder())
+    before, drawn = process_table().usage(), 0
+    began = moment = time.monotonic()
+    with suppress(KeyboardInterrupt):
+        time.sleep(0.3)  # CPU is the difference of two looks
+        while True:
+            usage, now = process_table().usage(), time.monotonic()
+            rows = [top_row(item, usage, before, now - moment) for item in workspace.reports()]
+            lines = list(table(rows, TOP_DROPS, columns(console.out))) if rows else ["No environments found."]
+            if not is_terminal(console.out):
+                for line in lines:
+                    console.result(line)
+                break
+            height = os.get_terminal_size(console.out.fileno()).lines or 24
+            if len(lines) >= height:
+                lines = [*lines[: height - 2], f"... and {len(lines) - height + 2} more"]
+            console.redraw(lines, drawn)
+            before, moment, drawn = usage, now, len(lines)
+            time.sleep(max(0.0, began + 2.0 * (int((time.monotonic() - began) / 2.0) + 1) - time.monotonic()))
+    return Report({}, already_printed=True)
+
+
+TOP_DROPS = ("VRAM", "UPTIME", "QUEUE")
+Usage = dict[int, tuple[int, float, int]]
+
+
+def top_row(item: dict[str, Any], usage: Usage, before: Usage, seconds: float) -> dict[str, str]:
+    """Return what `top` shows of an environment: what `list` does, and memory and CPU of its process tree."""
+    row = list_row(item)
+    del row["VERSION"]
+    tree, size = {item["pid"]} & usage.keys(), 0
+    while len(tree) > size:
+        size = len(tree)
+        tree |= {pid for pid, (parent, _, _) in usage.items() if parent in tree}
+    spent = sum(usage[pid][1] - before[pid][1] for pid in tree if pid in before)
+    memory = format_size(sum(usage[pid][2] for pid in tree)) if tree else ""
+    share = f"{100 * spent / seconds:.0f}%" if tree else ""
+    port = row.pop("PORT")
+    return {**row, "MEMORY": memory, "CPU": share, "PORT": port}
 
 
 def format_repair(data: dict[str, Any], typed: Typed) -> Iterator[str]:

@@ -6667,7 +6667,7 @@ class FirstContact(Journey):
         eventually(lambda: http_status(port) == 200)
         pid = int(re.search(r"PID (\d+)", done.stdout)[1])
         self.assertIn("Health: ✓ Healthy", person.types("status").stdout)
-        self.assertIn(f"running on http://127.0.0.1:{port}, PID {pid}", person.types("list").stdout)
+        self.assertRegex(person.types("list").stdout, rf"(?m)^✓  demo .* running .* {port} ")
         self.assertIn("To see the GUI go to", person.types("logs", "-n", "5").stdout)
         self.assertEqual(person.types("stop").returncode, 0)
         port = free_port()  # of its own: in the moment of a restart 8188 is free for every other suite that runs here
@@ -7033,13 +7033,12 @@ class TellingTheTruth(Journey):
         done = self.person.types("status")
         self.assertEqual(done.returncode, 3)
         for fragment in (
-            "ended by itself",
+            "Status: Crashed (0s ago): RuntimeError:  ]0;CUDA  is gone",
             "Last known alive",
-            "Last error: RuntimeError:  ]0;CUDA  is gone",
             data["log"],
         ):
             self.assertIn(fragment, done.stdout)
-        self.assertIn("(crashed)", self.person.types("list").stdout)
+        self.assertRegex(self.person.types("list").stdout, r"(?m)^✗  demo .*  crashed$")
         self.assertIn("To see the GUI", self.person.types("logs").stdout)
         self.assertEqual(self.person.types("restart").returncode, 0)
         self.assertEqual(self.person.state()["args"], ["--port", str(data["port"]), "--cpu"])
@@ -7085,10 +7084,31 @@ class TellingTheTruth(Journey):
         self.person.types("use", "b")
         self.run_demo()
         lines = self.person.types("list").stdout.splitlines()
-        self.assertEqual(lines[0], "Environments:")
-        self.assertRegex(lines[1], r"^    a  +\(stopped\)$")
-        self.assertRegex(lines[2], r"^  ✓ b  +\(active\) \(stopped\)$")
-        self.assertRegex(lines[3], r"^    demo \(.*demo\) +\(✓ running on http://127\.0\.0\.1:\d+, PID \d+\)$")
+        self.assertEqual(lines[0].split(), ["NAME", "STATE", "QUEUE", "VRAM", "UPTIME", "PORT", "VERSION"])
+        self.assertRegex(lines[1], r"^   a  +stopped")
+        self.assertRegex(lines[2], r"^   b \(active\)  +stopped")
+        self.assertRegex(lines[3], r"^✓  demo \(the built-in demo\)  running +0\+0 +0\.0/8\.0 GB +\d+s +\d+  0\.33\.0$")
+
+    def test_a_narrow_table_loses_columns_and_then_letters(self):
+        row = {" ": "✓", "NAME": "a-long-name", "STATE": "running", "QUEUE": "1+2", "VERSION": "0.33.0"}
+        for width, line in (
+            (80, "✓  a-long-name  running  1+2    0.33.0"),
+            (32, "✓  a-long-name  running  1+2"),
+            (24, "✓  a-long-name  running"),
+            (21, "✓  a-long-n…  running"),
+        ):
+            shown = list(dock.table([row], ("VERSION", "QUEUE"), width))
+            self.assertEqual(shown[1], line)
+            self.assertLessEqual(max(map(len, shown)), width)
+
+    def test_status_tells_versions_device_memory_and_arguments(self):
+        data = self.run_demo("--cpu")
+        said = self.person.types("status").stdout
+        self.assertIn(f"ComfyUI: 0.33.0, Python {sys.version.split()[0]}\n", said)
+        self.assertRegex(said, r"Device: \S.*, VRAM 0\.0/8\.0 GB\n")
+        self.assertIn(f"Arguments: --port {data['port']} --cpu\n", said)
+        told = self.person.status()
+        self.assertEqual((told["version"], told["vram"]["total"]), ("0.33.0", 8 << 30))
 
     def test_json_is_one_object_with_the_promised_keys(self):
         data = self.run_demo()
@@ -7563,7 +7583,7 @@ class WhatUsersMet(Journey):
 
     def test_help_of_several_commands_is_a_list_of_them(self):
         done = self.person.types("help", "node")
-        self.assertEqual((done.returncode, done.stdout.count("\n  node ")), (0, 3), done.stderr)
+        self.assertEqual((done.returncode, done.stdout.count("node ") > 3), (0, True), done.stderr)
 
     def test_a_port_that_is_none_makes_nothing(self):
         for words in (("--demo", "--port", "0"), ("--port", "70000")):
@@ -7575,7 +7595,7 @@ class WhatUsersMet(Journey):
             self.assertClear(self.person.types(*words), 2, "cannot be combined")
         for number in ("-1", "1e9", "nan"):
             self.assertClear(self.person.types("run", "--demo", "--wait", number), 2, "--wait takes SECONDS")
-        self.assertClear(self.person.types("node"), 2, "needs one of: add, remove, update, list", "help node")
+        self.assertClear(self.person.types("node"), 2, "needs one of: add, ", "help node")
         self.assertEqual(self.person.types("node", "--help").returncode, 0)
         self.assertClear(self.person.types("init", ""), 2, "needs a folder")
 
@@ -7613,8 +7633,8 @@ class WhatUsersMet(Journey):
         with unittest.mock.patch.object(dock.Environment, "observe", side_effect=PermissionError(errno.EACCES, "no")):
             listed = dock.Workspace(self.person.workspace).reports()
         self.assertEqual([item["state"] for item in listed], [dock.UNKNOWN])
-        said = list(dock.format_list({"environments": listed}, print))
-        self.assertIn("(unknown, ⚠ unreadable state file)", said[-1])
+        said = list(dock.format_list({"environments": listed, "kept": []}, print))
+        self.assertIn("unknown, unreadable record", said[-1])
         self.assertTrue(environment.is_running())
 
     def test_a_log_that_was_removed_meanwhile_is_begun_anew_by_a_restart(self):
@@ -7637,7 +7657,7 @@ class WhatUsersMet(Journey):
         done = self.person.types("status")
         self.assertIn("Its ComfyUI is missing", done.stdout)
         self.assertNotIn("needs repair", done.stdout)
-        self.assertIn("its ComfyUI is missing", self.person.types("list").stdout)
+        self.assertIn("stopped, ComfyUI is missing", self.person.types("list").stdout)
 
     def test_the_name_of_a_new_environment_is_no_option(self):
         for command in ("create", "use", "delete"):
@@ -7686,7 +7706,7 @@ class WhatUsersMet(Journey):
             with self.subTest(script=script), listening(data["port"], answer):
                 told = self.person.status()
                 self.assertEqual(
-                    (told["state"], told["answer"], told["queue"]), (dock.STARTING, dock.OTHER_SERVICE, None)
+                    (told["state"], told["health"], told["queue"]), (dock.STARTING, dock.OTHER_SERVICE, None)
                 )
                 self.assertIn("Another program answers on port", self.person.types("status").stdout)
                 self.assertIsNone(self.environment_of_person().queue())
@@ -8195,6 +8215,67 @@ class SmallCommands(Journey):
         self.assertClear(self.person.types("open"), 1, "ComfyUI is not running")
 
 
+@unittest.skipIf(WINDOWS, "no pseudo-terminals on Windows")
+class Top(Journey):
+    def watched(self, shell, how):
+        """What a terminal shows while a shell runs `top` in it, and whether its modes are afterwards as they were."""
+        import pty
+        import termios
+
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.chdir(self.person.home)
+            words = [shell, "--norc"] if shell == "bash" else [shell]
+            os.execvpe(shell, words, {**self.person.variables, "PS1": "$ ", "TERM": "xterm"})
+        self.addCleanup(os.waitpid, pid, 0)
+        self.addCleanup(os.kill, pid, signal.SIGKILL)
+        said = self.until(terminal, rb"\$ ")
+        before = termios.tcgetattr(terminal)
+        os.write(terminal, " ".join(map(shlex.quote, self.person.command("top"))).encode() + b"\n")
+        said += self.until(terminal, b"MEMORY(?s:.)*MEMORY")
+        running = next(row for row in dock.process_table().processes(containing="top") if row.ppid == pid)
+        if how == "Ctrl-C":
+            os.write(terminal, b"\x03")
+        else:
+            os.kill(running.pid, signal.SIGKILL)
+        said += self.until(terminal, rb"\$ ")
+        os.write(terminal, b"echo still $((40 + 2))\n")
+        said += self.until(terminal, rb"still 42\r\n.*\$ ")
+        self.assertEqual(termios.tcgetattr(terminal)[:3], before[:3])
+        return said
+
+    @staticmethod
+    def until(terminal, text):
+        """Read from a terminal until it shows what a pattern says."""
+        said, deadline = b"", time.monotonic() + 30
+        while not re.search(text, said):
+            if time.monotonic() > deadline or not select.select([terminal], [], [], 20)[0]:
+                raise AssertionError(f"no {text!r} in {said!r}")
+            said += os.read(terminal, 65536)
+        return said
+
+    def test_the_terminal_is_as_it_was_after_ctrl_c_and_after_sigkill(self):
+        self.run_demo()
+        for shell in filter(has, ("bash", "dash")):
+            for how in ("Ctrl-C", "SIGKILL"):
+                with self.subTest(shell=shell, how=how):
+                    said = self.watched(shell, how)
+                    self.assertNotRegex(said, rb"\x1b\[\?(25|1049|1000)")  # no hidden cursor, other screen, or mouse
+                    self.assertNotIn(b"Traceback", said)
+        self.assertEqual(self.person.status()["state"], "running")
+
+    def test_without_a_terminal_it_is_one_look(self):
+        self.run_demo()
+        for words in (["top"], ["list", "--watch"]):
+            done = self.person.types(*words)
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertRegex(done.stdout.splitlines()[1], r"^✓  demo .*  running .* \d+\.\d MB +\d+% +\d+$")
+
+    def test_what_ps_tells_of_cpu_and_memory(self):
+        text = "    1     0   0:01.50  2048\n  77     1 1-02:03:04 10\n 5 1 - -\nnonsense\n".replace(" 5 1 - -\n", "")
+        self.assertEqual(dock.parse_usage(text), {1: (0, 1.5, 2 << 20), 77: (1, 93784.0, 10240)})
+
+
 class CompletionInRealShells(Journey):
     """Tab is pressed in a real interactive shell, where `comfydock` is a function that tells its words."""
 
@@ -8351,9 +8432,9 @@ class FromNothingToANode(Journey):
         self.types("create", "main", "--source", self.source, "--no-install")
         paths = dock.Workspace(self.person.workspace).get_environment("main").paths
         os.remove(paths.complete)
-        self.assertIn("(incomplete)", self.types("list"))
+        self.assertIn("  stopped, incomplete", self.types("list"))
         self.types("create", "main", "--source", self.source, "--no-install")
-        self.assertIn("(stopped)", self.types("list"))
+        self.assertNotIn("incomplete", self.types("list"))
 
     @unittest.skipIf(WINDOWS, "the venv is shared by a link")
     def test_nodes_come_change_and_go_and_comfyui_is_restarted_or_the_user_told(self):
@@ -8726,9 +8807,7 @@ class Monitored(Journey):
         self.crash(self.monitor_pid())
         self.crash(data["pid"])
         done = self.person.types("status")
-        self.assertEqual(
-            (done.returncode, "ended by itself" in done.stdout, "Monitor: ⚠ gone" in done.stdout), (3, True, True)
-        )
+        self.assertEqual((done.returncode, "Crashed" in done.stdout, "Monitor: ⚠ gone" in done.stdout), (3, True, True))
         self.assertEqual(self.person.types("run", "--demo", "--port", str(free_port())).returncode, 0)
         self.assertEqual(len(self.person.processes()), 1)
 
@@ -9499,7 +9578,7 @@ class TimeAndIdentity(Trouble):
         eventually(
             lambda: ") Z " in subprocess.run([*self.person.prefix, *stat_of], capture_output=True, text=True).stdout
         )
-        self.assertIn("ended by itself", self.assertQuiet(self.person.types("status"), 3))
+        self.assertIn("Crashed", self.assertQuiet(self.person.types("status"), 3))
         self.assertQuiet(self.person.types("restart"), 0)
         self.assertNotEqual(self.person.state()["pid"], pid)
         self.assertIn("✓ ComfyUI stopped", self.assertQuiet(self.person.types("stop"), 0))
