@@ -4047,12 +4047,11 @@ def key_text(key: str) -> str:
 
 
 def toml_key(key: str) -> str:
-    """A key as TOML wants it written."""
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
 def toml_value(value: Any) -> str:
-    """A string, number, boolean, date, list or dict as TOML on one line. JSON's strings are TOML strings."""
+    """Return a string, number, boolean, date, list or dict as TOML on one line. JSON's strings are TOML strings."""
     if isinstance(value, dict):
         return "{ " + ", ".join(toml_lines(value)) + " }"
     if isinstance(value, list):
@@ -4062,69 +4061,54 @@ def toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def toml_lines(table: dict[str, Any]) -> list[str]:
-    """The `key = value` lines of a table, without what is None."""
-    return [f"{toml_key(key)} = {toml_value(value)}" for key, value in table.items() if value is not None]
-
-
-def table_lines(name: Name, table: dict[str, Any]) -> list[str]:
-    """The lines of a table with its header."""
-    return ["[" + ".".join(toml_key(part) for part in name) + "]", *toml_lines(table)]
+def toml_lines(table: dict[str, Any], *header: str) -> list[str]:
+    """Return the `key = value` lines of a table, without what is None, below the header that its name makes."""
+    head = ["[" + ".".join(map(toml_key, header)) + "]"] if header else []
+    return head + [f"{toml_key(key)} = {toml_value(value)}" for key, value in table.items() if value is not None]
 
 
 def toml_text(tables: dict[str, dict[str, Any]]) -> str:
-    """A TOML text of whole tables, by their headers."""
     return "\n".join("\n".join([header, *toml_lines(table), ""]) for header, table in tables.items())
 
 
-def with_table(text: str, name: Name, table: Optional[dict[str, Any]]) -> str:
-    """The text with one table replaced, added, or (None) removed with its sub-tables."""
-    own = [item for item in toml_statements(text) if item.name[: len(name)] == name]
-    if table is None:
-        return without_lines(text, own)
-    heads = [item for item in own if item.is_table]
-    if len(heads) == 1 and heads[0].name == name:
-        return spliced(text, heads[0].start, heads[0].last, table_lines(name, table))
-    return with_new_table(without_lines(text, own), name, table)  # what is taken out was inline, or had sub-tables
+def edited(text: str, name: Name, value: Any) -> str:
+    """Return the text with a table (a dict) or a pair put in its place, or added beside its nearest relatives.
 
-
-def with_new_table(text: str, name: Name, table: dict[str, Any]) -> str:
-    """The text with a table added after its nearest relatives."""
+    None takes it out: a table with its sub-tables, and with the last pair of a table the table.
+    """
+    statements, is_table = toml_statements(text), isinstance(value, dict)
+    own = [item for item in statements if item.name[: len(name)] == name]
+    heads = [item.name for item in own if item.is_table]
+    lines = toml_lines(value, *name) if is_table else toml_lines({name[-1]: value})
+    if own and value is not None and heads == [name] * is_table:
+        return spliced(text, own[0].start, own[-1].end, lines)
+    text = without_lines(text, own)  # what is taken out was inline, or had sub-tables
     others = toml_statements(text)
+    if value is None:
+        left = [item for item in others if item.name[: len(name) - 1] == name[:-1]]
+        return without_lines(text, left) if own and not heads and len(left) == 1 and left[0].is_table else text
+    ends = [item.last for item in others if item.is_table and item.name == name[:-1]]
+    if ends and not is_table:
+        return spliced(text, ends[0], ends[0], lines)
     others = [item for item in others if item.is_table] or others
     kinship = [len(os.path.commonprefix([item.name, name])) for item in others]
     place = max(zip(kinship, [item.last for item in others]), default=(0, 0))[1]
-    return spliced(text, place, place, [""] * bool(place) + table_lines(name, table))
-
-
-def with_pair(text: str, name: Name, value: Any) -> str:
-    """The text with one `key = value` of a table replaced, added, or (None) removed, then also the emptied table."""
-    statements, table = toml_statements(text), name[:-1]
-    pairs = [item for item in statements if item.name == name and not item.is_table]
-    if value is None:
-        text = without_lines(text, pairs)
-        left = [item for item in toml_statements(text) if item.name[: len(table)] == table]
-        return without_lines(text, left) if pairs and len(left) == 1 and left[0].is_table else text
-    ends = [item.last for item in statements if item.name == table and item.is_table]
-    places = [(item.start, item.end) for item in pairs] or [(end, end) for end in ends]
-    if not places:
-        return with_new_table(text, table, {name[-1]: value})
-    return spliced(text, *places[0], toml_lines({name[-1]: value}))
+    lines = lines if is_table else toml_lines({name[-1]: value}, *name[:-1])
+    return spliced(text, place, place, [""] * bool(place) + lines)
 
 
 def spliced(text: str, start: int, end: int, lines: list[str]) -> str:
-    """The text with lines in place of what is between two offsets; they end as the text's other lines do."""
     stop = "\r\n" if "\r\n" in text else "\n"
     before = text[:start] + (stop if start and text[start - 1] != "\n" else "")
     return before + "".join(line + stop for line in lines) + text[end:]
 
 
 def without_lines(text: str, statements: list[Statement]) -> str:
-    """The text without these statements; the blank line above a table goes with it."""
+    """Return the text without these statements; the blank line above a table goes with it."""
     for item in reversed(statements):
         before = text[: item.start]
-        if item.is_table and (before in ("\n", "\r\n") or before.endswith(("\n\n", "\n\r\n"))):
-            before = before[:-2] if before.endswith("\r\n") else before[:-1]
+        if item.is_table:
+            before = re.sub(r"(\A|\n)\r?\n\Z", r"\1", before)
         text = before + text[item.end :]
     return text
 
@@ -4171,8 +4155,12 @@ def toml_module(python: Optional[str]) -> Any:
 
 
 def broken_manifest(path: str, line: int, reason: str) -> CDEnvironmentError:
-    """The error for a file that is not TOML."""
     return CDEnvironmentError(f"{path} line {line}: {reason}", "mend that line; the file was not changed", "manifest")
+
+
+def texts_in(table: Any, key: str) -> list[str]:
+    found = table.get(key) if isinstance(table, dict) else None
+    return [item for item in found if isinstance(item, str)] if isinstance(found, list) else []
 
 
 NODE_FIELDS = (  # in the order of 1.0.x, then ours
@@ -4222,8 +4210,8 @@ class Manifest:
         self.comfyui_version = self.text("comfyui_version")  # the tag, branch or commit that was asked for
         self.torch_backend = self.text("torch_backend")  # as asked for, such as "auto"
         self.demo = self.settings.get("demo") is True
-        found, nodes = self.settings.get("found_nodes"), self.settings.get("nodes")
-        self.found_nodes = [str(name) for name in found] if isinstance(found, list) else []  # there at the adoption
+        self.found_nodes = texts_in(self.settings, "found_nodes")  # there at the adoption
+        nodes = self.settings.get("nodes")
         pairs = nodes.items() if isinstance(nodes, dict) else ()
         self.tables: dict[str, dict[str, Any]] = {key: table for key, table in pairs if isinstance(table, dict)}
         self.nodes = {key: info_from_table(key, table) for key, table in self.tables.items()}
@@ -4246,8 +4234,7 @@ class Manifest:
 
     def requirements(self, info: NodeInfo) -> list[str]:
         """Return the requirements recorded for a node."""
-        lines = self.groups.get(self.group_name(info))
-        return [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
+        return texts_in(self.groups, self.group_name(info))
 
 
 def manifest_from(data: dict[str, Any], toml: str = "") -> Manifest:
@@ -4255,11 +4242,7 @@ def manifest_from(data: dict[str, Any], toml: str = "") -> Manifest:
     tool: Any = data.get("tool")
     tool = tool if isinstance(tool, dict) else {}
     name = "comfygit" if "comfygit" in tool and "comfydock" not in tool else "comfydock"
-    lists = [(data.get("project"), "dependencies"), (tool.get("uv"), "constraint-dependencies")]
-    found = [table.get(key) if isinstance(table, dict) else None for table, key in lists]
-    needs, bounds = [
-        [one for one in lines if isinstance(one, str)] if isinstance(lines, list) else [] for lines in found
-    ]
+    needs, bounds = texts_in(data.get("project"), "dependencies"), texts_in(tool.get("uv"), "constraint-dependencies")
     return Manifest(tool.get(name, {}), data.get("dependency-groups", {}), needs, bounds, name, toml)
 
 
@@ -4315,7 +4298,6 @@ def manifest_text(paths: EnvironmentPaths) -> str:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """A JSON object from a file; empty when there is none that can be read."""
     try:
         data = json.loads(read_small(path) or b"{}")
     except (OSError, ValueError, RecursionError):
@@ -4331,10 +4313,9 @@ class Draft:
         self.text = manifest_text(paths)
         self.data = parse_toml(self.text, self.path, python)
 
-    def change(self, edit: Callable[[str, Name, Any], str], name: Name, value: Any) -> None:
-        """Make one edit, with_pair or with_table, in the text and in the data; None takes it out."""
+    def change(self, name: Name, value: Any) -> None:
         try:
-            self.text = edit(self.text, name, value)
+            self.text = edited(self.text, name, value)
             inner = self.data
             for part in name[:-1]:
                 inner = inner.setdefault(part, {})
@@ -4345,7 +4326,6 @@ class Draft:
             raise self.unchangeable() from None
 
     def unchangeable(self) -> CDEnvironmentError:
-        """Return the error for a text that no edit gets right."""
         return CDEnvironmentError(
             f"{self.path} is laid out in a way that cannot be changed piece by piece",
             "write each node as its own table [tool.comfydock.nodes.NAME]",
@@ -4365,7 +4345,6 @@ class Draft:
 
 
 def without_empty(table: dict[str, Any]) -> dict[str, Any]:
-    """Return the data without empty tables, which mean nothing."""
     inner = {key: without_empty(value) if isinstance(value, dict) else value for key, value in table.items()}
     return {key: value for key, value in inner.items() if value != {}}
 
@@ -4385,10 +4364,10 @@ def change_node(
         groups[manifest.group_name(info)] = needs or None
     for group, lines in groups.items():
         if lines != manifest.groups.get(group):
-            draft.change(with_pair, ("dependency-groups", group), lines)
+            draft.change(("dependency-groups", group), lines)
     table = table_from_info(info, manifest.tables.get(key)) if info else None
     if table != manifest.tables.get(key):
-        draft.change(with_table, ("tool", manifest.tool, "nodes", key), table)
+        draft.change(("tool", manifest.tool, "nodes", key), table)
     draft.save()
 
 
@@ -4397,7 +4376,7 @@ def change_settings(paths: EnvironmentPaths, settings: dict[str, Any], python: O
     draft = Draft(paths, python)
     tool = manifest_from(draft.data).tool
     for name, value in settings.items():
-        draft.change(with_pair, ("tool", tool, name), value)
+        draft.change(("tool", tool, name), value)
     draft.save()
 
 
@@ -4413,7 +4392,6 @@ GIT_SETTINGS = {"core.hooksPath": os.devnull, "core.fsmonitor": "false"}  # no p
 
 
 def git_path() -> Optional[str]:
-    """Return the git program, or None."""
     import shutil
 
     return shutil.which("git")
@@ -4475,7 +4453,6 @@ def git_answer(words: list[str], folder: str) -> Optional[str]:
 
 
 def current_branch(folder: str) -> Optional[str]:
-    """Return the branch that a clone is on; None at a tag or a commit."""
     return git_answer([*LOOK, "symbolic-ref", "--quiet", "--short", "HEAD"], folder)
 
 
@@ -4546,7 +4523,6 @@ def clone(url: str, reference: Optional[str], folder: str) -> None:
 
 
 def remote_names(url: str, *what: str) -> list[str]:
-    """Return the tags (`--tags`) or branches (`--heads`) of a repository, by git."""
     lines = git(["ls-remote", *what, "--refs", "--", url], url=url).splitlines()
     return [line.split("/", 2)[-1] for line in lines]
 
@@ -4595,7 +4571,6 @@ def version_key(version: str) -> tuple[Any, ...]:
 
 
 def github_name(url: str) -> str:
-    """Return OWNER/REPOSITORY of a GitHub address. Raises CDEnvironmentError for another, which takes git to read."""
     found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?", url)
     if found is None:
         hint = "install git, or use --source with an archive"
@@ -4604,8 +4579,6 @@ def github_name(url: str) -> str:
 
 
 def same_repository(one: Optional[str], other: Optional[str]) -> bool:
-    """Tell whether two addresses mean the same repository, whatever their spelling."""
-
     def plain(url: str) -> str:
         url = re.sub(r"^(?:ssh://)?[\w.-]+@([\w.-]+)[:/]", r"\1/", url.strip())
         return re.sub(r"^[a-z+]+://", "", url).rstrip("/").removesuffix(".git").casefold()
@@ -4707,13 +4680,15 @@ UV_SOURCES = (
 
 
 class Installer:
-    """Installs packages with uv, or with the environment's own pip. What it runs is the same; the words differ."""
+    """Installs packages with uv where it is, else with the environment's own pip; the words differ a little."""
 
-    def __init__(self, python: str, uv: Optional[str]) -> None:
-        self.python, self.uv = python, uv
-        self.trying = ["--dry-run"] if uv else ["--dry-run", "--quiet"]
+    def __init__(self, python: str) -> None:
+        from shutil import which
+
+        self.python, self.uv = python, which("uv")
+        self.trying = ["--dry-run", *["--quiet"] * (not self.uv)]
         # PyTorch's index holds old copies of other packages: uv must look at both
-        self.index_policy = ["--index-strategy", "unsafe-best-match"] if uv else []
+        self.index_policy = ["--index-strategy", "unsafe-best-match"] if self.uv else []
 
     def run(self, words: list[str], tell: Progress = no_progress) -> Any:
         """Run a command of pip's, and return its code and output. Raises CDEnvironmentError (code "no-pip")."""
@@ -4726,9 +4701,8 @@ class Installer:
             raise CDEnvironmentError(f"{self.python} has no pip, and uv is not installed", hint, "no-pip")
         return done
 
-    def install(self, words: list[str], tell: Progress = no_progress) -> None:
-        """Install. Raises CDEnvironmentError (code "packages") with the reason."""
-        done = self.run(["install", *words], tell)
+    def must(self, words: list[str], tell: Progress = no_progress) -> None:
+        done = self.run(words, tell)
         if done.returncode != 0:
             raise CDEnvironmentError(f"packages cannot be installed: {last_words(done)}", code="packages")
 
@@ -4736,32 +4710,20 @@ class Installer:
         """Install PyTorch; uv finds the graphics card by itself, but may be too old to have heard of a backend."""
         if self.uv:
             with suppress(CDEnvironmentError):
-                return self.install([f"--torch-backend={backend}", *TORCH_PACKAGES], tell)
+                return self.must(["install", f"--torch-backend={backend}", *TORCH_PACKAGES], tell)
         index = torch_index(detect_torch_backend() if backend == "auto" else backend)
-        self.install(["--index-url", index, *TORCH_PACKAGES], tell)
+        self.must(["install", "--index-url", index, *TORCH_PACKAGES], tell)
 
     def uninstall(self, names: list[str]) -> None:
-        """Remove packages by name."""
-        done = self.run(["uninstall", *([] if self.uv else ["--yes"]), *names])
-        if done.returncode != 0:
-            raise CDEnvironmentError(f"{', '.join(names)} cannot be removed: {last_words(done)}", code="packages")
+        self.must(["uninstall", *([] if self.uv else ["--yes"]), *names])
 
     def conflicts(self) -> set[str]:
-        """Return the sentences in which `pip check` says what does not fit together."""
         done = self.run(["check"])
         lines = (done.stdout + "\n" + done.stderr).splitlines()
         return {line.strip() for line in lines if re.search(r" requires | has requirement ", line)}
 
     def freeze(self) -> list[str]:
-        """Return what is installed, as lines NAME==VERSION."""
         return [f"{one.name}=={one.version}" for one in installed_packages(self.python).values()]
-
-
-def find_installer(python: str) -> Installer:
-    """Return uv where it is installed, else the environment's pip."""
-    import shutil
-
-    return Installer(python, shutil.which("uv"))
 
 
 def with_interpreter(variables: dict[str, str], python: str) -> dict[str, str]:
@@ -4790,7 +4752,7 @@ def pip_settings(python: str) -> dict[str, str]:
     """Return the user's settings of pip, from its files and variables, that say where packages come from."""
     from ast import literal_eval
 
-    variables = {pip_variable(name): name for name in PIP_SOURCES}
+    variables = {"PIP_" + name.upper().replace("-", "_"): name for name in PIP_SOURCES}
     found = {variables[key]: value for key, value in os.environ.items() if key in variables}
     kept = {
         key: value for key, value in inherited_environment().items() if not re.match("PIP_(?!CONFIG_FILE$)|PYTHON", key)
@@ -4803,12 +4765,7 @@ def pip_settings(python: str) -> dict[str, str]:
                 found.setdefault(name, str(literal_eval(value)))
     for name, value in found.items():  # paths were meant from where the user stands
         found[name] = " ".join(os.path.abspath(one) if os.path.exists(one) else one for one in value.split())
-    return {pip_variable(name): value for name, value in found.items()}
-
-
-def pip_variable(name: str) -> str:
-    """Return the environment variable of a setting of pip."""
-    return "PIP_" + name.upper().replace("-", "_")
+    return {key: found[name] for key, name in variables.items() if name in found}
 
 
 def uv_settings() -> dict[str, str]:
@@ -4823,8 +4780,8 @@ def uv_settings() -> dict[str, str]:
         others = data.get("index", [])
         urls = {
             "UV_DEFAULT_INDEX": [one["url"] for one in others if one.get("default")] or [data.get("index-url", "")],
-            "UV_INDEX": [one["url"] for one in others if not one.get("default")] + data.get("extra-index-url", []),
-            "UV_FIND_LINKS": data.get("find-links", []),
+            "UV_INDEX": [one["url"] for one in others if not one.get("default")] + texts_in(data, "extra-index-url"),
+            "UV_FIND_LINKS": texts_in(data, "find-links"),
         }
         return {name: " ".join(found) for name, found in urls.items() if any(found) and name not in os.environ}
     return {}
@@ -4884,7 +4841,6 @@ def package_name(line: str) -> str:
 
 
 def held_packages(frozen: list[str]) -> list[str]:
-    """Return the installed versions of PyTorch's family and numpy, as lines of a constraint file."""
     return [line for line in frozen if "==" in line and package_name(line) in HELD_PACKAGES]
 
 
@@ -4968,7 +4924,6 @@ def read_any_text(path: str) -> str:
 
 
 def project_table(folder: str, python: Optional[str] = None) -> dict[str, Any]:
-    """Return [project] of the pyproject.toml in a folder; empty when there is none, or it is broken."""
     path = os.path.join(folder, "pyproject.toml")
     try:
         project = parse_toml(read_any_text(path), path, python).get("project")
@@ -4982,8 +4937,7 @@ def node_requirements(folder: str, python: Optional[str] = None) -> str:
     path = os.path.join(folder, "requirements.txt")
     if os.path.isfile(path):
         return read_any_text(path)
-    listed = project_table(folder, python).get("dependencies")
-    return "".join(f"{line}\n" for line in listed if isinstance(line, str)) if isinstance(listed, list) else ""
+    return "\n".join(texts_in(project_table(folder, python), "dependencies"))
 
 
 @dataclass
@@ -5003,7 +4957,7 @@ class Packages:
     """
 
     def __init__(self, python: str, world: list[Need], released: "set[str] | frozenset[str]" = frozenset()) -> None:
-        self.installer, self.python, self.world = find_installer(python), python, world
+        self.installer, self.python, self.world = Installer(python), python, world
         self.before = installed_packages(python)
         frozen = [f"{one.name}=={one.version}" for one in self.before.values()]
         self.held = [line for line in held_packages(frozen) if package_name(line) not in released]
@@ -5069,7 +5023,6 @@ class Packages:
         return left_out
 
     def install(self, new: Need, tell: Progress) -> None:
-        """Install what was tried. Raises CDEnvironmentError (code "packages"), also when something fits no more."""
         conflicts = self.installer.conflicts()
         why = self.ask([*self.world, new], tell, is_trial=False)
         if why:
@@ -5123,8 +5076,8 @@ class Packages:
         hurt = [name for name, one in self.before.items() if name not in gone and touched & one.files]
         steps = [(f"{', '.join(new)} removed", partial(self.installer.uninstall, new))] if new else []
         for name in gone + hurt:  # one by one: what no index has any more keeps no other back
-            words = ["--no-deps", "--force-reinstall", *self.before[name].line, *self.index]
-            steps.append((" ".join(self.before[name].line), partial(self.installer.install, words)))
+            words = ["install", "--no-deps", "--force-reinstall", *self.before[name].line, *self.index]
+            steps.append((" ".join(self.before[name].line), partial(self.installer.must, words)))
         done = []
         for what, step in steps:
             try:
@@ -5210,7 +5163,6 @@ class RegistrySource:
             raise
 
     def ask(self, path: str, what: str, kind: Any = dict) -> Any:
-        """Return the answer to one question to the registry."""
         base = os.environ.get("COMFYDOCK_REGISTRY_URL") or REGISTRY_URL
         try:
             answer = fetch_json(base.rstrip("/") + path)
@@ -5242,7 +5194,6 @@ class RegistrySource:
             tell(f"warning: {what} is deprecated by its author")
 
     def search(self, words: str) -> list[dict[str, Any]]:
-        """Return what the registry finds for some words, as it describes its nodes."""
         from urllib.parse import quote_plus
 
         found = self.ask(f"/nodes/search?search={quote_plus(words)}&limit=20", words).get("nodes")
@@ -5285,7 +5236,6 @@ class RegistrySource:
         return info.altered(download_url=str(url))
 
     def newest(self, info: NodeInfo, tell: Progress) -> NodeInfo:
-        """Return the newest version, or the node as it is when there is none above it."""
         found = self.find(info.registry_id or info.name, tell)
         return found if version_key(found.version or "") > version_key(info.version or "") else info
 
@@ -5297,7 +5247,6 @@ class RegistrySource:
         return found.group(2) if found else None
 
     def digests(self, folder: str) -> dict[str, str]:
-        """Return the digests of the files that came with a node that was just fetched."""
         paths = {name: os.path.join(folder, name) for name in self.tracked(folder)}
         return {name: file_digest(path) for name, path in paths.items() if is_file(path)}
 
@@ -5307,7 +5256,6 @@ class RegistrySource:
         return read_any_text(path).splitlines() if is_file(path) and not is_link(path) else []
 
     def changes(self, folder: str, record: dict[str, Any]) -> Optional[list[str]]:
-        """Return the files that are no longer as they were unpacked; None when nobody can tell."""
         digests = record.get("files")
         if not isinstance(digests, dict):
             return None
@@ -5315,7 +5263,6 @@ class RegistrySource:
         return [name for name, path in paths.items() if not is_file(path) or file_digest(path) != digests[name]]
 
     def files(self, folder: str, record: dict[str, Any]) -> Optional[set[str]]:
-        """Return the files that came with the node, others are the user's; None when nobody can tell."""
         known = record.get("files") or self.tracked(folder)
         return {*self.lists, *known} if known else None
 
@@ -5352,7 +5299,6 @@ class GitSource:
         return info.altered(version=commit, branch=branch or info.branch, pin=None if branch else info.pin)
 
     def newest(self, info: NodeInfo, tell: Progress) -> NodeInfo:
-        """Return the newest commit of the branch that was asked for, else of the default one."""
         url, branch = info.repository or "", info.branch
         check_repository(url)
         answer = git(["ls-remote", "--", url, f"refs/heads/{branch}" if branch else "HEAD"], url=url).split()
@@ -5362,11 +5308,9 @@ class GitSource:
         return info.altered(version=answer[0]) if answer else info
 
     def version_in(self, folder: str) -> Optional[str]:
-        """The commit that a folder is at."""
         return git_answer([*LOOK, "rev-parse", "HEAD"], folder)
 
     def changes(self, folder: str, record: dict[str, Any]) -> Optional[list[str]]:
-        """Return changed files, and commits or stashes that no other repository has; None when git cannot tell."""
         status = git_answer(["status", "--porcelain", "--untracked-files=no"], folder)
         if status is None:
             return None
@@ -5377,7 +5321,6 @@ class GitSource:
         return [line[2:].strip() for line in status.splitlines()] + [f"commit {one[:8]}" for one in commits] + stashes
 
     def files(self, folder: str, record: dict[str, Any]) -> Optional[set[str]]:
-        """Return the files that git has, others are the user's; None when git cannot tell."""
         listed = git_answer(["ls-files", "-z", "--recurse-submodules"], folder)
         return None if listed is None else {".git", *listed.split("\0")}
 
@@ -5415,17 +5358,14 @@ class DevelopmentSource:
         return folder if is_there else self.disabled
 
     def fetch(self, info: NodeInfo, folder: str, tell: Progress) -> NodeInfo:
-        """Link to the folder that was found."""
         link_folder(self.place, folder)
         return info
 
     def newest(self, info: NodeInfo, tell: Progress) -> NodeInfo:
-        """The node itself: only its author changes it."""
         return info
 
 
 def pick_source(identifier: str) -> Any:
-    """The source that an identifier belongs to: git for addresses and paths, else the registry."""
     path = r"/|\./|\.\./|~|\.\\|\.\.\\|[A-Za-z]:[\\/]"
     address = r".*://|.*::|[\w.-]+@[\w.-]+:"
     return GitSource() if re.match(f"{path}|{address}", identifier) else RegistrySource()
@@ -5501,7 +5441,6 @@ class NodeChange:
         self.goal: Optional[tuple[Optional[NodeInfo]]] = None
 
     def move(self, source: str, target: str) -> None:
-        """Rename, so that it is taken back with the change."""
         refuse_existing(target)
         self.undo.callback(self.move_back, source, target)
         move(source, target, self.folder)
@@ -5514,7 +5453,6 @@ class NodeChange:
 
 
 def left_alone(info: NodeInfo, message: str) -> UpdateResult:
-    """Return the result of an update that was not needed, or not wanted."""
     return UpdateResult(info.name, info.source, message=message, old_version=info.version, new_version=info.version)
 
 
@@ -5574,13 +5512,13 @@ class NodeManager:
 
         Raises CDEnvironmentError (code "not-found") when it means none.
         """
-        nodes, wanted = self.list_nodes(), identifier.casefold()
-        for key, info in nodes.items():
-            if wanted in [name.casefold() for name in (key, info.name, info.registry_id or key)]:
-                return key, info
-        for key, info in nodes.items():
-            if same_repository(identifier, info.repository):
-                return key, info
+        nodes, wanted = self.manifest.nodes, identifier.casefold()
+        named = [
+            key for key, one in nodes.items() if wanted in map(str.casefold, (key, one.name, one.registry_id or key))
+        ]
+        named += [key for key, one in nodes.items() if same_repository(identifier, one.repository)]
+        if named:
+            return named[0], nodes[named[0]]
         raise CDEnvironmentError(f"no node {identifier!r} in the manifest", ("node", "list"), "not-found")
 
     def folders(self) -> list[str]:
@@ -5590,8 +5528,8 @@ class NodeManager:
                 names = sorted(entry.name for entry in entries if entry.is_dir())
         except OSError:
             return []
-        ours = [name for name in names if not re.match(r"\.|.*\.disabled$|__pycache__$", name, re.S)]
-        return [name for name in ours if not has_control(name)]  # no manifest can hold such a name
+        names = [name for name in names if not re.match(r"\.|.*\.disabled$|__pycache__$", name, re.S)]
+        return [name for name in names if not has_control(name)]  # no manifest can hold such a name
 
     def disabled(self) -> dict[str, str]:
         """Return disabled nodes by name, case folded, with their folders: NAME.disabled, .disabled/NAME[@VERSION]."""
@@ -5633,10 +5571,9 @@ class NodeManager:
             return []
         if info.source == "git" and not re.fullmatch("[0-9a-f]{40,64}", info.version):
             return []
-        actual = source.version_in(self.folder_of(info))
-        differs = actual and version_key(actual) != version_key(info.version)
-        differs = actual != info.version if info.source == "git" else differs
-        return [{"name": info.name, "expected": info.version, "actual": actual}] if differs else []
+        actual = source.version_in(self.folder_of(info)) or info.version
+        same = actual == info.version or info.source != "git" and version_key(actual) == version_key(info.version)
+        return [] if same else [{"name": info.name, "expected": info.version, "actual": actual}]
 
     # What changes nodes
 
@@ -5662,9 +5599,7 @@ class NodeManager:
             source = DevelopmentSource(self.custom_nodes) if is_development else pick_source(identifier)
             key, info = self.tracked_as(source.find(identifier, self.tell), force)
             info = info.altered(no_deps=no_deps, released=[*map(package_name, release)])
-            source = (
-                self.source_of(info) if info.source == "git" else source
-            )  # the registry may have named a repository
+            source = self.source_of(info) if info.source == "git" else source  # the registry may name a repository
             info = self.put(key, info, source, no_test, force, skip_bad_lines)
         return NodeOperationResult(info, True, "Node added - ComfyUI needs to load new node classes")
 
@@ -5713,7 +5648,7 @@ class NodeManager:
         elif info.source != "development":
             return left_alone(info, f"{info.name} is at its newest version")
         with self.changing(f"update {info.name}"):
-            now = self.list_nodes().get(key)
+            now = self.manifest.nodes.get(key)
             if now is None or now.version != info.version:
                 message = f"node '{info.name}' was changed by another command meanwhile"
                 raise CDEnvironmentError(message, ("node", "update", key))
@@ -5861,7 +5796,7 @@ class NodeManager:
                 raise CDEnvironmentError(f"there is no folder {folder}", ("repair",), "not-found")
             info = self.recognised(folder, name)
             key = info.registry_id or info.name
-            if key in self.list_nodes():
+            if key in self.manifest.nodes:
                 hint = ("node", "remove", key)
                 raise CDNodeConflictError(f"the manifest has another {key}", hint, "conflict")
             change_node(self.paths, key, info, self.needs_of(info, folder), self.python)
@@ -5905,7 +5840,7 @@ class NodeManager:
     def interrupted(self) -> list[str]:
         """Return the names of nodes that a killed command left in the staging folder, their places being empty."""
         staged, there = os.path.join(self.custom_nodes, STAGING), {name.casefold() for name in self.folders()}
-        names = [] if is_link(staged) else [info.name for info in self.list_nodes().values()]
+        names = [] if is_link(staged) else [info.name for info in self.manifest.nodes.values()]
         return [name for name in names if name.casefold() not in there and os.path.lexists(f"{staged}/{name}/old")]
 
     def take_back_interrupted(self) -> None:
@@ -5916,7 +5851,7 @@ class NodeManager:
             move(change.old, change.place, change.folder)
         record = read_json(self.paths.packages)
         if record:
-            node = self.list_nodes().get(str(record.get("key")))
+            node = self.manifest.nodes.get(str(record.get("key")))
             if self.python and (node is None or vars(node) != record.get("node")):
                 packages = Packages(self.python, [])
                 there = packages.before
@@ -5946,7 +5881,7 @@ class NodeManager:
             is_done = True
         finally:
             with suppress(CDEnvironmentError):  # Ctrl-C may come when the manifest was just replaced
-                is_done = is_done or (change.goal is not None and change.goal == (self.list_nodes().get(key),))
+                is_done = is_done or (change.goal is not None and change.goal == (self.manifest.nodes.get(key),))
             if not is_done:
                 self.without_failing(change.undo.close)
             self.without_failing(remove_file, self.paths.packages)
@@ -5975,7 +5910,7 @@ class NodeManager:
 
         Raises CDNodeConflictError when what is there already is not to be replaced.
         """
-        for key, old in self.list_nodes().items():
+        for key, old in self.manifest.nodes.items():
             same_name = (info.registry_id or info.name).casefold() in (key.casefold(), old.name.casefold())
             if not same_name and not same_repository(info.repository, old.repository):
                 continue
@@ -5991,7 +5926,7 @@ class NodeManager:
         self, key: str, info: NodeInfo, source: Any, no_test: bool = False, force: bool = False, skip_bad: bool = False
     ) -> NodeInfo:
         """Fetch a node, install what it needs, put it in its place, and record it: all or nothing."""
-        old = self.list_nodes().get(key)
+        old = self.manifest.nodes.get(key)
         with self.change(key, info) as change:
             fetched = source.place_in(change.former) if info.source == "development" else ""
             if not fetched:
@@ -6022,7 +5957,7 @@ class NodeManager:
 
         Raises CDNodeConflictError when it has to stay.
         """
-        name, old = os.path.basename(change.former), self.list_nodes().get(key)
+        name, old = os.path.basename(change.former), self.manifest.nodes.get(key)
         if (old is None or old.name.casefold() != name.casefold()) and not force:
             message = f"custom_nodes has a folder {name} that the manifest does not know"
             hint = ["To track it: ", ("repair",), ". To move it aside: --force."]
@@ -6078,7 +6013,7 @@ class NodeManager:
             return info, None
         if folder == change.new:  # a package that stays tied to this folder would lose it
             need.entries = [re.sub(r"^(-e|--editable)\b[ =]?\s*", "", entry) for entry in need.entries]
-        released = {package_name(line): line for one in self.list_nodes().values() for line in one.released}
+        released = {package_name(line): line for one in self.manifest.nodes.values() for line in one.released}
         packages = Packages(self.python, self.world(key), {*released, *map(package_name, info.released)})
         there = {name: f"{one.name}=={one.version}" for name, one in packages.before.items()}
         info = info.altered(
@@ -6089,7 +6024,7 @@ class NodeManager:
                 self.tell(f"trying the requirements of {info.name}")
                 left_out = packages.try_install(need, skip_bad, self.tell)
                 info = info.altered(skipped_lines=[*info.skipped_lines, *map(redact, left_out)])
-            if info != self.list_nodes().get(key):
+            if info != self.manifest.nodes.get(key):
                 before = {name: (one.name, one.version, one.line) for name, one in packages.before.items()}
                 record = {"key": key, "node": vars(info), "before": before}
                 write_atomic(self.paths.packages, json.dumps(record).encode())
@@ -6105,17 +6040,17 @@ class NodeManager:
     def ways_on(self, info: NodeInfo, packages: Packages, why: str) -> Any:
         """Return the hint for a node whose packages cannot be installed."""
         add = ("node", "add", info.registry_id or info.repository or info.name)
-        held = [line.split("==")[0] for line in packages.held if f"{line.split('==')[0]} is held" in why]
         ways: list[Any] = []
-        for name in [name for name in held if package_name(name) not in TORCH_PACKAGES]:
-            ways += [f"To let {name} move: ", (*add, "--release", name), ". "]
+        for name in re.findall(r"(\S+) is held at \S+ for PyTorch", why):
+            if package_name(name) not in TORCH_PACKAGES:
+                ways += [f"To let {name} move: ", (*add, "--release", name), ". "]
         if not packages.conflict:
             ways += ["Without the lines that cannot be met: ", (*add, "--skip-bad-lines"), ". "]
         return [*ways, "Without all that it needs: ", (*add, "--no-deps")]
 
     def settle_packages(self, info: NodeInfo) -> None:
         """Tell which packages a removed node leaves behind, and give back what was not held for it alone."""
-        brought, nodes = read_json(self.record_path(info)).get("packages"), self.list_nodes().values()
+        brought, nodes = read_json(self.record_path(info)).get("packages"), self.manifest.nodes.values()
         others = {package_name(line) for one in nodes for line in one.released}
         back = [line for line in info.released if package_name(line) not in others]
         if not self.python or not (brought or back):
@@ -6197,7 +6132,7 @@ class NodeManager:
         if not self.python or not any(need.entries for need in world if not need.is_limit):
             return True
         try:
-            released = {package_name(line) for info in self.list_nodes().values() for line in info.released}
+            released = {package_name(line) for info in self.manifest.nodes.values() for line in info.released}
             packages = Packages(self.python, world, released)
             why = packages.ask(world, self.tell, is_trial=False)
         except CDEnvironmentError as error:
@@ -6218,7 +6153,10 @@ class NodeManager:
     def stamp(self) -> str:
         """Return all that sync depends on, as one text: a few dozen stat calls, no program is run."""
         names = ("requirements.txt", "pyproject.toml")
-        folders = [self.comfyui, *(self.folder_of(info) for info in self.list_nodes().values() if self.source_of(info))]
+        folders = [
+            self.comfyui,
+            *(self.folder_of(info) for info in self.manifest.nodes.values() if self.source_of(info)),
+        ]
         watched = [os.path.join(folder, name) for folder in folders for name in names]
         if self.python:
             venv = os.path.dirname(os.path.dirname(self.python))
@@ -6384,7 +6322,7 @@ def install_packages(paths: EnvironmentPaths, backend: str, with_manager: bool, 
     PyTorch comes first and from its own index: else the usual index decides for which hardware.
     """
     python = venv_python(paths.venv)
-    installer = find_installer(python)
+    installer = Installer(python)
     frozen = installer.freeze()
     is_other = backend != "auto" and held_index(frozen) not in (None, torch_index(backend))
     if is_other or not set(map(package_name, frozen)).issuperset(TORCH_PACKAGES):

@@ -3901,7 +3901,7 @@ class CreateTest(InWorkshop):
         self.assertEqual(manifest.settings["comfyui_version_type"], "release")
         self.assertEqual(manifest.settings["comfyui_commit_sha"], git(paths.comfyui, "rev-parse", "HEAD"))
         self.assertTrue(os.path.exists(paths.complete))
-        frozen = dock.find_installer(Workshop.python).freeze()
+        frozen = dock.Installer(Workshop.python).freeze()
         for line in ("torch==2.0.0+cpu", "numpy==1.26.0"):
             self.assertIn(line, frozen)
         self.assertTrue([line for line in frozen if line.startswith("pip==")], "ComfyUI-Manager needs pip")
@@ -5273,7 +5273,7 @@ class KilledTest(NodeCase):
         Workshop.registry.publish(
             "kill-pip", "1.0.0", {"__init__.py": "", "requirements.txt": "brand", "install.py": script}
         )
-        dock.find_installer(Workshop.python).uninstall(["brand"])
+        dock.Installer(Workshop.python).uninstall(["brand"])
         body = f"dock.NodeManager(dock.EnvironmentPaths({self.paths.root!r}), {Workshop.python!r}, print).add_node('kill-pip')"
         dice = random.Random(7)
         for _ in range(2):
@@ -5294,7 +5294,7 @@ class KilledTest(NodeCase):
                 self.assertNotIn("brand==1.0", self.freeze())
             self.assertEqual(set(manifest.nodes) - {"kill-pip"}, set())
             self.remove("kill-pip")
-            dock.find_installer(Workshop.python).uninstall(["brand"])
+            dock.Installer(Workshop.python).uninstall(["brand"])
 
 
 class OddMachines(unittest.TestCase):
@@ -5368,7 +5368,7 @@ class OddMachines(unittest.TestCase):
         now = {"new": dock.Package("new", "1", ["new==1"], set())}
         with unittest.mock.patch.object(dock, "installed_packages", return_value=now):
             packages.put_back(said.append)
-        installed = [call.args[0][2:] for call in packages.installer.install.call_args_list]
+        installed = [call.args[0][3:] for call in packages.installer.must.call_args_list]
         self.assertEqual(installed, [["gone==1"], ["-e", "/my code"]])
         self.assertEqual(said, ["warning: packages could not all be put back (new removed): no",
                                 "packages put back: gone==1, -e /my code"])  # fmt: skip
@@ -5513,8 +5513,8 @@ class UvTest(InWorkshop):
             )
             os.rename(wheel + ".later", wheel)
             python = dock.venv_python(paths.venv)
-            installer = dock.find_installer(python)
-            self.assertIsInstance(installer, dock.UvInstaller)
+            installer = dock.Installer(python)
+            self.assertTrue(installer.uv)
             self.assertIn("pip", [dock.package_name(line) for line in installer.freeze()])
             installer.uninstall(["pip"])
             before = installer.freeze()
@@ -8413,7 +8413,7 @@ class FromNothingToANode(Journey):
             self.assertIn(stage, said)
         cec = os.path.join(self.person.workspace, "environments", "main", ".cec")
         python = dock.venv_python(os.path.join(os.path.dirname(cec), ".venv"))
-        self.assertIn("comfyui_manager==4.2", [line.replace("-", "_") for line in dock.find_installer(python).freeze()])
+        self.assertIn("comfyui_manager==4.2", [line.replace("-", "_") for line in dock.Installer(python).freeze()])
         self.assertIn("Initial environment setup", git(cec, "log", "--format=%s"))
         self.assertEqual(git(cec, "status", "--porcelain"), "")
         self.assertIn("✓ main", self.types("list"))
