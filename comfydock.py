@@ -809,15 +809,6 @@ def inherited_environment() -> dict[str, str]:
     return variables
 
 
-def read_text(path: str) -> str:
-    """Return the stripped text of a small file, "" where it cannot be read."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
 def mounts() -> "list[tuple[str, str]]":
     """Return (mount point, type of file system) of all that is mounted, in order; [] where the system does not tell."""
     try:
@@ -861,6 +852,15 @@ def open_regular(path: str, mode: str = "rb", buffering: int = -1) -> "BinaryIO"
 
     file: Any = open(path, mode, buffering, opener=opener)
     return file  # type: ignore[no-any-return]
+
+
+def read_text(path: str) -> str:
+    """Return the stripped text of a small file, also behind a link; "" where it cannot be read."""
+    try:
+        with open_regular(os.path.realpath(path)) as file:
+            return file.read(1 << 20).decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
 
 
 # The first place of sys.path is, as for a script, the folder of the file, and not the one we stand in.
@@ -2509,7 +2509,7 @@ def recorded_comfyui(record: ProcessState, python: str, script: str) -> Optional
 
     def is_comfyui(process: Process) -> bool:
         if not runs_script(process, script):
-            with suppress(OSError), open(python, "rb") as file:
+            with suppress(OSError), open_regular(os.path.realpath(python)) as file:
                 is_wrapped = any(f" {python} {option}{script}" in process.text for option in ("", "-s "))
                 return is_wrapped and file.read(2) == b"#!"
             return False
@@ -5522,11 +5522,21 @@ class NodeManager:
         raise CDEnvironmentError(f"no node {identifier!r} in the manifest", ("node", "list"), "not-found")
 
     def folders(self) -> list[str]:
-        """Return the names of the folders in custom_nodes that ComfyUI loads and that are no tool's own."""
+        """Return the names of the folders in custom_nodes that ComfyUI loads and that are no tool's own.
+
+        Raises OSError where one may not look, or the disk is away: what is closed is not missing.
+        """
+
+        def is_folder(entry: Any) -> bool:
+            try:
+                return bool(entry.is_dir())
+            except OSError:  # a link to a disk that is away
+                return True
+
         try:
             with os.scandir(self.custom_nodes) as entries:
-                names = sorted(entry.name for entry in entries if entry.is_dir())
-        except OSError:
+                names = sorted(entry.name for entry in entries if is_folder(entry))
+        except (FileNotFoundError, NotADirectoryError):
             return []
         names = [name for name in names if not re.match(r"\.|.*\.disabled$|__pycache__$", name, re.S)]
         return [name for name in names if not has_control(name)]  # no manifest can hold such a name
@@ -8790,7 +8800,7 @@ class Console:
             return error.hint, None
         is_command = all(isinstance(part, str) for part in error.hint)
         parts = ["Try: ", tuple(error.hint)] if is_command else error.hint
-        shown = [part if isinstance(part, str) else self.typed(*part) for part in parts]
+        shown = [part if isinstance(part, str) else self.typed(*part).translate(CONTROLS) for part in parts]
         return "".join(shown), next(text for text, part in zip(shown, parts) if not isinstance(part, str))
 
     def progress(self, line: str) -> None:
@@ -9858,6 +9868,8 @@ def status(console: Console, args: Arguments) -> Report:
             data["difference"] = difference_data(environment.nodes.compare())
         except CDEnvironmentError as error:
             data["difference"] = {"synced": False, "error": error.message}
+        except OSError as error:
+            data["difference"] = {"synced": False, "error": f"{error.filename}: {error.strerror}"}
     return Report(data, environment.name, 3 if data["state"] in (STOPPED, CRASHED) else 0)
 
 

@@ -4451,6 +4451,11 @@ class AddTest(NodeCase):
             self.failing("", self.manager.add_node, f"hostile{number}")
         self.assertEqual(self.snapshot(), before)
 
+    def test_nodes_on_a_disk_that_is_away_are_not_missing(self):
+        away = OSError(errno.ENOTCONN, "Transport endpoint is not connected", self.nodes)
+        with unittest.mock.patch.object(os, "scandir", side_effect=away), self.assertRaises(OSError):
+            self.manager.compare()
+
     def test_a_hostile_registry_is_one_clear_line_and_leaves_everything_as_it_was(self):
         before, url = self.snapshot(), Workshop.registry.url
         answers = [b"[" * 200000, b'{"id": %s}' % (b"1" * 10000), b'{"id": NaN}', b"[]", b"7", b'"x"', b"\xff"]
