@@ -8251,13 +8251,12 @@ class Workspace:
 
         The latter counts only while no environment is active, but in the root of a portable build.
         """
-        below = os.path.join(folder, "ComfyUI")
-        is_meant = is_checkout(below) and self.get_active_environment() is None
-        return checkout_at(folder) or (below if is_meant else None)
+        found, below = checkout_at(folder), os.path.join(folder, "ComfyUI")
+        return found or (below if is_checkout(below) and self.get_active_environment() is None else None)
 
     def _owner_of(self, checkout: str) -> Optional[Environment]:
         for environment in self.list_environments():
-            if same_path(str(environment.comfyui_path), checkout):
+            if same_path(environment._checkout, checkout):
                 return environment
         return None
 
@@ -8276,11 +8275,8 @@ class Workspace:
             checkout = below
         present = self._owner_of(checkout)
         if present is not None and name not in (None, present.name):  # one process a checkout: they would mix theirs up
-            raise CDEnvironmentError(
-                f"{checkout} is environment '{present.name}' already.",
-                ("-e", present.name, "status"),
-                "exists",
-            )
+            message = f"{checkout} is environment '{present.name}' already."
+            raise CDEnvironmentError(message, ("-e", present.name, "status"), "exists")
         environment = present or self._new_environment(name or self._free_name(checkout))
         former = environment.manifest.comfyui_path
         has_moved = former is None or not same_path(former, checkout)
@@ -8305,11 +8301,8 @@ class Workspace:
         environment = self._environment(DEMO_NAME)
         paths, source = environment.paths, demo_source().encode()
         if (os.path.lexists(paths.content_lock) or environment.is_complete) and not environment.manifest.demo:
-            raise CDEnvironmentError(
-                f"The environment '{DEMO_NAME}' is one of yours, not the demo.",
-                ("--workspace", "DIR", "run", "--demo"),
-                "exists",
-            )
+            message = f"The environment '{DEMO_NAME}' is one of yours, not the demo."
+            raise CDEnvironmentError(message, ("--workspace", "DIR", "run", "--demo"), "exists")
         self._change_settings()
         make_folder(custom_nodes_of(paths.comfyui))
         sweep_leftovers(paths.comfyui)
@@ -8366,9 +8359,8 @@ class Workspace:
             return False
         self._require_folder()
         if os.path.isdir(self.paths.root) and os.listdir(self.paths.root):
-            raise CDEnvironmentError(
-                f"{self.paths.root} is not empty and no workspace.", "name another folder", "exists"
-            )
+            message = f"{self.paths.root} is neither empty nor a workspace."
+            raise CDEnvironmentError(message, "name another folder", "exists")
         make_folder(self.paths.environments)
         self._change_settings()
         return True
@@ -8382,13 +8374,11 @@ class Workspace:
         configs = [environments[index].config_of(sights[index]) for index in alive]
         answers = dict(zip(alive, probe_all(configs, timeout)))
         active = self.get_active_environment()
-        return [
-            {
-                **environment.describe(sights[index], answers.get(index, Answer(REFUSED))),
-                "active": active is not None and environment.name == active.name,
-            }
-            for index, environment in enumerate(environments)
-        ]
+        described = []
+        for index, environment in enumerate(environments):
+            data = environment.describe(sights[index], answers.get(index, Answer(REFUSED)))
+            described.append({**data, "active": active is not None and environment.name == active.name})
+        return described
 
     def _new_environment(self, name: str) -> Environment:
         require_new_name(name)
@@ -8435,19 +8425,13 @@ class Workspace:
         except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict):
-            raise CDEnvironmentError(
-                f"The workspace's settings are damaged: {self.paths.settings}", "mend or remove that file", "damaged"
-            )
+            message = f"The workspace's settings are damaged: {self.paths.settings}"
+            raise CDEnvironmentError(message, "fix or remove that file", "damaged")
         return settings
 
     def _change_settings(self, **changes: Any) -> None:
         """Set keys of workspace.json, and those that comfydock 1.0.x needs; others may do the same meanwhile."""
-        needed = {
-            "version": 1,
-            "active_environment": "",
-            "created_at": utc_now(),
-            "global_model_directory": None,
-        }
+        needed = {"version": 1, "active_environment": "", "created_at": utc_now(), "global_model_directory": None}
         if not changes and needed.keys() <= self._settings().keys():
             return
         with workspace_lock(self.paths, "use"):
@@ -8478,7 +8462,7 @@ def working_python(path: str) -> str:
 
 
 def find_checkout_python(checkout: str, name: Optional[str]) -> str:
-    """Return the Python of a ComfyUI checkout: a venv in or beside it, the portable build's; else one with PyTorch.
+    """Return the Python of a ComfyUI checkout: a venv in it, the portable build's; else one near it with PyTorch.
 
     Of several of its own the first with PyTorch. `name` is that of the environment, where one was typed. Raises
     CDEnvironmentError, which names what was tried.
@@ -8486,9 +8470,10 @@ def find_checkout_python(checkout: str, name: Optional[str]) -> str:
     import shutil
 
     parent, conda = os.path.dirname(checkout), os.environ.get("CONDA_PREFIX")
-    own = [venv_python(os.path.join(folder, venv)) for folder in (checkout, parent) for venv in (".venv", "venv")]
+    own = [venv_python(os.path.join(checkout, ".venv")), venv_python(os.path.join(checkout, "venv"))]
     own.append(os.path.join(parent, "python_embeded", "python.exe"))
-    active = [venv_python(os.environ["VIRTUAL_ENV"])] if os.environ.get("VIRTUAL_ENV") else []
+    venvs = (os.path.join(parent, ".venv"), os.path.join(parent, "venv"), os.environ.get("VIRTUAL_ENV"))
+    active = [venv_python(venv) for venv in venvs if venv]
     active += [os.path.join(conda, "bin", "python"), os.path.join(conda, "python.exe")] if conda else []
     active += filter(None, map(shutil.which, ("python3", "python")))
     tried = []

@@ -5948,7 +5948,7 @@ class MakingAWorkspace(unittest.TestCase):
         self.assertEqual(empty.list_environments(), [])
         other = os.path.join(self.folder, "other")
         write(os.path.join(other, "file"), "")
-        self.assertIn("is not empty and no workspace", self.refusal(dock.Workspace(other).initialize))
+        self.assertIn("is neither empty nor a workspace", self.refusal(dock.Workspace(other).initialize))
         self.assertEqual(os.listdir(other), ["file"])
         for method in ("initialize", "list_environments"):
             self.assertIn("is not a folder", self.refusal(getattr(dock.Workspace(os.path.join(other, "file")), method)))
@@ -5999,7 +5999,7 @@ class MakingAWorkspace(unittest.TestCase):
                 write(os.path.join(self.folder, f"torch-in-{name}"), "")
                 found = dock.find_checkout_python(checkout, None)
                 self.assertEqual(found, pythons["system"] + "3" if name == "system" else python)
-            for folder in (os.path.join("a", "venv"), os.path.join("a", "ComfyUI", ".venv")):
+            for folder in (os.path.join("a", "ComfyUI", "venv"), os.path.join("a", "ComfyUI", ".venv")):
                 python = os.path.join(self.folder, folder, "bin", "python")
                 write(python, "")
                 os.chmod(python, 0o755)
