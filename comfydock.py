@@ -6565,8 +6565,8 @@ def delete_environment(
                 if path != paths.cec:
                     move(path, f"{path}{DELETED}")
                     remove_tree(f"{path}{DELETED}")
-        sweep_deleted(parent, tell, doomed)
     remove_tree(paths.root)
+    sweep_deleted(parent, tell)
     return kept
 
 
@@ -6590,11 +6590,11 @@ def keep_own_files(paths: EnvironmentPaths, shelf: str) -> Optional[str]:
     return kept if names else None
 
 
-def sweep_deleted(environments: str, tell: Progress, ours: str = "") -> None:
-    """Remove what is deleted: `ours` now, and what deletions that were killed have left."""
+def sweep_deleted(environments: str, tell: Progress) -> None:
+    """Remove what deletions have left under a name of its own, killed ones, too."""
     for name in os.listdir(environments) if os.path.isdir(environments) else ():
         left = EnvironmentPaths(os.path.join(environments, name))
-        if name.startswith(DELETED) and (left.root == ours or not is_held(left.content_lock)):
+        if name.startswith(DELETED) and not is_held(left.content_lock):
             try:
                 remove_tree(left.root)
             except (CDEnvironmentError, OSError) as error:  # the environment is gone all the same
