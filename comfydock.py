@@ -3336,6 +3336,8 @@ def take_lock(path: str) -> "Optional[BinaryIO]":
     """Return the lock file at `path`, made if need be and locked; None while another has it."""
     try:
         lock = open_regular(path, "ab")
+    except FileNotFoundError:
+        raise CDEnvironmentError(f"{os.path.dirname(path)} is no longer there.", code="unknown") from None
     except OSError:
         if not os.path.exists(path):
             raise
