@@ -2628,6 +2628,26 @@ def opened_inodes(pid: int, name: str) -> set[str]:
     return found
 
 
+def output_of(process: Process) -> Optional[str]:
+    """Return the regular file that a process writes its output to, None where that is none or not told."""
+    try:
+        path = os.readlink(f"/proc/{process.pid}/fd/1")
+    except OSError:
+        return None
+    return path if os.path.isfile(path) else None
+
+
+def writers_of(path: str) -> list[Process]:
+    """Return who has a file open for writing, as far as we may look."""
+    table, found = process_table(), []
+    for pid in table.pids() if os.path.isdir("/proc/self/fd") else []:
+        with suppress(OSError):  # gone meanwhile, or another user's
+            places = [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+            if any(os.readlink(place) == path and os.lstat(place).st_mode & 0o200 for place in places):
+                found.append(table.process(pid))
+    return [process for process in found if process is not None and process.pid != os.getpid()]
+
+
 def process_tree(process: Process, run_id: Optional[str], alive: Optional[dict[str, Any]] = None) -> list[Process]:
     """Return the process itself and all that belongs to it, alive: what one stop must end.
 
@@ -7209,6 +7229,12 @@ class Environment:
         own, others, _ = piece.partition(b"\n" + mark)
         return own.decode("utf-8", "replace"), not others
 
+    def moved_log(self, snapshot: Snapshot) -> Optional[str]:
+        """Return the file into which ComfyUI writes where its log was moved away (by logrotate), else None."""
+        has_log = snapshot.record is not None and snapshot.record.has_log and snapshot.note != "untracked"
+        path = output_of(snapshot.process) if has_log and snapshot.process else None
+        return path if path and not same_path(path, self.log_path) else None
+
     def claimed_port(self) -> "Optional[tuple[int, str]]":
         """Return (port, words for who has it) when this environment runs or is starting, by its record alone."""
         try:
@@ -7229,7 +7255,11 @@ class Environment:
         with self._process_lock("logs --rotate"):
             self._finish_rotation()
             snapshot = self.observe(lock_held=True)
-            path, draft = self.log_path, rotation_draft(self.log_path)
+            path, draft, moved = self.log_path, rotation_draft(self.log_path), self.moved_log(snapshot)
+            if moved is not None:  # ComfyUI goes on into the moved file, which is the log again from now on
+                if log_size(path):
+                    move_log(path, keep)
+                replace_file(moved, path)
             if log_size(path) == 0:
                 return False
             if snapshot.state == FOREIGN:
@@ -7835,6 +7865,7 @@ class Environment:
             if record is None:
                 message = f"Cannot restart: ComfyUI not running in environment '{self.name}', and it never was."
                 raise CDEnvironmentError(message, ("-e", self.name, "run"), "stopped")
+            self._require_own_record(record)
             launch = self._launch(record.args)
             make_folder(os.path.dirname(self.log_path))
             open_append(self.log_path).close()
@@ -7857,6 +7888,12 @@ class Environment:
         """Start what a record has, once its port is free again."""
         until(lambda: not is_port_bound(record.port, host=record.host), 5, 0.02)
         self._start(launch, record.env, previous=record, monitor=monitor)
+
+    def _require_own_record(self, record: ProcessState) -> None:
+        """Raise CDEnvironmentError for a record of another user: it is shown, but nothing is started by it."""
+        if record.owner not in (None, own_user()):
+            message = f"The record of the last run belongs to another user (uid {record.owner}), so it starts nothing."
+            raise CDEnvironmentError(message, ["Start it anew with: ", ("-e", self.name, "run")], "owner")
 
     def take_on_as_monitor(self, note: Optional[dict[str, Any]] = None) -> bool:
         """Record this process as the monitor of the ComfyUI that runs; return False when none of ours does.
@@ -7932,6 +7969,7 @@ class Environment:
             is_same = record is not None and record.run_id == former.run_id and record.desired_state == "running"
             if record is None or not is_same or snapshot.process is not None:
                 return False
+            self._require_own_record(record)
             self._end_relics(snapshot)
             self._start_again(record, self._launch(record.args), note)
             return True
@@ -9473,7 +9511,7 @@ def show_last_lines(console: Console, environment: Environment) -> None:
     with suppress(OSError), open_regular(environment.log_path) as log:
         end = os.fstat(log.fileno()).st_size
         log.seek(last_lines_offset(log, SHOWN_ON_FAILURE, environment.session_offset(), end)[0])
-        for line in log.read(1 << 20).decode("utf-8", "replace").split("\n"):
+        for line in without_colours(log.read(1 << 20).decode("utf-8", "replace")).split("\n"):
             console.warn(line, "")
 
 
@@ -9589,6 +9627,8 @@ class Foreground:
 def format_stop(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data["stopped"]:
         yield "✓ ComfyUI stopped"
+        for left in data.get("left", []):
+            yield f"  Left alone: PID {left['pid']} ({left['command'][:80]}) still writes to its log"
     elif data.get("called_off"):
         yield "✓ ComfyUI was down after a crash; its monitor starts it no more"
     elif data.get("dry_run"):
@@ -9627,7 +9667,9 @@ def stop(console: Console, args: Arguments) -> Report:
     pid = snapshot.process.pid if snapshot.process else None
     had_monitor = pid is None and environment.monitor_process(snapshot.record) is not None
     stopped = environment.stop(args.timeout, kill=args.kill)
+    left = writers_of(real_path(environment.log_path)) if stopped else []
     data = {"name": environment.name, "stopped": stopped, "pid": pid, "cut_off": cut_off}
+    data["left"] = [{"pid": process.pid, "command": process.text} for process in left]
     return Report({**data, "called_off": had_monitor and not stopped}, environment.name)
 
 
@@ -9819,7 +9861,8 @@ def _crash_lines(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data["monitor"] and data["monitor"]["alive"] and not data["monitor"]["gave_up"]:
         yield "   Its monitor starts it again in a moment"
     else:
-        yield f"   Start it again: {typed('restart')}"
+        refused = "unrecognized arguments:" in (data["last_error"] or "")
+        yield f"   Start it again: {typed('run') + ' with other arguments' if refused else typed('restart')}"
 
 
 def difference_lines(difference: dict[str, Any]) -> Iterator[str]:
@@ -10473,6 +10516,12 @@ def logs(console: Console, args: Arguments) -> Report:
     if args.rotate:
         done = environment.rotate_log(None if args.keep is None else max(1, args.keep))
         return Report({"text": f"✓ Rotated to {rotated(path)}" if done else "The log is empty."}, environment.name)
+    moved = environment.moved_log(environment.observe())
+    if moved is not None:
+        console.warn(
+            f"ComfyUI writes to {moved}: its log was moved. To put that right: {console.typed('logs', '--rotate')}"
+        )
+        environment.log_path = path = moved
     record, has_older = environment._read_state(), bool(old_logs(path))
     if record is not None and not record.has_log and not args.all:
         message = f"PID {record.pid} was not started by comfydock, so its output is not here."

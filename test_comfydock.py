@@ -9627,6 +9627,34 @@ class TimeAndIdentity(Trouble):
                 self.assertIsNotNone(again.wait(20))
                 self.person.types("stop")
 
+    @unittest.skipIf(WINDOWS or os.geteuid(), "needs root, who can give a file to another user")
+    def test_a_record_of_another_user_starts_nothing(self):
+        data = self.run_demo()
+        record = Path(self.person.state_file())
+        state = {**self.person.state(), "env": {"PYTHONSTARTUP": "/planted"}}
+        self.assertQuiet(self.person.types("stop"), 0)
+        last = record.with_name(".comfyui.last")
+        last.write_text(json.dumps(state), encoding="utf-8")
+        os.chown(last, 4242, 4242)
+        self.assertClear(self.person.types("restart"), 1, "belongs to another user (uid 4242)", "run")
+        self.assertFalse(http_status(data["port"]))
+        os.chown(last, 0, 0)
+        self.assertQuiet(self.person.types("restart"), 0)
+
+    @unittest.skipUnless(LINUX, "reads /proc")
+    def test_who_only_writes_to_the_log_is_named_and_left_alone(self):
+        self.run_demo()
+        log = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
+        with open(log, "ab") as file:
+            browser = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=file)
+        self.person.children.append(browser)
+        with open(log, "rb") as reader:
+            done = self.assertQuiet(self.person.types("stop"), 0)
+            self.assertNotIn(f"PID {os.getpid()} ", done, reader)
+        self.assertIn(f"Left alone: PID {browser.pid}", done)
+        self.assertIsNone(browser.poll())
+        browser.communicate()
+
     def test_another_environments_comfyui_in_the_record_is_never_signalled(self):
         data = self.run_demo()
         self.person.environment("a")
@@ -9639,6 +9667,22 @@ class TimeAndIdentity(Trouble):
 
 
 class LogsOfAllKinds(Trouble):
+    @unittest.skipUnless(LINUX, "reads /proc")
+    def test_a_log_that_logrotate_moved_is_found_and_put_right(self):
+        self.start_demo(COMFYDOCK_DEMO_SPAM="20")
+        log = Path(self.person.workspace, "logs", "demo", "comfyui.log")
+        os.rename(log, f"{log}.1")
+        log.touch()
+        done = self.person.types("logs", "-n", "2")
+        self.assertIn(f"ComfyUI writes to {log}.1", done.stderr)
+        self.assertEqual(done.stdout.count("spam"), 2)
+        self.assertEqual(self.person.types("logs", "--rotate").returncode, 0)
+        self.assertFalse(os.path.exists(f"{log}.1"))
+        numbers = [int(number) for number in re.findall(r"spam (\d+)", Path(f"{log}.old").read_text("utf-8"))]
+        self.assertEqual(numbers, list(range(1, len(numbers) + 1)))
+        eventually(lambda: f"spam {len(numbers) + 1} " in log.read_text("utf-8"))
+        self.assertEqual(self.person.types("logs", "-n", "2").stderr, "")
+
     LITTLE_MEMORY = ["sh", "-c", 'ulimit -v 200000; exec "$@"', "sh"]
 
     @unittest.skipUnless(LINUX, "needs files with holes and limits of memory")
