@@ -39,11 +39,12 @@ Another program lives here as a guest, exempt from the rules: the demo (10).
     9. Environment                   run, stop, restart, observe
     10. The demo                     a stand-in for ComfyUI
     11. Workspace                    several environments
-    12. Hidden entries               how the file starts itself
-    13. The console                  the one printer
-    14. Commands                     one function a command
-    15. The command line             reading words, help, completion
-    16. The front door               main()
+    12. Hand-over                    files for the engines that exist
+    13. Hidden entries               how the file starts itself
+    14. The console                  the one printer
+    15. Commands                     one function a command
+    16. The command line             reading words, help, completion
+    17. The front door               main()
 """
 
 import json
@@ -119,6 +120,7 @@ DEMO_NAME = "demo"
 STARTING, RUNNING, UNRESPONSIVE = "starting", "running", "unresponsive"
 STOPPED, CRASHED, FOREIGN, UNKNOWN = "stopped", "crashed", "foreign", "unknown"
 LIVE_STATES = (STARTING, RUNNING, UNRESPONSIVE)
+RESTART = "restart"  # what a record says is wanted, beside running and stopped
 
 Progress = Callable[[str], None]  # long work tells its progress through one of these, a short line a call
 
@@ -775,6 +777,7 @@ def default_workspace() -> str:
 
 
 IS_WINDOWS = sys.platform == "win32"
+IS_MACOS = sys.platform == "darwin"
 
 
 def until(question: "Callable[[], Thing]", seconds: float, pause: float = 0.01) -> "Thing":
@@ -802,8 +805,9 @@ PS_LOCALE = {"LC_TIME": "C", "LC_CTYPE": "UTF-8" if sys.platform == "darwin" els
 
 
 def inherited_environment() -> dict[str, str]:
-    """Return the variables for what we start: ours, but for the drawing backend of a notebook, which only it has."""
-    variables = dict(os.environ)
+    """Return the variables for what we start: ours, without a notebook's backend and an engine's words with us."""
+    told_us = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
+    variables = {key: value for key, value in os.environ.items() if key not in told_us}
     if variables.get("MPLBACKEND", "").startswith("module://"):
         del variables["MPLBACKEND"]
     return variables
@@ -867,17 +871,21 @@ def read_text(path: str) -> str:
 IMPORTED = "import sys; sys.path[0] = sys.argv.pop(1); from {} import main; sys.exit(main())"
 
 
+def own_file() -> str:
+    """Return this very file, or the .pyz archive that it is in: what Python is given to start it."""
+    here = os.path.abspath(__file__)
+    return here if os.path.isfile(here) else os.path.dirname(here)
+
+
 def own_command() -> list[str]:
     """Return the words that start this very file, as a module: then Python need not compile it anew (0.2 s) each time.
 
     A .pyz archive is started as a whole, and a file whose name is no module's as a script.
     """
-    here = os.path.abspath(__file__)
-    if not os.path.isfile(here):
-        return [sys.executable, os.path.dirname(here)]
+    here = own_file()
     folder, file = os.path.split(here)
     name, suffix = os.path.splitext(file)
-    is_module = suffix == ".py" and name.isidentifier()
+    is_module = suffix == ".py" and name.isidentifier() and os.path.isfile(here)
     return [sys.executable, "-c", IMPORTED.format(name), folder] if is_module else [sys.executable, here]
 
 
@@ -1129,6 +1137,10 @@ if sys.platform == "win32":
                 done = {"pause": ntdll.NtSuspendProcess, "continue": ntdll.NtResumeProcess}[how](handle) == 0
             if not done:
                 raise PermissionError(f"process {pid} refuses to {how}: {ctypes.FormatError(ctypes.get_last_error())}")
+
+    def owner_of(path: str) -> str:
+        """Return the user whom a path belongs to; on Windows the one who runs us."""
+        return f"{os.environ.get('USERDOMAIN', '.')}\\{os.environ.get('USERNAME', '')}"
 
     def reap(pid: int) -> Optional[int]:
         """Return the exit code of a process that has ended and that somebody still holds open, else None."""
@@ -1439,6 +1451,16 @@ else:
             return os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
             return None
+
+    def owner_of(path: str) -> str:
+        """Return the user whom a path belongs to, by name where that is known."""
+        import pwd
+
+        uid = os.stat(path).st_uid
+        try:
+            return pwd.getpwuid(uid).pw_name
+        except KeyError:
+            return str(uid)
 
     def reap(pid: int) -> Optional[int]:
         """Return the exit code (negative: the signal) of our child `pid` if it has ended, else None. Never blocks."""
@@ -2488,7 +2510,8 @@ def recorded_process(
     its owner, of another user's process it proves nothing.
     """
     pid = noted.get("pid") if noted else None
-    process = process_table().process(pid) if noted and isinstance(pid, int) and is_pid(pid) else None
+    may_be = pid == 1 or is_pid(pid)  # in a container who starts ComfyUI, and keeps it, is PID 1
+    process = process_table().process(pid) if isinstance(pid, int) and may_be else None
     if (
         noted is None
         or process is None
@@ -3098,6 +3121,17 @@ def is_reachable(url: str) -> bool:
     except CDEnvironmentError as error:
         return error.code != "network"
     return True
+
+
+def notify_engine(words: str) -> None:
+    """Tell the engine that started us what has become true, as sd_notify(3) has it; it is no error if nobody hears."""
+    import socket
+
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address.startswith(("/", "@")):
+        with suppress(OSError), socket.socket(getattr(socket, "AF_UNIX"), socket.SOCK_DGRAM) as sender:  # noqa: B009
+            sender.settimeout(1.0)
+            sender.sendto(words.encode(), re.sub("^@", "\0", address))
 
 
 # ====================================================================================================================
@@ -3758,8 +3792,11 @@ def link_folder(folder: str, link: str) -> None:
             raise CDEnvironmentError(f"cannot make the link {link}: {error.strerror}") from error
 
 
-def copy_any(source: str, target: str) -> None:
-    """Copy a file, or a folder with all in it, as it is: links stay links. Raises CDEnvironmentError, OSError."""
+def copy_any(source: str, target: str, left_out: "Optional[Callable[[str, list[str]], list[str]]]" = None) -> None:
+    """Copy a file, or a folder with all in it, as it is: links stay links. Raises CDEnvironmentError, OSError.
+
+    `left_out` is given each folder and the names in it, and returns those that are not copied.
+    """
     import shutil
 
     if is_link(source) or not os.path.isdir(source):
@@ -3768,7 +3805,7 @@ def copy_any(source: str, target: str) -> None:
     if os.path.realpath(target).startswith(os.path.join(os.path.realpath(source), "")):
         raise CDEnvironmentError(f"{source} cannot be copied into itself ({target})", "name another folder", "usage")
     try:
-        shutil.copytree(source, target, symlinks=True)
+        shutil.copytree(source, target, symlinks=True, ignore=left_out)
     except shutil.Error as error:  # it holds all that went wrong, as (source, target, reason)
         path, _, reason = error.args[0][0]
         raise CDEnvironmentError(f"{path} cannot be copied: {reason}") from error
@@ -6635,6 +6672,7 @@ FIRST_LINE_SECONDS = 5.0  # a ComfyUI whose parser cannot be asked is watched un
 MONITOR_SECONDS = 20.0  # a monitor answers within the patience for the lock and the first moments of ComfyUI
 MONITOR_VARIABLE = "COMFYDOCK_MONITOR_TASK"
 DROPPED_VARIABLES = ("__COMFY_CLI_SESSION__", "PYTHONHOME", "PYTHONPATH")
+KEEPER_PATIENCE = 30.0  # it waits for the port to be free, and a virus scanner may read all that it starts
 
 
 @dataclass
@@ -6851,6 +6889,7 @@ class Environment:
         self.log_path = paths.log_file(name)  # the log of this environment's runs
         self.tell: Progress = no_progress  # long work (nodes, sync) tells its progress here
         self._taken_ports = taken_ports or dict
+        self.is_keeper = False  # whether this process stays, and starts ComfyUI again when it is told to
         self._process: "Optional[subprocess.Popen[bytes]]" = None  # Windows forgets an exit code with the last handle
         self._manifest: "tuple[str, Manifest]" = ("", Manifest({}, {}))  # as it was read last, and the mark of its file
 
@@ -7165,6 +7204,13 @@ class Environment:
     def monitor_process(self, record: Optional[ProcessState]) -> Optional[Process]:
         """Return the living monitor that a record names, or None."""
         return recorded_monitor(record, self.paths.root)
+
+    def keeper_of(self, record: Optional[ProcessState]) -> Optional[Process]:
+        """Return the other process that alone may start ComfyUI again, while it lives: its monitor or its `run -f`."""
+        keeper = self.monitor_process(record)
+        if keeper is None and record is not None and record.starter.get("keeps"):
+            keeper = recorded_starter(record)
+        return keeper if keeper is not None and keeper.pid != os.getpid() else None
 
     @staticmethod
     def _machine_of(record: Optional[ProcessState]) -> str:
@@ -7560,7 +7606,7 @@ class Environment:
             words, record.cwd = self._interpreter()
             record.command, record.tls = [*words, self._script, *args, *launch.added], config.tls
             record.starter = {"pid": os.getpid(), "identity": identity_of(process_table().process(os.getpid()))}
-            record.starter["interrupt_ignored"] = not passes_interrupt_on()
+            record.starter.update(interrupt_ignored=not passes_interrupt_on(), keeps=self.is_keeper)
             if alive is not None:
                 here = os.fstat(alive.fileno())
                 record.alive = {"dev": here.st_dev, "ino": here.st_ino}
@@ -7804,13 +7850,22 @@ class Environment:
         message = f"The state file of environment '{self.name}' is damaged, its ComfyUI is not running: "
         return CDEnvironmentError(message + self.paths.state, ("-e", self.name, "run"), "damaged")
 
-    def _stop_seen(self, snapshot: Snapshot, timeout: float, meanwhile: "Optional[Callable[[], bool]]" = None) -> None:
-        """End the process of a snapshot and its family, and have its monitor go. The caller holds the process lock."""
+    def _stop_seen(
+        self,
+        snapshot: Snapshot,
+        timeout: float,
+        meanwhile: "Optional[Callable[[], bool]]" = None,
+        wanted: str = STOPPED,
+    ) -> None:
+        """End the process of a snapshot and its family, and have its monitor go. The caller holds the process lock.
+
+        With `wanted` RESTART its keeper stays and starts it again.
+        """
         process = snapshot.process
         if process is None:
             return
         record = self._own_record(process, snapshot)
-        self._want_stopped(record)
+        self._want(wanted, record)
         marker = process_table().marker(process.pid)
         family = process_tree(process, marker)
         inner = [process, *family]  # ComfyUI itself where the recorded process is a wrapper
@@ -7819,37 +7874,46 @@ class Environment:
         wait_for_exit(process, 1.0)
         reap(process.pid)
         end_all([*family, *process_tree(process, marker)])
-        self._await_monitor(record)
+        monitor = self.monitor_process(record) if wanted == STOPPED else None
+        if monitor is not None and monitor.pid != os.getpid() and not wait_for_exit(monitor, 3):
+            end_all([monitor])  # it goes by itself when ComfyUI was stopped
 
-    def _await_monitor(self, record: ProcessState) -> None:
-        """The monitor goes by itself when ComfyUI was stopped; one that does not is ended."""
-        process = self.monitor_process(record)
-        if process is not None and process.pid != os.getpid() and not wait_for_exit(process, 3):
-            end_all([process])
-
-    def _want_stopped(self, record: ProcessState) -> None:
-        if record.desired_state != STOPPED:
-            record.desired_state = STOPPED
+    def _want(self, wanted: str, record: ProcessState) -> None:
+        if record.desired_state != wanted:
+            record.desired_state = wanted
             with suppress(OSError):  # a full disk must not keep anyone from stopping ComfyUI
                 self._write_state(record)
 
     def recorded_args(self) -> Optional[list[str]]:
         """Return the arguments that a restart would start with; None when nothing ever ran."""
-        record = self._read_state() or read_state(self.paths.last_run)
+        record = self.last_record()
         return record.args if record is not None else None
 
+    def last_record(self) -> Optional[ProcessState]:
+        """Return the record of what runs or ran last."""
+        return self._read_state() or read_state(self.paths.last_run)
+
     def stop_for_restart(self) -> bool:
-        """Stop ComfyUI but keep its record, so that `restart` starts it again; return whether it ran."""
+        """Stop ComfyUI but keep its record, so that `restart` starts it again; return whether it ran.
+
+        Its keeper waits for that `restart`, as long as this process lives.
+        """
         with self._process_lock("stop"):
             snapshot = self.observe(lock_held=True)
-            self._stop_seen(snapshot, 10)
+            record = snapshot.record
+            keeper = self.keeper_of(record)
+            if record is not None and keeper is not None:
+                identity = identity_of(process_table().process(os.getpid()))
+                record.starter["waits_for"] = {"pid": os.getpid(), "identity": identity}
+            self._stop_seen(snapshot, 10, wanted=RESTART if keeper else STOPPED)
             return snapshot.process is not None
 
     def restart(self, timeout: float = 10) -> bool:
         """Stop ComfyUI if it runs, and start it with the arguments and variables it was started with.
 
-        Python, main.py, log, record and port are checked before anything is stopped. Returns True. Raises
-        CDEnvironmentError when nothing was ever started or something stands in the way.
+        Python, main.py, log, record and port are checked before anything is stopped. While it has a keeper, that one
+        starts it, as its child. Returns True. Raises CDEnvironmentError when nothing was ever started or something
+        stands in the way.
         """
         with self._process_lock("restart", timeout):
             self._require_startable()
@@ -7869,19 +7933,42 @@ class Environment:
             launch = self._launch(record.args)
             make_folder(os.path.dirname(self.log_path))
             open_append(self.log_path).close()
+            keeper = self.keeper_of(record)
+            wanted = RESTART if keeper else STOPPED
             if process is not None:
                 self._require_port_for_restart(process, record)
-                record.desired_state = STOPPED
+            if process is not None or keeper is not None:
+                record.desired_state = wanted
+                record.starter.pop("waits_for", None)
                 self._write_state(record)  # a full disk shows now, not when ComfyUI is down already
-                self._stop_seen(Snapshot(RUNNING, record, process), timeout)
-            elif self.monitor_process(record) is not None:
-                self._want_stopped(record)  # its monitor was about to start it again: let it go
-                self._await_monitor(record)
+            if process is not None:
+                self._stop_seen(Snapshot(RUNNING, record, process), timeout, wanted=wanted)
             self._end_relics(snapshot)
-            if record.monitor is None:
+            if keeper is None and record.monitor is None:
                 self._start_again(record, launch, None)
                 return True
-        self.start_monitored(record.args, set_env=record.env)
+        if keeper is None:
+            self.start_monitored(record.args, set_env=record.env)
+            return True
+        return self._await_keeper(keeper, record, timeout)
+
+    def _await_keeper(self, keeper: Process, record: ProcessState, timeout: float) -> bool:
+        """Wait until its keeper has started ComfyUI again; one that ends instead leaves it to us."""
+
+        def is_settled() -> bool:
+            now = self._read_state()
+            return now is None or now.run_id != record.run_id and now.pid is not None or not is_same_process(keeper)
+
+        if not until(is_settled, KEEPER_PATIENCE, 0.02):
+            message = f"PID {keeper.pid}, which keeps ComfyUI, does not start it again."
+            raise CDEnvironmentError(message, ("-e", self.name, "status"), "stuck")
+        now = self.observe()
+        if now.record is not None and now.record.run_id == record.run_id:
+            return self.restart(timeout)
+        if now.process is None:
+            reason = self.last_error()
+            message = "ComfyUI ended at once" + (f": {reason}" if reason else ".")
+            raise CDEnvironmentError(message, ("-e", self.name, "logs"), "ended")
         return True
 
     def _start_again(self, record: ProcessState, launch: Launch, monitor: Optional[dict[str, Any]]) -> None:
@@ -7898,18 +7985,17 @@ class Environment:
     def take_on_as_monitor(self, note: Optional[dict[str, Any]] = None) -> bool:
         """Record this process as the monitor of the ComfyUI that runs; return False when none of ours does.
 
-        Raises CDEnvironmentError when it has a living monitor already.
+        Raises CDEnvironmentError when it has a keeper already.
         """
         with self._process_lock("monitor"):
             snapshot = self.observe(lock_held=True)
             record, process = snapshot.record, snapshot.process
             if process is None:
                 return False
-            present = self.monitor_process(record)
-            if present is not None and present.pid != os.getpid():
-                message = (
-                    f"ComfyUI is already running (PID {process.pid}), and a monitor watches it (PID {present.pid})."
-                )
+            present = self.keeper_of(record)
+            if present is not None:
+                who = "a monitor" if self.monitor_process(record) else "'run --foreground'"
+                message = f"ComfyUI is already running (PID {process.pid}), and {who} watches it (PID {present.pid})."
                 raise CDEnvironmentError(message, ("-e", self.name, "restart"), "running")
             record = self._own_record(process, snapshot)
             record.monitor = note or self.own_monitor_note()
@@ -7955,8 +8041,10 @@ class Environment:
         if reply.get("error"):
             raise CDEnvironmentError(**reply["error"])
 
-    def restart_after_crash(self, former: ProcessState, note: dict[str, Any]) -> bool:
-        """Start again what crashed, for its monitor; False when that is no longer wanted or another run has begun.
+    def restart_kept(self, former: ProcessState, note: Optional[dict[str, Any]]) -> bool:
+        """Start again, for its keeper, what crashed or was stopped for a restart.
+
+        Return False when that is not wanted, or another run has begun. `note` is a monitor's.
 
         On a full disk not even a start that failed can be taken back: its intent is replaced by the `former` record.
         """
@@ -7966,13 +8054,20 @@ class Environment:
             if record is not None and is_own_intent(record):
                 self._write_state(former)
                 record = former
-            is_same = record is not None and record.run_id == former.run_id and record.desired_state == "running"
+            is_same = record is not None and record.run_id == former.run_id and record.desired_state != STOPPED
             if record is None or not is_same or snapshot.process is not None:
                 return False
             self._require_own_record(record)
             self._end_relics(snapshot)
             self._start_again(record, self._launch(record.args), note)
             return True
+
+    def is_held_back(self) -> bool:
+        """Tell whether who stopped ComfyUI for a restart has something to do before it, and lives."""
+        record = self._read_state()
+        return (
+            record is not None and recorded_process(record.starter.get("waits_for"), (record.owner,), bool) is not None
+        )
 
     def _require_port_for_restart(self, process: Process, record: ProcessState) -> None:
         """While ComfyUI is still importing, another program may have taken its port."""
@@ -8561,7 +8656,505 @@ def select_workspace(chosen: Optional[str], named: bool, folder: str, to_make: b
 
 
 # ====================================================================================================================
-# 12. Hidden entries
+# 12. Hand-over
+# Templates for the engines that exist, fed by one description: text in, text out; starts nothing.
+
+ENGINES = ("systemd", "dockerfile", "compose", "kubernetes")
+IMAGE_PORT = DEFAULT_PORT  # inside a container, which has a network of its own
+IMAGE_VOLUMES = ("models", "input", "output", "user")
+
+
+@dataclass
+class Code:
+    """A piece of an image's code, at `place` below ComfyUI's folder ("" is ComfyUI itself).
+
+    It is `commit` of the repository `url`, or where that is empty a copy of `source`.
+    """
+
+    place: str
+    source: str
+    url: str = ""
+    commit: str = ""
+
+
+@dataclass
+class Description:
+    """What an engine is told of one environment; paths are absolute.
+
+    `program` starts comfydock, `args` are ComfyUI's arguments, `variables` those of --set-env, `places` what of this
+    machine it needs, `owner` whom it belongs to. The rest is for images: `gpu` is nvidia, cdi or none, `gpus` the cards
+    (all when empty), `python` its version, `index` that of PyTorch, `held` and `packages` are requirement lines. The
+    demo has no `code`; `scripts` tells whether nodes have an install.py.
+    """
+
+    name: str
+    program: list[str]
+    workspace: str
+    args: list[str]
+    variables: dict[str, str]
+    port: int
+    places: list[str]
+    owner: str
+    gpu: str = "none"
+    gpus: list[str] = field(default_factory=list)
+    python: str = "3.12"
+    index: str = ""
+    held: list[str] = field(default_factory=list)
+    packages: list[str] = field(default_factory=list)
+    code: list[Code] = field(default_factory=list)
+    scripts: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its name for engines that want lower-case letters, digits and dashes; what had to change is told apart."""
+        import zlib
+
+        plain = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:32]
+        return plain if plain == self.name else f"{plain or 'env'}-{zlib.crc32(self.name.encode()):08x}"
+
+    @property
+    def unit(self) -> str:
+        """Its name as systemd wants it; a property list and a task bear it, too."""
+        kept = "".join(
+            chr(byte) if re.match(rb"[\w:.-]", bytes([byte])) else f"\\x{byte:02x}" for byte in self.name.encode()
+        )
+        return f"comfydock-{kept}"
+
+    @property
+    def image(self) -> str:
+        """The name of its image, and of all that Kubernetes makes of it."""
+        return f"comfydock-{self.label}"
+
+    @property
+    def home(self) -> str:
+        """Where its code lies in an image."""
+        return f"/opt/{self.label}/ComfyUI"
+
+    @property
+    def origin(self) -> str:
+        """The first line of every file: where it is from."""
+        return f"Written by comfydock {__version__} for the environment '{self.name}'"
+
+    def words(self) -> list[str]:
+        """The command by which an engine of this machine runs it: in the foreground, nothing is installed first."""
+        named = [word for key in self.variables for word in ("--set-env", key)]
+        place = ["-e", self.name, "--workspace", self.workspace]
+        return [*self.program, *place, "run", "--no-sync", *named, "--foreground", "--", *self.args]
+
+
+# systemd
+
+UNIT = """\
+# {origin}.
+[Unit]
+Description=ComfyUI, environment {name}
+{after}StartLimitIntervalSec=3600
+StartLimitBurst=5
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={command}
+{more}Restart=on-failure
+RestartSec=1
+RestartPreventExitStatus=2
+SuccessExitStatus=143
+KillMode=mixed
+TimeoutStartSec=infinity
+TimeoutStopSec=30
+NoNewPrivileges=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+UMask=0027
+
+[Install]
+WantedBy={target}
+"""
+
+
+def unit_word(text: str, is_program: bool = False) -> str:
+    """A word of a command line in a unit: quoted, with % and $ doubled; the program is not looked through for $."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("%", "%%")
+    escaped = escaped if is_program else escaped.replace("$", "$$")
+    return escaped if re.fullmatch(r"[\w%@=:,./+-]+", escaped) else f'"{escaped}"'
+
+
+def systemd_unit(it: Description, user: bool) -> str:
+    """The unit of an environment, for the user's own systemd or for the system's.
+
+    Left out is what takes the graphics card away or forbids what PyTorch does: PrivateDevices, MemoryDenyWriteExecute.
+    """
+    program, *words = it.words()
+    more = [] if user else [f"User={it.owner}"]
+    if it.variables:
+        more.append(
+            f"EnvironmentFile={'%E/systemd/user' if user else '/etc/systemd/system'}/{it.unit}.env".replace(
+                "\\", "\\\\"
+            )
+        )
+    if not user:
+        more += ["ProtectKernelModules=yes", "ProtectControlGroups=yes"]
+        if not any(path.startswith(("/tmp/", "/var/tmp/")) for path in it.places):  # noqa: S108 (nothing is made)
+            more.append("PrivateTmp=yes")
+        if not any(path.startswith(("/usr/", "/etc/", "/boot/")) for path in it.places[1:]):
+            more.append("ProtectSystem=full")
+    return UNIT.format(
+        origin=it.origin,
+        name=it.name.replace("%", "%%"),
+        command=" ".join([unit_word(program, True), *map(unit_word, words)]),
+        after="" if user else "After=network.target\n",
+        more="".join(f"{line}\n" for line in more),
+        target="default.target" if user else "multi-user.target",
+    )
+
+
+def environment_file(variables: dict[str, str]) -> str:
+    """Variables as systemd and Compose read them from a file."""
+    escaped = {key: re.sub(r'(["\\$])', r"\\\1", value) for key, value in variables.items()}
+    return "".join(f'{key}="{value}"\n' for key, value in escaped.items())
+
+
+# launchd and the Task Scheduler
+
+
+def launchd_plist(it: Description, system: bool) -> str:
+    """The property list of an agent, or of a daemon of the whole system. It holds the variables."""
+    import plistlib
+
+    facts: dict[str, Any] = {
+        "Label": it.unit,
+        "ProgramArguments": it.words(),
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},
+        "ExitTimeOut": 30,
+        "ThrottleInterval": 10,
+        "ProcessType": "Interactive",
+        "StandardOutPath": os.devnull,  # ComfyUI's log is kept by comfydock
+        "StandardErrorPath": os.path.join(it.workspace, "logs", it.name, "launchd.log"),
+        **({"EnvironmentVariables": it.variables} if it.variables else {}),
+        **({"UserName": it.owner} if system else {}),
+    }
+    return plistlib.dumps(facts, sort_keys=False).decode()
+
+
+TASK = """\
+<?xml version="1.0" encoding="UTF-16"?>
+<Task version="1.2" xmlns="http://schemas.microsoft.com/windows/2004/02/mit/task">
+  <RegistrationInfo><Description>{origin}</Description></RegistrationInfo>
+  <Triggers><LogonTrigger><Enabled>true</Enabled><UserId>{owner}</UserId></LogonTrigger></Triggers>
+  <Principals>
+    <Principal id="Author">
+      <UserId>{owner}</UserId>
+      <LogonType>InteractiveToken</LogonType>
+      <RunLevel>LeastPrivilege</RunLevel>
+    </Principal>
+  </Principals>
+  <Settings>
+    <MultipleInstancesPolicy>IgnoreNew</MultipleInstancesPolicy>
+    <DisallowStartIfOnBatteries>false</DisallowStartIfOnBatteries>
+    <StopIfGoingOnBatteries>false</StopIfGoingOnBatteries>
+    <ExecutionTimeLimit>PT0S</ExecutionTimeLimit>
+    <Priority>5</Priority>
+    <RestartOnFailure><Interval>PT1M</Interval><Count>5</Count></RestartOnFailure>
+  </Settings>
+  <Actions Context="Author">
+    <Exec>
+      <Command>{program}</Command>
+      <Arguments>{arguments}</Arguments>
+      <WorkingDirectory>{workspace}</WorkingDirectory>
+    </Exec>
+  </Actions>
+</Task>
+"""
+
+
+def task_xml(it: Description) -> str:
+    """The task that starts an environment when its owner logs on. Without a window, whose X would be ComfyUI's end."""
+    from html import escape
+    from subprocess import list2cmdline
+
+    program, *words = it.words()
+    windowless = re.sub(r"(?i)python\.exe$", "pythonw.exe", program)
+    facts = {"origin": it.origin, "owner": it.owner, "program": windowless, "workspace": it.workspace}
+    facts["arguments"] = list2cmdline(words)
+    return TASK.format(**{key: escape(value, quote=False) for key, value in facts.items()})
+
+
+# Images
+
+DOCKERFILE = """\
+# {origin}.
+# Build it:  docker build -t {image} .
+ARG BASE=python:{python}-slim
+FROM ${{BASE}}
+{tools}RUN useradd --non-unique --uid 1000 --create-home comfydock && \\
+    install -d -o 1000 -g 1000 /opt/{label} {home}
+USER 1000
+WORKDIR {home}
+{code}RUN mkdir -p {folders}
+COPY comfydock.py /opt/comfydock.py
+ENV COMFYDOCK_HOME={home}/user/comfydock
+# What these hold outlives a container, also comfydock's record of what runs: a second container on them is refused.
+VOLUME [{volumes}]
+EXPOSE {port}
+STOPSIGNAL SIGINT
+HEALTHCHECK --interval=10s --timeout=10s --start-period=30m --retries=6 CMD ["python3", "-c", {health}]
+ENTRYPOINT ["python3", "/opt/comfydock.py", "run", "--foreground", {start}, "--"]
+# ComfyUI's own arguments: other words behind `docker run {image}` replace them all.
+CMD {args}
+"""
+HEALTH = (
+    f"import http.client as h; c = h.HTTPConnection('127.0.0.1', {IMAGE_PORT}, timeout=8); "
+    "c.request('GET', '/system_stats'); raise SystemExit(c.getresponse().status != 200)"
+)
+TOOLS = """\
+# hadolint ignore=DL3008
+RUN command -v git || {{ apt-get update && \\
+    apt-get install -y --no-install-recommends git ca-certificates libgl1 libglib2.0-0 && \\
+    rm -rf /var/lib/apt/lists/*; }}
+"""
+PACKAGES = """\
+# PyTorch for another card: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
+ARG TORCH_INDEX={index}
+COPY constraints.txt requirements.txt /opt/{label}/
+RUN python3 -m venv /opt/{label}/venv && /opt/{label}/venv/bin/pip install --no-cache-dir --no-deps \\
+    --extra-index-url "${{TORCH_INDEX}}" -c /opt/{label}/constraints.txt \\
+    -r /opt/{label}/constraints.txt -r /opt/{label}/requirements.txt
+"""
+
+
+def dockerfile(it: Description) -> str:
+    """The image of an environment: code and packages inside, pinned; models, input, output and user on volumes."""
+    from shlex import quote as quote_posix
+
+    code = [PACKAGES.format(index=it.index, label=it.label)] if it.code else []
+    for piece in it.code:
+        place = piece.place or "."
+        if piece.url:
+            target = quote_posix(place)
+            code.append(f"RUN git clone --recurse-submodules {quote_posix(piece.url)} {target} && \\\n")
+            code.append(f"    git -C {target} checkout --quiet --recurse-submodules {piece.commit}\n")
+        else:
+            code.append(f"COPY --chown=1000:1000 {json.dumps([copied_to(piece), place + '/'], ensure_ascii=False)}\n")
+    if it.scripts:
+        code.append('RUN for script in custom_nodes/*/install.py; do (cd "${script%/*}" && \\\n')
+        code.append(f"    /opt/{it.label}/venv/bin/python install.py) || exit 1; done\n")
+    return DOCKERFILE.format(
+        origin=it.origin,
+        image=it.image,
+        python=it.python,
+        label=it.label,
+        home=it.home,
+        tools=TOOLS.format() if any(piece.url for piece in it.code) else "",
+        folders=" ".join(IMAGE_VOLUMES),
+        code="".join(code),
+        volumes=", ".join(json.dumps(f"{it.home}/{folder}") for folder in IMAGE_VOLUMES),
+        port=IMAGE_PORT,
+        health=json.dumps(HEALTH),
+        start='"--no-sync"' if it.code else '"--demo"',
+        args=json.dumps([*it.args, "--listen", "0.0.0.0", "--port", str(IMAGE_PORT)], ensure_ascii=False),  # noqa: S104
+    )
+
+
+def copied_to(piece: Code) -> str:
+    """Where in the folder of a Dockerfile a piece of code is copied to."""
+    return piece.place or "comfyui"
+
+
+def image_args(args: list[str]) -> "tuple[list[str], list[str], list[str]]":
+    """Return (kept, left out, cards) of ComfyUI's arguments: an image has an address, a port and places of its own."""
+    groups: list[list[str]] = []
+    kept: list[str] = []
+    left_out: list[str] = []
+    cards: list[str] = []
+    for word in args:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    for flag, *values in groups:
+        name, _, value = flag.partition("=")
+        values = [value, *values] if value else values
+        if name == "--cuda-device":
+            cards = ",".join(values).split(",")
+        elif any(map(os.path.isabs, values)):
+            left_out.append(" ".join([name, *values]))
+        elif not (_is_flag(name, "--port", "--po") or _is_flag(name, "--listen", "--li")):
+            kept += [name, *values]
+    return kept, left_out, cards
+
+
+def image_files(it: Description) -> dict[str, str]:
+    """What an image is built from, by path; with it go comfydock.py and the pieces of code that are copied."""
+    files = {"Dockerfile": dockerfile(it)}
+    if it.code:
+        files["constraints.txt"] = "".join(f"{line}\n" for line in it.held)
+        files["requirements.txt"] = "".join(f"{line}\n" for line in it.packages)
+    return files
+
+
+COMPOSE = """\
+  {label}:
+    build: ./{label}
+    image: {image}
+    ports:
+      - "127.0.0.1:{port}:{inside}"
+    volumes:
+{volumes}
+    stop_grace_period: 30s
+    restart: unless-stopped
+{more}"""
+COMPOSE_GPUS = {  # nvidia: Docker with NVIDIA's hook; cdi: Podman, and Docker with Compose 5, which older ones refuse
+    "none": "",
+    "nvidia": """\
+    deploy:
+      resources:
+        reservations:
+          devices:
+            - driver: nvidia
+              capabilities: [gpu]
+              {which}
+""",
+    "cdi": """\
+    devices:
+{devices}
+""",
+}
+
+
+def compose_file(many: list[Description]) -> str:
+    """Return a service for each environment, with a port of this machine, volumes and a card of its own."""
+    lines = [f"# {it.origin}.\n" for it in many] + ["name: comfydock\nservices:\n"]
+    for it in many:
+        gpus = json.dumps(it.gpus)
+        which = f"device_ids: {gpus}" if it.gpus else "count: all"
+        devices = "\n".join(f"      - nvidia.com/gpu={gpu}" for gpu in it.gpus or ["all"])
+        more = f"    env_file: ./{it.label}.env\n" if it.variables else ""
+        more += COMPOSE_GPUS[it.gpu].format(which=which, devices=devices)
+        volumes = "\n".join(f"      - {it.label}-{folder}:{it.home}/{folder}" for folder in IMAGE_VOLUMES)
+        facts = {"label": it.label, "image": it.image, "port": it.port, "inside": IMAGE_PORT}
+        lines.append(COMPOSE.format(**facts, volumes=volumes, more=more))
+    named = [f"  {it.label}-{folder}:\n" for it in many for folder in IMAGE_VOLUMES]
+    return "".join([*lines, "volumes:\n", *named])
+
+
+CLAIM = """\
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata:
+  name: {image}-{folder}
+spec:
+  accessModes: [ReadWriteOnce]
+  resources:
+    requests:
+      storage: {size}
+"""
+SECRET = """\
+---
+# Its values are yours to fill in: kubectl create secret generic {image} --from-env-file=FILE
+apiVersion: v1
+kind: Secret
+metadata:
+  name: {image}
+stringData:
+{names}
+"""
+KUBERNETES = """\
+# {origin}.
+# Push the image of ./{label} to a registry of yours, and name it here in place of {image}:latest.
+# One pod, for each has a queue of its own: for more put a queue in front and let KEDA scale on that.
+{claims}---
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: {image}
+spec:
+  replicas: 1
+  strategy:
+    type: Recreate
+  selector:
+    matchLabels:
+      app.kubernetes.io/name: {image}
+  template:
+    metadata:
+      labels:
+        app.kubernetes.io/name: {image}
+    spec:
+      automountServiceAccountToken: false
+      terminationGracePeriodSeconds: 60
+      securityContext:
+        runAsNonRoot: true
+        runAsUser: 1000
+        fsGroup: 1000
+        fsGroupChangePolicy: OnRootMismatch
+        seccompProfile:
+          type: RuntimeDefault
+      containers:
+        - name: comfyui
+          image: {image}:latest
+          imagePullPolicy: IfNotPresent
+          ports:
+            - name: http
+              containerPort: {port}
+          startupProbe:
+            httpGet: &look
+              path: /system_stats
+              port: {port}
+            periodSeconds: 5
+            timeoutSeconds: 10
+            failureThreshold: 360
+          readinessProbe:
+            httpGet: *look
+            periodSeconds: 10
+            timeoutSeconds: 10
+          livenessProbe:
+            httpGet: *look
+            periodSeconds: 30
+            timeoutSeconds: 10
+            failureThreshold: 10
+          securityContext:
+            allowPrivilegeEscalation: false
+            capabilities:
+              drop: [ALL]
+{more}          volumeMounts:
+{mounts}
+      volumes:
+{volumes}
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: {image}
+spec:
+  selector:
+    app.kubernetes.io/name: {image}
+  ports:
+    - name: http
+      port: {port}
+      targetPort: http
+"""
+MOUNT = "            - name: {folder}\n              mountPath: {home}/{folder}"
+VOLUME = "        - name: {folder}\n          persistentVolumeClaim:\n            claimName: {image}-{folder}"
+
+
+def kubernetes_file(it: Description) -> str:
+    """Return volumes, deployment and service of an environment, and a secret whose values are left to be filled in."""
+    facts = {"image": it.image, "home": it.home, "label": it.label, "origin": it.origin, "port": IMAGE_PORT}
+    sizes = {folder: "100Gi" if folder == "models" else "20Gi" for folder in IMAGE_VOLUMES}
+    first = [CLAIM.format(**facts, folder=folder, size=size) for folder, size in sizes.items()]
+    more = ""
+    if it.variables:
+        first.append(SECRET.format(**facts, names="\n".join(f'  {key}: ""' for key in it.variables)))
+        more += f"          envFrom:\n            - secretRef:\n                name: {it.image}\n"
+    if it.gpu != "none":
+        more += "          resources:\n            limits:\n              nvidia.com/gpu: 1\n"
+    mounts = "\n".join(MOUNT.format(**facts, folder=folder) for folder in IMAGE_VOLUMES)
+    volumes = "\n".join(VOLUME.format(**facts, folder=folder) for folder in IMAGE_VOLUMES)
+    return KUBERNETES.format(**facts, claims="".join(first), more=more, mounts=mounts, volumes=volumes)
+
+
+# ====================================================================================================================
+# 13. Hidden entries
 # What the file runs when it starts itself: never typed by anyone.
 
 
@@ -8640,17 +9233,23 @@ class Monitor:
 
     def goes_on(self, code: Optional[int]) -> bool:
         """Decide what to do after an end; return whether ComfyUI runs again, by itself or by us."""
-        if not self._is_wanted():
+        if self._wish() == STOPPED:
             return False
-        if IS_WINDOWS and code in (0, None) and until(self._is_taken_on, REBORN_PATIENCE, 0.5):
+        if (
+            IS_WINDOWS
+            and self._wish() != RESTART
+            and code in (0, None)
+            and until(self._is_taken_on, REBORN_PATIENCE, 0.5)
+        ):
             return True
         while self.record is not None:
-            self.environment.note(self.record.run_id, last_exit={"code": code, "at": utc_now()})
-            if code in (0, 2):  # a good end, or arguments that ComfyUI refuses every time
-                break
-            now = time.time()
+            is_asked, now = self._wish() == RESTART, time.time()
+            if not is_asked:
+                self.environment.note(self.record.run_id, last_exit={"code": code, "at": utc_now()})
+                if code in (0, 2):  # a good end, or arguments that ComfyUI refuses every time
+                    break
             recent = [moment for moment in self.note.get("restarts", []) if 0 <= now - moment < CRASH_WINDOW]
-            if len(recent) >= CRASH_LIMIT:
+            if not is_asked and len(recent) >= CRASH_LIMIT:
                 last = "an unknown code" if code is None else format_exit(code)
                 return self._give_up(
                     f"{len(recent) + 1} crashes within {format_duration(CRASH_WINDOW)}, the last with {last}"
@@ -8665,12 +9264,12 @@ class Monitor:
                 return self._give_up(f"it could not be started again: {error}")
         return False
 
-    def _is_wanted(self) -> bool:
-        """Tell whether nobody stopped it, and no other run has begun."""
+    def _wish(self) -> str:
+        """Return what is wanted of it: running, restart, or stopped, also when another run has begun."""
         now = self.environment._read_state()
         if now is None or self.record is None:
-            return False
-        return (now.run_id == self.record.run_id or is_own_intent(now)) and now.desired_state == "running"
+            return STOPPED
+        return now.desired_state if now.run_id == self.record.run_id or is_own_intent(now) else STOPPED
 
     def _is_taken_on(self) -> bool:
         """On Windows ComfyUI-Manager's restart is a good end and another PID: find it by its marker and record it."""
@@ -8683,14 +9282,17 @@ class Monitor:
         import errno
 
         pause = min(2.0 ** len(recent), LONGEST_BACKOFF)
-        while not until(lambda: not self._is_wanted(), pause, 0.2) and self.record is not None:
-            self.note["restarts"] = [*recent, time.time()]
+        until(lambda: self._wish() != "running", pause, 0.2)
+        until(lambda: self._wish() == STOPPED or not self.environment.is_held_back(), float("inf"), 0.2)
+        while self._wish() != STOPPED and self.record is not None:
+            if self._wish() == "running":
+                self.note["restarts"] = [*recent, time.time()]
             try:
-                return self.environment.restart_after_crash(self.record, self.note)
+                return self.environment.restart_kept(self.record, self.note)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
                     raise
-            pause = LONGEST_BACKOFF
+            until(lambda: self._wish() == STOPPED, LONGEST_BACKOFF, 0.2)
         return False
 
     def _give_up(self, reason: str) -> bool:
@@ -8704,7 +9306,7 @@ HIDDEN_ENTRIES = {"--console-interrupt": console_interrupt_entry, "--monitor": m
 
 
 # ====================================================================================================================
-# 13. The console
+# 14. The console
 # The only section that prints or asks.
 
 JSON_SCHEMA = 2
@@ -9093,7 +9695,7 @@ def how_called(argv: list[str]) -> str:
 
 
 # ====================================================================================================================
-# 14. Commands
+# 15. Commands
 # One short function a command: find, act, return a report. No print, no exit.
 
 READY_SECONDS = 180.0
@@ -9440,17 +10042,18 @@ def run_in_foreground(
     console: Console, environment: Environment, words: list[str], options: dict[str, Any], tls: bool
 ) -> Report:
     """Start and stay; from the very start a signal stops ComfyUI instead of leaving it behind."""
+    environment.is_keeper = True
     with noted_signals() as received:
         try:
             environment.run(words, **options)
+            console.show("run", started_report(environment, tls), format_run)
+            console.say(f"{'=' * 60}\nStreaming logs (Ctrl+C to stop ComfyUI)...\n{'=' * 60}")
+            code = Foreground(console, environment, received).watch()
         except CDEndedError as error:
             show_last_lines(console, environment)
             console.problem(error)
-            return Report({}, environment.name, shell_code(error.exit_code), already_printed=True)
-        console.show("run", started_report(environment, tls), format_run)
-        for line in ("=" * 60, "Streaming logs (Ctrl+C to stop ComfyUI)...", "=" * 60):
-            console.say(line)
-        return Report({}, environment.name, Foreground(console, environment, received).watch(), already_printed=True)
+            code = shell_code(error.exit_code)
+        return Report({}, environment.name, code, already_printed=True)
 
 
 def environment_to_run(console: Console, args: Arguments) -> Environment:
@@ -9542,11 +10145,12 @@ class Foreground:
         self.follower = LogFollower(environment.log_path, environment.session_offset())
 
     def watch(self) -> int:
-        """Return the exit code of the command; what another command starts in place of ours is watched, too."""
-        ours, gone_since = None, None
+        """Return the exit code of the command. What was stopped for a restart is started again; see keeper_of."""
+        ours, is_ready = None, "NOTIFY_SOCKET" not in os.environ
         for snapshot, code in self.environment.watch(FOLLOW_PAUSE):
-            record, now = snapshot.record, time.monotonic()
+            record = snapshot.record
             self._pump()
+            is_ready = is_ready or self._tells_readiness(snapshot)
             if self.received:
                 return self._stop()
             if os.getpid() == 1:
@@ -9554,19 +10158,30 @@ class Foreground:
             elif not self.console.has_reader():
                 self._lose_reader()
             if snapshot.process is not None or snapshot.state == STARTING:
-                ours, gone_since = record, None
-            elif record is not None and record.run_id == (ours or record).run_id and record.desired_state != STOPPED:
+                ours = record
+                continue
+            is_ours = record is not None and record.run_id == (ours or record).run_id
+            if record is not None and is_ours and record.desired_state == RESTART:
+                if not self.environment.is_held_back():
+                    self.environment.restart_kept(record, None)
+            elif record is not None and is_ours and record.desired_state != STOPPED:
                 self._drain()
                 self.environment.note(record.run_id, last_exit={"code": code, "at": utc_now()})
                 self.console.say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({format_exit(code)})'}")
                 return shell_code(code)
             else:
-                gone_since = gone_since or now
-                if now - gone_since > FOLLOW_PATIENCE:
-                    self._drain()
-                    self.console.say("\nComfyUI was stopped from elsewhere.")
-                    break
+                self._drain()
+                self.console.say("\nComfyUI was stopped from elsewhere.")
+                break
         return 0
+
+    def _tells_readiness(self, snapshot: Snapshot) -> bool:
+        """Tell the engine that waits for it of ComfyUI's first healthy answer; return whether there was one."""
+        answer = probe(self.environment.config_of(snapshot), 0.3)
+        is_ready = snapshot.process is not None and self.environment.describe(snapshot, answer)["state"] == RUNNING
+        if is_ready:
+            notify_engine("READY=1")
+        return is_ready
 
     def _pump(self) -> None:
         """Show what is new in the log, and return to where signals are heard.
@@ -9608,6 +10223,7 @@ class Foreground:
     def _stop(self) -> int:
         """Stop ComfyUI for the first signal; a second Ctrl-C meanwhile kills it."""
         first = self.received[0]
+        notify_engine("STOPPING=1")
         self.console.say("\n⏸  Stopping ComfyUI...")
         self.environment.stop(meanwhile=self._is_impatient)
         self._drain()
@@ -10577,8 +11193,280 @@ def follow_log(console: Console, environment: Environment, tail: int) -> None:
             return console.say("\n⚠️  ComfyUI process exited")
 
 
+def describe(environment: Environment) -> Description:
+    """Return what an engine of this machine is told: start it with what it had last, as its owner."""
+    record = environment.last_record()
+    args, variables = (record.args, dict(record.env)) if record else ([], {})
+    port, root, program = config_told_by(args).port, environment.workspace_paths.root, [sys.executable, own_file()]
+    places = [*program, root, environment.python, str(environment.comfyui_path)]
+    owner = owner_of(environment.paths.root)
+    return Description(environment.name, program, root, with_port(args, port), variables, port, places, owner)
+
+
+def pack(environment: Environment, it: Description, gpu: Optional[str]) -> list[str]:
+    """Complete a description for an image, and return what an image cannot hold.
+
+    Raises CDEnvironmentError for repositories with changes that lie on this machine alone.
+    """
+    cards = it.variables.pop("CUDA_VISIBLE_DEVICES", "")
+    it.args, left_out, chosen = image_args(it.args)
+    it.gpu, it.gpus = gpu or "none", chosen or [card for card in cards.split(",") if card]
+    if environment.manifest.demo:
+        return left_out
+    environment.require_comfyui()
+    it.python = version_of_python(environment.python) or it.python
+    pack_packages(environment.python, it, left_out)
+    it.gpu = gpu or ("nvidia" if any(line.startswith("nvidia-") for line in it.packages) else "none")
+    pack_code(environment, it, left_out)
+    return left_out
+
+
+def pack_packages(python: str, it: Description, left_out: list[str]) -> None:
+    """Take in the packages as they are; those of files and folders that are here are left out: no index has them."""
+    from urllib.request import url2pathname
+
+    for name, package in installed_packages(python).items():
+        line, version = " ".join(package.line), f"{package.name}=={package.version}"
+        path = url2pathname(line.partition("file://")[2].partition("#")[0])
+        if package.line[0] == "-e" or path and os.path.exists(path):
+            left_out.append(f"the package {line}")
+        elif name in HELD_PACKAGES:
+            it.held.append(version)
+        elif name not in ("pip", "setuptools", "wheel"):
+            it.packages.append(version if path else line)
+    it.index = held_index(it.held) or "https://pypi.org/simple"
+
+
+def pack_code(environment: Environment, it: Description, left_out: list[str]) -> None:
+    """Take in ComfyUI and its nodes: pinned where another machine can fetch them, else copied."""
+    nodes, unsaved = environment.nodes, []
+    development = {info.name for info in nodes.list_nodes().values() if info.source == "development"}
+    it.code = [Code("", str(environment.comfyui_path))]
+    it.code += [Code(f"custom_nodes/{name}", os.path.join(nodes.custom_nodes, name)) for name in nodes.folders()]
+    it.scripts = any(os.path.exists(os.path.join(piece.source, "install.py")) for piece in it.code[1:])
+    for piece in it.code:
+        piece.source = os.path.realpath(piece.source)
+        title, url = os.path.basename(piece.place) or "ComfyUI", remote_of(piece.source)[1]
+        if url and not is_local(url) and title not in development:
+            piece.url, piece.commit = url, git_answer(["rev-parse", "HEAD"], piece.source) or ""
+            others = git_answer(["ls-files", "--others", "--exclude-standard", "--directory"], piece.source) or ""
+            left_out += [f"{title}/{name}" for name in others.splitlines() if name not in (".venv/", "venv/")]
+            if GitSource().changes(piece.source, {"version": ""}) != []:
+                unsaved.append(title)
+    if unsaved:
+        message = (
+            f"What only this machine has cannot go into an image: {', '.join(unsaved)} has changes or new commits."
+        )
+        raise CDEnvironmentError(
+            message, "commit and push them, or track your own node with: node add --dev", "changed"
+        )
+
+
+def next_steps(engine: str, folder: str, many: list[Description], user: bool) -> list[str]:
+    """Return what to type to bring what was written to its engine."""
+    here, units = quote(folder), " ".join(quote(it.unit) for it in many)
+    if engine == "systemd":
+        sudo, place = ("", "~/.config/systemd/user/") if user else ("sudo ", "/etc/systemd/system/")
+        call = f"{sudo}systemctl{' --user' * user}"
+        files = [("644", "service"), *[("600", "env")] * any(it.variables for it in many)]
+        return [
+            *(["mkdir -p " + place] if user else []),
+            *(f"{sudo}install -m {mode} {here}/*.{end} {place}" for mode, end in files),
+            f"{call} daemon-reload && {call} enable --now {units}",
+            *(["loginctl enable-linger  (else it ends when you log out)"] if user else []),
+        ]
+    if engine == "compose":
+        file = quote(os.path.join(folder, "compose.yaml"))
+        return [f"docker compose -f {file} up -d --build --wait", f"docker compose -f {file} down"]
+    lines = []
+    for it in many:
+        inside = quote(folder if engine == "dockerfile" and len(many) == 1 else os.path.join(folder, it.label))
+        lines.append(f"docker build -t {it.image} {inside}")
+        if engine == "kubernetes":
+            lines.append(f"kubectl apply -f {quote(os.path.join(folder, it.label))}.yaml")
+            continue
+        gpu = {"none": "", "nvidia": " --gpus all", "cdi": " --device nvidia.com/gpu=all"}[it.gpu]
+        volumes = "".join(f" -v {it.label}-{name}:{it.home}/{name}" for name in IMAGE_VOLUMES)
+        names = "".join(f" -e {key}" for key in it.variables)
+        lines.append(f"docker run -d -p 127.0.0.1:{it.port}:{IMAGE_PORT}{gpu}{names}{volumes} {it.image}")
+    return lines
+
+
+def no_part_of_image(folder: str, names: list[str]) -> list[str]:
+    """Return what of a folder of code is left out: what volumes hold, and the nodes, which are copied by themselves."""
+    left_out = [".git", "__pycache__"]
+    if os.path.isfile(main_script(folder)):
+        left_out += [*IMAGE_VOLUMES, "temp", ".venv", "venv"]
+    if os.path.isfile(main_script(os.path.dirname(folder))) and os.path.basename(folder) == "custom_nodes":
+        left_out += [name for name in names if os.path.isdir(os.path.join(folder, name))]
+    return [name for name in names if name in left_out]
+
+
+def written_for(
+    engine: str, chosen: list[Environment], many: list[Description], args: Arguments
+) -> "tuple[dict[str, tuple[str, int]], dict[str, str], list[str]]":
+    """Return path -> (text, mode), path -> what is copied to it, and what is left out. Raises as `pack` does."""
+    files: dict[str, tuple[str, int]] = {}
+    copies: dict[str, str] = {}
+    left_out: list[str] = []
+    for environment, it in zip(chosen, many):
+        if engine == "systemd":
+            files[f"{it.unit}.service"] = systemd_unit(it, bool(args.user)), 0o644
+        else:
+            left_out += pack(environment, it, args.gpu)
+            inside = "" if engine == "dockerfile" and len(many) == 1 else f"{it.label}/"
+            files.update({inside + name: (text, 0o644) for name, text in image_files(it).items()})
+            copies.update({inside + copied_to(piece): piece.source for piece in it.code if not piece.url})
+            copies[f"{inside}comfydock.py"] = own_file()
+        if engine == "kubernetes":
+            files[f"{it.label}.yaml"] = kubernetes_file(it), 0o644
+        elif it.variables and engine != "dockerfile":
+            name = it.unit if engine == "systemd" else it.label
+            files[f"{name}.env"] = environment_file(it.variables), 0o600
+    if engine == "compose":
+        files["compose.yaml"] = compose_file(many), 0o644
+    return files, copies, left_out
+
+
+def format_generate(data: dict[str, Any], typed: Typed) -> Iterator[str]:
+    yield f"✓ Wrote {', '.join(data['files'])} to {data['folder']}"
+    yield from (f"⚠ Not carried over: {name}" for name in data["left_out"])
+    yield "Next:"
+    yield from (f"  {line}" for line in data["next"])
+
+
+@command(
+    "generate ENGINE [NAME...]",
+    "write what systemd, Docker, Compose or Kubernetes need to run an environment",
+    """
+    --out DIR             the new folder for it (comfydock-ENGINE, if you name none)
+    --gpu KIND            how a container gets the card: nvidia, cdi (Podman) or none
+    --user                systemd: for your own units, not for the system's
+    """,
+    ("generate systemd --user", "generate dockerfile main", "generate compose main dev --gpu nvidia"),
+    format_generate,
+)
+def generate(console: Console, args: Arguments) -> Report:
+    engine, here = args.engine, current_folder()
+    for word, known in ((engine, ENGINES), (args.gpu or "none", COMPOSE_GPUS)):
+        if word not in known:
+            message = f"Unknown word '{word}': choose one of {', '.join(known)}."
+            raise CDEnvironmentError(message, ("help", "generate"), "usage")
+    folder = os.path.abspath(args.out or f"comfydock-{engine}")
+    refuse_existing(folder)
+    workspace = select_workspace(args.workspace, args.env is not None or bool(args.names), here)
+    chosen = [workspace.select(name, here) for name in dict.fromkeys(args.names or [args.env])]
+    many = [describe(prepare(console, args, environment)) for environment in chosen]
+    ports = [it.port for it in many]
+    twice = next((it for it in many if ports.count(it.port) > 1), None) if engine != "kubernetes" else None
+    if twice:
+        message = f"Port {twice.port} is that of several of these environments."
+        raise CDEnvironmentError(message, ("-e", twice.name, "run", "--port", "NUMBER"), "port")
+    files, copies, left_out = written_for(engine, chosen, many, args)
+    try:
+        for name, (text, mode) in files.items():
+            make_folder(os.path.dirname(os.path.join(folder, name)))
+            write_atomic(os.path.join(folder, name), text.encode(), mode)
+        for name, source in copies.items():
+            make_folder(os.path.dirname(os.path.join(folder, name)))
+            copy_any(source, os.path.join(folder, name), no_part_of_image)
+    except BaseException:
+        remove_tree(folder)
+        raise
+    steps = next_steps(engine, folder, many, bool(args.user))
+    data = {"engine": engine, "folder": folder, "files": [*files, *copies], "left_out": left_out, "next": steps}
+    return Report(data, chosen[0].name)
+
+
+def autostart_files(it: Description, is_system: bool) -> "dict[str, tuple[str, int]]":
+    """Return path -> (text, mode) of what has systemd or launchd start it; the first is the thing itself."""
+    if IS_MACOS:
+        folder = "/Library/LaunchDaemons" if is_system else os.path.expanduser("~/Library/LaunchAgents")
+        return {f"{folder}/comfydock-{it.name}.plist": (launchd_plist(it, is_system), 0o600)}
+    config = "/etc" if is_system else os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    start = f"{config}/systemd/{'system' if is_system else 'user'}/{it.unit}"
+    files = {f"{start}.service": (systemd_unit(it, not is_system), 0o644)}
+    return {**files, f"{start}.env": (environment_file(it.variables), 0o600)} if it.variables else files
+
+
+def switch_files(state: str, files: "dict[str, tuple[str, int]]", link: Optional[str]) -> bool:
+    """Write or remove what autostart_files names, with the link by which systemd wants it; return whether it is on."""
+    first = next(iter(files))
+    if state == "on":
+        for path, (text, mode) in files.items():
+            make_folder(os.path.dirname(path))
+            write_atomic(path, text.encode(), mode)
+        if link and not os.path.lexists(link):
+            make_folder(os.path.dirname(link))
+            link_folder(first, link)
+    if state == "off":
+        for path in [*([link] if link else []), *files, first.replace(".service", ".env")]:
+            remove_file(path)
+            for above in list(upward(os.path.dirname(path)))[:3]:  # what `on` has made: .config/systemd/user/...wants
+                remove_empty(above)
+    if link and state != "status":
+        with suppress(CDEnvironmentError):  # without a systemd that runs there is nobody to be told
+            run_command(["systemctl", *([] if link.startswith("/etc/") else ["--user"]), "daemon-reload"], timeout=20)
+    return os.path.exists(first)
+
+
+def switch_task(state: str, it: Description, draft: str) -> bool:
+    """Make or delete a task of the Task Scheduler; return whether it is there then. Raises CDEnvironmentError."""
+    words = {"on": ["/Create", "/XML", draft, "/F"], "off": ["/Delete", "/F"], "status": ["/Query"]}
+    try:
+        write_atomic(draft, task_xml(it).encode("utf-16"))
+        done = run_command(["schtasks", words[state][0], "/TN", f"comfydock-{it.name}", *words[state][1:]])
+    finally:
+        remove_file(draft)
+    if done.returncode and state == "on":
+        raise CDEnvironmentError(f"The Task Scheduler refused: {last_words(done)}", "", "system")
+    return state != "off" and done.returncode == 0
+
+
+def format_autostart(data: dict[str, Any], typed: Typed) -> Iterator[str]:
+    yield f"{'✓' if data['on'] else '•'} Autostart of '{data['name']}' is {'on' if data['on'] else 'off'}"
+    yield from (f"  {line}" for line in [*data["files"], *data["next"]])
+    if data["on"]:
+        yield f"  undo: {typed('autostart', 'off', data['name'], *['--system'] * data['system'])}"
+
+
+@command(
+    "autostart STATE [NAME]",
+    "start ComfyUI when you log in: on, off or status",
+    "--system              when the machine starts, which takes root",
+    ("autostart on", "autostart status", "autostart off main"),
+    format_autostart,
+)
+def autostart(console: Console, args: Arguments) -> Report:
+    here, state = current_folder(), args.state
+    if state not in ("on", "off", "status"):
+        raise CDEnvironmentError(f"Unknown word '{state}': choose on, off or status.", ("help", "autostart"), "usage")
+    workspace = select_workspace(args.workspace, (args.name or args.env) is not None, here)
+    environment = prepare(console, args, workspace.select(args.name or args.env, here))
+    it, unit = describe(environment), f"comfydock-{environment.name}"
+    if IS_WINDOWS:
+        steps = [f"set it once: setx {key} VALUE  (a task carries no variables)" for key in it.variables]
+        steps.append(f"start it now: schtasks /Run /TN {quote(unit)}")
+        it.variables, files = {}, {f"task {unit}": ("", 0)}
+        is_on = switch_task(state, it, os.path.join(environment.paths.cec, "task.xml.tmp"))
+    else:
+        files = autostart_files(it, bool(args.system))
+        first = next(iter(files))
+        target = f"{os.path.dirname(first)}/{'multi-user' if args.system else 'default'}.target.wants/{it.unit}.service"
+        is_on = switch_files(state, files, None if IS_MACOS else target)
+        user = "" if args.system else " --user"
+        steps = [f"start it now: systemctl{user} start {quote(it.unit)}"]
+        if IS_MACOS:
+            steps = [f"start it now: launchctl bootstrap {'system' if args.system else 'gui/$(id -u)'} {quote(first)}"]
+        elif user and not os.path.exists(f"/var/lib/systemd/linger/{it.owner}"):
+            steps.append("while nobody is logged in, too: loginctl enable-linger")
+    data = {"name": it.name, "on": is_on, "system": bool(args.system), "files": list(files) if is_on else []}
+    data["next"] = steps if is_on and state == "on" else []
+    return Report(data, it.name)
+
+
 # ====================================================================================================================
-# 15. The command line
+# 16. The command line
 # The only section that names argparse: it reads what was typed, writes help, and completes.
 
 EVERYWHERE = """
@@ -10618,11 +11506,16 @@ def is_number(text: str) -> bool:
     return True
 
 
+def as_variable(text: str) -> list[str]:
+    """Return key and value of KEY=VALUE, or of KEY with the value that it has here, else with none that may be."""
+    return text.split("=", 1) if "=" in text else [text, os.environ.get(text, "\0")]
+
+
 KINDS: "dict[str, tuple[Callable[[str], Any], Callable[[Any], bool]]]" = {  # metavar -> how it is read, what must hold
     "SECONDS": (float, lambda value: 0 <= value < 1e8),
     "N": (int, lambda value: value >= 0),
     "PORT": (int, is_port),
-    "KEY=VALUE": (lambda text: text.split("=", 1), lambda pair: len(pair) == 2 and is_variable(*pair)),
+    "KEY=VALUE": (as_variable, lambda pair: len(pair) == 2 and is_variable(*pair)),
     "WHEN": (str, COLOUR_CHOICES.__contains__),
 }
 
@@ -10977,7 +11870,7 @@ def values_of(metavar: str, before: list[str]) -> list[str]:
 
 
 # ====================================================================================================================
-# 16. The front door
+# 17. The front door
 # The only catch-all; turns errors into words and exit codes.
 
 

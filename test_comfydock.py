@@ -23,6 +23,7 @@ import itertools
 import json
 import ntpath
 import os
+import plistlib
 import posixpath
 import random
 import re
@@ -47,6 +48,7 @@ import unittest.mock
 import urllib.request
 import uuid
 import warnings
+import xml.etree.ElementTree
 import zipfile
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -6007,7 +6009,116 @@ class MakingAWorkspace(unittest.TestCase):
 
 
 # ======================================================================================================================
-# 12. Hidden entries
+# 12. Hand-over
+# ======================================================================================================================
+
+
+def described(**facts):
+    """What an engine is told of an environment."""
+    values = {"name": "main", "program": ["/usr/bin/python3", "/opt/comfydock.py"], "workspace": "/home/al/.comfydock"}
+    values.update(args=["--port", "8190"], variables={}, port=8190, places=["/usr/bin/python3"], owner="al")
+    return dock.Description(**{**values, **facts})
+
+
+class HandOver(unittest.TestCase):
+    def test_a_unit_quotes_what_systemd_would_take_for_something_else(self):
+        it = described(program=["/a b/$p%/python", "/c\\d.py"], args=["--x", 'a "b" $HOME 50%', "é"])
+        unit = dock.systemd_unit(it, user=False)
+        command = next(line for line in unit.splitlines() if line.startswith("ExecStart="))
+        self.assertTrue(
+            command.startswith('ExecStart="/a b/$p%%/python" "/c\\\\d.py" -e main --workspace /home/al/.comfydock run ')
+        )
+        self.assertTrue(command.endswith(' --foreground -- --x "a \\"b\\" $$HOME 50%%" é'), command)
+
+    def test_a_unit_leaves_out_what_takes_the_card_or_the_files_away(self):
+        unit = dock.systemd_unit(described(), user=False)
+        for line in ("Type=notify", "User=al", "PrivateTmp=yes", "ProtectSystem=full", "SuccessExitStatus=143"):
+            self.assertIn(f"\n{line}\n", unit)
+        for word in ("PrivateDevices", "DeviceAllow", "ProtectProc", "MemoryDenyWriteExecute", "Watchdog"):
+            self.assertNotIn(word, unit)
+        places = ["/usr/bin/python3", "/tmp/x", "/usr/local/comfy"]
+        unit = dock.systemd_unit(described(places=places), user=False)
+        self.assertFalse({"PrivateTmp=yes", "ProtectSystem=full"} & set(unit.splitlines()))
+        unit = dock.systemd_unit(described(), user=True)
+        self.assertFalse({"User=al", "ProtectKernelModules=yes"} & set(unit.splitlines()))
+        self.assertIn("WantedBy=default.target", unit)
+
+    def test_names_of_engines_are_valid_and_differ(self):
+        names = ["main", "a.b", "a-b", "A-B", "a_b", "2nd", "-", "мир", "x" * 63]
+        labels = [described(name=name).label for name in names]
+        for label in labels:
+            self.assertRegex(f"comfydock-{label}", r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])$")
+        self.assertEqual((labels[0], labels[2], len(set(labels))), ("main", "a-b", len(names)))
+        self.assertEqual(described(name="a.b-c d/é").unit, "comfydock-a.b-c\\x20d\\x2f\\xc3\\xa9")
+
+    def test_an_image_has_an_address_a_card_and_places_of_its_own(self):
+        cases = {
+            "--port 8190 --listen --lowvram": ("--lowvram", [], []),
+            "--listen=1.2.3.4 --por=9 --preview-method auto": ("--preview-method auto", [], []),
+            "--cuda-device 1 --fast a b": ("--fast a b", [], ["1"]),
+            "--output-directory /data/out --fp16-vae --tls-keyfile=/k": (
+                "--fp16-vae", ["--output-directory /data/out", "--tls-keyfile /k"], []),
+        }  # fmt: skip
+        if WINDOWS:
+            cases.popitem()
+        for words, (kept, left_out, cards) in cases.items():
+            self.assertEqual(dock.image_args(words.split()), (kept.split(), left_out, cards))
+
+    def test_an_image_pins_what_can_be_fetched_and_copies_the_rest(self):
+        code = [dock.Code("", "/c", "https://x/ComfyUI", "ab12"), dock.Code("custom_nodes/my node", "/d")]
+        it = described(
+            code=code, python="3.11", index="https://t/cu128", held=["torch==2+cu128"], packages=["pillow==1"]
+        )
+        files = dock.image_files(it)
+        text = files["Dockerfile"]
+        self.assertIn("RUN git clone --recurse-submodules https://x/ComfyUI . && \\\n    git -C . checkout", text)
+        self.assertIn('COPY --chown=1000:1000 ["custom_nodes/my node", "custom_nodes/my node/"]', text)
+        self.assertIn("ARG BASE=python:3.11-slim", text)
+        self.assertIn("ARG TORCH_INDEX=https://t/cu128", text)
+        self.assertEqual((files["constraints.txt"], files["requirements.txt"]), ("torch==2+cu128\n", "pillow==1\n"))
+        health = json.loads(re.search(r"CMD (\[\"python3.*)", text)[1])[2]
+        with listening(answer=saying(stats())) as port:
+            self.assertEqual(subprocess.run([sys.executable, "-c", health.replace("8188", str(port))]).returncode, 0)
+            self.assertIn("'127.0.0.1', 8188, ", health)
+
+    def test_each_engine_gets_the_card_in_its_own_words(self):
+        words = {
+            "none": (None, "docker run -d -p"),
+            "nvidia": ("driver: nvidia", "--gpus all"),
+            "cdi": ("- nvidia.com/gpu=all", "--device nvidia.com/gpu=all"),
+        }
+        for gpu, (spelled, typed) in words.items():
+            it = described(gpu=gpu)
+            compose, kubernetes = dock.compose_file([it]), dock.kubernetes_file(it)
+            self.assertEqual("nvidia" in compose, gpu != "none")
+            self.assertIn(spelled or "127.0.0.1:8190:8188", compose)
+            self.assertEqual("nvidia.com/gpu: 1" in kubernetes, gpu != "none")
+            self.assertIn(typed, dock.next_steps("dockerfile", "/x", [it], False)[1])
+        self.assertIn('device_ids: ["1"]', dock.compose_file([described(gpu="nvidia", gpus=["1"])]))
+        self.assertIn("- nvidia.com/gpu=1", dock.compose_file([described(gpu="cdi", gpus=["1"])]))
+
+    def test_values_of_variables_are_in_no_file_but_their_own(self):
+        it = described(variables={"TOKEN": 'se"cr$et'})
+        texts = [dock.systemd_unit(it, True), dock.compose_file([it]), dock.kubernetes_file(it), dock.dockerfile(it)]
+        self.assertFalse(any("cr$et" in text for text in texts))
+        self.assertEqual(dock.environment_file(it.variables), 'TOKEN="se\\"cr\\$et"\n')
+
+    def test_launchd_and_the_task_scheduler_read_what_was_meant(self):
+        it = described(name="a & <b>", args=["--x", "a b", "<é>"], variables={"TOKEN": "x"}, owner="PC\\al")
+        facts = plistlib.loads(dock.launchd_plist(it, True).encode())
+        self.assertEqual(facts["ProgramArguments"], it.words())
+        self.assertEqual((facts["EnvironmentVariables"], facts["UserName"]), ({"TOKEN": "x"}, "PC\\al"))
+        self.assertEqual((facts["KeepAlive"], facts["RunAtLoad"]), ({"SuccessfulExit": False}, True))
+        it.program[0] = "C:\\Program Files\\Python\\python.exe"
+        root = xml.etree.ElementTree.fromstring(dock.task_xml(it).encode("utf-16"))
+        told = {element.tag.partition("}")[2]: element.text for element in root.iter()}
+        self.assertEqual(told["Command"], "C:\\Program Files\\Python\\pythonw.exe")
+        self.assertEqual(told["Arguments"], subprocess.list2cmdline(it.words()[1:]))
+        self.assertEqual((told["UserId"], told["ExecutionTimeLimit"], told["Priority"]), ("PC\\al", "PT0S", "5"))
+
+
+# ======================================================================================================================
+# 13. Hidden entries
 # ======================================================================================================================
 
 
@@ -6039,14 +6150,17 @@ class Watched:
         else:
             self.notes.append((run_id, monitor))
 
-    def restart_after_crash(self, run_id, note):
+    def is_held_back(self):
+        return False
+
+    def restart_kept(self, run_id, note):
         started = self.starts.pop(0)
         if isinstance(started, Exception):
             raise started
         return started
 
     def take_on_as_monitor(self, note):
-        return self.restart_after_crash("", note)
+        return self.restart_kept("", note)
 
 
 class AfterACrash(unittest.TestCase):
@@ -6105,12 +6219,12 @@ class AfterACrash(unittest.TestCase):
             unittest.mock.patch.object(environment, "_put_back", side_effect=full),
             self.assertRaises(OSError),
         ):
-            environment.restart_after_crash(former, {})
+            environment.restart_kept(former, {})
         monitor = dock.Monitor(environment)
         self.assertIsNone(monitor.record.pid)
         monitor.record = former
-        self.assertTrue(monitor._is_wanted())
-        self.assertTrue(environment.restart_after_crash(former, {}))
+        self.assertEqual(monitor._wish(), "running")
+        self.assertTrue(environment.restart_kept(former, {}))
         self.addCleanup(environment.stop, kill=True)
         self.assertTrue(environment.is_running())
 
@@ -6136,7 +6250,7 @@ class AfterACrash(unittest.TestCase):
 
 
 # ======================================================================================================================
-# 13. The console
+# 14. The console
 # ======================================================================================================================
 
 
@@ -6284,7 +6398,7 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
 
 
 # ======================================================================================================================
-# 15. The command line
+# 16. The command line
 # ======================================================================================================================
 
 
@@ -6556,7 +6670,7 @@ class TheHouse(unittest.TestCase):
 
     def test_each_rule_holds(self):
         rules = {
-            "print": {13}, "input": {13}, "psutil_module": {4}, "argparse": {15}, "signal": {3}, "fcntl": {3}, "msvcrt": {3},
+            "print": {14}, "input": {14}, "psutil_module": {4}, "argparse": {16}, "signal": {3}, "fcntl": {3}, "msvcrt": {3},
             "ctypes": {3}, "socket": {5}, "ssl": {5},
         }  # fmt: skip
         for node in ast.walk(self.tree):
@@ -6865,6 +6979,117 @@ class Running(Journey):
         self.assertTrue(self.person.types("logs", "--all").stdout.startswith("earlier\n"))
 
 
+class HandingOver(Journey):
+    def generated(self, *words, code=0):
+        done = self.person.types("generate", *words)
+        self.assertEqual(done.returncode, code, done.stderr)
+        return done.stdout + done.stderr
+
+    def test_a_folder_is_written_and_what_to_type_is_said(self):
+        self.run_demo("--set-env", "TOKEN=se cret")
+        for engine, files in {
+            "systemd": ["comfydock-demo.env", "comfydock-demo.service"],
+            "dockerfile": ["Dockerfile", "comfydock.py"],
+            "compose": ["compose.yaml", "demo", "demo.env"],
+            "kubernetes": ["demo", "demo.yaml"],
+        }.items():
+            said = self.generated(engine, "demo")
+            folder = os.path.join(self.person.home, f"comfydock-{engine}")
+            self.assertEqual(sorted(os.listdir(folder)), files)
+            self.assertIn("enable --now" if engine == "systemd" else "docker", said)
+            self.assertNotIn("se cret", said)
+            holders = [path for path in Path(folder).rglob("*") if path.is_file() and b"se cret" in path.read_bytes()]
+            self.assertEqual([path.suffix for path in holders], [".env"] if ".env" in str(files) else [])
+            self.assertTrue(WINDOWS or all(path.stat().st_mode & 0o777 == 0o600 for path in holders))
+            self.assertIn("already exists", self.generated(engine, "demo", code=1))
+
+    def test_what_cannot_be_is_said_and_leaves_nothing(self):
+        self.run_demo()
+        self.assertIn("choose one of", self.generated("nomad", "demo", code=2))
+        self.assertIn("choose one of", self.generated("compose", "demo", "--gpu", "amd", code=2))
+        self.assertIn("no environment 'x'", self.generated("compose", "x", code=1))
+        checkout = self.person.checkout()
+        port = str(self.person.state()["port"])
+        self.assertEqual(self.person.types("create", "two", "--from", checkout).returncode, 0)
+        environment = self.environment_of_person("two")
+        dock.write_state(
+            environment.paths.last_run, dock.ProcessState(2**22 - 1, "127.0.0.1", int(port), ["--port", port], "", "")
+        )
+        self.assertIn(f"Port {port}", self.generated("compose", "demo", "two", code=1))
+        self.assertEqual([name for name in os.listdir(self.person.home) if name.startswith("comfydock-")], [])
+        self.generated("kubernetes", "demo", "two")
+
+    @needs_git
+    def test_changes_that_only_this_machine_has_go_into_no_image_and_paths_are_named(self):
+        checkout = self.person.checkout()
+        for words in (["init", "-q"], ["remote", "add", "origin", "https://example.invalid/x"], ["add", "main.py"]):
+            subprocess.run(["git", *words], cwd=checkout, check=True)
+        self.assertEqual(self.person.types("create", "two", "--from", checkout).returncode, 0)
+        said = self.generated("dockerfile", "two", code=1)
+        self.assertIn("ComfyUI has changes or new commits", said)
+        shutil.rmtree(
+            os.path.join(checkout, ".git"), onerror=lambda remove, path, _: (os.chmod(path, 0o700), remove(path))
+        )
+        write(os.path.join(checkout, "models", "x"), "big")
+        write(os.path.join(checkout, "custom_nodes", "node", "__init__.py"), "")
+        write(os.path.join(checkout, "custom_nodes", "one.py"), "")
+        self.generated("dockerfile", "two")
+        made = {
+            str(path.relative_to(self.person.home))
+            for path in Path(self.person.home, "comfydock-dockerfile").rglob("*")
+        }
+        made = {path.replace(os.sep, "/").partition("/")[2] for path in made}
+        self.assertLessEqual({"comfyui/custom_nodes/one.py", "custom_nodes/node/__init__.py", "comfyui/main.py"}, made)
+        self.assertFalse({"comfyui/models", "comfyui/.venv", "comfyui/custom_nodes/node"} & made)
+
+    @unittest.skipIf(WINDOWS, "the Task Scheduler keeps its tasks where it likes")
+    def test_autostart_on_and_off_leaves_no_trace(self):
+        self.run_demo("--set-env", "TOKEN=se cret")
+        for system, suffix in (("linux", ".service"), ("macos", ".plist")):
+            self.person.program = installed(f"comfydock.IS_MACOS = {system == 'macos'}")
+            before = tree(self.person.home)
+            said = self.person.types("autostart", "on", "demo")
+            self.assertEqual(said.returncode, 0, said.stderr)
+            new = sorted(set(tree(self.person.home)) - set(before))
+            self.assertTrue(any(path.endswith(f"comfydock-demo{suffix}") for path in new), new)
+            secret = [
+                path
+                for path in Path(self.person.home).rglob("comfydock-demo*")
+                if path.is_file() and b"se cret" in path.read_bytes()
+            ]
+            self.assertEqual([path.stat().st_mode & 0o777 for path in secret], [0o600])
+            self.assertIn("is on", self.person.types("autostart", "status", "demo").stdout)
+            self.assertIn("is off", self.person.types("autostart", "off", "demo").stdout)
+            self.assertEqual(tree(self.person.home), before)
+            self.assertIn("is off", self.person.types("autostart", "status", "demo").stdout)
+
+    def test_the_words_that_an_engine_is_given_start_it(self):
+        self.run_demo()
+        self.assertEqual(self.person.types("stop").returncode, 0)
+        it = dock.describe(self.environment_of_person())
+        it.program[1:] = [self.person.program]
+        if WINDOWS:
+            root = xml.etree.ElementTree.fromstring(dock.task_xml(it).encode("utf-16"))
+            told = {element.tag.partition("}")[2]: element.text for element in root.iter()}
+            words = f'"{told["Command"]}" {told["Arguments"]}'
+        else:
+            words = plistlib.loads(dock.launchd_plist(it, False).encode())["ProgramArguments"]
+        child = subprocess.Popen(
+            words,
+            env=self.person.variables,
+            cwd=self.person.home,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        self.comes_to_be("running")
+        self.assertIsNone(child.poll())
+        self.assertEqual(self.person.types("stop").returncode, 0)
+        self.assertEqual(child.wait(30), 0)
+
+
 class Foreground(Journey):
     def foreground(self, *words, **variables):
         child = self.person.starts("run", "--demo", "--foreground", "--port", str(free_port()), *words, **variables)
@@ -6923,13 +7148,57 @@ class Foreground(Journey):
         self.assertEqual(child.wait(30), 0)
         self.assertEqual((self.person.processes(), self.person.state()), ([], None))
 
-    def test_a_restart_from_elsewhere_is_followed(self):
+    def test_a_restart_from_elsewhere_is_left_to_it(self):
         child = self.foreground()
-        self.assertEqual(self.person.types("restart").returncode, 0)
+        former = self.person.state()["pid"]
+        done = self.person.types("restart", "--json")
+        self.assertEqual(done.returncode, 0, done.stderr)
         eventually(lambda: Path(child.said).read_text(encoding="utf-8").count("To see the GUI") == 2)
         self.assertIsNone(child.poll())
+        pid = self.person.state()["pid"]
+        self.assertEqual(json.loads(done.stdout)["data"]["pid"], pid)
+        self.assertNotEqual(pid, former)
+        self.assertEqual(dock.process_table().process(pid).ppid, child.pid)
         self.assertEqual(self.person.types("stop").returncode, 0)
         self.assertEqual(child.wait(30), 0)
+
+    def test_who_stops_it_for_a_while_starts_it_again_and_a_keeper_that_is_gone_hinders_nobody(self):
+        child = self.foreground()
+        environment = dock.Workspace(self.person.workspace).get_environment("demo")
+        self.assertTrue(environment.stop_for_restart())
+        self.assertTrue(environment.is_held_back())
+        self.assertFalse(dock.until(lambda: child.poll() is not None, 0.6))
+        self.assertFalse(environment.is_running())
+        self.assertTrue(environment.restart())
+        self.assertEqual(environment.observe().process.ppid, child.pid)
+        dock.signal_process(child.pid, "kill")
+        child.wait(30)
+        self.assertTrue(environment.restart())
+        self.assertEqual(environment.observe().process.ppid, os.getpid())
+        environment.stop()
+
+    def test_there_is_one_keeper_at_a_time(self):
+        child = self.foreground()
+        self.assertClear(
+            self.person.types("run", "--demo", "--monitor"), 1, f"'run --foreground' watches it (PID {child.pid})"
+        )
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "engines that want to be told are those of Unix")
+    def test_an_engine_is_told_when_it_answers_and_when_it_stops_and_comfyui_does_not_see_its_variables(self):
+        for address in (os.path.join(temporary_folder(self), "notify"), f"\0comfydock-{os.getpid()}"):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as engine, self.subTest(address=address):
+                engine.bind(address)
+                engine.settimeout(20)
+                named = {"NOTIFY_SOCKET": address.replace("\0", "@"), "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1"}
+                child = self.foreground(COMFYDOCK_DEMO_START_SECONDS="0.5", **named)
+                self.assertEqual(engine.recv(100), b"READY=1")
+                self.assertEqual(self.person.status()["state"], "running")
+                if LINUX:
+                    inherited = Path(f"/proc/{self.person.state()['pid']}/environ").read_bytes()
+                    self.assertNotRegex(inherited, b"NOTIFY_SOCKET|WATCHDOG")
+                dock.signal_process(child.pid, "terminate")
+                self.assertEqual(engine.recv(100), b"STOPPING=1")
+                self.assertEqual(child.wait(30), 143)
 
     @unittest.skipIf(WINDOWS, "no SIGHUP on Windows")
     def test_under_nohup_a_hangup_ends_nothing(self):
@@ -8789,9 +9058,10 @@ class Monitored(Journey):
         self.monitored_demo()
         monitor = self.monitor_pid()
         self.assertEqual(self.person.types("restart").returncode, 0)
-        self.assertNotEqual(self.monitor_pid(), monitor)
-        self.assertTrue(alive(self.monitor_pid()))
-        self.assertFalse(alive(monitor))
+        self.assertEqual(self.monitor_pid(), monitor)
+        data = self.person.status()
+        self.assertEqual((data["monitor"]["alive"], data["monitor"]["restarts"]), (True, 0))
+        self.assertEqual(dock.process_table().process(data["pid"]).ppid, monitor)
 
     def test_comfyui_outlives_a_killed_monitor_and_a_new_one_can_be_started(self):
         data = self.monitored_demo()
