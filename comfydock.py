@@ -4364,43 +4364,32 @@ def read_json(path: str) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-class Draft:
-    """A manifest being changed: its text, and beside it the data that the text has to parse to in the end."""
+def change_manifest(
+    paths: EnvironmentPaths, plan: "Callable[[Manifest], dict[Name, Any]]", python: Optional[str] = None
+) -> None:
+    """Make the changes that `plan` sees to be made, tables and pairs by name; every other byte stays.
 
-    def __init__(self, paths: EnvironmentPaths, python: Optional[str]) -> None:
-        self.path, self.python = paths.manifest, python
-        self.text = manifest_text(paths)
-        self.data = parse_toml(self.text, self.path, python)
-
-    def change(self, name: Name, value: Any) -> None:
-        try:
-            self.text = edited(self.text, name, value)
-            inner = self.data
+    The text is saved, to its real path, once it is sure that it says what is meant and nothing else: else, or where it
+    cannot be read, CDEnvironmentError (code "manifest") is raised, and the file is as it was. The content lock is held.
+    """
+    text = manifest_text(paths)
+    data = parse_toml(text, paths.manifest, python)
+    try:
+        for name, value in plan(manifest_from(data)).items():
+            text, inner = edited(text, name, value), data
             for part in name[:-1]:
                 inner = inner.setdefault(part, {})
             inner.pop(name[-1], None)
             if value is not None:
                 inner[name[-1]] = value
-        except (ValueError, TypeError, AttributeError):  # a number where a table is meant
-            raise self.unchangeable() from None
-
-    def unchangeable(self) -> CDEnvironmentError:
-        return CDEnvironmentError(
-            f"{self.path} is laid out in a way that cannot be changed piece by piece",
-            "write each node as its own table [tool.comfydock.nodes.NAME]",
-            "manifest",
-        )
-
-    def save(self) -> None:
-        """Write it to its real path, once it is sure that it says what is expected and nothing else."""
-        try:
-            is_meant = without_empty(parse_toml(self.text, self.path, self.python)) == without_empty(self.data)
-        except CDEnvironmentError:
-            is_meant = False
-        if not is_meant:
-            raise self.unchangeable()
-        real = os.path.realpath(self.path) if is_link(self.path) else self.path
-        write_atomic(real, self.text.encode(), os.stat(real).st_mode & 0o777)
+        is_meant = without_empty(parse_toml(text, paths.manifest, python)) == without_empty(data)
+    except (ValueError, TypeError, AttributeError, CDEnvironmentError):  # a number where a table is meant, for one
+        is_meant = False
+    if not is_meant:
+        message = f"{paths.manifest} is laid out in a way that cannot be changed piece by piece"
+        raise CDEnvironmentError(message, "write each node as its own table [tool.comfydock.nodes.NAME]", "manifest")
+    real = os.path.realpath(paths.manifest)
+    write_atomic(real, text.encode(), os.stat(real).st_mode & 0o777)
 
 
 def without_empty(table: dict[str, Any]) -> dict[str, Any]:
@@ -4411,32 +4400,25 @@ def without_empty(table: dict[str, Any]) -> dict[str, Any]:
 def change_node(
     paths: EnvironmentPaths, key: str, info: Optional[NodeInfo], needs: list[str], python: Optional[str] = None
 ) -> None:
-    """Write what the manifest says of a node, and its requirements; every other byte stays. The content lock is held.
+    """Write what the manifest says of a node and its requirements; None takes it out. Raises as change_manifest."""
 
-    None as `info` takes the node out; `python` is for parse_toml. Raises CDEnvironmentError (code "manifest"); the file
-    is then as it was.
-    """
-    draft = Draft(paths, python)
-    manifest = manifest_from(draft.data)
-    groups: dict[str, Any] = {manifest.group_name(manifest.nodes[key]): None} if key in manifest.nodes else {}
-    if info:
-        groups[manifest.group_name(info)] = needs or None
-    for group, lines in groups.items():
-        if lines != manifest.groups.get(group):
-            draft.change(("dependency-groups", group), lines)
-    table = table_from_info(info, manifest.tables.get(key)) if info else None
-    if table != manifest.tables.get(key):
-        draft.change(("tool", manifest.tool, "nodes", key), table)
-    draft.save()
+    def plan(manifest: Manifest) -> dict[Name, Any]:
+        groups: dict[str, Any] = {manifest.group_name(manifest.nodes[key]): None} if key in manifest.nodes else {}
+        if info:
+            groups[manifest.group_name(info)] = needs or None
+        changed = [group for group, lines in groups.items() if lines != manifest.groups.get(group)]
+        changes: dict[Name, Any] = {("dependency-groups", group): groups[group] for group in changed}
+        table = table_from_info(info, manifest.tables.get(key)) if info else None
+        return (
+            changes if table == manifest.tables.get(key) else {**changes, ("tool", manifest.tool, "nodes", key): table}
+        )
+
+    change_manifest(paths, plan, python)
 
 
 def change_settings(paths: EnvironmentPaths, settings: dict[str, Any], python: Optional[str] = None) -> None:
-    """Write settings of [tool.comfydock], None removes one; every other byte stays. Raises as change_node does."""
-    draft = Draft(paths, python)
-    tool = manifest_from(draft.data).tool
-    for name, value in settings.items():
-        draft.change(("tool", tool, name), value)
-    draft.save()
+    """Write settings of [tool.comfydock], None removes one. Raises as change_manifest does."""
+    change_manifest(paths, lambda one: {("tool", one.tool, name): value for name, value in settings.items()}, python)
 
 
 # Git
@@ -5424,12 +5406,6 @@ class DevelopmentSource:
         return info
 
 
-def pick_source(identifier: str) -> Any:
-    path = r"/|\./|\.\./|~|\.\\|\.\.\\|[A-Za-z]:[\\/]"
-    address = r".*://|.*::|[\w.-]+@[\w.-]+:"
-    return GitSource() if re.match(f"{path}|{address}", identifier) else RegistrySource()
-
-
 # Workflow files: what ComfyUI saved, as JSON or in the text chunks of a PNG image
 
 FRONTEND_NODES = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")  # the browser's own, which are in no file
@@ -5500,19 +5476,16 @@ class NodeChange:
         self.goal: Optional[tuple[Optional[NodeInfo]]] = None
 
     def move(self, source: str, target: str) -> None:
+        """Rename, so that it is taken back with the change; across disks, a part of the source may be left."""
+
+        def back() -> None:
+            if os.path.lexists(target):
+                remove_tree(source)
+                move(target, source, self.folder)
+
         refuse_existing(target)
-        self.undo.callback(self.move_back, source, target)
+        self.undo.callback(back)
         move(source, target, self.folder)
-
-    def move_back(self, source: str, target: str) -> None:
-        """Take a rename back, if it happened; across disks, a part of the source may be left."""
-        if os.path.lexists(target):
-            remove_tree(source)
-            move(target, source, self.folder)
-
-
-def left_alone(info: NodeInfo, message: str) -> UpdateResult:
-    return UpdateResult(info.name, info.source, message=message, old_version=info.version, new_version=info.version)
 
 
 class NodeManager:
@@ -5622,11 +5595,9 @@ class NodeManager:
         there = {name.casefold() for name in folders}
         tracked = {info.name.casefold(): info for info in manifest.nodes.values()}
         found = {name.casefold() for name in manifest.found_nodes}
-        extra = [name for name in folders if name.casefold() not in tracked]
+        extra, missing = [name for name in folders if name.casefold() not in tracked], [*tracked.keys() - there]
         return EnvironmentComparison(
-            missing_nodes=[
-                info.name for name, info in tracked.items() if name not in there and not self.disabled_folder(info)
-            ],
+            missing_nodes=[tracked[name].name for name in missing if not self.disabled_folder(tracked[name])],
             extra_nodes=[name for name in extra if name.casefold() not in found],
             found_nodes=[name for name in extra if name.casefold() in found],
             version_mismatches=[wrong for name in tracked if name in there for wrong in self.mismatch(tracked[name])],
@@ -5665,7 +5636,9 @@ class NodeManager:
         already, and CDEnvironmentError when it cannot be found, fetched or installed; then all is as before.
         """
         with self.changing(f"add {identifier}"):
-            source = DevelopmentSource(self.custom_nodes) if is_development else pick_source(identifier)
+            place = r"/|\./|\.\./|~|\.\\|\.\.\\|[A-Za-z]:[\\/]|.*://|.*::|[\w.-]+@[\w.-]+:"  # a path or an address
+            source: Any = GitSource() if re.match(place, identifier) else RegistrySource()
+            source = DevelopmentSource(self.custom_nodes) if is_development else source
             key, info = self.tracked_as(source.find(identifier, self.tell), force)
             info = info.altered(no_deps=no_deps, released=[*map(package_name, release)])
             source = self.source_of(info) if info.source == "git" else source  # the registry may name a repository
@@ -5704,18 +5677,22 @@ class NodeManager:
         the node has local changes, CDEnvironmentError as add_node does.
         """
         key, info, asked = self.find_version(identifier)
+
+        def left_alone(why: str) -> UpdateResult:
+            return UpdateResult(info.name, info.source, False, f"{info.name} {why}", [], [], info.version, info.version)
+
         if not os.path.lexists(self.folder_of(info)) and self.disabled_folder(info):
-            return left_alone(info, f"{info.name} is disabled, and was left as it is")
+            return left_alone("is disabled, and was left as it is")
         if info.pin and not asked:
-            return left_alone(info, f"{info.name} stays at {info.pin}; to move it: node update {key}@latest")
+            return left_alone(f"stays at {info.pin}; to move it: node update {key}@latest")
         newest = self.newest(info, asked)
         source = self.source_of(newest)
         if newest.version != info.version or newest.pin != info.pin:
             confirm = confirmation_strategy
             if confirm is not None and not confirm(info.name, str(info.version), str(newest.version or asked)):
-                return left_alone(info, f"{info.name} was left as it is")
+                return left_alone("was left as it is")
         elif info.source != "development":
-            return left_alone(info, f"{info.name} is at its newest version")
+            return left_alone("is at its newest version")
         with self.changing(f"update {info.name}"):
             now = self.manifest.nodes.get(key)
             if now is None or now.version != info.version:
@@ -5726,18 +5703,13 @@ class NodeManager:
                 newest = self.put(key, newest, source, no_test, force, bool(info.skipped_lines))
             after = self.manifest.requirements(newest)
         changed = info.version != newest.version or before != after
-        return UpdateResult(
-            node_name=info.name,
-            source=info.source,
-            changed=changed,
-            message=f"{info.name} updated" if changed else f"{info.name} is up to date",
-            requirements_added=[line for line in after if line not in before],
-            requirements_removed=[line for line in before if line not in after],
-            old_version=info.version,
-            new_version=newest.version,
-            restart_recommended=changed,
-            restart_reason=f"Node '{info.name}' updated to {newest.version}" if changed else None,
-        )
+        message = f"{info.name} updated" if changed else f"{info.name} is up to date"
+        added, removed = [one for one in after if one not in before], [one for one in before if one not in after]
+        result = UpdateResult(info.name, info.source, changed, message, added, removed, info.version, newest.version)
+        if changed:
+            result.restart_recommended = True
+            result.restart_reason = f"Node '{info.name}' updated to {newest.version}"
+        return result
 
     def find_version(self, identifier: str) -> "tuple[str, NodeInfo, str]":
         """Return key and node that NODE or NODE@VERSION means, and the version. Raises as find_node does."""
@@ -5923,11 +5895,9 @@ class NodeManager:
             node = self.manifest.nodes.get(str(record.get("key")))
             if self.python and (node is None or vars(node) != record.get("node")):
                 packages = Packages(self.python, [])
-                there = packages.before
-                files = {name: there[name].files if name in there else set() for name in record["before"]}
-                packages.before = {
-                    name: Package(one[0], one[1], one[2], files[name]) for name, one in record["before"].items()
-                }
+                now, before = packages.before, record["before"]
+                there = {name: now[name].files if name in now else set() for name in before}
+                packages.before = {name: Package(one[0], one[1], one[2], there[name]) for name, one in before.items()}
                 packages.put_back(self.tell)
             remove_file(self.paths.packages)
         staged = os.path.join(self.custom_nodes, STAGING)
@@ -6085,9 +6055,8 @@ class NodeManager:
         released = {package_name(line): line for one in self.manifest.nodes.values() for line in one.released}
         packages = Packages(self.python, self.world(key), {*released, *map(package_name, info.released)})
         there = {name: f"{one.name}=={one.version}" for name, one in packages.before.items()}
-        info = info.altered(
-            released=[released.get(name) or there.get(name, name) for name in map(package_name, info.released)]
-        )
+        names = [*map(package_name, info.released)]
+        info = info.altered(released=[released.get(name) or there.get(name, name) for name in names])
         try:
             if not no_test or skip_bad:
                 self.tell(f"trying the requirements of {info.name}")
@@ -6130,9 +6099,7 @@ class NodeManager:
         elif back:
             self.tell(f"given back: {', '.join(back)}")
         wanted = {package_name(entry) for need in packages.world for entry in need.entries}
-        left = [
-            name for name in brought or [] if package_name(name) in packages.before and package_name(name) not in wanted
-        ]
+        left = [name for name in brought or [] if package_name(name) in packages.before.keys() - wanted]
         if left:
             self.tell(f"packages that {info.name} brought stay installed: {', '.join(left)}")
 
