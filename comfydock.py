@@ -3533,13 +3533,6 @@ def begin_session(path: str, header: str) -> "tuple[BinaryIO, int, int]":
         raise
 
 
-def copy_bytes(source: "BinaryIO", write: Callable[[bytes], object], count: int) -> None:
-    """Hand `count` bytes of `source` to `write`, a block at a time (fewer when the file is shorter)."""
-    while count > 0 and (piece := source.read(min(count, BLOCK))):
-        write(piece)
-        count -= len(piece)
-
-
 def blocks_from_end(file: "BinaryIO", end: int, floor: int = 0) -> "Iterator[tuple[int, bytes]]":
     """Yield the blocks of a file between two offsets, the last one first, each with where it begins."""
     while end > floor:
@@ -3579,10 +3572,7 @@ def find_session(file: "BinaryIO", end: int) -> int:
 
 def log_size(path: str) -> int:
     """Return the size of a log in bytes, 0 where there is none. Raises OSError where one may not look."""
-    try:
-        return os.lstat(path).st_size
-    except FileNotFoundError:
-        return 0
+    return os.lstat(path).st_size if is_there(path) else 0
 
 
 def file_mark(path: str) -> str:
@@ -3676,12 +3666,6 @@ def is_link(path: str) -> bool:
         return False
     mount_point = 0xA0000003  # IO_REPARSE_TAG_MOUNT_POINT, what a junction carries
     return stat.S_ISLNK(status.st_mode) or getattr(status, "st_reparse_tag", 0) == mount_point
-
-
-def remove_empty(path: str) -> None:
-    """Delete a folder if there is nothing in it."""
-    with suppress(OSError):
-        os.rmdir(path)
 
 
 def refuse_existing(path: str) -> None:
@@ -5935,7 +5919,8 @@ class NodeManager:
             kept = move_aside(change.old, self.paths.removed, os.path.basename(change.place))
             self.tell(f"the former {os.path.basename(change.place)} is kept: {kept}")
         remove_tree(change.folder)
-        remove_empty(os.path.dirname(change.folder))
+        with suppress(OSError):
+            os.rmdir(os.path.dirname(change.folder))
 
     def without_failing(self, action: Callable[..., object], *words: Any) -> None:
         """Do what must not keep a command from its end: what goes wrong is told."""
@@ -11120,7 +11105,8 @@ def logs(console: Console, args: Arguments) -> Report:
     for span_path, start, end in log_spans(environment, args.all, args.tail):
         with open_regular(span_path) as log:
             log.seek(start)
-            copy_bytes(log, console.log, end - start)
+            while piece := log.read(max(0, min(BLOCK, end - log.tell()))):
+                console.log(piece)
     return Report({}, environment.name, already_printed=True)
 
 
