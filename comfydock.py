@@ -3668,6 +3668,12 @@ def is_link(path: str) -> bool:
     return stat.S_ISLNK(status.st_mode) or getattr(status, "st_reparse_tag", 0) == mount_point
 
 
+def remove_empty(path: str) -> None:
+    """Delete a folder if there is nothing in it."""
+    with suppress(OSError):
+        os.rmdir(path)
+
+
 def refuse_existing(path: str) -> None:
     """Raise CDEnvironmentError (code "exists") when something stands where a thing is to be put."""
     if os.path.lexists(path):
@@ -5919,8 +5925,7 @@ class NodeManager:
             kept = move_aside(change.old, self.paths.removed, os.path.basename(change.place))
             self.tell(f"the former {os.path.basename(change.place)} is kept: {kept}")
         remove_tree(change.folder)
-        with suppress(OSError):
-            os.rmdir(os.path.dirname(change.folder))
+        remove_empty(os.path.dirname(change.folder))
 
     def without_failing(self, action: Callable[..., object], *words: Any) -> None:
         """Do what must not keep a command from its end: what goes wrong is told."""
