@@ -47,6 +47,7 @@ Another program lives here as a guest, exempt from the rules: the demo (10).
     17. The front door               main()
 """
 
+import errno
 import json
 import os
 import re
@@ -836,7 +837,6 @@ def open_regular(path: str, mode: str = "rb", buffering: int = -1) -> "BinaryIO"
 
     A new one is its owner's alone. Raises OSError, also for a link (ELOOP), a pipe, a device and a folder.
     """
-    import errno
     import stat
 
     def opener(name: str, flags: int) -> int:
@@ -1025,7 +1025,6 @@ if sys.platform == "win32":
         The handle is not inherited. A link raises OSError (ELOOP).
         """
         import ctypes
-        import errno
         import msvcrt
 
         if os.path.islink(path):
@@ -2960,7 +2959,6 @@ def is_port_bound(port: int, expected_pid: Optional[int] = None, host: str = DEF
 
 
 def _can_bind(name: str, port: int) -> bool:
-    import errno
     import socket
 
     try:
@@ -3235,8 +3233,6 @@ def again_while_busy(action: Callable[[], object], seconds: float) -> None:
 
 def is_in_use(error: OSError) -> bool:
     """Tell whether an error may be gone once what uses a file has ended."""
-    import errno
-
     return error.errno in (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENOTEMPTY)
 
 
@@ -3271,8 +3267,6 @@ def read_small(path: str, limit: int = 16 * MEGABYTE) -> Optional[bytes]:
 
     Raises OSError, also when it is a link, no regular file, or (EFBIG) larger than `limit` bytes.
     """
-    import errno
-
     try:
         with open_regular(path) as file:
             data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)  # so much memory is asked for
@@ -3282,6 +3276,8 @@ def read_small(path: str, limit: int = 16 * MEGABYTE) -> Optional[bytes]:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
     return data
 
+
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
 # Where a lock that is free is nobody's. On all else, a network's above all, one of another machine may not show.
 LOCAL_FILE_SYSTEMS = frozenset("ext2 ext3 ext4 xfs btrfs zfs f2fs bcachefs tmpfs overlay".split())
@@ -3300,20 +3296,32 @@ def file_system_of(path: str) -> str:
 
 @contextmanager
 def locked(
-    path: str, seconds: float, purpose: str, handed_on: bool = False, past_stopped: bool = False
+    path: str, seconds: float, purpose: str, handed_on: bool = False, is_stop: bool = False, is_kill: bool = False
 ) -> Iterator[None]:
     """Hold the lock file at `path`, waiting up to `seconds` for it.
 
     The lock is the system's and ends with its holder, so the file is never deleted and never stale; its text only tells
     others who holds it. One that is `handed_on` is held by the commands that we run meanwhile, too: one that outlives
-    us is waited for by the next comer, and then ended. Who goes `past_stopped` needs no lock whose holder stands still.
-    Raises CDEnvironmentError naming the holder.
+    us is waited for by the next comer, and then ended. A stop needs no lock where the file system has none, a kill none
+    whose holder stands still. Raises CDEnvironmentError naming the holder.
     """
-    holder = holder_of(path) if past_stopped else None
+    holder = holder_of(path) if is_kill else None
     is_passed = holder is not None and holder.state == "stopped"
-    lock = until(lambda: take_lock(path), 0 if is_passed else seconds)
-    if lock is None and not is_passed and end_orphan_at(path):
-        lock = until(lambda: take_lock(path), LEFTOVER_AGE)
+    try:
+        lock = until(lambda: take_lock(path), 0 if is_passed else seconds)
+        if lock is None and not is_passed and end_orphan_at(path):
+            lock = until(lambda: take_lock(path), 10.0)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        told = f"{path} cannot be locked: its file system ({file_system_of(path) or error.strerror}) has no locks"
+        if not is_stop:
+            hint = "keep the workspace on a local disk: --workspace DIR, or set COMFYDOCK_HOME"
+            raise CDEnvironmentError(told + ".", hint, "locks") from error
+        import warnings
+
+        warnings.warn(told, stacklevel=2)
+        lock, is_passed = None, True
     if lock is None and not is_passed:
         raise _locked_out(path)
     with lock or nullcontext():
@@ -3398,7 +3406,7 @@ def take_lock(path: str) -> "Optional[BinaryIO]":
         lock = open_regular(path, "rb")  # enough to lock: ComfyUI on a read-only disk must be stoppable, too
     try:
         # Who waited for one that was deleted meanwhile opens the next one.
-        if _lock_or_warn(lock.fileno(), path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+        if lock_handle(lock.fileno()) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
             return lock
     except FileNotFoundError:
         pass
@@ -3407,20 +3415,6 @@ def take_lock(path: str) -> "Optional[BinaryIO]":
         raise
     lock.close()
     return None
-
-
-def _lock_or_warn(handle: int, path: str) -> bool:
-    import errno
-    import warnings
-
-    try:
-        return lock_handle(handle)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
-            raise
-        where = f"the file system of {path} has no locks ({file_system_of(path) or error.strerror})"
-        warnings.warn(f"{where}: run one command at a time here, or keep the workspace on a local disk", stacklevel=2)
-        return True
 
 
 def _locked_out(path: str) -> CDEnvironmentError:
@@ -3687,8 +3681,6 @@ def move(source: str, target: str, scratch: Optional[str] = None) -> None:
     Linux, Documentation/filesystems/overlayfs). The target is whole as soon as it is there; until then the copy is in
     `scratch`, a folder on the target's disk, by default its own.
     """
-    import errno
-
     refuse_existing(target)
     refuse_mounts(source)
     try:
@@ -6941,12 +6933,10 @@ class Environment:
                 self._write_state(record)
 
     @contextmanager
-    def _process_lock(self, purpose: str, seconds: float = LOCK_SECONDS, past_stopped: bool = False) -> Iterator[None]:
-        if not os.path.exists(self.paths.lock) or not os.path.exists(
-            self.paths.alive
-        ):  # the first time here: git shall not see our files
-            GitManager(self.paths.cec).hide_runtime_files()
-        with locked(self.paths.lock, seconds, purpose, past_stopped=past_stopped):
+    def _process_lock(self, purpose: str, seconds: float = LOCK_SECONDS, **must: bool) -> Iterator[None]:
+        if not os.path.exists(self.paths.lock) or not os.path.exists(self.paths.alive):
+            GitManager(self.paths.cec).hide_runtime_files()  # the first time here: git shall not see our files
+        with locked(self.paths.lock, seconds, purpose, **must):
             sweep_leftovers(self.paths.state)
             sweep_leftovers(self.paths.cec)
             yield
@@ -7755,7 +7745,7 @@ class Environment:
         the same. Returns whether there was anything to stop. Raises CDEnvironmentError when the
         process belongs to another user, machine, or program, or does not end.
         """
-        with self._process_lock("stop", timeout, past_stopped=kill):
+        with self._process_lock("stop", timeout, is_stop=True, is_kill=kill):
             snapshot = self.observe(lock_held=True)
             if snapshot.state == FOREIGN:
                 raise self._foreign(snapshot)
@@ -9236,8 +9226,6 @@ class Monitor:
 
     def _restarts(self, recent: list[float]) -> bool:
         """Start again after a pause that doubles; a full disk, where nothing can be written, is waited for."""
-        import errno
-
         pause = min(2.0 ** len(recent), LONGEST_BACKOFF)
         until(lambda: self._wish() != "running", pause, 0.2)
         until(lambda: self._wish() == STOPPED or not self.environment.is_held_back(), float("inf"), 0.2)
@@ -9580,8 +9568,6 @@ def as_sentence(text: str) -> str:
 
 def output_error(error: OSError) -> OSError:
     """Return what went wrong with the output: a pipe that nobody reads is to Windows an invalid argument."""
-    import errno
-
     if error.errno == errno.EINVAL:
         return BrokenPipeError(errno.EPIPE, "nobody reads it", "the output")
     error.filename = "the output"
@@ -10145,8 +10131,6 @@ class Foreground:
 
         A terminal that is closed says EIO, perhaps before its SIGHUP comes: that is a hangup, with nobody to tell.
         """
-        import errno
-
         try:
             show_new(self.console, self.follower)
         except BrokenPipeError:
@@ -11934,8 +11918,6 @@ def complain(console: Console, words: list[str], error: CDEnvironmentError, code
 
 def os_error_sentence(error: OSError) -> str:
     """An OSError as one sentence that names the file."""
-    import errno
-
     reason = error.strerror or str(error) or type(error).__name__
     if error.filename is None and error.errno == errno.ENOENT:
         return "The folder that you stand in is no longer there: go to another one."

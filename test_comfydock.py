@@ -2845,9 +2845,11 @@ class LocksExclude(unittest.TestCase):
     def test_a_file_system_without_locks_is_told_and_nothing_stays_open(self):
         before = os.listdir("/proc/self/fd")
         with unittest.mock.patch.object(dock, "lock_handle", side_effect=OSError(errno.ENOLCK, "No locks available")):
-            with self.assertWarnsRegex(UserWarning, f"file system of {self.path} has no locks"):
-                with dock.locked(self.path, 1, "run", handed_on=True):
+            with self.assertRaisesRegex(dock.CDEnvironmentError, f"{self.path} cannot be locked: .* has no locks"):
+                with dock.locked(self.path, 1, "run"):
                     pass
+            with self.assertWarnsRegex(UserWarning, "has no locks"), dock.locked(self.path, 1, "stop", is_stop=True):
+                pass
         self.assertEqual(len(os.listdir("/proc/self/fd")), len(before))
 
     def holder(self, *lines, path=None):
@@ -2915,7 +2917,7 @@ class LocksExclude(unittest.TestCase):
     def test_a_holder_that_stands_still_is_told_and_who_must_goes_past_it(self):
         holder, _ = self.holder("print(1, flush=True)", "import time", "time.sleep(600)")
         with self.assertRaisesRegex(dock.CDEnvironmentError, "is busy here"):
-            with dock.locked(self.path, 0, "stop", past_stopped=True):
+            with dock.locked(self.path, 0, "stop", is_kill=True):
                 pass
         holder.send_signal(signal.SIGSTOP)
         eventually(lambda: dock.process_table().process(holder.pid).state == "stopped")
@@ -2925,7 +2927,7 @@ class LocksExclude(unittest.TestCase):
         ):
             pass
         self.assertIn(f"kill -CONT {holder.pid}", caught.exception.hint)
-        with dock.locked(self.path, 10, "stop", past_stopped=True):
+        with dock.locked(self.path, 10, "stop", is_kill=True):
             self.assertTrue(alive(holder.pid))
 
     @unittest.skipIf(WINDOWS, "a file that is open is not deleted there")
@@ -6602,7 +6604,7 @@ class TheFrontDoorNeverShowsATraceback(unittest.TestCase):
 
     def test_a_second_ctrl_c_does_not_break_off_the_last_words(self):
         with unittest.mock.patch.object(dock, "complain", side_effect=[KeyboardInterrupt, 130]) as complain:
-            self.assertEqual(dock.interrupted(dock.Console(None, None, None), ["status"], is_program=False), 130)
+            self.assertEqual(dock.interrupted(dock.Console(None, None, None), ["status"], False, 130), 130)
         self.assertEqual(complain.call_count, 2)
 
     def test_ctrl_c_is_130(self):
