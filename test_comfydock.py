@@ -8712,6 +8712,28 @@ class FromNothingToANode(Journey):
         self.types("create", "main", "--source", self.source, "--no-install")
         self.assertNotIn("incomplete", self.types("list"))
 
+    @needs_git
+    @unittest.skipIf(WINDOWS, "no signals there")
+    def test_a_create_that_is_told_to_end_takes_git_along_and_leaves_nothing(self):
+        def silent(connection):
+            while connection.recv(4096):
+                pass
+
+        with listening(answer=silent) as port:
+            for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+                source = f"http://127.0.0.1:{port}/{code}.git"
+                child = self.person.starts("create", "main", "--source", source)
+                eventually(
+                    lambda: [
+                        one for one in dock.process_table().processes(containing=source) if "ls-remote" in one.text
+                    ]
+                )
+                child.send_signal(number)
+                self.assertEqual(child.wait(20), code, read(child.said))
+                self.assertEqual(dock.process_table().processes(containing=source), [])
+                self.assertEqual(os.listdir(os.path.join(self.person.workspace, "environments")), [])
+            self.assertNotIn("Traceback", read(child.said))
+
     @unittest.skipIf(WINDOWS, "the venv is shared by a link")
     def test_nodes_come_change_and_go_and_comfyui_is_restarted_or_the_user_told(self):
         nodes = self.make()
