@@ -6209,10 +6209,8 @@ def create_environment(
     with claimed(paths):
         check_space(paths, "code" if no_install or os.path.isdir(paths.venv) else torch_backend)
         if not os.path.isdir(paths.comfyui):
-            with stage(
-                "ComfyUI", tell, source or COMFYUI_REPOSITORY
-            ):  # beside its place, then renamed: a folder ComfyUI is a whole one
-                remove_tree(paths.partial)
+            with stage("ComfyUI", tell, source or COMFYUI_REPOSITORY):
+                remove_tree(paths.partial)  # made beside its place, then renamed: a folder ComfyUI is a whole one
                 fetch_comfyui(source, comfyui, paths.partial, tell)
                 move(paths.partial, paths.comfyui)
         settings = code_facts(paths.comfyui, source, comfyui)
@@ -6375,9 +6373,7 @@ def fetch_comfyui(source: Optional[str], reference: Optional[str], folder: str, 
     if source.lower().endswith((".tar.gz", ".tgz")) and not is_folder:
         raise CDEnvironmentError(f"{source} is no zip file", "name the .zip of the same code", "usage")
     is_plain = is_folder and not os.path.lexists(os.path.join(source, ".git")) and not source.endswith(".git")
-    no_comfyui = CDEnvironmentError(
-        f"{source} holds no ComfyUI: it has no main.py", "name another --source", "not-found"
-    )
+    no_comfyui = CDEnvironmentError(f"{source} is not ComfyUI (no main.py).", "name another --source", "not-found")
     if is_plain and not os.path.isfile(main_script(source)):
         raise no_comfyui
     if reference and (is_archive or is_plain):
@@ -6421,18 +6417,10 @@ def code_facts(folder: str, source: Optional[str] = None, reference: Optional[st
     tag = git_answer(["describe", "--tags", "--exact-match", "--match=v[0-9]*"], folder)
     version = tag or (f"v{found.group(1)}" if found else None)
     commit, remote = git_answer(["rev-parse", "HEAD"], folder), remote_of(folder)[1]
-    is_other = (
-        commit and reference and git_answer(["rev-parse", "--verify", f"{reference}^{{commit}}"], folder) != commit
-    )
-    if (
-        is_other
-        or remote
-        and source
-        and not same_repository(remote, os.path.abspath(source) if os.path.isdir(source) else source)
-    ):
-        message = (
-            f"{folder} is {version or 'another version'} from {remote or 'an archive'}, which was asked for before"
-        )
+    asked = os.path.abspath(source) if source and os.path.isdir(source) else source
+    named = git_answer(["rev-parse", "--verify", f"{reference}^{{commit}}"], folder) if reference else commit
+    if commit and named != commit or asked and remote and not same_repository(remote, asked):
+        message = f"{folder} is {version or 'another version'} from {remote}, which was asked for before"
         raise CDEnvironmentError(message, ["To begin anew: ", ("delete", "NAME")], "exists")
     version = reference or version
     kind = "commit" if re.fullmatch(COMMIT, version or "") else "branch" if version else None
@@ -6504,15 +6492,6 @@ def adopt_environment(paths: EnvironmentPaths, comfyui: str, python: str, tell: 
         write_atomic(paths.complete, b"", 0o644)
 
 
-def write_demo_manifest(paths: EnvironmentPaths, python: str) -> None:
-    project = {"name": f"comfydock-env-{paths.name}", "version": "0.1.0"}
-    text = toml_text({"[project]": project, "[tool.comfydock]": {"demo": True, "python_path": python}})
-    make_folder(paths.cec)
-    write_atomic(paths.manifest, text.encode(), 0o644)
-    write_atomic(paths.gitignore, GitManager.GITIGNORE.encode(), 0o644)
-    write_atomic(paths.complete, b"", 0o644)
-
-
 def own_files(comfyui: str, seconds: float = 2.0) -> dict[str, tuple[int, int, bool]]:
     """Count what a user put into a ComfyUI: folder -> (files, bytes, whether that is all), without the empty ones.
 
@@ -6522,9 +6501,8 @@ def own_files(comfyui: str, seconds: float = 2.0) -> dict[str, tuple[int, int, b
     tracked = set((git_answer(["ls-files", "-z", "--", *OWN_FOLDERS], comfyui) or "").split("\0"))
     for name in OWN_FOLDERS:
         number, size, is_all = 0, 0, True
-        for folder, _, files in (
-            os.walk(os.path.join(comfyui, name)) if not is_link(os.path.join(comfyui, name)) else ()
-        ):
+        top = os.path.join(comfyui, name)
+        for folder, _, files in () if is_link(top) else os.walk(top):
             for path in (os.path.join(folder, file) for file in files):
                 length = os.lstat(path).st_size
                 if length and os.path.relpath(path, comfyui).replace(os.sep, "/") not in tracked:
@@ -6569,11 +6547,13 @@ def delete_environment(
         try:
             replace_file(paths.root, doomed, 0.0)  # gone at once: who waits for its locks finds nothing
         except OSError:  # Windows, where the locks are open files, or a layer of an image: piece by piece
+            doomed = paths.root
             for path in (os.path.join(paths.root, name) for name in os.listdir(paths.root)):
                 if path != paths.cec:
                     move(path, f"{path}{DELETED}")
                     remove_tree(f"{path}{DELETED}")
-    remove_tree(paths.root)
+    if doomed == paths.root:
+        remove_tree(doomed)
     sweep_deleted(parent, tell)
     return kept
 
@@ -8394,7 +8374,14 @@ class Workspace:
         if present != source:
             write_atomic(main_script(paths.comfyui), source, 0o644)
         if not environment.is_complete or environment.manifest.python_path != sys.executable:
-            write_demo_manifest(paths, sys.executable)
+            manifest = first_manifest(paths, {"demo": True, "python_path": sys.executable}, [], [])
+            for path, text in (
+                (paths.manifest, manifest),
+                (paths.gitignore, GitManager.GITIGNORE),
+                (paths.complete, ""),
+            ):
+                make_folder(paths.cec)
+                write_atomic(path, text.encode(), 0o644)
         return environment
 
     def create(

@@ -4022,7 +4022,7 @@ class CreateTest(InWorkshop):
     def test_wrong_sources_and_pythons_are_one_sentence(self):
         empty = tempfile.mkdtemp(dir=Workshop.root)
         for options, words in (
-            ({"source": empty}, "no main.py"),
+            ({"source": empty}, "is not ComfyUI (no main.py)"),
             ({"source": empty + "/x.zip"}, "is not there"),
             ({"source": Workshop.comfyui, "comfyui": "v9.9.9"}, "has no version v9.9.9"),
             ({"source": Workshop.comfyui, "comfyui": "0123456789abcdef"}, "git "),
@@ -8720,17 +8720,17 @@ class FromNothingToANode(Journey):
                 pass
 
         with listening(answer=silent) as port:
+            source = f"http://127.0.0.1:{port}/x.git"
+
+            def asking():
+                return [one for one in dock.process_table().processes(containing=source) if "ls-remote" in one.text]
+
             for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
-                source = f"http://127.0.0.1:{port}/{code}.git"
                 child = self.person.starts("create", "main", "--source", source)
-                eventually(
-                    lambda: [
-                        one for one in dock.process_table().processes(containing=source) if "ls-remote" in one.text
-                    ]
-                )
+                eventually(asking)
                 child.send_signal(number)
                 self.assertEqual(child.wait(20), code, read(child.said))
-                self.assertEqual(dock.process_table().processes(containing=source), [])
+                self.assertEqual(asking(), [])
                 self.assertEqual(os.listdir(os.path.join(self.person.workspace, "environments")), [])
             self.assertNotIn("Traceback", read(child.said))
 
