@@ -655,7 +655,7 @@ class EnvironmentPaths:
 
     IGNORED = (
         ".comfyui.state .comfyui.state.damaged .comfyui.last .comfyui.alive .comfyui.lock .content.lock .complete "
-        ".manifest.json .sync.json .packages.json .nodes/ removed/ *.tmp"
+        ".manifest.json .sync.json .packages.json .nodes/ removed/ before/ before.json models.json *.tmp"
     ).split()
 
     def __init__(self, root: str) -> None:
@@ -677,7 +677,12 @@ class EnvironmentPaths:
         self.packages = inside + ".packages.json"  # while packages are changed: what was installed before
         self.nodes = inside + ".nodes"
         self.python_version = inside + ".python-version"
+        self.models_config = inside + "models.json"
+        self.before = inside + "before"
+        self.before_record = inside + "before.json"
         self.venv = os.path.join(root, ".venv")
+        self.venv_before = self.venv + ".before"
+        self.venv_partial = self.venv_before + ".tmp"
         self.partial = os.path.join(root, "ComfyUI.partial")
         self.comfyui = os.path.join(root, "ComfyUI")
 
@@ -3774,10 +3779,16 @@ def link_folder(folder: str, link: str) -> None:
             raise CDEnvironmentError(f"cannot make the link {link}: {error.strerror}") from error
 
 
-def copy_any(source: str, target: str, left_out: "Optional[Callable[[str, list[str]], list[str]]]" = None) -> None:
+def copy_any(
+    source: str,
+    target: str,
+    left_out: "Optional[Callable[[str, list[str]], list[str]]]" = None,
+    copy_file: "Optional[Callable[[str, str], object]]" = None,
+) -> None:
     """Copy a file, or a folder with all in it, as it is: links stay links. Raises CDEnvironmentError, OSError.
 
-    `left_out` is given each folder and the names in it, and returns those that are not copied.
+    `left_out` is given each folder and the names in it, and returns those that are not copied; `copy_file` copies the
+    files of a folder, shutil.copy2 where it is None.
     """
     import shutil
 
@@ -3787,10 +3798,40 @@ def copy_any(source: str, target: str, left_out: "Optional[Callable[[str, list[s
     if os.path.realpath(target).startswith(os.path.join(os.path.realpath(source), "")):
         raise CDEnvironmentError(f"{source} cannot be copied into itself ({target})", "name another folder", "usage")
     try:
-        shutil.copytree(source, target, symlinks=True, ignore=left_out)
+        copy = copy_file or shutil.copy2
+        shutil.copytree(source, target, symlinks=True, ignore=left_out, copy_function=copy)
     except shutil.Error as error:  # it holds all that went wrong, as (source, target, reason)
         path, _, reason = error.args[0][0]
         raise CDEnvironmentError(f"{path} cannot be copied: {reason}") from error
+
+
+def link_tree(source: str, target: str, copied: int = 0) -> None:
+    """Make a folder a second time out of hard links, and of copies for files of up to `copied` bytes.
+
+    Where the disk has no hard links all is copied. Raises CDEnvironmentError, with code "disk-full" when there is no
+    room for that, OSError.
+    """
+    import shutil
+
+    @cache
+    def require_room() -> None:
+        paths = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names]
+        needed, free = sum(os.lstat(path).st_size for path in paths), shutil.disk_usage(os.path.dirname(target)).free
+        if needed > free:
+            message = f"{source} cannot be kept: {needed // MEGABYTE} MB are needed, {free // MEGABYTE} MB are free."
+            raise CDEnvironmentError(message, "make room on that disk", "disk-full")
+
+    def link_or_copy(path: str, place: str) -> None:
+        if os.path.getsize(path) > copied:
+            try:
+                return os.link(path, place)
+            except OSError:  # FAT has none, a file may have too many
+                require_room()
+        shutil.copy2(path, place)
+
+    remove_tree(target)
+    make_folder(os.path.dirname(target))
+    copy_any(source, target, copy_file=link_or_copy)
 
 
 def carry_over(old: str, new: str, known: set[str]) -> list[str]:
@@ -4029,6 +4070,7 @@ COMFYUI_REPOSITORY = "https://github.com/Comfy-Org/ComfyUI.git"
 REGISTRY_URL = "https://api.comfy.org"
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 TORCH_PACKAGES = ["torch", "torchvision", "torchaudio"]
+COPIED_SIZE = 4 * MEGABYTE  # larger files of nodes are kept as hard links: nothing writes into weights and packs of git
 HELD_PACKAGES = (*TORCH_PACKAGES, "xformers", "triton", "numpy")
 STAGING = ".comfydock.disabled"  # inside custom_nodes, so that renames stay on one disk; ComfyUI skips *.disabled
 TRACKING = ".tracking"  # inside a registry node: the files of its archive, as ComfyUI-Manager writes them down
@@ -4398,9 +4440,17 @@ def change_node(
     change_manifest(paths, plan, python)
 
 
-def change_settings(paths: EnvironmentPaths, settings: dict[str, Any], python: Optional[str] = None) -> None:
-    """Write settings of [tool.comfydock], None removes one. Raises as change_manifest does."""
-    change_manifest(paths, lambda one: {("tool", one.tool, name): value for name, value in settings.items()}, python)
+def change_settings(
+    paths: EnvironmentPaths, settings: dict[str, Any], python: Optional[str] = None, needs: Optional[list[str]] = None
+) -> None:
+    """Write settings of [tool.comfydock], None removes one. Raises as change_manifest does.
+
+    `needs` are the dependencies of [project], which stay as they are when it is None.
+    """
+    more: dict[Name, Any] = {} if needs is None else {("project", "dependencies"): needs}
+    change_manifest(
+        paths, lambda one: {**{("tool", one.tool, name): value for name, value in settings.items()}, **more}, python
+    )
 
 
 # Git
@@ -5085,7 +5135,11 @@ class Packages:
         if lost:
             raise CDEnvironmentError(f"install.py replaced {', '.join(lost)}", code="install-script")
 
-    def put_back(self, tell: Progress) -> None:
+    def remembered(self) -> dict[str, Any]:
+        """Return what was there before as JSON keeps it, for a `put_back` by somebody else."""
+        return {name: (one.name, one.version, one.line) for name, one in self.before.items()}
+
+    def put_back(self, tell: Progress, before: Optional[dict[str, Any]] = None) -> None:
         """Install what was there before and remove what was not; tells the packages, and what could not be done.
 
         A package that shares files with one that is removed or replaced is installed again.
@@ -5093,6 +5147,9 @@ class Packages:
         from functools import partial
 
         now = installed_packages(self.python)
+        if before is not None:
+            files = {name: now[name].files if name in now else set() for name in before}
+            self.before = {name: Package(one[0], one[1], one[2], files[name]) for name, one in before.items()}
         new = [name for name in now if name not in self.before]
         gone = [name for name, one in self.before.items() if name not in now or now[name].line != one.line]
         touched = {path for name in new + gone if name in now for path in now[name].files}
@@ -5470,6 +5527,11 @@ class NodeChange:
         move(source, target, self.folder)
 
 
+def is_half_updated(paths: EnvironmentPaths) -> bool:
+    """Tell whether an update of ComfyUI is at work, or was broken off: see ComfyUIUpdate."""
+    return bool(read_json(paths.before_record).get("phase") == "changing")
+
+
 class NodeManager:
     """The custom nodes of one environment: in its manifest, in custom_nodes, and their packages.
 
@@ -5485,6 +5547,7 @@ class NodeManager:
         `known` is its manifest where it has just been read; what changes something reads it again.
         """
         self.paths, self.python, self.tell, self.known = paths, python, tell, known
+        self.end_trial: Callable[[], object] = bool  # what an update of ComfyUI does before it puts the old one back
 
     # What is there
 
@@ -5855,6 +5918,8 @@ class NodeManager:
         with locked(self.paths.content_lock, 30.0, purpose, handed_on=True):
             self.known = None
             self.take_back_interrupted()
+            if is_half_updated(self.paths):
+                ComfyUIUpdate(self).put_back()
             if self.manifest.tool != "comfydock":
                 self.tell(f"the manifest is one of {self.manifest.tool}: its tables are used as ours are")
             yield
@@ -5876,11 +5941,7 @@ class NodeManager:
         if record:
             node = self.manifest.nodes.get(str(record.get("key")))
             if self.python and (node is None or vars(node) != record.get("node")):
-                packages = Packages(self.python, [])
-                now, before = packages.before, record["before"]
-                there = {name: now[name].files if name in now else set() for name in before}
-                packages.before = {name: Package(one[0], one[1], one[2], there[name]) for name, one in before.items()}
-                packages.put_back(self.tell)
+                Packages(self.python, []).put_back(self.tell, record["before"])
             remove_file(self.paths.packages)
         staged = os.path.join(self.custom_nodes, STAGING)
         for name in os.listdir(staged) if os.path.isdir(staged) and not is_link(staged) else []:
@@ -6045,8 +6106,7 @@ class NodeManager:
                 left_out = packages.try_install(need, skip_bad, self.tell)
                 info = info.altered(skipped_lines=[*info.skipped_lines, *map(redact, left_out)])
             if info != self.manifest.nodes.get(key):
-                before = {name: (one.name, one.version, one.line) for name, one in packages.before.items()}
-                record = {"key": key, "node": vars(info), "before": before}
+                record = {"key": key, "node": vars(info), "before": packages.remembered()}
                 write_atomic(self.paths.packages, json.dumps(record).encode())
             change.undo.callback(packages.put_back, self.tell)
             self.tell(f"installing the requirements of {info.name}")
@@ -6200,6 +6260,7 @@ def create_environment(
     torch_backend: str = "auto",
     no_install: bool = False,
     no_manager: bool = False,
+    models: Optional[str] = None,
 ) -> None:
     """Make an environment in stages, each of which looks at its own result: run again it goes on where it broke off.
 
@@ -6219,7 +6280,7 @@ def create_environment(
         if not no_install:
             settings["python_version"] = ensure_venv(paths, python, tell)
             frozen = install_packages(paths, torch_backend, not no_manager, tell)
-        settings["torch_backend"] = torch_backend
+        settings.update(torch_backend=torch_backend, models_path=models)
         text = first_manifest(paths, settings, requirement_lines(node_requirements(paths.comfyui)), frozen)
         parse_toml(text, paths.manifest, None if no_install else venv_python(paths.venv))
         write_atomic(paths.manifest, text.encode(), 0o644)
@@ -6407,6 +6468,14 @@ def fetch_repository(url: str, reference: Optional[str], folder: str, tell: Prog
     unpack_from(f"https://github.com/{github_name(url)}/archive/{reference or 'HEAD'}.zip", folder, True, tell)
 
 
+def models_folder(folder: Optional[str]) -> Optional[str]:
+    """Return the path of a models folder. Raises CDEnvironmentError where there is none."""
+    path = os.path.abspath(os.path.expanduser(folder)) if folder else None
+    if path is not None and (not os.path.isdir(path) or has_control(path)):
+        raise CDEnvironmentError(f"The models folder {path} is not there. Is its disk mounted?", "", "models")
+    return path
+
+
 def code_facts(folder: str, source: Optional[str] = None, reference: Optional[str] = None) -> dict[str, Any]:
     """What the manifest says of a checkout, in the words of 1.0.x.
 
@@ -6589,12 +6658,315 @@ def sweep_deleted(environments: str, tell: Progress) -> None:
                 tell(f"warning: {left.root} cannot be removed: {error}")
 
 
+# Updating ComfyUI itself. What leads back is kept until the next update: the commit under refs/comfydock/before, the
+# packages in .venv.before, nodes and databases in .cec/before, the record of it all in .cec/before.json. Its phase is
+# "changing" until the new version has answered: who takes the content lock meanwhile puts the old one back. Then it is
+# "kept", which `go_back` alone reads.
+
+
+@dataclass
+class CodeVersion:
+    """A version of ComfyUI: name, commit, the ref it is fetched by, and the branch (a full ref) that moves there."""
+
+    name: str
+    commit: str
+    ref: str = ""
+    branch: Optional[str] = None
+
+
+class ComfyUIUpdate:
+    """The code, packages and nodes of an environment's ComfyUI, which change and return together.
+
+    The content lock is held by who calls. A folder of the checkout that is a link (`models` in 1.0.x) counts as no part
+    of it: to git it is an untracked file in the way of a tracked folder, which a forced checkout would replace.
+    """
+
+    def __init__(self, nodes: NodeManager) -> None:
+        self.nodes, self.paths, self.tell, self.checkout = nodes, nodes.paths, nodes.tell, nodes.comfyui
+        self.manifest, self.record = nodes.manifest, read_json(nodes.paths.before_record)
+        self.is_own = self.manifest.comfyui_path is None
+        with os.scandir(self.checkout) as entries:
+            self.linked = [entry.name for entry in entries if is_link(entry.path) and entry.is_dir()]
+
+    def git(self, *words: str, url: str = "") -> str:
+        if self.linked:
+            patterns = git(["rev-parse", "--git-path", "info/sparse-checkout"], self.checkout)
+            patterns = os.path.join(self.checkout, patterns)
+            if not os.path.exists(patterns):
+                make_folder(os.path.dirname(patterns))
+                write_atomic(patterns, "".join(["/*\n", *(f"!/{name}/\n" for name in self.linked)]).encode(), 0o644)
+            words = ("-c", "core.sparseCheckout=true", "-c", "core.sparseCheckoutCone=false", *words)
+        return git(list(words), self.checkout, url)
+
+    def current(self) -> CodeVersion:
+        """Return the version that is there. Raises CDEnvironmentError for what cannot be updated, with the way on."""
+        problem = ("The demo is part of comfydock.", "") if self.manifest.demo else None
+        if "python_embeded" in (self.manifest.python_path or ""):
+            problem = ("The portable build of ComfyUI has an updater of its own.", "update\\update_comfyui.bat")
+        elif not os.path.lexists(os.path.join(self.checkout, ".git")):
+            problem = (f"{self.checkout} is not a git clone, so it cannot be updated.", "clone it anew")
+        if problem:
+            raise CDEnvironmentError(*problem, "no-update")
+        branch = git_answer(["symbolic-ref", "--quiet", "HEAD"], self.checkout)
+        return CodeVersion(
+            code_facts(self.checkout)["comfyui_version"] or "", self.git("rev-parse", "HEAD"), "", branch
+        )
+
+    def find(self, wanted: Optional[str]) -> CodeVersion:
+        """Return the version to update to: `wanted` (tag, branch or commit), else the newest of its branch or release.
+
+        It is the current one when there is nothing newer. Raises CDEnvironmentError (code "not-found").
+        """
+        check_reference(wanted or "HEAD")
+        current, url = self.current(), remote_of(self.checkout)[1] or ""
+        check_repository(url)
+        lines = self.git("ls-remote", "--tags", "--heads", "--", url, url=url).splitlines()
+        refs = {ref: commit for commit, _, ref in (line.partition("\t") for line in lines)}
+        tags = [ref[10:] for ref in refs if re.match(r"refs/tags/.*(?<!\^\{\})$", ref)]
+        if wanted is None and current.branch is None:
+            wanted = newest_release(url) if self.is_own else None
+            if wanted is None:
+                message = f"{self.checkout} is not on a branch, so it has no newest version."
+                raise CDEnvironmentError(message, ["name one: ", ("update", "--to", "REF")], "detached")
+            if version_key(wanted) <= version_key(current.name):
+                return current
+        names = [f"refs/tags/{wanted}", f"refs/tags/v{wanted}", f"refs/heads/{wanted}"] if wanted else [current.branch]
+        for ref in names:
+            if ref in refs:
+                name, commit = re.sub("^refs/(tags|heads)/", "", ref), refs.get(f"{ref}^{{}}", refs[ref])
+                return CodeVersion(name, commit, ref, None if wanted else current.branch)
+        known = git_answer(["rev-parse", "--verify", "--quiet", f"{wanted}^{{commit}}"], self.checkout)
+        if wanted and (known or re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", wanted)):
+            return CodeVersion(wanted, known or wanted, "" if known else wanted)
+        close = " or ".join(nearest_names(wanted or "", tags))
+        raise CDEnvironmentError(
+            f"{url} has no {wanted or current.branch}.", close and f"did you mean {close}?", "not-found"
+        )
+
+    def fetch(self, version: CodeVersion) -> None:
+        """Have the commits of a version here, one alone where the clone is shallow and ours."""
+        if git_answer(["cat-file", "-e", f"{version.commit}^{{commit}}"], self.checkout) is None:
+            url = remote_of(self.checkout)[1] or ""
+            is_shallow = self.is_own and self.git("rev-parse", "--is-shallow-repository") == "true"
+            self.tell(f"fetching ComfyUI {version.name} from {url}")
+            self.git("fetch", "--quiet", *["--depth=1"] * is_shallow, "--", url, version.ref, url=url)
+        self.git("update-ref", "refs/comfydock/new", version.commit)
+
+    def files(self, *words: str) -> list[str]:
+        """Return the files that `git diff` names, those of linked folders left out."""
+        names = self.git("diff", "--name-only", "--no-renames", "-z", *words).split("\0")
+        return [name for name in names if name and name.partition("/")[0] not in self.linked]
+
+    def own_work(self, version: CodeVersion, force: bool) -> list[str]:
+        """Return what is the user's own in the checkout: changed files, files in the way, commits.
+
+        Raises CDEnvironmentError (code "local-changes") that names it, unless `force`.
+        """
+        own = self.files("--diff-filter=d", "HEAD")  # that a file was deleted loses nothing
+        added = self.files("--diff-filter=A", "HEAD", version.commit)
+        own += [name for name in added if os.path.lexists(os.path.join(self.checkout, name)) and name not in own]
+        if version.branch or git_answer(["symbolic-ref", "--quiet", "HEAD"], self.checkout) is None:
+            ours = ("--not", "--remotes", "--tags", "--glob=refs/comfydock")
+            own += [f"commit {one[:8]}" for one in self.git("rev-list", "--max-count=9", "HEAD", *ours).split()]
+        if version.ref and version.branch and not self.is_own and not own:
+            if git_answer(["merge-base", "--is-ancestor", "HEAD", version.commit], self.checkout) is None:
+                own = [f"commit {self.git('rev-parse', 'HEAD')[:8]}"]
+        if own and not force:
+            more = f" and {len(own) - 5} more" if len(own) > 5 else ""
+            message = f"ComfyUI in {self.checkout} has changes of your own: {', '.join(own[:5])}{more}."
+            hint = ["put them on a branch first: ", ("update", "--force")]
+            raise CDEnvironmentError(message, hint, "local-changes")
+        return own
+
+    def world(self, former: list[str], folder: Optional[str] = None) -> list[Need]:
+        """Return who needs what, ComfyUI first; `former` are the lines of its former requirements."""
+        needs = self.nodes.world(comfyui=folder)
+        needs[0].is_limit = False
+        needs[1].entries = [entry for entry in needs[1].entries if entry not in former]
+        return needs
+
+    def try_packages(self, version: CodeVersion) -> None:
+        """Find out whether what a version needs can be installed beside what the nodes need and what is held."""
+        with scratch_folder() as folder:
+            for name in ("requirements.txt", "manager_requirements.txt") if self.nodes.python else ():
+                text = git_answer(["show", f"{version.commit}:{name}"], self.checkout)
+                if text is not None:
+                    write_atomic(os.path.join(folder, name), f"{text}\n".encode())
+            needs = self.world(requirement_lines(node_requirements(self.checkout)), folder)
+            self.tell(f"trying the packages of ComfyUI {version.name} and all nodes")
+            why = Packages(self.nodes.python, []).ask(needs, self.tell) if self.nodes.python else ""
+        if why:
+            raise CDEnvironmentError(f"ComfyUI {version.name} does not fit: {why}", code="packages")
+
+    def set_aside(self, own: list[str]) -> str:
+        """Put the user's own work on a branch; return a commit that has the files as they are."""
+        commit, files = self.git("rev-parse", "HEAD"), [name for name in own if not name.startswith("commit ")]
+        if files:
+            self.git("add", "--", *files)
+            commit = self.git("stash", "create", "Own changes in ComfyUI") or commit
+            self.git("reset", "--quiet")
+        if own:
+            branch = time.strftime("comfydock/own-%Y%m%d-%H%M%S", time.gmtime())
+            self.git("branch", branch, commit)
+            self.tell(f"your own changes are on the branch {branch} now")
+        return commit
+
+    def keep(self, version: CodeVersion, own: list[str], databases: list[str]) -> None:
+        """Keep the old state. Once the record is written it is put back by whoever comes next, until `confirm`."""
+        self.forget()
+        facts, worktree = code_facts(self.checkout), self.set_aside(own)
+        self.git("update-ref", "refs/comfydock/before", worktree)
+        make_folder(self.paths.before)
+        for number, path in enumerate(databases):
+            copy_any(path, os.path.join(self.paths.before, f"{number}.{os.path.basename(path)}"))
+        nodes, frozen = {}, None
+        for key, info in self.manifest.nodes.items():
+            folder = self.nodes.folder_of(info)
+            nodes[key] = [self.manifest.tables[key], self.manifest.requirements(info)]
+            if info.source in ("registry", "git") and os.path.isdir(folder) and not is_link(folder):
+                link_tree(folder, os.path.join(self.paths.before, "nodes", info.name), COPIED_SIZE)
+        if self.is_own and os.path.isdir(self.paths.venv):
+            self.tell("keeping the packages as they are")
+            link_tree(self.paths.venv, self.paths.venv_partial)
+            move(self.paths.venv_partial, self.paths.venv_before)
+        elif self.nodes.python:
+            frozen = Packages(self.nodes.python, []).remembered()
+        self.write(
+            {
+                "phase": "changing",
+                "old": facts["comfyui_version"],
+                "new": version.name,
+                "commit": facts["comfyui_commit_sha"],
+                "worktree": worktree,
+                "branch": git_answer(["symbolic-ref", "--quiet", "HEAD"], self.checkout),
+                "goal": version.commit,
+                "settings": {name: self.manifest.settings.get(name) for name in facts},
+                "needs": project_table(self.paths.cec, self.nodes.python).get("dependencies") if self.is_own else None,
+                "nodes": nodes,
+                "databases": databases,
+                "freeze": frozen,
+            }
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        write_atomic(self.paths.before_record, json.dumps(record, default=str).encode())
+        self.record = record
+
+    def change(self, version: CodeVersion) -> None:
+        """Change code, packages and manifest."""
+        former, needs = requirement_lines(node_requirements(self.checkout)), self.record["needs"]
+        self.tell(f"changing ComfyUI from {self.record['old']} to {version.name}")
+        forced = ["--force"] * (self.record["worktree"] != self.record["commit"])
+        self.git("checkout", "--quiet", *forced, "--detach", version.commit)
+        if version.branch:
+            self.git("update-ref", version.branch, version.commit)
+            self.git("symbolic-ref", "HEAD", version.branch)
+        if self.nodes.python:
+            self.tell(f"installing the packages of ComfyUI {version.name}")
+            own, *others = self.world(former)
+            Packages(self.nodes.python, others).install(own, self.tell)
+        if needs is not None:
+            needs = [line for line in needs if line not in former] + requirement_lines(node_requirements(self.checkout))
+        kind = "branch" if version.ref.startswith("refs/heads/") else "commit"
+        kind = "release" if re.fullmatch(r"v?\d+\.\d+\.\d+", version.name) else kind
+        facts = zip(self.record["settings"], (version.name, kind, version.commit))
+        change_settings(self.paths, dict(facts), self.nodes.python, needs)
+
+    def confirm(self) -> None:
+        """Let the new version stay: it has answered."""
+        self.write({**self.record, "phase": "kept"})
+        GitManager(self.paths.cec).record(f"Update ComfyUI from {self.record['old']} to {self.record['new']}")
+
+    def go_back(self, own: list[str], with_databases: bool) -> None:
+        """Return to what was before the last update; `own` goes on a branch first."""
+        self.set_aside(own)
+        goal = self.git("rev-parse", "HEAD")
+        self.write({**self.record, "phase": "changing", "goal": goal, "returns": True, "all": with_databases})
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Put the old state back when the record says that it is to be; when this is killed, the next one goes on."""
+        record = self.record
+        if record.get("phase") != "changing":
+            return
+        self.tell(f"putting ComfyUI {record['old']} back")
+        self.nodes.end_trial()
+        self.put_code_back(record["worktree"], record["commit"], record["branch"])
+        if os.path.isdir(self.paths.venv_before):
+            remove_tree(self.paths.venv_partial)
+            if os.path.lexists(self.paths.venv):
+                move(self.paths.venv, self.paths.venv_partial)
+            move(self.paths.venv_before, self.paths.venv)
+        if record["freeze"] is not None and self.nodes.python:
+            Packages(self.nodes.python, []).put_back(self.tell, record["freeze"])
+        self.put_nodes_back()
+        for number, path in enumerate(record["databases"] if "returns" in record else ()):
+            kept = os.path.join(self.paths.before, f"{number}.{os.path.basename(path)}")
+            for name in [path, f"{path}-wal", f"{path}-shm"] if record["all"] else [kept]:
+                if os.path.exists(name):
+                    self.shelve(name)
+            if record["all"] and os.path.exists(kept):
+                copy_any(kept, path)
+        change_settings(self.paths, record["settings"], self.nodes.python, record["needs"])
+        GitManager(self.paths.cec).record(f"Back to ComfyUI {record['old']} from {record['new']}")
+        self.forget()
+
+    def shelve(self, path: str) -> None:
+        name = os.path.basename(path)
+        self.tell(f"{name} is kept: {move_aside(path, self.paths.removed, name)}")
+
+    def put_code_back(self, worktree: str, commit: str, branch: Optional[str]) -> None:
+        """Put commit, branch and files back, also where git was killed half-way."""
+        folder = os.path.join(self.checkout, git(["rev-parse", "--git-dir"], self.checkout))
+        for name in os.listdir(folder):
+            if name.endswith(".lock"):  # of a git that was killed: who has the content lock is alone here
+                remove_file(os.path.join(folder, name))
+        self.git("checkout", "--quiet", "--force", "--detach", worktree)
+        for name in self.files("--diff-filter=A", "HEAD", self.record["goal"]):  # written, and not yet noted by git
+            remove_file(os.path.join(self.checkout, name))
+        if worktree != commit:
+            self.git("update-ref", "--no-deref", "HEAD", commit)
+        if branch:
+            self.git("update-ref", branch, commit)
+            self.git("symbolic-ref", "HEAD", branch)
+        self.git("reset", "--quiet")
+
+    def put_nodes_back(self) -> None:
+        """Put nodes back that were changed, added or removed since; what stands in their place goes to the shelf."""
+        before, manifest = self.record["nodes"], self.nodes.manifest
+        for key in {**before, **manifest.nodes}:
+            table, needs = before.get(key, (None, []))
+            old, new = info_from_table(key, table) if table else None, manifest.nodes.get(key)
+            infos = [info for info in (new, old) if info]
+            if any(info.source not in ("registry", "git") for info in infos):
+                continue
+            place, source = self.nodes.folder_of(infos[0]), self.nodes.source_of(infos[0])
+            kept = os.path.join(self.paths.before, "nodes", old.name) if old else ""
+            is_kept = os.path.isdir(kept)
+            if old == new and not (is_kept and source.version_in(place) != source.version_in(kept)):
+                continue
+            if os.path.lexists(place) and (is_kept or old is None):
+                self.shelve(place)
+            if old and is_kept:
+                move(kept, os.path.join(self.nodes.custom_nodes, old.name))
+            change_node(self.paths, key, old, needs, self.nodes.python)
+
+    def forget(self) -> None:
+        """Remove all that was kept, the record first."""
+        remove_file(self.paths.before_record)
+        for folder in (self.paths.before, self.paths.venv_partial, self.paths.venv_before):
+            remove_tree(folder)
+        self.git("update-ref", "-d", "refs/comfydock/before")
+        self.record = {}
+
+
 # ====================================================================================================================
 # 9. Environment
 # Returns or raises; never prints, asks or exits. The only section that decides to end a process.
 
 LOCK_SECONDS = 10.0
 LEAVING_SECONDS = 3.0  # a clean stop takes up to 2 s
+TRY_SECONDS = 600.0  # for the first start of a new version
 START_GRACE = 180.0  # first starts with many custom nodes take minutes: until then silence is no fault
 PARSER_SECONDS = 20.0  # 0.15 s (observed); virus scanners look at a Python that starts for the first time
 FIRST_LINE_SECONDS = 5.0  # a ComfyUI whose parser cannot be asked is watched until it says something
@@ -6625,13 +6997,13 @@ class Snapshot:
 class Launch:
     """What is about to start: the words that were typed, where ComfyUI will listen, what we add to the words.
 
-    `is_parsed` tells whether ComfyUI's own parser has taken the words.
+    `told` is what ComfyUI's own parser makes of the words, empty where it could not be asked.
     """
 
     args: list[str]
     config: ComfyUIConfig
     added: list[str]
-    is_parsed: bool = False
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 def print_parsed_arguments() -> None:
@@ -6641,9 +7013,21 @@ def print_parsed_arguments() -> None:
     from importlib import import_module
 
     sys.path.insert(0, sys.argv.pop(1))
-    parser = import_module("comfy.cli_args").parser
-    sys.stdout.write(json.dumps(sorted(parser._option_string_actions)) + "\n")
-    sys.stdout.write(json.dumps(vars(parser.parse_args()), default=str) + "\n")
+    options: Any = import_module("comfy.cli_args")
+    sys.stdout.write(json.dumps(sorted(options.parser._option_string_actions)) + "\n")
+    options.args = options.parser.parse_args()
+    sys.stdout.write(json.dumps(vars(options.args), default=str) + "\n")
+
+
+def print_model_folders() -> None:
+    """Go on with that: print where this ComfyUI keeps its models, and the folders of each kind of them."""
+    import json
+    import sys
+    from importlib import import_module
+
+    folders = import_module("folder_paths")
+    places = {name: list(entry[0]) for name, entry in folders.folder_names_and_paths.items()}
+    sys.stdout.write(json.dumps([folders.models_dir, places]) + "\n")
 
 
 def terminate(
@@ -6858,7 +7242,9 @@ class Environment:
     @property
     def nodes(self) -> NodeManager:
         """The custom nodes; what it does is told to `tell`."""
-        return NodeManager(self.paths, self.python if os.path.exists(self.python) else None, self.tell)
+        manager = NodeManager(self.paths, self.python if os.path.exists(self.python) else None, self.tell)
+        manager.end_trial = self._end_trial
+        return manager
 
     @property
     def is_complete(self) -> bool:
@@ -7313,6 +7699,7 @@ class Environment:
         if isinstance(args, str) or not is_text_list(list(args or [])):
             raise TypeError("args is a list of str, one word each")
         words = list(args or [])
+        self._settle()
         with self._process_lock("run"):
             self._require_startable()  # asked only now: who had the lock may have deleted all
             snapshot = self.observe(lock_held=True)
@@ -7355,6 +7742,11 @@ class Environment:
             if self.manifest.comfyui_path:
                 raise CDEnvironmentError(message, ("create", self.name, "--from", "FOLDER"), "missing")
             raise CDEnvironmentError(message, ["Create it anew after: ", ("delete", self.name)], "missing")
+
+    def _settle(self) -> None:
+        if is_half_updated(self.paths):
+            with self.nodes.changing("put ComfyUI back"):
+                pass  # it is back now
 
     def _require_startable(self) -> None:
         self.require_comfyui()
@@ -7425,14 +7817,17 @@ class Environment:
 
         Raises CDEnvironmentError (code "usage") when it refuses them.
         """
-        launch = Launch(args, parse_comfyui_args(args), self._added())
-        if not self._parser_text():
-            return launch
         import inspect
+
+        shared = models_folder(self.models_path)
+        launch = Launch(args, parse_comfyui_args(args), self._added())
+        if not self._parser_text() and shared is None:
+            return launch
 
         (words, folder), own = self._interpreter(), {"PYTHONDONTWRITEBYTECODE": "1"}
         try:
-            program = f"{inspect.getsource(print_parsed_arguments)}\n\nprint_parsed_arguments()\n"
+            asked = [print_parsed_arguments, *([print_model_folders] if shared else [])]
+            program = "\n\n".join([*map(inspect.getsource, asked), *(f"{one.__name__}()" for one in asked)])
             command = [*words, "-c", program, self._checkout, *args]
             done = run_command(command, folder, self._variables(own), PARSER_SECONDS)
             lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -7443,12 +7838,14 @@ class Environment:
                 raise CDEnvironmentError(f"ComfyUI refuses its arguments: {reason}", hint, "usage")
             told = lines[1]
             config = ComfyUIConfig(told["listen"], told["port"], bool(told["tls_keyfile"] and told["tls_certfile"]))
-            return Launch(args, config, launch.added, is_parsed=True)
+            return Launch(args, config, launch.added + self._words_for_models(shared, told, lines[2:]), told)
         except CDEnvironmentError as error:
             if error.code == "usage":
                 raise
         except (OSError, ValueError, KeyError, TypeError, IndexError):  # another parser than we know
             pass
+        if shared is not None:
+            raise CDEnvironmentError("This ComfyUI does not tell its model folders.", ("models", "--off"), "models")
         return launch
 
     def _start(
@@ -7462,6 +7859,8 @@ class Environment:
         """Intent, log, process, record, watch. Whatever fails before the record leaves all as it was."""
         from subprocess import CompletedProcess
 
+        if is_half_updated(self.paths):
+            raise CDEnvironmentError("An update of ComfyUI was broken off.", ("repair",), "updating")
         previous = previous or self._read_state()
         with self._alive_lock() as alive:
             record = self._write_intent(launch, variables, monitor, auto_port, alive)
@@ -7486,7 +7885,7 @@ class Environment:
                     reap(process.pid)
                 self._put_back(previous)
                 raise
-        if not launch.is_parsed:
+        if not launch.told:
             self._watch_first_moments(child, record, previous)
         release(child)
         self._process = child
@@ -7677,6 +8076,164 @@ class Environment:
             raise CDEnvironmentError(f"The environment is not in line: {'; '.join(report.problems)}", hint, "sync")
         return report
 
+    # Updating ComfyUI ----------------------------------------------------------------
+
+    def update(
+        self,
+        to: Optional[str] = None,
+        *,
+        check: bool = False,
+        force: bool = False,
+        no_try: bool = False,
+        confirm: "Optional[Callable[[], object]]" = None,
+    ) -> dict[str, Any]:
+        """Bring ComfyUI and its packages to its newest version, or to the tag, branch or commit `to`, or change none.
+
+        The new version is started once beside the user's things, unless `no_try`. `check` only looks what is new;
+        `force` puts the user's own changes in the checkout on a branch; `confirm` is called before ComfyUI is stopped.
+        Returns {"old", "new": names of versions, "changed", "available"}. Raises CDEnvironmentError; the old version is
+        back then, and started again if it ran.
+        """
+        self.require_comfyui()
+        with self._updating(stopped=False) as update:
+            old, new = update.current(), update.find(to)
+            result = {"old": old.name, "new": new.name, "changed": False, "available": new.commit != old.commit}
+            if check or new.commit == old.commit:
+                return result
+            update.fetch(new)
+            update.own_work(new, force)
+            update.try_packages(new)
+        if confirm is not None:
+            confirm()
+        with self._updating(stopped=True) as update:
+            if update.current() != old:
+                raise CDEnvironmentError("ComfyUI was changed by another command meanwhile.", ("update",), "changed")
+            update.keep(new, update.own_work(new, force), self._databases())
+            update.change(new)
+            if not no_try and os.path.exists(self.python):
+                self._try_start()
+            update.confirm()
+        return {**result, "changed": True}
+
+    def go_back(self, *, force: bool = False, with_databases: bool = False) -> dict[str, Any]:
+        """Return to what was before the last update: commit, packages, nodes, and `with_databases` ComfyUI's database.
+
+        `force` and the result are those of `update`. Raises CDEnvironmentError (code "no-way-back").
+        """
+        self.require_comfyui()
+        for stopped in (False, True):  # what is in the way is found before ComfyUI is stopped
+            with self._updating(stopped) as update:
+                record = update.record
+                if record.get("phase") != "kept":
+                    message = f"Environment '{self.name}' has no update to go back from."
+                    raise CDEnvironmentError(message, ("history", self.name), "no-way-back")
+                own = update.own_work(CodeVersion(record["old"], record["worktree"], "", record["branch"]), force)
+                if stopped:
+                    update.go_back(own, with_databases)
+        return {"old": record["new"], "new": record["old"], "changed": True, "available": False}
+
+    @contextmanager
+    def _updating(self, stopped: bool) -> Iterator[ComfyUIUpdate]:
+        """Hold the content lock, with ComfyUI stopped meanwhile if it is to be; after a failure the old one is back."""
+        with self.nodes.changing("update"):
+            update, was_running = ComfyUIUpdate(self.nodes), stopped and self.stop_for_restart()
+            try:
+                with self.idle("update") if stopped else nullcontext():
+                    try:
+                        yield update
+                    finally:
+                        update.put_back()
+            except BaseException:
+                with suppress(CDEnvironmentError):
+                    was_running = was_running and not self.restart()
+                raise
+            if was_running:
+                self.restart()
+
+    def _databases(self) -> list[str]:
+        """Return the files that ComfyUI's database may be in, as far as they are there."""
+        last = self.last_record()
+        told = self._launch(last.args if last else []).told
+        user = os.path.join(told.get("base_directory") or self._checkout, "user")
+        folders = [told.get("user_directory") or user, os.path.join(self._checkout, "user")]
+        paths = [os.path.join(one, "comfyui.db") for one in folders]
+        paths.insert(0, (told.get("database_url") or "").partition("sqlite:///")[2])
+        return [path for path in dict.fromkeys(map(os.path.abspath, filter(None, paths))) if os.path.isfile(path)]
+
+    def _trial(self) -> "Environment":
+        """Return this environment with a record, a lock and a log of its own."""
+        trial = Environment(os.path.join(self.name, "update"), self.workspace_paths, self._taken_ports)
+        trial.paths, apart = EnvironmentPaths(self.paths.root), EnvironmentPaths(os.path.join(self.paths.before, "try"))
+        for name in ("state", "last_run", "lock", "alive", "before_record"):
+            setattr(trial.paths, name, getattr(apart, name))
+        return trial
+
+    def _end_trial(self) -> None:
+        trial = self._trial()
+        if os.path.exists(trial.paths.state):
+            trial.stop()
+
+    def _try_start(self) -> None:
+        """Start ComfyUI with folders and a port of its own until it answers. Raises CDEnvironmentError if it does not.
+
+        Where it could reach them, it would empty the user's temp folder and change the schema of the user's database.
+        """
+        last, trial = self.last_record(), self._trial()
+        folder = os.path.dirname(trial.paths.state)
+        make_folder(os.path.join(folder, "user"))
+        database = "sqlite:///" + os.path.join(folder, "comfyui.db").replace("\\", "/")
+        flags = {"temp-directory": folder, "user-directory": os.path.join(folder, "user"), "database-url": database}
+        args = [*(last.args if last else []), "--listen", DEFAULT_HOST, "--port", str(DEFAULT_PORT + 1000)]
+        args += [
+            word
+            for flag, value in flags.items()
+            if f'"--{flag}"' in self._parser_text()
+            for word in (f"--{flag}", value)
+        ]
+        self.tell("trying to start it")
+        try:
+            trial.run(args, auto_port=True, set_env=last.env if last else {})
+            trial.wait_until_ready(TRY_SECONDS, self.tell)
+        except CDEnvironmentError as error:
+            message = f"The trial start failed: {error.message}"
+            raise CDEnvironmentError(message, f"its log: {trial.log_path}", "trial") from error
+        finally:
+            self._end_trial()
+
+    # Models of several environments --------------------------------------------------
+
+    @property
+    def models_path(self) -> Optional[str]:
+        """The models folder that this environment shares with others, None where it has its own alone."""
+        return self.manifest.text("models_path")
+
+    def set_models(self, folder: Optional[str]) -> None:
+        """Use the models in `folder`, too, from the next start on; None: no longer. Raises CDEnvironmentError."""
+        path = models_folder(folder)
+        if self.manifest.demo:
+            raise CDEnvironmentError("The demo has no models.", "", "usage")
+        with self.nodes.changing(f"use the models in {path or 'its own folder alone'}"):
+            change_settings(self.paths, {"models_path": path}, self.python)
+
+    def _words_for_models(self, shared: Optional[str], told: dict[str, Any], folders: list[Any]) -> list[str]:
+        """Return what ComfyUI's arguments need for a shared models folder; our file of more model paths is written.
+
+        Where it takes `--models-directory`, our file adds the environment's own models back; else it adds the shared
+        ones as the first of all (is_default), so in reverse order. JSON is YAML, too.
+        """
+        if shared is None or told.get("models_directory") or same_path(folders[0][0], shared):
+            return []
+        (own, places), has_flag = folders[0], "models_directory" in told
+        texts: dict[str, Any] = {} if has_flag else {"is_default": True}
+        for name, paths in places.items():
+            inside = [path for path in paths if path.startswith(os.path.join(own, ""))]
+            if not has_flag:
+                inside = [os.path.join(shared, os.path.relpath(path, own)) for path in reversed(inside)]
+            texts.update({name: "\n".join(inside)} if inside else {})
+        path = self.paths.models_config
+        write_atomic(path, json.dumps({"comfydock": texts}, ensure_ascii=False, indent=1).encode())
+        return ["--models-directory", shared] * has_flag + ["--extra-model-paths-config", path]
+
     # Orphans -------------------------------------------------------------------------
 
     def orphans(self) -> list[Process]:
@@ -7842,6 +8399,7 @@ class Environment:
         starts it, as its child. Returns True. Raises CDEnvironmentError when nothing was ever started or something
         stands in the way.
         """
+        self._settle()
         with self._process_lock("restart", timeout):
             self._require_startable()
             snapshot = self.observe(lock_held=True)
@@ -7975,6 +8533,7 @@ class Environment:
 
         On a full disk not even a start that failed can be taken back: its intent is replaced by the `former` record.
         """
+        self._settle()
         with self._process_lock("restart"):
             snapshot = self.observe(lock_held=True)
             record = snapshot.record
@@ -8394,17 +8953,23 @@ class Workspace:
         torch_backend: str = "auto",
         no_install: bool = False,
         no_manager: bool = False,
+        models: Optional[str] = None,
         tell: Progress = no_progress,
     ) -> Environment:
         """Make an environment with a ComfyUI of its own; after a failure or a kill it goes on where it broke off.
 
         `comfyui` is a tag, branch or commit (None: the newest release), `source` a git address, a folder or an archive,
-        `python` an interpreter's path or a version such as "3.12", `torch_backend` a word such as "cpu" or "cu128".
+        `python` an interpreter's path or a version such as "3.12", `torch_backend` a word such as "cpu" or "cu128",
+        `models` a folder that it shares with others (None: the workspace's, if it has one).
         Raises CDEnvironmentError when the name is taken or a stage fails, OSError.
         """
         environment = self._new_environment(name)
         self._change_settings()
-        create_environment(environment.paths, tell, comfyui, source, python, torch_backend, no_install, no_manager)
+        default = self._settings().get("global_model_directory")
+        folder = models_folder(models or (default.get("path") if isinstance(default, dict) else None))
+        create_environment(
+            environment.paths, tell, comfyui, source, python, torch_backend, no_install, no_manager, folder
+        )
         return environment
 
     def delete(self, name: str, *, purge: bool = False, tell: Progress = no_progress) -> Optional[str]:
@@ -8421,6 +8986,11 @@ class Workspace:
         if self._settings().get("active_environment") == name:
             self._change_settings(active_environment="")
         return kept
+
+    def set_models(self, folder: str) -> None:
+        """Have the environments that are made from now on use the models in a folder. Raises CDEnvironmentError."""
+        now = utc_now()
+        self._change_settings(global_model_directory={"path": models_folder(folder), "added_at": now, "last_sync": now})
 
     def initialize(self) -> bool:
         """Make the workspace's folder; False when it is one already. Raises CDEnvironmentError for another folder."""
@@ -10703,6 +11273,7 @@ def format_create(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     --torch-backend BACKEND  cpu, cu128, rocm6.4, xpu ... (default: what this machine has)
     --no-install          the code only: no Python packages
     --no-manager          without ComfyUI-Manager's package, where ComfyUI names it
+    --models DIR          use the models in this folder, beside its own
     --use                 make it the active environment
     """,
     ("create main --use", "create old --from ~/ComfyUI"),
@@ -10713,6 +11284,8 @@ def create(console: Console, args: Arguments) -> Report:
     require_new_name(args.name)
     if args.from_dir is not None:
         environment = workspace.adopt(args.from_dir, args.name, args.python)
+        if args.models is not None:
+            environment.set_models(args.models)
     else:
         environment = workspace.create(
             args.name,
@@ -10721,6 +11294,7 @@ def create(console: Console, args: Arguments) -> Report:
             python=args.python,
             torch_backend=args.torch_backend or "auto",
             no_install=args.no_install,
+            models=args.models,
             no_manager=args.no_manager,
             tell=console.work,
         )
@@ -10783,12 +11357,20 @@ def format_init(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     yield f"Use it with: {typed('--workspace', data['workspace'], 'list')}, or set COMFYDOCK_HOME"
 
 
-@command("init [PATH]", "set up a workspace elsewhere", "", ("init /data/comfy",), format_init)
+@command(
+    "init [PATH]",
+    "set up a workspace elsewhere",
+    "--models-dir DIR      the models folder of environments that are created from now on",
+    ("init /data/comfy", "init --models-dir /data/models"),
+    format_init,
+)
 def init(console: Console, args: Arguments) -> Report:
     workspace = select_workspace(
         args.workspace if args.path is None else args.path, True, current_folder(), to_make=True
     )
     made = workspace.initialize()
+    if args.models_dir is not None:
+        workspace.set_models(args.models_dir)
     return Report({"workspace": workspace.paths.root, "made": made})
 
 
@@ -11394,6 +11976,92 @@ def autostart(console: Console, args: Arguments) -> Report:
     return Report(data, it.name)
 
 
+def format_update(data: dict[str, Any], typed: Typed) -> Iterator[str]:
+    if data["changed"]:
+        yield f"✓ ComfyUI is {data['new']} now (it was {data['old']})"
+        yield f"  Return to {data['old']} with: {typed('update', '--back')}" if not data["back"] else ""
+    elif data["available"]:
+        yield f"ComfyUI {data['new']} is there; this is {data['old']}. Update with: {typed('update')}"
+    else:
+        yield f"✓ ComfyUI {data['old']} is the newest"
+
+
+@command(
+    "update [NAME]",
+    "bring ComfyUI to its newest version, or back to the one before",
+    """
+    --to REF              to this tag, branch or commit
+    --check               only tell whether there is a newer version
+    --back                return to what was before the last update: code, packages and nodes
+    --database            with --back: ComfyUI's database, too
+    --no-try              do not start the new version once before it counts
+    --when-idle [SECONDS]  first wait until nothing is queued, at most this long (default: 3600)
+    --force               put your own changes in ComfyUI's folder on a branch; do not ask
+    """,
+    ("update", "update main --to v0.3.64", "update --back"),
+    format_update,
+)
+def update(console: Console, args: Arguments) -> Report:
+    environment = selected(console, args)
+    if args.back:
+        has_database = read_json(environment.paths.before_record).get("databases")
+        question = "Bring ComfyUI's database of before back, too?"
+        with_databases = args.database or bool(has_database and console.ask(question, True))
+        settle_queue(console, args, environment, "update")
+        data = environment.go_back(force=args.force, with_databases=with_databases)
+    else:
+        data = environment.update(
+            args.to,
+            check=args.check,
+            force=args.force,
+            no_try=args.no_try,
+            confirm=lambda: settle_queue(console, args, environment, "update"),
+        )
+    return Report({"back": bool(args.back), **data}, environment.name)
+
+
+def format_history(data: dict[str, Any], typed: Typed) -> Iterator[str]:
+    if not data["commits"]:
+        yield "No history: git keeps it, and there is none here."
+    for item in data["commits"]:
+        yield f"  {item['at'][:16].replace('T', ' ')}  {item['commit']}  {item['message']}"
+
+
+@command("history [NAME]", "the changes of ComfyUI, nodes and settings", "", ("history",), format_history)
+def history(console: Console, args: Arguments) -> Report:
+    environment = selected(console, args)
+    lines = (git_answer(["log", "--format=%h\t%cI\t%s"], environment.paths.cec) or "").splitlines()
+    commits = [dict(zip(("commit", "at", "message"), line.split("\t", 2))) for line in lines]
+    return Report({"commits": commits}, environment.name)
+
+
+def format_models(data: dict[str, Any], typed: Typed) -> Iterator[str]:
+    yield f"✓ Models in {data['models']}, and its own" if data["models"] else "✓ Its own models alone"
+    if data["running"]:
+        yield f"  ComfyUI sees this after: {typed('restart')}"
+
+
+@command(
+    "models [NAME]",
+    "one models folder for several environments: show it, or choose it",
+    """
+    --set DIR             use the models in this folder, beside the environment's own
+    --off                 use its own models alone
+    """
+    + ALL_OPTION,
+    ("models --all", "models main --set /mnt/models", "models --off"),
+    format_models,
+)
+def models(console: Console, args: Arguments) -> Report:
+    if args.all:
+        return do_all(console, args, models, lambda environment: not environment.manifest.demo)
+    environment, changes = selected(console, args), args.off or args.set is not None
+    if changes:
+        environment.set_models(args.set)
+    is_running = bool(changes) and environment.is_running()
+    return Report({"models": environment.models_path, "running": is_running}, environment.name)
+
+
 # ====================================================================================================================
 # 16. The command line
 # The only section that names argparse: it reads what was typed, writes help, and completes.
@@ -11412,6 +12080,8 @@ FLAGS = {"verbose": "-v", "from_dir": "--from"}  # those whose value has another
 EXCLUDE_EACH_OTHER = (
     ("quiet", "verbose"),
     ("adopt", "end"),
+    ("set", "off"),
+    *(("back", other) for other in ("to", "check", "no_try")),
     ("restart", "no_restart"),
     ("foreground", "monitor"),
     ("foreground", "wait"),
@@ -11614,7 +12284,7 @@ def check(command: Command, args: Arguments) -> None:
         if is_given(args, one) and is_given(args, other):
             flags = " and ".join(FLAGS.get(name, "--" + name.replace("_", "-")) for name in (one, other))
             raise usage_error(f"{flags} cannot be combined.", command.name)
-    for one, other in (("dry_run", "port"), ("keep", "rotate")):
+    for one, other in (("dry_run", "port"), ("keep", "rotate"), ("database", "back")):
         if is_given(args, one) and not is_given(args, other):
             raise usage_error(f"--{one.replace('_', '-')} needs --{other}.", command.name)
     if args.json and (not command.has_json or args.foreground):

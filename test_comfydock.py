@@ -32,6 +32,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import struct
@@ -2687,6 +2688,35 @@ class DownloadTest(InWorkshop):
 # ======================================================================================================================
 # 6. Files
 # ======================================================================================================================
+
+
+class AFolderMadeTwice(unittest.TestCase):
+    def setUp(self):
+        self.root = temporary_folder(self)
+        self.source, self.target = os.path.join(self.root, "a"), os.path.join(self.root, "b")
+        write(os.path.join(self.source, "in", "small"), "small")
+        write(os.path.join(self.source, "large"), "large" * 10)
+
+    def test_files_are_shared_but_for_small_ones_and_links_stay_links(self):
+        if can_link():
+            os.symlink("large", os.path.join(self.source, "link"))
+        dock.link_tree(self.source, self.target, 9)
+        self.assertEqual(tree(self.target), tree(self.source))
+        self.assertTrue(os.path.samefile(os.path.join(self.source, "large"), os.path.join(self.target, "large")))
+        self.assertFalse(
+            os.path.samefile(os.path.join(self.source, "in", "small"), os.path.join(self.target, "in", "small"))
+        )
+        self.assertEqual(os.path.islink(os.path.join(self.target, "link")), can_link())
+
+    def test_a_disk_without_hard_links_holds_copies_if_there_is_room(self):
+        with unittest.mock.patch.object(os, "link", side_effect=PermissionError(errno.EPERM, "not permitted")):
+            dock.link_tree(self.source, self.target)
+            self.assertEqual(tree(self.target), tree(self.source))
+            full = types.SimpleNamespace(free=54)
+            with unittest.mock.patch.object(shutil, "disk_usage", return_value=full):
+                with self.assertRaises(dock.CDEnvironmentError) as caught:
+                    dock.link_tree(self.source, self.target)
+        self.assertEqual(caught.exception.code, "disk-full")
 
 
 class WritingIsAllOrNothing(unittest.TestCase):
@@ -5561,6 +5591,655 @@ for name in ("write_atomic", "replace_file", "move", "remove_file", "remove_tree
     if done.returncode not in (0, -signal.SIGKILL):
         raise AssertionError(done.stderr)
     return done.returncode != 0
+
+
+COMFYUI_MAIN = """
+import comfy.options
+comfy.options.enable_args_parsing()
+from comfy.cli_args import args
+import folder_paths, json, os, shutil, sqlite3, sys, tiny
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from comfyui_version import __version__
+
+if tiny.version != WANTED_TINY:
+    raise ImportError(f"ComfyUI {__version__} needs tiny {WANTED_TINY}, but {tiny.version} is installed")
+for path in [path for paths in args.extra_model_paths_config or [] for path in paths]:
+    with open(path, encoding="utf-8") as file:
+        for group in json.load(file).values():
+            is_default = group.pop("is_default", False)
+            for name, places in group.items():
+                for place in places.split("\\n"):
+                    folder_paths.add_model_folder_path(name, os.path.normpath(place), is_default)
+user = args.user_directory or os.path.join(folder_paths.base_path, "user")
+temp = os.path.join(args.temp_directory or folder_paths.base_path, "temp")
+shutil.rmtree(temp, ignore_errors=True)
+os.makedirs(temp)
+database = (args.database_url or "sqlite:///" + os.path.join(user, "comfyui.db"))[len("sqlite:///"):]
+os.makedirs(os.path.dirname(database), exist_ok=True)
+is_there = os.path.exists(database)
+connection = sqlite3.connect(database)
+connection.execute("create table if not exists alembic_version (version_num)")
+found = connection.execute("select version_num from alembic_version").fetchone()
+if found and found[0] > SCHEMA:
+    shutil.copyfile(database, database + ".bkp")
+    print("Failed to initialize database.", file=sys.stderr)
+else:
+    connection.execute("delete from alembic_version")
+    connection.execute("insert into alembic_version values (?)", (SCHEMA,))
+    connection.commit()
+connection.close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        answers = {
+            "/system_stats": {"system": {"argv": sys.argv, "comfyui_version": __version__}, "devices": []},
+            "/queue": {"queue_running": [], "queue_pending": []},
+            "/prompt": {"exec_info": {"queue_remaining": 0}},
+        }
+        name = self.path.rpartition("/")[2]
+        if name in folder_paths.folder_names_and_paths:
+            answers[self.path] = [folder_paths.get_filename_list(name), folder_paths.get_folder_paths(name)]
+        body = json.dumps(answers.get(self.path)).encode()
+        self.send_response(200 if self.path in answers else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words):
+        pass
+
+
+server = ThreadingHTTPServer((args.listen.split(",")[0], args.port), Handler)
+print(f"To see the GUI go to: http://{args.listen}:{args.port}", file=sys.stderr, flush=True)
+try:
+    server.serve_forever()
+except KeyboardInterrupt:
+    print("Stopped server")
+"""
+
+COMFYUI_ARGS = """
+import argparse, os, comfy.options
+
+def is_valid_directory(path):
+    if not os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path} is not a directory.")
+    return path
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--listen", type=str, default="127.0.0.1", nargs="?", const="0.0.0.0,::")
+parser.add_argument("--port", type=int, default=8188)
+parser.add_argument("--base-directory", type=str, default=None)
+parser.add_argument("--tls-keyfile", type=str)
+parser.add_argument("--tls-certfile", type=str)
+parser.add_argument("--extra-model-paths-config", type=str, default=None, nargs="+", action="append")
+parser.add_argument("--temp-directory", type=str, default=None)
+parser.add_argument("--user-directory", type=is_valid_directory, default=None)
+parser.add_argument("--database-url", type=str, default=None)
+parser.add_argument("--auto-launch", action="store_true")
+parser.add_argument("--disable-auto-launch", action="store_true")
+parser.add_argument("--cpu", action="store_true")
+MORE
+args = parser.parse_args() if comfy.options.args_parsing else parser.parse_args([])
+"""
+
+# As ComfyUI's own folder_paths behaves: names with several folders, legacy names, is_default to the front, a listing
+# that goes into sub-folders and is sorted.
+COMFYUI_FOLDERS = """
+import os
+from comfy.cli_args import args
+
+extensions = {".ckpt", ".pt", ".safetensors", ".sft"}
+base_path = os.path.abspath(args.base_directory) if args.base_directory else os.path.dirname(os.path.realpath(__file__))
+models_dir = MODELS
+folder_names_and_paths = {
+    "checkpoints": ([os.path.join(models_dir, "checkpoints")], extensions),
+    "configs": ([os.path.join(models_dir, "configs")], {".yaml"}),
+    "loras": ([os.path.join(models_dir, "loras")], extensions),
+    "text_encoders": ([os.path.join(models_dir, "text_encoders"), os.path.join(models_dir, "clip")], extensions),
+    "diffusion_models": ([os.path.join(models_dir, "unet"), os.path.join(models_dir, "diffusion_models")], extensions),
+    "diffusers": ([os.path.join(models_dir, "diffusers")], ["folder"]),
+    "custom_nodes": ([os.path.join(base_path, "custom_nodes")], set()),
+}
+input_directory = os.path.join(base_path, "input")
+if not os.path.exists(input_directory):
+    os.makedirs(input_directory)
+
+def map_legacy(name):
+    return {"unet": "diffusion_models", "clip": "text_encoders"}.get(name, name)
+
+def add_model_folder_path(name, path, is_default=False):
+    name = map_legacy(name)
+    paths = folder_names_and_paths.setdefault(name, ([], set()))[0]
+    if path in paths:
+        if is_default and paths[0] != path:
+            paths.remove(path)
+            paths.insert(0, path)
+    elif is_default:
+        paths.insert(0, path)
+    else:
+        paths.append(path)
+
+def get_folder_paths(name):
+    return folder_names_and_paths[map_legacy(name)][0][:]
+
+def get_filename_list(name):
+    paths, wanted = folder_names_and_paths[map_legacy(name)]
+    found = set()
+    for path in paths:
+        for folder, names, files in os.walk(path, followlinks=True):
+            found |= {
+                os.path.relpath(os.path.join(folder, file), path)
+                for file in files
+                if not wanted or os.path.splitext(file)[1] in wanted
+            }
+    return sorted(found)
+"""
+
+
+def comfyui_code(version, tiny, schema, has_models_directory=False, **more):
+    """The files of a small ComfyUI that needs one version of `tiny`, knows one schema, and has the flags of the real."""
+    own = "os.path.join(base_path, 'models')"
+    flag = 'parser.add_argument("--models-directory", type=str, default=None)' if has_models_directory else ""
+    models = f"os.path.abspath(args.models_directory) if args.models_directory else {own}" if flag else own
+    return {
+        "main.py": f"WANTED_TINY, SCHEMA = {tiny!r}, {schema}\n" + textwrap.dedent(COMFYUI_MAIN),
+        "nodes.py": "",
+        "comfyui_version.py": f"__version__ = {version!r}\n",
+        "comfy/options.py": "args_parsing = False\n\ndef enable_args_parsing(enable=True):\n"
+        "    global args_parsing\n    args_parsing = enable\n",
+        "comfy/cli_args.py": COMFYUI_ARGS.replace("MORE", flag),
+        "folder_paths.py": COMFYUI_FOLDERS.replace("MODELS", models),
+        "requirements.txt": f"torch\nnumpy<2\ntiny=={tiny}\n",
+        "models/checkpoints/put_checkpoints_here": "",
+        "custom_nodes/websocket_image_save.py": "",
+        ".gitignore": "__pycache__/\n/user/\n/temp/\n/input/\n/models/**/*.safetensors\n/custom_nodes/*\n",
+        **more,
+    }
+
+
+@needs_git
+class WithAComfyUI(InWorkshop):
+    """Real git, real pip, a small ComfyUI that does not start with another version's packages."""
+
+    counter = 0
+    template = None
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        if cls.template is not None:
+            return
+        upstream = make_repository("UpdatedComfyUI", comfyui_code("1.0.0", "1.0", 1), "v1.0.0")
+        git(upstream, "config", "uploadpack.allowAnySHA1InWant", "true")
+        new = comfyui_code("1.1.0", "2.0", 2, **{"comfy_extras/nodes_new.py": "new = 1\n"})
+        commit(upstream, new, "v1.1.0")
+        commit(upstream, comfyui_code("1.2.0", "9.9", 3), "v1.2.0-rc1")
+        WithAComfyUI.upstream = "file://" + upstream
+        WithAComfyUI.template = os.path.join(Workshop.root, "updates", "template")
+        options = {"comfyui": "v1.0.0", "source": cls.upstream, "python": sys.executable, "torch_backend": "cpu"}
+        paths = dock.EnvironmentPaths(os.path.join(cls.template, "environments", "main"))
+        dock.create_environment(paths, lambda line: None, **options)
+
+    def setUp(self):
+        """Make a workspace with one environment, whose venv shares its files with the template's."""
+        WithAComfyUI.counter += 1
+        self.root = os.path.join(Workshop.root, "updates", f"w{WithAComfyUI.counter}")
+        self.addCleanup(shutil.rmtree, self.root, ignore_errors=True)
+        self.fresh()
+
+    def fresh(self):
+        shutil.rmtree(self.root, ignore_errors=True)
+        shutil.copytree(self.template, self.root, symlinks=True, copy_function=os.link)
+        for folder in ("ComfyUI", ".cec"):
+            place = os.path.join(self.root, "environments", "main", folder)
+            shutil.rmtree(place)
+            shutil.copytree(os.path.join(self.template, "environments", "main", folder), place, symlinks=True)
+        self.said = []
+        self.environment = dock.Workspace(self.root).get_environment("main")
+        self.environment.tell = self.said.append
+        self.paths, self.comfyui = self.environment.paths, self.environment.paths.comfyui
+
+    def installed(self):
+        site = glob.glob(f"{self.paths.venv}/**/pip/__init__.py", recursive=True)[0]
+        folder = os.path.dirname(os.path.dirname(site))
+        return sorted(name[:-10] for name in os.listdir(folder) if name.endswith(".dist-info"))
+
+    def state(self):
+        """What must be the old or the new as a whole: commit, changed files, packages, and what the manifest says."""
+        changed = git(self.comfyui, "status", "--porcelain")
+        manifest = dock.read_manifest(self.paths)
+        return git(self.comfyui, "rev-parse", "HEAD"), changed, self.installed(), manifest.comfyui_version
+
+    def starts(self):
+        """The version that ComfyUI says it is when it is started."""
+        port = free_port()
+        self.environment.run(["--port", str(port)])
+        try:
+            self.environment.wait_until_ready(20.0)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats") as answer:
+                return json.load(answer)["system"]["comfyui_version"]
+        finally:
+            self.environment.stop()
+
+    def failing(self, words, function, *arguments, **named):
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            function(*arguments, **named)
+        self.assertIn(words, caught.exception.message)
+        return caught.exception
+
+
+class UpdatingComfyUI(WithAComfyUI):
+    def test_there_and_back(self):
+        old = self.state()
+        self.assertEqual(
+            self.environment.update(check=True), {"old": "v1.0.0", "new": "v1.1.0", "changed": False, "available": True}
+        )
+        self.assertEqual(self.state(), old)
+        self.assertEqual(
+            self.environment.update(), {"old": "v1.0.0", "new": "v1.1.0", "changed": True, "available": True}
+        )
+        new = self.state()
+        self.assertEqual((new[1], new[3]), ("", "v1.1.0"))
+        self.assertIn("tiny-2.0", new[2])
+        self.assertTrue(os.path.exists(os.path.join(self.comfyui, "comfy_extras", "nodes_new.py")))
+        self.assertEqual(self.starts(), "1.1.0")
+        self.assertFalse(self.environment.update()["changed"])
+        os.rename(Workshop.root + "/repositories", Workshop.root + "/gone")  # nothing needs the network
+        try:
+            self.assertEqual(self.environment.go_back()["new"], "v1.0.0")
+        finally:
+            os.rename(Workshop.root + "/gone", Workshop.root + "/repositories")
+        self.assertEqual(self.state(), old)
+        self.assertEqual(self.starts(), "1.0.0")
+        self.assertFalse(os.path.exists(self.paths.venv_before))
+        self.failing("no update to go back from", self.environment.go_back)
+        messages = git(self.paths.cec, "log", "--format=%s").splitlines()
+        self.assertEqual(messages[:2], ["Back to ComfyUI v1.0.0 from v1.1.0", "Update ComfyUI from v1.0.0 to v1.1.0"])
+
+    def test_a_version_that_cannot_be_installed_or_does_not_start_leaves_all_as_it_was(self):
+        old = self.state()
+        port = str(free_port())
+        self.environment.run(["--port", port])
+        self.environment.wait_until_ready(20.0)
+        pid = self.environment.report()["pid"]
+        self.failing("tiny==9.9", self.environment.update, "v1.2.0-rc1")
+        self.assertEqual((self.state(), self.environment.report()["pid"]), (old, pid))
+        error = self.failing("needs tiny 2.0, but", self.environment.update, self.branch("lies", tiny="1.0"))
+        self.assertIn(os.path.join("main", "update", "comfyui.log"), error.hint)
+        self.assertEqual(self.state(), old)
+        report = self.environment.report(5.0)
+        self.assertEqual((report["state"], report["args"]), ("running", ["--port", port]))
+        self.assertNotEqual(report["pid"], pid)
+        self.environment.stop()
+
+    def branch(self, name, tiny):
+        """A branch upstream whose ComfyUI wants another tiny than its requirements say."""
+        folder = self.upstream.removeprefix("file://")
+        git(folder, "checkout", "--quiet", "-b", name, "v1.1.0")
+        commit(folder, {"requirements.txt": f"torch\nnumpy<2\ntiny=={tiny}\n", "lie.txt": name})
+        git(folder, "checkout", "--quiet", "main")
+        self.addCleanup(git, folder, "branch", "-D", name)
+        return name
+
+    def test_it_is_stopped_for_the_change_and_started_again_as_it_was(self):
+        port = str(free_port())
+        self.environment.run(["--port", port, "--auto-launch"], set_env={"WORD": "kept"})
+        self.environment.wait_until_ready(20.0)
+        asked = []
+        self.environment.update(confirm=lambda: asked.append(self.environment.report()["state"]))
+        self.environment.wait_until_ready(20.0)
+        record = dock.read_state(self.paths.state)
+        self.assertEqual(
+            (asked, record.args, record.env), (["running"], ["--port", port, "--auto-launch"], {"WORD": "kept"})
+        )
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats") as answer:
+            self.assertEqual(json.load(answer)["system"]["comfyui_version"], "1.1.0")
+        self.environment.stop()
+
+    def test_the_trial_start_touches_nothing_of_the_user(self):
+        temp, user = os.path.join(self.comfyui, "temp"), os.path.join(self.comfyui, "user")
+        write(os.path.join(temp, "preview.png"), "a preview")
+        self.assertEqual(self.starts(), "1.0.0")  # which makes the database
+        write(os.path.join(temp, "preview.png"), "a preview")
+        database = read_bytes(os.path.join(user, "comfyui.db"))
+        self.environment.update()
+        self.assertEqual(tree(temp), {"preview.png": b"a preview"})
+        self.assertEqual(tree(user), {"comfyui.db": database})
+        self.assertEqual(dock.comfyui_processes(self.comfyui), [])
+
+    def schema(self):
+        path = os.path.join(self.comfyui, "user", "comfyui.db")
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            return connection.execute("select version_num from alembic_version").fetchone()[0]
+
+    def test_a_database_with_a_newer_schema_is_brought_back_on_request(self):
+        self.assertEqual((self.starts(), self.schema()), ("1.0.0", 1))
+        self.environment.update()
+        self.assertEqual(self.schema(), 1)
+        self.assertEqual((self.starts(), self.schema()), ("1.1.0", 2))
+        self.environment.go_back(with_databases=True)
+        self.assertEqual((self.starts(), self.schema()), ("1.0.0", 1))
+        self.assertFalse(os.path.exists(os.path.join(self.comfyui, "user", "comfyui.db.bkp")))
+        [kept] = glob.glob(os.path.join(self.paths.removed, "*", "comfyui.db"))
+        with contextlib.closing(sqlite3.connect(kept)) as connection:
+            self.assertEqual(connection.execute("select version_num from alembic_version").fetchone(), (2,))
+
+    def test_a_database_that_is_not_asked_for_stays_and_the_older_one_is_not_lost(self):
+        self.starts()
+        self.environment.update()
+        self.starts()
+        self.environment.go_back()
+        self.assertEqual(self.schema(), 2)
+        self.assertEqual(len(glob.glob(os.path.join(self.paths.removed, "*", "0.comfyui.db"))), 1)
+
+    def test_own_changes_are_refused_by_name_and_go_on_a_branch_with_force(self):
+        write(os.path.join(self.comfyui, "nodes.py"), "mine = 1\n")
+        write(os.path.join(self.comfyui, "comfy_extras", "nodes_new.py"), "mine = 2\n")
+        os.remove(os.path.join(self.comfyui, "models", "checkpoints", "put_checkpoints_here"))  # which loses nothing
+        before = tree(self.comfyui)
+        error = self.failing("changes of your own: nodes.py, comfy_extras/nodes_new.py", self.environment.update)
+        self.assertEqual((error.code, tree(self.comfyui)), ("local-changes", before))
+        self.failing("needs tiny 2.0, but", self.environment.update, self.branch("lie", tiny="1.0"), force=True)
+        self.assertEqual(tree(self.comfyui), before)
+        self.environment.update(force=True)
+        self.assertEqual(self.starts(), "1.1.0")
+        branches = git(self.comfyui, "branch", "--format=%(refname:short)", "--list", "comfydock/*").split()
+        self.assertEqual(git(self.comfyui, "show", f"{branches[-1]}:nodes.py"), "mine = 1")
+        self.environment.go_back()
+        found = {name: data for name, data in tree(self.comfyui).items() if not name.startswith(("user/", "temp/"))}
+        self.assertEqual(found, before)
+
+    def test_a_commit_of_ones_own_is_named(self):
+        write(os.path.join(self.comfyui, "nodes.py"), "mine = 1\n")
+        git(self.comfyui, "commit", "--quiet", "-am", "mine")
+        self.failing(f"commit {git(self.comfyui, 'rev-parse', 'HEAD')[:8]}", self.environment.update)
+
+    @needs_links
+    def test_models_that_are_a_link_stay_one(self):
+        """As comfydock 1.0.x has it: to git that is an untracked file in the way of a folder."""
+        shared = os.path.join(self.root, "shared")
+        write(os.path.join(shared, "checkpoints", "big.safetensors"), "weights")
+        shutil.rmtree(os.path.join(self.comfyui, "models"))
+        os.symlink(shared, os.path.join(self.comfyui, "models"))
+        folder = self.upstream.removeprefix("file://")
+        git(folder, "checkout", "--quiet", "-b", "more-models", "v1.1.0")
+        commit(folder, {"models/new/put_here": "", "models/checkpoints/put_checkpoints_here": "changed"})
+        git(folder, "checkout", "--quiet", "main")
+        self.addCleanup(git, folder, "branch", "-D", "more-models")
+        for step in (lambda: self.environment.update("more-models"), self.environment.go_back):
+            step()
+            self.assertTrue(os.path.islink(os.path.join(self.comfyui, "models")))
+            self.assertEqual(tree(shared), {"checkpoints/big.safetensors": b"weights"})
+
+    def adopted(self, *words):
+        """Another clone of the same repository, adopted with the Python of the first."""
+        folder = os.path.join(self.root, "mine", "ComfyUI")
+        git(Workshop.root, "clone", "--quiet", *words, self.upstream, folder)
+        return dock.Workspace(self.root).adopt(folder, "adopted", self.environment.python), folder
+
+    def test_an_adopted_checkout_follows_its_branch_and_comes_back(self):
+        folder = self.upstream.removeprefix("file://")
+        git(folder, "branch", "-f", "stable", "v1.0.0")
+        self.addCleanup(git, folder, "branch", "-D", "stable")
+        environment, checkout = self.adopted("--branch", "stable")
+        old, packages = git(checkout, "rev-parse", "HEAD"), self.installed()
+        self.assertFalse(environment.update()["changed"])
+        git(folder, "branch", "-f", "stable", "v1.1.0")
+        self.assertTrue(environment.update()["changed"])
+        self.assertEqual(git(checkout, "symbolic-ref", "--short", "HEAD"), "stable")
+        self.assertEqual(
+            (git(checkout, "status", "--porcelain"), git(checkout, "rev-parse", "--is-shallow-repository")),
+            ("", "false"),
+        )
+        self.assertIn("tiny-2.0", self.installed())
+        environment.go_back()
+        self.assertEqual(git(checkout, "symbolic-ref", "--short", "HEAD"), "stable")
+        self.assertEqual((git(checkout, "rev-parse", "HEAD"), self.installed()), (old, packages))
+        git(checkout, "commit", "--quiet", "--allow-empty", "-m", "mine")
+        self.failing("changes of your own: commit", environment.update)
+
+    def test_what_cannot_be_updated_says_how_to_go_on(self):
+        environment, checkout = self.adopted("--branch", "v1.0.0")
+        error = self.failing("is not on a branch", environment.update)
+        self.assertIn("--to", str(error.hint))
+        self.assertTrue(environment.update("v1.1.0")["changed"])
+        environment.go_back()
+        shutil.rmtree(os.path.join(checkout, ".git"))
+        self.failing("is not a git clone", environment.update)
+        error = self.failing("has no v1.0.1", self.environment.update, "v1.0.1")
+        self.assertIn("v1.0.0", error.hint)
+
+    def test_nodes_that_were_changed_since_come_back_too(self):
+        for version in ("1.0.0", "2.0.0"):
+            Workshop.registry.publish(
+                "went-on", version, {"__init__.py": version, "requirements.txt": f"tiny<={version}"}
+            )
+        write(os.path.join(self.root, "work", "mine", "__init__.py"), "")
+        self.environment.add_node("went-on@1.0.0", no_test=True)
+        before = self.state(), tree(os.path.join(self.comfyui, "custom_nodes"))
+        self.failing("tiny", self.environment.update)  # the node holds it back
+        Workshop.registry.publish("went-on", "1.0.0", {"__init__.py": "1.0.0"})
+        self.environment.remove_node("went-on")
+        self.environment.add_node("went-on@1.0.0")
+        before = self.state(), tree(os.path.join(self.comfyui, "custom_nodes"))
+        self.environment.update()
+        self.environment.update_node("went-on")
+        Workshop.registry.publish("came-later", "1.0.0", {"__init__.py": ""})
+        self.environment.add_node("came-later")
+        self.environment.add_node(os.path.join(self.root, "work", "mine"), is_development=True)
+        self.environment.go_back()
+        after = tree(os.path.join(self.comfyui, "custom_nodes"))
+        self.assertEqual((self.state(), after), before)
+        self.assertEqual(sorted(self.environment.nodes.list_nodes()), ["mine", "went-on"])
+        self.assertEqual(self.environment.nodes.compare().is_synced, True)
+
+    def test_nothing_starts_on_a_mixture(self):
+        """A killed update: code of one version, packages of the other, and a monitor that would start it again."""
+        old = self.state()
+        update = dock.ComfyUIUpdate(self.environment.nodes)
+        new = update.find(None)
+        update.fetch(new)
+        update.keep(new, [], [])
+        git(self.comfyui, "checkout", "--quiet", new.commit)
+        write(os.path.join(self.comfyui, ".git", "index.lock"), "")
+        self.assertIn(
+            "broken off", self.failing("broken off", self.environment._start, [], dock.ComfyUIConfig(), {}).message
+        )
+        self.assertEqual(self.starts(), "1.0.0")
+        self.assertEqual(self.state(), old)
+
+    def dies(self, call, point):
+        """Run a call in another process, which is killed before its `point`th effect; the effects when it ended before."""
+        script = f"""
+import json, os, signal, subprocess, sys
+import comfydock as dock
+done = []
+def deadly(owner, name):
+    real = getattr(owner, name)
+    def call(*arguments, **named):
+        done.append(name)
+        if len(done) == {point}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
+    setattr(owner, name, call)
+for name in ("replace", "rename", "unlink", "rmdir", "mkdir", "link", "symlink", "kill"):
+    deadly(os, name)
+for name in ("run_command", "create_background_process", "write_atomic", "probe"):
+    deadly(dock, name)
+dock.Workspace({self.root!r}).get_environment("main").{call}()
+print(json.dumps(done))
+"""
+        done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True, check=False)
+        self.assertIn(done.returncode, (0, -signal.SIGKILL), done.stderr)
+        return None if done.returncode else json.loads(done.stdout)
+
+    def sweep(self, call, prepare):
+        """Kill a call before 100 of its effects (5 in the everyday suite): what starts then is the old or the new."""
+        prepare()
+        olds = {"1.0.0": self.state()} if call == "update" else {"1.1.0": self.state()}
+        effects = self.dies(call, 0)
+        telling = [number for number, name in enumerate(effects, 1) if name not in ("link", "unlink", "rmdir", "mkdir")]
+        others = sorted({*range(1, len(effects) + 1)} - {*telling})
+        dice = random.Random(len(effects))
+        points = [*telling, *dice.sample(others, min(len(others), max(0, 100 - len(telling))))]
+        for point in [*(points if LONG else dice.sample(telling, 3)), 1, len(effects) + 9]:
+            self.fresh()
+            prepare()
+            self.dies(call, point)
+            version = self.starts()
+            with self.subTest(call=call, point=point, effect=effects[point - 1 : point]):
+                self.assertEqual(self.state(), olds.setdefault(version, self.state()))
+                self.assertEqual(dock.comfyui_processes(self.comfyui), [])
+                self.assertFalse(dock.is_half_updated(self.paths))
+        for version, tiny in (("1.0.0", "tiny-1.0"), ("1.1.0", "tiny-2.0")):
+            commit, changed, packages, named = olds[version]
+            self.assertEqual((changed, named), ("", f"v{version}"))
+            self.assertIn(tiny, packages)
+
+    def test_an_update_that_is_killed_anywhere_leaves_the_old_or_the_new(self):
+        self.sweep("update", lambda: None)
+
+    def test_a_return_that_is_killed_anywhere_leaves_the_old_or_the_new(self):
+        self.sweep("go_back", lambda: self.environment.update(no_try=True))
+
+    def test_killed_while_git_or_pip_is_at_work(self):
+        """Killed alone, as the system kills it: what it had started may go on."""
+        dice, old, outcomes = random.Random(3), self.state(), set()
+        for _ in range(40 if LONG else 2):
+            self.fresh()
+            code = f"import comfydock as dock; dock.Workspace({self.root!r}).get_environment('main').update()"
+            with subprocess.Popen([sys.executable, "-c", code], cwd=HERE) as process:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(dice.uniform(1.0, 8.0))
+                process.kill()
+            version = self.starts()
+            outcomes.add(version)
+            if version == "1.0.0":
+                self.assertEqual(self.state(), old)
+            self.assertEqual(self.state()[1], "")
+
+    def types(self, *words):
+        """What a person sees who types this."""
+        command = [sys.executable, MODULE, "--workspace", self.root, *words]
+        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=False)
+
+    def test_typed(self):
+        done = self.types("update", "main", "--check")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("ComfyUI v1.1.0 is there; this is v1.0.0.", done.stdout)
+        done = self.types("-e", "main", "update", "--json")
+        data = json.loads(done.stdout)["data"]
+        self.assertEqual((data["old"], data["new"], data["changed"]), ("v1.0.0", "v1.1.0", True))
+        self.assertEqual(self.types("update").stdout, "✓ ComfyUI v1.1.0 is the newest\n")
+        done = self.types("update", "--back")
+        self.assertIn("✓ ComfyUI is v1.0.0 now (it was v1.1.0)", done.stdout)
+        done = self.types("history")
+        self.assertRegex(
+            done.stdout.splitlines()[0], r"^  20\d\d-\d\d-\d\d \d\d:\d\d  [0-9a-f]{7,}  Back to ComfyUI v1.0.0"
+        )
+        self.assertEqual(self.types("update", "--back").returncode, 1)
+        self.assertEqual(self.types("update", "--back", "--check").returncode, 2)
+        self.assertEqual(self.types("update", "--database").returncode, 2)
+        folder = os.path.join(self.root, "shared")
+        os.mkdir(folder)
+        self.assertEqual(
+            self.types("models", "--all", "--set", folder).stdout, f"✓ main: Models in {folder}, and its own\n"
+        )
+        self.assertEqual(self.types("models", "main").stdout, f"✓ Models in {folder}, and its own\n")
+        self.assertEqual(self.types("models", "--off").stdout, "✓ Its own models alone\n")
+        self.assertEqual(self.types("models", "--set", folder + "x").returncode, 1)
+
+
+class OneModelsFolderForMany(WithAComfyUI):
+    """Listed by a folder_paths that behaves as ComfyUI's own, of a version without and with --models-directory."""
+
+    def setUp(self):
+        super().setUp()
+        self.shared = os.path.join(self.root, "shared models \N{SNOWMAN} $HOME")
+        write(os.path.join(self.shared, "loras", "styles", "ours.safetensors"), "")
+        write(os.path.join(self.shared, "text_encoders", "ours.safetensors"), "")
+        write(os.path.join(self.comfyui, "models", "loras", "own.safetensors"), "")
+
+    def listed(self, environment, *args):
+        """What ComfyUI lists: files and folders by kind."""
+        port = free_port()
+        environment.run(["--port", str(port), *args])
+        try:
+            environment.wait_until_ready(20.0)
+            found = {}
+            for name in ("loras", "text_encoders", "custom_nodes"):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/models/{name}") as answer:
+                    found[name] = json.load(answer)
+            return found
+        finally:
+            environment.stop()
+
+    def test_a_file_in_the_shared_folder_is_seen_by_all_and_it_is_the_first_place(self):
+        other = dock.Workspace(self.root).create(
+            "other", source=self.upstream, comfyui="v1.0.0", no_install=True, models=self.shared
+        )
+        shutil.copytree(self.paths.venv, other.paths.venv, symlinks=True)
+        own = os.path.join(self.comfyui, "models")
+        before = self.listed(self.environment)
+        self.environment.set_models(self.shared)
+        alone = {}
+        for step in ("1.0.0 without --models-directory", "with it"):
+            with self.subTest(step=step):
+                both = self.listed(self.environment)
+                files, places = both["loras"]
+                self.assertEqual(files, ["own.safetensors", os.path.join("styles", "ours.safetensors")])
+                self.assertEqual(places, [os.path.join(self.shared, "loras"), os.path.join(own, "loras")])
+                encoders = [
+                    os.path.join(folder, name) for folder in (self.shared, own) for name in ("text_encoders", "clip")
+                ]
+                self.assertEqual(both["text_encoders"][1], encoders)
+                self.assertEqual(both["custom_nodes"], before["custom_nodes"])
+                alone = alone or self.listed(other)["loras"]
+                self.assertEqual(alone[0], [os.path.join("styles", "ours.safetensors")])
+                record = dock.read_state(self.paths.last_run)
+                self.assertEqual(record.args[0::2], ["--port"])
+            if step.startswith("1"):
+                code = comfyui_code("1.0.1", "1.0", 1, has_models_directory=True)
+                for name in ("comfy/cli_args.py", "folder_paths.py"):
+                    write(os.path.join(self.comfyui, name), code[name])
+        self.environment.set_models(None)
+        self.assertEqual(self.listed(self.environment), before)
+
+    def test_the_users_own_files_and_flags_stay_in_force(self):
+        self.environment.set_models(self.shared)
+        mine = os.path.join(self.root, "mine.yaml")
+        folder = os.path.join(self.root, "mine")
+        write(mine, json.dumps({"mine": {"loras": folder}}))
+        places = self.listed(self.environment, "--extra-model-paths-config", mine)["loras"][1]
+        self.assertEqual(places[0], os.path.join(self.shared, "loras"))
+        self.assertIn(folder, places)
+        code = comfyui_code("1.0.1", "1.0", 1, has_models_directory=True)
+        for name in ("comfy/cli_args.py", "folder_paths.py"):
+            write(os.path.join(self.comfyui, name), code[name])
+        places = self.listed(self.environment, "--models-directory", folder)["loras"][1]
+        self.assertEqual(places, [os.path.join(folder, "loras")])
+
+    def test_a_folder_that_is_not_there_starts_nothing_and_stops_nothing(self):
+        self.environment.set_models(self.shared)
+        self.environment.run(["--port", str(free_port())])
+        pid = self.environment.report()["pid"]
+        os.rename(self.shared, self.shared + ".away")
+        self.failing("Is its disk mounted?", self.environment.restart)
+        self.assertEqual(self.environment.report()["pid"], pid)
+        self.environment.stop()
+        self.failing("Is its disk mounted?", self.environment.run, [])
+        self.failing("is not there", self.environment.set_models, self.shared)
+
+    def test_the_workspace_has_a_default_and_delete_never_enters_it(self):
+        workspace = dock.Workspace(self.root)
+        workspace.set_models(self.shared)
+        other = workspace.create("other", source=self.upstream, comfyui="v1.0.0", no_install=True)
+        self.assertEqual(other.models_path, self.shared)
+        self.assertIsNone(self.environment.models_path)
+        before = tree(self.shared)
+        workspace.delete("other")
+        self.assertEqual(tree(self.shared), before)
 
 
 # ======================================================================================================================
