@@ -5049,7 +5049,9 @@ class Packages:
             for name, lines in (("requirements.txt", entries), ("constraints.txt", [*self.held, *bounds])):
                 write_atomic(os.path.join(folder, name), "".join(f"{line}\n" for line in dict.fromkeys(lines)).encode())
             files = ["-r", os.path.join(folder, "requirements.txt"), "-c", os.path.join(folder, "constraints.txt")]
-            yield [*files, *self.index]
+            # PyTorch's index is asked for what it has and is not here yet, not for each package of the world
+            lacking = {package_name(entry) for entry in entries}.intersection(HELD_PACKAGES) - self.before.keys()
+            yield [*files, *(self.index if lacking else [])]
 
     def ask(self, needs: list[Need], tell: Progress = no_progress, is_trial: bool = True) -> str:
         """Try or install what is needed; return why it cannot be, empty when it can."""
@@ -5156,7 +5158,8 @@ class Packages:
         hurt = [name for name, one in self.before.items() if name not in gone and touched & one.files]
         steps = [(f"{', '.join(new)} removed", partial(self.installer.uninstall, new))] if new else []
         for name in gone + hurt:  # one by one: what no index has any more keeps no other back
-            words = ["install", "--no-deps", "--force-reinstall", *self.before[name].line, *self.index]
+            index = self.index if name in HELD_PACKAGES else []
+            words = ["install", "--no-deps", "--force-reinstall", *self.before[name].line, *index]
             steps.append((" ".join(self.before[name].line), partial(self.installer.must, words)))
         done = []
         for what, step in steps:
