@@ -10037,7 +10037,9 @@ class Console:
     def show(self, command: str, report: Report, words: "Words") -> None:
         """Show a report in words (a function, or a text with names of values in braces), or as the one JSON object."""
         if self.json_mode:
-            self._object(command, report.environment, report.data, report.error)
+            is_said = report.environment is not None and report.data.get("name") == report.environment
+            data = {key: value for key, value in report.data.items() if key != "name" or not is_said}
+            self._object(command, report.environment, data, report.error)
         if self.json_mode or report.already_printed:
             return
         for line in self.lines(report, words):
@@ -10143,6 +10145,17 @@ def forget_output() -> None:
         except OSError:
             pass
     os.close(sink)
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Do what only watches: Ctrl-C is how one ends it, and no error."""
+    try:
+        yield
+    except Terminated:
+        raise
+    except KeyboardInterrupt:
+        pass
 
 
 def is_terminal(stream: "Any") -> bool:
@@ -10336,11 +10349,12 @@ def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data.get("only_watched"):
         yield f"✓ A monitor now watches the ComfyUI that runs (PID {data['pid']})"
     else:
-        yield f"✓ ComfyUI started in background (PID {data['pid']})"
+        yield f"✓ ComfyUI started{'' if data.get('foreground') else ' in background'} (PID {data['pid']})"
     yield url_line(data, typed)
     yield f"  Log: {data['log']}"
-    yield ""
-    yield f"Tip: View logs with '{typed('logs')}', stop with '{typed('stop')}'"
+    if not data.get("foreground"):
+        yield ""
+        yield f"Tip: View logs with '{typed('logs')}', stop with '{typed('stop')}'"
 
 
 @command(
@@ -10435,7 +10449,12 @@ def await_answer(console: Console, environment: Environment, report: Report, sec
             show_last_lines(console, environment)
         if not console.json_mode:
             raise
-        report.error, report.code = error, 1  # a script needs to know the PID all the same
+        report.error, report.code = error, 1  # a script needs to know the PID, too
+    except Terminated:
+        raise
+    except KeyboardInterrupt:
+        message = f"Stopped waiting. ComfyUI keeps running (PID {report.data['pid']})."
+        raise CDEnvironmentError(message, ("status",), "interrupted") from None
     finally:
         console.progress("")
     report.data.update(ready=report.error is None, waited=round(time.monotonic() - began, 3))
@@ -10475,7 +10494,7 @@ def open_it(console: Console, args: Arguments) -> Report:
 
 @command(
     "exec CMD...",
-    "run a program in the ComfyUI folder, with the environment's Python first on its PATH",
+    "run a program in the ComfyUI folder with the environment's Python",
     "",
     ("exec pip list", "-e dev exec -- python -V"),
 )
@@ -10549,8 +10568,11 @@ def run_in_foreground(
     with noted_signals() as received:
         try:
             environment.run(words, **options)
-            console.show("run", started_report(environment, tls), format_run)
-            console.say(f"{'=' * 60}\nStreaming logs (Ctrl+C to stop ComfyUI)...\n{'=' * 60}")
+            started = started_report(environment, tls)
+            started.data["foreground"] = True
+            console.show("run", started, format_run)
+            for line in ("=" * 60, "Streaming logs (Ctrl+C to stop ComfyUI)...", "=" * 60):
+                console.say(line)
             code = Foreground(console, environment, received).watch()
         except CDEndedError as error:
             show_last_lines(console, environment)
@@ -11089,13 +11111,13 @@ def difference_data(found: EnvironmentComparison) -> dict[str, Any]:
     }
 
 
-@command("top", "watch all environments: queue, VRAM, memory, CPU; Ctrl-C ends it and stops nothing", "", ("top",))
+@command("top", "watch all environments: queue, VRAM, memory, CPU", "", ("top",))
 def top(console: Console, args: Arguments) -> Report:
     """Redraw a table on the normal screen; no key is read and no mode is set, so a terminal needs no repair."""
     workspace = select_workspace(args.workspace, True, current_folder())
     before, drawn = process_table().usage(), 0
     began = moment = time.monotonic()
-    with suppress(KeyboardInterrupt):
+    with ended_by_ctrl_c():
         time.sleep(0.3)  # CPU is the difference of two looks
         while True:
             usage, now = process_table().usage(), time.monotonic()
@@ -11156,7 +11178,7 @@ def format_repair(data: dict[str, Any], typed: Typed) -> Iterator[str]:
 
 @command(
     "repair",
-    "bring an environment in line with its manifest; settle lost processes",
+    "install what is missing, and settle lost processes",
     """
     -y --yes              do not ask
     --orphan              processes and state only; no file of the environment is touched
@@ -11267,7 +11289,7 @@ def format_create(data: dict[str, Any], typed: Typed) -> Iterator[str]:
 
 @command(
     "create NAME",
-    "make an environment, with a ComfyUI of its own or of a folder that is there",
+    "make an environment: with a new ComfyUI, or of a folder you have",
     """
     --from DIR            adopt this ComfyUI folder, which stays where it is
     --comfyui REF         the version: a tag, branch or commit (default: the newest release)
@@ -11325,7 +11347,7 @@ def format_delete(data: dict[str, Any], typed: Typed) -> Iterator[str]:
 
 @command(
     "delete NAME",
-    "delete an environment (models, outputs, inputs, workflows and logs stay)",
+    "delete an environment; your models, images and workflows are kept",
     """
     -y --yes              do not ask
     --purge               delete its models, outputs, inputs and user files, too
@@ -11384,7 +11406,7 @@ def format_node(data: dict[str, Any], typed: Typed) -> Iterator[str]:
 
 @command(
     "node add [ID...]",
-    "add custom nodes: registry ids, git addresses (id@version, address@ref), or folders with --dev",
+    "add custom nodes: ID, ID@VERSION, a git address, or --dev FOLDER",
     """
     --workflow FILE       what this workflow needs: a .json file, or an image that ComfyUI saved
     --dev                 the ID is a folder with your own work
@@ -11661,7 +11683,8 @@ def logs(console: Console, args: Arguments) -> Report:
             hint = ["It was removed meanwhile. A new one begins with: ", ("restart",)]
         raise CDEnvironmentError("No log file found.", hint, "no-log")
     if args.follow:
-        follow_log(console, environment, 20 if args.tail is None else args.tail)
+        with ended_by_ctrl_c():
+            follow_log(console, environment, 20 if args.tail is None else args.tail)
         return Report({}, environment.name, already_printed=True)
     for span_path, start, end in log_spans(environment, args.all, args.tail):
         with open_regular(span_path) as log:
@@ -12335,39 +12358,118 @@ def completion(console: Console, args: Arguments) -> Report:
     return Report({"shell": args.shell, "text": script}, already_printed=True)
 
 
-@command("help [COMMAND...]", "how to use a command", "", ("help run",))
+TOPICS = {
+    "json": """
+--json prints one object on one line of stdout, and nothing else:
+  {"schema": 2, "command": "status", "ok": true, "environment": "main",
+   "data": {...}, "error": null}
+  error: {"message", "hint": prose or null, "try": a command or null, "code"}
+Times are ISO 8601 in UTC, durations seconds, sizes bytes. What is not known is
+null. "data" is null when nothing could be done. Keys of data:
+  status, and each of environments in list:
+    name (list only)  state: starting, running, unresponsive, stopped, crashed,
+    foreign, unknown  health: healthy, starting, unhealthy, other-service,
+    bad-answer  note: interrupted, rebooted, damaged, untracked, moved,
+    unreadable  demo  complete  resume: words that go on with create
+    missing: main.py's path  pid  host  port  url  queue: {running, pending}
+    version (ComfyUI's)  python  device  vram: {used, total}  uptime
+    started_at  args  log  machine  relics: [{pid, command}]
+    monitor: {alive, restarts, gave_up}  last_alive  last_error  exit_code
+    difference (status): {synced, error, missing, untracked, mismatches,
+    interrupted}  active (list)
+  list: workspace, environments, kept: folders that delete kept
+  run, restart: pid host port url args log started_at health demo; with --wait
+    also ready, waited; run: only_watched; restart: cut_off
+  stop: stopped pid cut_off: {running, pending} called_off left: {pid, command};
+    with --port also port command dry_run
+  run, stop, restart --all: environments: [{environment, ok, data}]
+  open: url opened  use: nothing more  init: workspace made
+  create: comfyui version python venv  delete: deleted kept
+  node add, remove, update, enable, disable: nodes: [{node, ok, message}]
+    restarted pid; with --wait also ready, waited
+  node list: nodes: [{name, folder, source, version, repository, installed,
+    disabled, pin, no_deps, skipped}]
+  node search: nodes: [{id, version, description, repository}]
+  repair: orphan_only cleaned orphans: [{pid, age, port, command, action}]
+    synced installed corrected tracked problems
+  completion: shell text  help, version: text; version: version
+Exit codes: 0 done, 1 could not, 2 wrong usage, 3 status of what does not run,
+130 interrupted.""",
+    "files": """
+A workspace is ~/.comfydock, or what --workspace or COMFYDOCK_HOME name:
+  environments/NAME/ComfyUI         its checkout (not of an adopted folder)
+  environments/NAME/.venv           its Python
+  environments/NAME/.cec            manifest (pyproject.toml), history, state
+  environments/NAME/.cec/.comfyui.state   the record of the running process
+  logs/NAME/comfyui.log             the log; older ones are .old, .old.2 ...
+  kept/NAME-TIME                    what delete kept of an environment
+  .metadata/workspace.json          the active environment
+Nothing is written outside of it, and nothing into a ComfyUI folder that you
+adopted but custom nodes that you add. To uninstall: stop --all, delete the
+workspace and comfydock.py.""",
+    "stop": """
+ComfyUI is asked as Ctrl-C asks it (SIGINT, its only clean stop), 3 s before the
+timeout with SIGTERM, and at the timeout it is killed; then what it started is
+ended, too. --kill skips the asking. A process that is not provably ours, or
+that belongs to another user, is never signalled. At a terminal you are asked
+before queued work is cut off; --when-idle waits for it, --force does not ask.""",
+}
+
+
+@command("help [COMMAND...]", "how to use a command, or a topic", "", ("help run", "help json"))
 def show_help(console: Console, args: Arguments) -> Report:
-    """Tell how to use comfydock, or one of its commands."""
     topic = " ".join(args.commands)
-    if topic in COMMANDS:
-        return Report({"text": build_parser(COMMANDS[topic], console.call()).format_help().rstrip()})
-    chosen = [entry for name, entry in COMMANDS.items() if name.startswith(f"{topic} ") or not topic]
-    if not chosen:
-        raise unknown_command(args.commands)
-    lines = [f"  {entry.name:12} {entry.summary}" for entry in chosen]
-    return Report({"text": "\n".join(lines if topic else overview(lines, console.call()))})
+    parts = [build_parser(COMMANDS[topic], console.call()).format_help().rstrip()] if topic in COMMANDS else []
+    parts += [TOPICS[topic].strip()] if topic in TOPICS else []
+    if not topic:
+        parts = ["\n".join(overview(console.call()))]
+    if not parts:
+        below = [summary_lines(name, one.summary) for name, one in COMMANDS.items() if name.startswith(f"{topic} ")]
+        if not below:
+            raise unknown_command(args.commands)
+        parts = ["\n".join(line for lines in below for line in lines)]
+    return Report({"text": "\n\n".join(parts)})
 
 
-def overview(lines: list[str], call: str) -> list[str]:
-    """Return the help of the whole, on one screen, around the lines of its commands."""
+GROUPS = (  # of the overview; what is named in none stands in the last
+    ("every day", "run open stop restart status list top logs"),
+    ("environments", "create use delete exec update history models repair"),
+    ("more", ""),
+)
+
+
+def summary_lines(name: str, summary: str) -> list[str]:
+    """Return a command and what it does, in as many lines as it takes."""
+    from textwrap import wrap
+
+    first, *others = wrap(summary, min(columns(sys.stdout), 100) - 15)
+    return [f"  {name:12} {first}", *(f"{'':15}{line}" for line in others)]
+
+
+def overview(call: str) -> list[str]:
+    """Return the help of the whole, on one screen."""
+    node = ", ".join(name[5:] for name in COMMANDS if name.startswith("node "))
+    summaries = {name: entry.summary for name, entry in COMMANDS.items() if " " not in name}
+    summaries["node"] = f"{node} custom nodes: see help node"
+    lines = [f"comfydock {__version__}: run ComfyUI in the background, and know the truth about it", ""]
+    lines.append(f"usage: {call} COMMAND [NAME] [options]")
+    for title, names in GROUPS:
+        lines += ["", f"{title}:"]
+        for name in [name for name in names.split() if name in summaries] or list(summaries):
+            lines += summary_lines(name, summaries.pop(name))
+    lines += ["", "examples:", f"  {call} run --demo     try everything in a second, without ComfyUI"]
+    lines += [f"  {call} run            in a ComfyUI folder: adopt it and start it"]
     return [
-        f"comfydock {__version__}: run ComfyUI in the background, and know the truth about it",
-        "",
-        f"usage: {call} COMMAND [-e NAME] [options]",
-        "",
         *lines,
+        f"  {call} help run       all options of a command",
         "",
-        "examples:",
-        f"  {call} run --demo          try everything in a second, without ComfyUI",
-        f"  {call} run                 in a ComfyUI folder: adopt it and start it",
-        f"  {call} logs -f             watch the log",
-        f"  {call} help run            all options of a command",
+        f"topics: {', '.join(TOPICS)} (help TOPIC)",
     ]
 
 
 def show_version(console: Console, args: Arguments) -> Report:
     """Tell which comfydock this is."""
-    return Report({"text": f"comfydock {__version__}"})
+    return Report({"text": f"comfydock {__version__}", "version": __version__})
 
 
 # Completion: a shell's script hands on the words before the cursor and, behind "=", the one at it (PowerShell drops
@@ -12502,7 +12604,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     except KeyboardInterrupt as error:
         return interrupted(console, words, argv is None, getattr(error, "exit_code", 130))
     except CDEnvironmentError as error:
-        return complain(console, words, error, 2 if error.code == "usage" else 1)
+        return complain(console, words, error, {"usage": 2, "interrupted": 130}.get(error.code, 1))
     except OSError as error:
         return complain(console, words, CDEnvironmentError(os_error_sentence(error), "", "system"), 1)
     except Exception as error:

@@ -7029,7 +7029,7 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
         console.say("chatter")
         console.work("pip talks")
         console.warn("careful")
-        data = {"pid": 7, "url": "http://x", "log": "/l"}
+        data = {"pid": 7, "url": "http://x", "log": "/l", "health": "starting"}
         console.show("run", dock.Report(data), dock.format_run)
         self.assertEqual(out.getvalue().splitlines()[0], "✓ ComfyUI started in background (PID 7)")
         self.assertNotIn("Tip", out.getvalue())
@@ -7163,7 +7163,7 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
         cases = [
             ["frobnicate"], ["stauts"], ["stop", "--timeout", "x"], ["stop", "--timeout", "-1"], ["stop", "--timeout"],
             ["logs", "-n", "-5"], ["logs", "-n5"], ["logs", "--json"], ["run", "--foreground", "--json"], ["status", "-e", "a", "x"], ["status", "x", "y"], ["stop", "a", "-e", "b"], ["stop", "a", "--all"],
-            ["status", "--fol"], ["use"], ["use", "a", "b"], ["create", "x", "--from", "d", "--no-install"], ["node"], ["node", "frob"], ["node", "add"], ["repair", "--adopt", "--end"], ["node", "add", "x", "--restart", "--no-restart"], ["run", "--set-env", "A"],
+            ["status", "--fol"], ["use"], ["use", "a", "b"], ["create", "x", "--from", "d", "--no-install"], ["node"], ["node", "frob"], ["node", "remove"], ["repair", "--adopt", "--end"], ["node", "add", "x", "--restart", "--no-restart"], ["run", "--set-env", "A"],
             ["stop", "--kil"], ["stop", "--port", "0"], ["stop", "--port", "99999"], ["-e"], ["run", "-e"], ["logs", "-fn", "5"], ["run", "--cpu", "-fe"], ["run", "-f=1"], ["status", "--json=1"], ["status", "--env"], ["--", "x"],
         ]  # fmt: skip
         for words in cases:
@@ -9107,6 +9107,41 @@ SHELL_CASES = {  # what is typed before Tab -> what stands there then
 
 
 class SmallCommands(Journey):
+    def test_every_key_of_json_is_told_by_help_json(self):
+        text = self.person.types("help", "json").stdout
+        self.run_demo()
+        whole = [
+            self.person.types(*words, "--json").stdout
+            for words in (["status"], ["list"], ["restart", "--wait"], ["open", "--wait", "0"])
+        ]
+        dock.signal_process(self.person.status()["pid"], "kill")
+        eventually(lambda: self.person.status()["state"] == "crashed")
+        whole += [self.person.types(*words, "--json").stdout for words in (
+            ["status"], ["repair", "--orphan"], ["stop"], ["stop", "--all"], ["node", "list"], ["create", "a", "--from", self.person.checkout()], ["use", "a"],
+            ["delete", "a", "-y"], ["init", os.path.join(self.person.home, "w")], ["--version"], ["help"], ["completion", "bash"], ["-e", "nobody", "status"])]  # fmt: skip
+        keys = set()
+        for line in whole:
+            pieces = [json.loads(line)]
+            while pieces:
+                piece = pieces.pop()
+                keys |= set(piece) if isinstance(piece, dict) else set()
+                pieces += list(piece.values()) if isinstance(piece, dict) else piece if isinstance(piece, list) else []
+        self.assertEqual({key for key in keys if not re.search(rf"\b{key}\b", text)}, set())
+
+    def test_ctrl_c_ends_a_followed_log_in_silence(self):
+        self.run_demo()
+        child = self.person.starts("logs", "-f")
+        read_until(child, "To see the GUI")
+        dock.signal_process(child.pid, "interrupt")
+        self.assertEqual(child.wait(20), 0)
+        self.assertNotIn("nterrupt", Path(child.said).read_text(encoding="utf-8"))
+
+    def test_no_help_is_wider_than_a_terminal_or_longer_than_a_screen(self):
+        for topic in ("", "json", "files", "stop", "node", *dock.COMMANDS):
+            lines = self.person.types("help", *topic.split()).stdout.splitlines()
+            self.assertLessEqual(max(map(len, lines)), 80, topic)
+            self.assertLess(len(lines), 48, topic)
+
     def test_a_name_may_be_the_first_word_and_is_told_when_it_is_none(self):
         self.person.environment("alpha")
         self.assertEqual(self.person.types("status", "alpha").returncode, 3)
