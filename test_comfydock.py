@@ -227,7 +227,7 @@ def installed(*more):
     folder = tempfile.mkdtemp(prefix="comfydock bin ")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path, double = os.path.join(folder, "comfydock"), os.path.join(folder, "double.py")
-    Path(double).write_text(double_source(), encoding="utf-8", newline="")
+    Path(double).write_bytes(double_source().encode())
     lines = [f"sys.path.insert(0, {HERE!r})", "import comfydock"]
     lines += [f"comfydock.demo_source = lambda: open({double!r}, encoding='utf-8').read()", *more]
     Path(path).write_text(STUB.replace("\n", "\n".join(["", *lines, ""]), 1), encoding="utf-8")
