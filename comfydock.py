@@ -9458,7 +9458,7 @@ def dockerfile(it: Description) -> str:
         volumes=", ".join(json.dumps(f"{it.home}/{folder}") for folder in IMAGE_VOLUMES),
         port=IMAGE_PORT,
         health=json.dumps(HEALTH),
-        start='"--no-sync"' if it.code else '"--demo"',
+        start=f'"--no-sync", "--python", "/opt/{it.label}/venv/bin/python"' if it.code else '"--demo"',
         args=json.dumps([*it.args, "--listen", "0.0.0.0", "--port", str(IMAGE_PORT)], ensure_ascii=False),  # noqa: S104
     )
 
