@@ -10393,20 +10393,10 @@ def run(console: Console, args: Arguments) -> Report:
         if seen.state in (STOPPED, CRASHED) and not seen.relics and not auto_port:
             environment.require_free_port(config)  # before anything is installed, and once more at the start
         environment.sync()
-    if (
-        "--enable-manager" in args.comfyui_args
-        and not is_demo
-        and not has_module(environment.python, "comfyui_manager")
-    ):
-        file = os.path.join(environment.comfyui_path, "manager_requirements.txt")
-        console.warn(
-            f"ComfyUI-Manager is not installed here: {quote(environment.python)} -m pip install -r {quote(file)}"
-        )
-    options = {
-        "auto_port": auto_port,
-        "set_env": args.set_env,
-        "take_over": args.take_over,
-    }
+    if "--enable-manager" in args.comfyui_args and not (is_demo or has_module(environment.python, "comfyui_manager")):
+        file = quote(os.path.join(environment.comfyui_path, "manager_requirements.txt"))
+        console.warn(f"ComfyUI-Manager is not installed here: {quote(environment.python)} -m pip install -r {file}")
+    options = {"auto_port": auto_port, "set_env": args.set_env, "take_over": args.take_over}
     if stays:
         return run_in_foreground(console, environment, args.comfyui_args, options, config.tls)
     return run_in_background(console, args, environment, options, config.tls)
@@ -10417,11 +10407,8 @@ def run_in_background(
 ) -> Report:
     watched = environment.observe().process if args.monitor else None
     if watched is not None and args.comfyui_args:
-        raise CDEnvironmentError(
-            f"ComfyUI is already running (PID {watched.pid}), so it cannot be given other arguments.",
-            ("-e", environment.name, "run", "--monitor"),
-            "running",
-        )
+        message = f"ComfyUI is already running (PID {watched.pid}), so it cannot be given other arguments."
+        raise CDEnvironmentError(message, ("-e", environment.name, "run", "--monitor"), "running")
     try:
         starting = environment.start_monitored if args.monitor else environment.run
         starting(args.comfyui_args, **options)
@@ -11193,23 +11180,15 @@ def repair(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     console.say("🔍 Checking for process/state issues...")
     data: dict[str, Any] = {"name": environment.name, "orphan_only": args.orphan, "cleaned": environment.clean_stale()}
-    found = []
-    for process in environment.orphans():
+    orphans = environment.orphans()
+    if orphans:
+        console.result(f"\n⚠️  Found {len(orphans)} orphaned ComfyUI process(es):")
+    data["orphans"] = []
+    for process in orphans:
         port = environment.config_of(Snapshot(RUNNING, None, process, "untracked")).port
-        item: dict[str, Any] = {
-            "pid": process.pid,
-            "age": round(process.age(), 3),
-            "port": port,
-            "command": process.text,
-        }
-        found.append((process, item))
-    if found:
-        console.result(f"\n⚠️  Found {len(found)} orphaned ComfyUI process(es):")
-    for process, item in found:
-        age = format_duration(item["age"])
-        console.result(f"  • PID {process.pid}, {age} old, port {item['port']}: {process.text}")
-        item["action"] = settle_orphan(console, args, environment, process)
-    data["orphans"] = [item for _, item in found]
+        item = {"pid": process.pid, "age": round(process.age(), 3), "port": port, "command": process.text}
+        console.result(f"  • PID {process.pid}, {format_duration(process.age())} old, port {port}: {process.text}")
+        data["orphans"].append({**item, "action": settle_orphan(console, args, environment, process)})
     if not args.orphan:
         environment.require_comfyui()
         data.update(repair_content(console, args, environment))
@@ -11312,27 +11291,14 @@ def create(console: Console, args: Arguments) -> Report:
         if args.models is not None:
             environment.set_models(args.models)
     else:
-        environment = workspace.create(
-            args.name,
-            comfyui=args.comfyui,
-            source=args.source,
-            python=args.python,
-            torch_backend=args.torch_backend or "auto",
-            no_install=args.no_install,
-            models=args.models,
-            no_manager=args.no_manager,
-            tell=console.work,
-        )
+        named = ("comfyui", "source", "python", "no_install", "no_manager", "models")
+        options = {"torch_backend": args.torch_backend or "auto", **{name: getattr(args, name) for name in named}}
+        environment = workspace.create(args.name, **options, tell=console.work)
     if args.use:
         workspace.use(args.name)
-    has_python = os.path.exists(environment.python)
-    data = {
-        "name": environment.name,
-        "comfyui": str(environment.comfyui_path),
-        "version": environment.manifest.comfyui_version,
-        "python": environment.python if has_python else None,
-        "venv": environment.paths.venv,
-    }
+    python = environment.python if os.path.exists(environment.python) else None
+    data = {"name": environment.name, "python": python, "venv": environment.paths.venv}
+    data.update(comfyui=str(environment.comfyui_path), version=environment.manifest.comfyui_version)
     return Report(data, environment.name)
 
 
