@@ -7081,7 +7081,6 @@ def end_with_family(process: Process, timeout: float) -> None:
 
 
 def resume(process: Process) -> None:
-    """Let a process go on that stands still."""
     with suppress(OSError):
         signal_same(process, "continue")
 
@@ -7168,12 +7167,8 @@ def is_own_argv(argv: list[str], process: Process, script: str) -> bool:
 
 def exit_code_of(pid: int) -> Optional[int]:
     """Return the exit code of a child that has ended, within the moment that the system may need to hand it out."""
-    for _ in range(10):
-        code = reap(pid)
-        if code is not None:
-            return code
-        time.sleep(0.01)
-    return None
+    codes = until(lambda: [code for code in [reap(pid)] if code is not None], 0.1)
+    return codes[0] if codes else None
 
 
 def is_own_intent(record: ProcessState) -> bool:
@@ -7371,9 +7366,8 @@ class Environment:
 
     def _relics(self, record: ProcessState) -> list[Process]:
         """Return who bears the marker of a run that is gone; nobody when it is the marker of another ComfyUI's run."""
-        relics = process_tree(
-            Process(0, uid=record.owner if record.uid is None else record.uid), record.run_id, record.alive
-        )
+        user = record.owner if record.uid is None else record.uid
+        relics = process_tree(Process(0, uid=user), record.run_id, record.alive)
         scripts = [script for relic in relics for script in scripts_of(relic, "main.py")]
         return relics if all(same_path(script, self._script) for script in scripts) else []
 
@@ -7538,11 +7532,8 @@ class Environment:
             return None
         restarts = record.monitor.get("restarts")
         count = len(restarts) if isinstance(restarts, list) else 0
-        return {
-            "alive": self.monitor_process(record) is not None,
-            "restarts": count,
-            "gave_up": record.monitor.get("gave_up"),
-        }
+        alive = self.monitor_process(record) is not None
+        return {"alive": alive, "restarts": count, "gave_up": record.monitor.get("gave_up")}
 
     def _last_words(self, record: Optional[ProcessState]) -> dict[str, Any]:
         """Return what is left of a run that ended by itself: last sign of life, last error line, exit code.
@@ -7608,14 +7599,13 @@ class Environment:
         return record.port, f"environment '{self.name}' (PID {record.holder[0]})"
 
     def rotate_log(self, keep: Optional[int] = None) -> bool:
-        """Move the log to `.old` while ComfyUI goes on writing, losing no line; `keep` old ones stay.
+        """Move the log to `.old` while ComfyUI goes on writing, losing no line; `keep` old ones stay (None: as many).
 
-        None keeps as many as there are, one at least.
         Most is copied while ComfyUI writes; for the rest its processes stand still for some milliseconds. Returns False
         when there is nothing to rotate. Raises CDEnvironmentError, OSError.
         """
         with self._process_lock("logs --rotate"):
-            self._finish_rotation()
+            self.finish_rotation(lock_held=True)
             snapshot = self.observe(lock_held=True)
             path, draft, moved = self.log_path, rotation_draft(self.log_path), self.moved_log(snapshot)
             if moved is not None:  # ComfyUI goes on into the moved file, which is the log again from now on
@@ -7650,18 +7640,14 @@ class Environment:
         record.log_inode = start_log_anew(self.log_path, session_header(record.run_id or "", self.name))
         record.log_offset = 0
 
-    def finish_rotation(self) -> None:
+    def finish_rotation(self, lock_held: bool = False) -> None:
         """Finish a rotation that was killed: resume the processes that it left standing still."""
         record, _ = look_up_state(self.paths.state)
         if record is None or record.phase != "rotating":
             return
-        with suppress(CDEnvironmentError), self._process_lock("repair", 0.0):  # else the rotation is at work just now
-            self._finish_rotation()
-
-    def _finish_rotation(self) -> None:
-        """The caller holds the lock, so a record that says "rotating" is of a rotation that was killed."""
-        record = self._read_state()
-        if record is None or record.phase != "rotating":
+        if not lock_held:
+            with suppress(CDEnvironmentError), self._process_lock("repair", 0.0):  # else it is at work just now
+                self.finish_rotation(lock_held=True)
             return
         path, process = self.log_path, recorded_comfyui(record, self.python, self._script)
         was_moved = not os.path.exists(rotation_draft(path)) and same_beginning(path, rotated(path))
@@ -7699,24 +7685,19 @@ class Environment:
         Raises CDEnvironmentError when it runs already, the port is taken, Python or main.py is missing, ComfyUI refuses
         its arguments or ended at once, and as `wait_until_ready`; OSError when a file cannot be written.
         """
-        if isinstance(args, str) or not is_text_list(list(args or [])):
-            raise TypeError("args is a list of str, one word each")
         words = list(args or [])
+        if isinstance(args, str) or not is_text_list(words):
+            raise TypeError("args is a list of str, one word each")
         self._settle()
         with self._process_lock("run"):
             self._require_startable()  # asked only now: who had the lock may have deleted all
             snapshot = self.observe(lock_held=True)
-            is_told = (
-                snapshot.record is not None
-                and snapshot.record.desired_state == STOPPED
-                and snapshot.note != "untracked"
-            )
-            if is_told and snapshot.process is not None and wait_for_exit(snapshot.process, LEAVING_SECONDS):
-                snapshot = self.observe(lock_held=True)  # by a stop that was broken off then
+            record, leaving = snapshot.record, snapshot.process if snapshot.note != "untracked" else None
+            if leaving and record and record.desired_state == STOPPED and wait_for_exit(leaving, LEAVING_SECONDS):
+                snapshot = self.observe(lock_held=True)  # told so by a stop that was broken off then
             self._require_not_running(snapshot, take_over)
-            launch = self._launch(words)
+            launch, monitor = self._launch(words), self.own_monitor_note() if monitored else None
             self._end_relics(snapshot)
-            monitor = self.own_monitor_note() if monitored else None
             done = self._start(launch, set_env or {}, monitor=monitor, auto_port=auto_port)
         if wait is not None:
             self.wait_until_ready(wait)
@@ -7772,10 +7753,8 @@ class Environment:
         if process is not None:
             if snapshot.note in ("untracked", "moved"):
                 record = self._adopt(process, record)
-            port = record.port if record else DEFAULT_PORT
-            raise CDEnvironmentError(
-                f"ComfyUI is already running (PID {process.pid}, port {port}).", ("-e", self.name, "restart"), "running"
-            )
+            message = f"ComfyUI is already running (PID {process.pid}, port {record.port if record else DEFAULT_PORT})."
+            raise CDEnvironmentError(message, ("-e", self.name, "restart"), "running")
         if snapshot.note == "damaged":
             if os.path.islink(self.paths.state):
                 message = f"{self.paths.state} is a link, which is not followed here."
@@ -7833,23 +7812,21 @@ class Environment:
             program = "\n\n".join([*map(inspect.getsource, asked), *(f"{one.__name__}()" for one in asked)])
             command = [*words, "-c", program, self._checkout, *args]
             done = run_command(command, folder, self._variables(own), PARSER_SECONDS)
-            lines = [json.loads(line) for line in done.stdout.splitlines()]
-            if done.returncode == 2 and len(lines) == 1:
-                reason = done.stderr.strip().rpartition("\n")[2].partition("error: ")[2]
-                close = closest_flag(reason, lines[0])
-                hint = f"did you mean {close}?" if close else ""
-                raise CDEnvironmentError(f"ComfyUI refuses its arguments: {reason}", hint, "usage")
-            told = lines[1]
-            config = ComfyUIConfig(told["listen"], told["port"], bool(told["tls_keyfile"] and told["tls_certfile"]))
-            return Launch(args, config, launch.added + self._words_for_models(shared, told, lines[2:]), told)
-        except CDEnvironmentError as error:
-            if error.code == "usage":
-                raise
-        except (OSError, ValueError, KeyError, TypeError, IndexError):  # another parser than we know
-            pass
-        if shared is not None:
-            raise CDEnvironmentError("This ComfyUI does not tell its model folders.", ("models", "--off"), "models")
-        return launch
+            flags, *told = [json.loads(line) for line in done.stdout.splitlines()]
+            if done.returncode != 2:
+                tls = bool(told[0]["tls_keyfile"] and told[0]["tls_certfile"])
+                config = ComfyUIConfig(told[0]["listen"], told[0]["port"], tls)
+                added = launch.added + self._words_for_models(shared, told[0], told[1:])
+                return Launch(args, config, added, told[0])
+        except (CDEnvironmentError, OSError, ValueError, KeyError, TypeError, IndexError):
+            if shared is not None:
+                message = "This ComfyUI does not tell its model folders."
+                raise CDEnvironmentError(message, ("models", "--off"), "models") from None
+            return launch  # another parser than we know, or a Python that does not start
+        reason = done.stderr.strip().rpartition("\n")[2].partition("error: ")[2]
+        close = closest_flag(reason, flags)
+        hint = f"did you mean {close}?" if close else ""
+        raise CDEnvironmentError(f"ComfyUI refuses its arguments: {reason}", hint, "usage")
 
     def _start(
         self,
@@ -7905,9 +7882,7 @@ class Environment:
             with suppress(OSError):
                 lock = until(lambda: take_lock(self.paths.alive), 1.0)
                 if lock is None:
-                    message = (
-                        f"A process that was left by an earlier ComfyUI holds {self.paths.alive} and does not end."
-                    )
+                    message = f"A process that an earlier ComfyUI left holds {self.paths.alive} and does not end."
                     raise CDEnvironmentError(message, ("repair", "--orphan"), "stranger")
         with lock or nullcontext():
             yield lock
@@ -8029,9 +8004,8 @@ class Environment:
         if record is None or not run_id or record.run_id != run_id:
             began = format_utc(process.created) if process.created is not None else utc_now()
             args = arguments_of(process)
-            record = ProcessState(
-                process.pid, DEFAULT_HOST, DEFAULT_PORT, args, began, self.log_path, run_id=run_id or None
-            )
+            record = ProcessState(process.pid, DEFAULT_HOST, DEFAULT_PORT, args, began, self.log_path)
+            record.run_id = run_id or None
         config = self.config_of(Snapshot(RUNNING, record, process))
         record.pid, record.host, record.port = process.pid, config.host, config.port
         record.phase, record.desired_state, record.command = "running", "running", process.command
@@ -8324,12 +8298,9 @@ class Environment:
         snapshot = self.observe(lock_held=lock_held)
         if snapshot.state == FOREIGN:
             raise self._foreign(snapshot)
-        if snapshot.state == STARTING:
-            raise CDEnvironmentError(
-                f"ComfyUI starts in environment '{self.name}'.", ("-e", self.name, "stop"), "running"
-            )
-        if snapshot.process is not None:
-            message = f"ComfyUI runs in environment '{self.name}' (PID {snapshot.process.pid})."
+        if snapshot.process is not None or snapshot.state == STARTING:
+            how = f"runs (PID {snapshot.process.pid})" if snapshot.process else "starts"
+            message = f"ComfyUI {how} in environment '{self.name}'."
             raise CDEnvironmentError(message, ("-e", self.name, "stop"), "running")
 
     def damaged_state(self) -> CDEnvironmentError:
@@ -8338,11 +8309,7 @@ class Environment:
         return CDEnvironmentError(message + self.paths.state, ("-e", self.name, "run"), "damaged")
 
     def _stop_seen(
-        self,
-        snapshot: Snapshot,
-        timeout: float,
-        meanwhile: "Optional[Callable[[], bool]]" = None,
-        wanted: str = STOPPED,
+        self, snapshot: Snapshot, timeout: float, meanwhile: Optional[Callable[[], bool]] = None, wanted: str = STOPPED
     ) -> None:
         """End the process of a snapshot and its family, and have its monitor go. The caller holds the process lock.
 
@@ -8411,9 +8378,7 @@ class Environment:
             if snapshot.note == "damaged":
                 raise self.damaged_state()
             process = snapshot.process
-            record = snapshot.record or read_state(self.paths.last_run) if process is None else None
-            if process is not None:
-                record = self._own_record(process, snapshot)
+            record = self._own_record(process, snapshot) if process is not None else self.last_record()
             if record is None:
                 message = f"Cannot restart: ComfyUI not running in environment '{self.name}', and it never was."
                 raise CDEnvironmentError(message, ("-e", self.name, "run"), "stopped")
@@ -8496,7 +8461,6 @@ class Environment:
         `options` are those of `run`. They go through the monitor's environment, where only this user can read them.
         Raises CDEnvironmentError as `run` does, and when the monitor does not answer.
         """
-        import threading
         from compileall import compile_file
 
         compile_file(os.path.abspath(__file__), quiet=2)  # who compiles it keeps 20 MiB that it never needs
@@ -8508,22 +8472,19 @@ class Environment:
         with os.fdopen(writer, "wb") as answering:
             child = create_background_process(command, self.workspace_paths.root, answering, variables)
         release(child)
-        said: list[bytes] = []
         answers = os.fdopen(reader, "rb")
-        listener = threading.Thread(target=lambda: said.extend(answers), daemon=True)
-        listener.start()
-        listener.join(MONITOR_SECONDS)
-        process = process_table().process(child.pid)
-        if listener.is_alive() and process is not None:
-            end_all([process])
-            message = f"The monitor (PID {child.pid}) did not answer within {MONITOR_SECONDS:g} s, so it was ended."
-            raise CDEnvironmentError(message, ("-e", self.name, "status"), "timeout")
-        answers.close()
         try:
-            reply = dict(json.loads(said[-1]))
+            said = begin(answers.read)(time.monotonic() + MONITOR_SECONDS)
+            answers.close()  # not before: to close waits for a reading that hangs
+            reply = dict(json.loads(said.splitlines()[-1]))
+        except TimeoutError:
+            monitor = process_table().process(child.pid)
+            end_all([monitor] if monitor is not None else [])
+            message = f"The monitor (PID {child.pid}) did not answer within {MONITOR_SECONDS:g} s, so it was ended."
+            raise CDEnvironmentError(message, ("-e", self.name, "status"), "timeout") from None
         except (ValueError, IndexError, TypeError):
-            words = b"".join(said).decode("utf-8", "replace").strip()[-500:]
-            raise CDEnvironmentError(f"The monitor could not start: {words or 'it said nothing'}") from None
+            words = said.decode("utf-8", "replace").strip()[-500:] or "it said nothing"
+            raise CDEnvironmentError(f"The monitor could not start: {words}") from None
         if "exit_code" in reply:
             raise CDEndedError(reply["error"]["message"], reply["error"]["hint"], reply["exit_code"])
         if reply.get("error"):
@@ -8554,9 +8515,8 @@ class Environment:
     def is_held_back(self) -> bool:
         """Tell whether who stopped ComfyUI for a restart has something to do before it, and lives."""
         record = self._read_state()
-        return (
-            record is not None and recorded_process(record.starter.get("waits_for"), (record.owner,), bool) is not None
-        )
+        waits_for = record.starter.get("waits_for") if record is not None else None
+        return record is not None and recorded_process(waits_for, (record.owner,), bool) is not None
 
     def _require_port_for_restart(self, process: Process, record: ProcessState) -> None:
         """While ComfyUI is still importing, another program may have taken its port."""
