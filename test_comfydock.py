@@ -10117,6 +10117,77 @@ def namespaces_work():
     )
 
 
+NOT_RUN = {  # commands of README that its test does not run -> why
+    "curl -LO URL-OF-THIS-REPOSITORY/raw/main/comfydock.py": "there is no such address before the file is published",
+    "comfydock open": "it would open a browser: SmallCommands has a stand-in for one",
+    "comfydock logs -f": "it ends with ComfyUI: Logs, LogsOfAllKinds",
+    "comfydock create main --use": "it downloads ComfyUI and PyTorch: FromNothingToANode has repositories of its own",
+    "comfydock node add comfyui-kjnodes --restart": "it asks the registry: FromNothingToANode has one of its own",
+    "comfydock node add --workflow portrait.json": "it asks the registry: AddTest and others have one of their own",
+    "comfydock update main": "it fetches ComfyUI: UpdatingComfyUI",
+    "comfydock update main --back": "it needs an update before it: UpdatingComfyUI",
+    "comfydock autostart on main": "it writes to the system's own service manager: .ci/engines",
+    "comfydock generate compose main": "it needs git and a repository of ComfyUI: .ci/engines",
+    "comfydock models sdxl --set /data/models": "it needs that folder: OneModelsFolderForMany",
+    "comfydock node update": "it needs a registry: ChangeTest",
+    "comfydock run --foreground": "it stays: Foreground",
+    "comfydock delete sdxl": "it asks at a terminal: DeleteTest",
+}
+
+
+class Readme(Journey):
+    """Each command in README, in its order, in the home of somebody who has two ComfyUI folders."""
+
+    text = Path(HERE, "README.md").read_text(encoding="utf-8")
+
+    def commands(self):
+        pieces = re.split(r"^```", self.text, flags=re.MULTILINE)  # prose and blocks in turn
+        lines = [line for block in pieces[1::2] if block.startswith("\n") for line in block.splitlines() if line]
+        typed = [line.partition("  #")[0].removeprefix("$ ").strip() for line in lines if not line.startswith("{")]
+        return typed + re.findall(r"`(comfydock [^`]+)`", " ".join(pieces[0::2]))
+
+    def test_it_is_short_and_the_list_of_what_is_not_run_is_true(self):
+        self.assertLessEqual(len(self.text.splitlines()), 190)
+        self.assertEqual(set(NOT_RUN) - set(self.commands()), set())
+
+    @unittest.skipIf(WINDOWS, "the venvs are links")
+    def test_each_command_in_it_does_what_it_says(self):
+        checkout, folder = self.person.checkout, self.person.home
+        places = {"~/ComfyUI": checkout(parent="me"), "/workspace/ComfyUI": checkout(parent="pod")}
+        here = {
+            "~/sdxl/ComfyUI": checkout(parent="sdxl"),
+            "/usr/bin/python3": sys.executable,
+            "8190": free_port(),
+            "8191": free_port(),
+        }
+        for line in self.commands():
+            words = [str(here.get(word, word)) for word in shlex.split(line)]
+            if words[0] == "cd":
+                folder = places[words[1]]
+            elif line == "comfydock create main --use":  # by a folder in place of a download
+                self.assertEqual(
+                    self.person.types("create", "main", "--from", checkout(parent="main"), "--use").returncode, 0
+                )
+            elif line not in NOT_RUN:
+                words = words[2:] if words[0] == "python3" else words[1:]
+                if words[0] == "run":
+                    self.person.types("stop", "--all")
+                    words.insert(
+                        words.index("--") if "--" in words else len(words), "--auto-port"
+                    )  # others run here, too
+                done = self.person.types(*words, cwd=folder)
+                self.assertIn(
+                    done.returncode, (0, 3) if words[0] == "status" else (0,), (line, done.stdout, done.stderr)
+                )
+
+    def test_what_is_named_in_the_other_papers_is_there(self):
+        known = {name: dir(kind) for name, kind in globals().items() if isinstance(kind, type)}
+        paper = Path(HERE, ".github", "TESTING.md").read_text(encoding="utf-8")
+        for name, test in re.findall(r"`([A-Z][a-z]\w+)(?:\.(\w+?)(?:\.\.\.)?)?`", paper):
+            self.assertIn(name, known)
+            self.assertTrue(not test or any(one.startswith(test) for one in known[name]), (name, test))
+
+
 class Trouble(Journey):
     """A journey in which something goes wrong, with what most of them ask afterwards."""
 
