@@ -4759,7 +4759,6 @@ class Installer:
         from shutil import which
 
         self.python, self.uv = python, which("uv")
-        self.trying = ["--dry-run", *["--quiet"] * (not self.uv)]
         # PyTorch's index holds old copies of other packages: uv must look at both
         self.index_policy = ["--index-strategy", "unsafe-best-match"] if self.uv else []
 
@@ -4790,10 +4789,11 @@ class Installer:
     def uninstall(self, names: list[str]) -> None:
         self.must(["uninstall", *([] if self.uv else ["--yes"]), *names])
 
-    def conflicts(self) -> set[str]:
+    def conflicts(self) -> list[str]:
+        """Return the sentences in which `pip check` says what does not fit together."""
         done = self.run(["check"])
         lines = (done.stdout + "\n" + done.stderr).splitlines()
-        return {line.strip() for line in lines if re.search(r" requires | has requirement ", line)}
+        return [line.strip() for line in lines if re.search(r" requires | has requirement ", line)]
 
     def freeze(self) -> list[str]:
         return [f"{one.name}=={one.version}" for one in installed_packages(self.python).values()]
@@ -4964,8 +4964,14 @@ def requirement_entries(text: str) -> list[str]:
 
 def requirement_lines(text: str) -> list[str]:
     """Return the plain requirements of a requirements.txt, which a manifest can hold; options and paths left out."""
-    pattern = r"[A-Za-z0-9][\w.-]*\s*(\[[^\]]*\]\s*)?($|[<>=!~;@(])"
-    return [redact(line) for line in requirement_entries(text) if re.match(pattern, line)]
+    return [redact(entry) for entry in requirement_entries(text) if is_plain(entry)]
+
+
+def is_plain(entry: str) -> bool:
+    """Tell whether an entry is a requirement by name: its extras, its versions or its address, and its condition."""
+    version = r"(?:===?|[<>!~]=?)\s*[^\s,;()<>=!~]+\s*"
+    versions = rf"\(?\s*(?:{version}(?:,\s*{version})*)?,?\s*\)?\s*"
+    return bool(re.fullmatch(rf"[A-Za-z0-9][\w.-]*\s*(\[[^\]]*\])?\s*(@\s*\S+\s*|{versions})(;.*)?", entry))
 
 
 def pip_entry(entry: str, folder: str) -> str:
@@ -5026,7 +5032,8 @@ class Packages:
     """The packages of one environment, for one change: tried and installed as one world, and put back.
 
     `world` is who needs what there; `before` what was installed when the change began, `held` lines NAME==VERSION that
-    stay as they are. `is_whole` tells whether the world fits together; `said` and `conflict` are of the last question.
+    stay as they are. `is_whole` tells whether the world fits together; `is_needed` (is there anything to install?),
+    `said` and `conflict` are of the last question, `bad` the entries that made it fail.
     """
 
     def __init__(self, python: str, world: list[Need], released: "set[str] | frozenset[str]" = frozenset()) -> None:
@@ -5036,7 +5043,8 @@ class Packages:
         self.held = [line for line in held_packages(frozen) if package_name(line) not in released]
         index = held_index(frozen)
         self.index = ["--extra-index-url", index, *self.installer.index_policy] if index else []
-        self.is_whole, self.said, self.conflict = True, "", ""
+        self.is_whole, self.is_needed, self.said, self.conflict = True, True, "", ""
+        self.bad: list[str] = []
 
     @contextmanager
     def words(self, needs: list[Need]) -> Iterator[list[str]]:
@@ -5056,8 +5064,9 @@ class Packages:
     def ask(self, needs: list[Need], tell: Progress = no_progress, is_trial: bool = True) -> str:
         """Try or install what is needed; return why it cannot be, empty when it can."""
         with self.words(needs) as words:
-            done = self.installer.run(["install", *(self.installer.trying if is_trial else []), *words], tell)
+            done = self.installer.run(["install", *["--dry-run"] * is_trial, *words], tell)
         self.said = done.stderr
+        self.is_needed = not is_trial or bool(re.search("Would (?!make no)|no such option", done.stdout + done.stderr))
         if done.returncode == 0 or is_trial and "no such option" in done.stderr:  # pip before 22.2
             return ""
         self.conflict = self.reason(done.stderr + done.stdout, needs)
@@ -5084,9 +5093,11 @@ class Packages:
         left_out: list[str] = []
         while why := self.ask([*self.world, new]):
             said = self.said.replace(" ", "")
-            bad = [] if self.conflict else [entry for entry in new.entries if entry.replace(" ", "") in said]
-            if skip_bad and bad:
-                left_out.append(max(bad, key=len))
+            self.bad = [entry for entry in new.entries if not self.conflict and entry.replace(" ", "") in said]
+            odd = [entry for entry in new.entries if re.match(r"\w[^/@:]*$", entry) and not is_plain(entry)]
+            self.bad = odd or self.bad
+            if skip_bad and self.bad:
+                left_out.append(max(self.bad, key=len))
                 new.entries.remove(left_out[-1])
                 tell(f"warning: left out, as it cannot be installed: {left_out[-1]}")
             elif self.is_whole and self.world and (already := self.ask(self.world)):
@@ -5098,11 +5109,18 @@ class Packages:
         return left_out
 
     def install(self, new: Need, tell: Progress) -> None:
-        conflicts = self.installer.conflicts()
-        why = self.ask([*self.world, new], tell, is_trial=False)
-        if why:
+        """Install what was tried. Raises CDEnvironmentError (code "packages"), also when something fits no more."""
+        if not self.is_needed:
+            return
+        if why := self.ask([*self.world, new], tell, is_trial=False):
             raise CDEnvironmentError(f"packages cannot be installed: {why}", code="packages")
-        broken = sorted(self.installer.conflicts() - conflicts)
+        now = installed_packages(self.python)
+        moved = {
+            one.name for one in now.values() if one.version != self.before.get(package_name(one.name), one).version
+        }
+        moved |= {one.name for name, one in now.items() if name not in self.before}
+        pattern = rf"(?i)(?<![\w.-])({'|'.join(map(re.escape, moved))})(?![\w-])"
+        broken = [line for line in self.installer.conflicts() if re.search(pattern, line)] if moved else []
         if broken:
             raise CDEnvironmentError(f"packages do not fit together any more: {'; '.join(broken[:3])}", code="packages")
 
@@ -6127,7 +6145,7 @@ class NodeManager:
         for name in re.findall(r"(\S+) is held at \S+ for PyTorch", why):
             if package_name(name) not in TORCH_PACKAGES:
                 ways += [f"To let {name} move: ", (*add, "--release", name), ". "]
-        if not packages.conflict:
+        if packages.bad:
             ways += ["Without the lines that cannot be met: ", (*add, "--skip-bad-lines"), ". "]
         return [*ways, "Without all that it needs: ", (*add, "--no-deps")]
 

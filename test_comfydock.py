@@ -4445,14 +4445,15 @@ class AddTest(NodeCase):
         )
 
     def test_a_failing_install_script_leaves_everything_as_it_was(self):
+        make_wheel("unbuilt", "1.0")
         script = "import sys; sys.exit('ValueError: no GPU')"
         Workshop.registry.publish(
-            "failing", "1.0.0", {"__init__.py": "", "install.py": script, "requirements.txt": "brand"}
+            "failing", "1.0.0", {"__init__.py": "", "install.py": script, "requirements.txt": "unbuilt"}
         )
         before = self.snapshot()
         self.failing("no GPU", self.manager.add_node, "failing")
         self.assertEqual(self.snapshot(), before)
-        self.assertIn("brand removed", " ".join(self.said))
+        self.assertIn("unbuilt removed", " ".join(self.said))
 
     def test_an_install_script_that_replaces_torch_is_taken_back(self):
         script = (
