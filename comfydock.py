@@ -6400,7 +6400,7 @@ def ensure_venv(paths: EnvironmentPaths, python: Optional[str], tell: Progress) 
 def ask_python(python: str, words: str) -> str:
     """Return what a line of Python prints in an interpreter, "" where that does not work."""
     try:
-        return str(run_command([python, "-c", words], timeout=60.0).stdout.strip())
+        return str(run_command([python, "-E", "-c", words], timeout=60.0).stdout.strip())  # as ComfyUI starts
     except CDEnvironmentError:
         return ""
 
