@@ -63,6 +63,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import subprocess
+    import threading
     from contextlib import AbstractContextManager
     from dataclasses import dataclass, field
     from datetime import timedelta
@@ -917,7 +918,8 @@ def cannot_start(cmd: list[str], cwd: "Optional[Union[str, Path]]", error: OSErr
     named_only = not os.path.dirname(cmd[0])  # one closed folder on PATH turns "not found" into "permission denied"
     if isinstance(error, FileNotFoundError) or named_only and not on_path(cmd[0]):
         return CDEnvironmentError(f"{cmd[0]} was not found", "install it, or put its folder on PATH", "missing")
-    return CDEnvironmentError(f"{cmd[0]} cannot be started: {error.strerror or error}")
+    hint = "the limit of processes is reached: end some, or raise it (ulimit -u)" if error.errno == errno.EAGAIN else ""
+    return CDEnvironmentError(f"{cmd[0]} cannot be started: {error.strerror or error}", hint)
 
 
 @dataclass
@@ -931,6 +933,9 @@ class ProcessFacts:
     command: list[str] = field(default_factory=list)
     cwd: Optional[str] = None
     environment: dict[str, str] = field(default_factory=dict)
+
+
+NO_MORE_FILES = {errno.EMFILE, errno.ENFILE}
 
 
 def unknown(*_: object) -> Any:
@@ -1453,7 +1458,9 @@ else:
         """Open the folder of a process in /proc, which is then that of no other; None where there is none."""
         try:
             return os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
+        except OSError as error:
+            if error.errno in NO_MORE_FILES:  # who cannot look takes nobody for dead
+                raise
             return None
 
     def owner_of(path: str) -> str:
@@ -1757,13 +1764,25 @@ def noted_signals() -> Iterator[list[str]]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def start_thread(work: Callable[[], None]) -> "threading.Thread":
+    """Start work beside us, which keeps nobody from ending. Raises CDEnvironmentError where no thread is to be had."""
+    import threading
+
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        hint = "end some programs, or raise the limit of processes (ulimit -u)"
+        raise CDEnvironmentError("The system starts no more threads for this user.", hint, "exhausted") from error
+    return thread
+
+
 def pumped_lines(process: "subprocess.Popen[str]", deadline: Optional[float]) -> Iterator[tuple[str, str]]:
     """Yield ("stdout" or "stderr", line) as they come, until both are closed; TimeoutError when the deadline is past.
 
     A pipe can be held open by a daemon that the command left behind: a second of silence after its end is enough.
     """
     import queue
-    import threading
 
     lines: "queue.Queue[tuple[str, str]]" = queue.Queue()
 
@@ -1774,7 +1793,7 @@ def pumped_lines(process: "subprocess.Popen[str]", deadline: Optional[float]) ->
         lines.put((name, ""))
 
     for name in ("stdout", "stderr"):
-        threading.Thread(target=pump, args=(name, getattr(process, name)), daemon=True).start()
+        start_thread(partial(pump, name, getattr(process, name)))
     still_open, silences = 2, 0
     while still_open and silences < 10:
         try:
@@ -2113,7 +2132,9 @@ def read_bytes(path: str, size: int = 32768, folder: Optional[int] = None) -> by
     """
     try:
         fd = os.open(path, os.O_RDONLY, dir_fd=folder)
-    except OSError:
+    except OSError as error:
+        if error.errno in NO_MORE_FILES:
+            raise
         return b""
     try:
         data = b""
@@ -2800,8 +2821,8 @@ def begin(work: "Callable[[], Thing]") -> "Callable[[float], Thing]":
         return results[0]
 
     try:
-        threading.Thread(target=run, daemon=True).start()
-    except RuntimeError:  # the system gives no more threads
+        start_thread(run)
+    except CDEnvironmentError:
         run()
     return result
 
@@ -3301,14 +3322,20 @@ def file_system_of(path: str) -> str:
 
 @contextmanager
 def locked(
-    path: str, seconds: float, purpose: str, handed_on: bool = False, is_stop: bool = False, is_kill: bool = False
+    path: str,
+    seconds: float,
+    purpose: str,
+    handed_on: bool = False,
+    unlocked: Optional[Progress] = None,
+    is_kill: bool = False,
 ) -> Iterator[None]:
     """Hold the lock file at `path`, waiting up to `seconds` for it.
 
     The lock is the system's and ends with its holder, so the file is never deleted and never stale; its text only tells
     others who holds it. One that is `handed_on` is held by the commands that we run meanwhile, too: one that outlives
-    us is waited for by the next comer, and then ended. A stop needs no lock where the file system has none, a kill none
-    whose holder stands still. Raises CDEnvironmentError naming the holder.
+    us is waited for by the next comer, and then ended. Where the file system has no locks, only those go on who have
+    that told to `unlocked`; a kill needs no lock whose holder stands still. Raises CDEnvironmentError naming the
+    holder.
     """
     holder = holder_of(path) if is_kill else None
     is_passed = holder is not None and holder.state == "stopped"
@@ -3320,12 +3347,10 @@ def locked(
         if error.errno not in NO_LOCKS:
             raise
         told = f"{path} cannot be locked: its file system ({file_system_of(path) or error.strerror}) has no locks"
-        if not is_stop:
+        if unlocked is None:
             hint = "keep the workspace on a local disk: --workspace DIR, or set COMFYDOCK_HOME"
             raise CDEnvironmentError(told + ".", hint, "locks") from error
-        import warnings
-
-        warnings.warn(told, stacklevel=2)
+        unlocked(told)
         lock, is_passed = None, True
     if lock is None and not is_passed:
         raise _locked_out(path)
@@ -7315,7 +7340,7 @@ class Environment:
                 self._write_state(record)
 
     @contextmanager
-    def _process_lock(self, purpose: str, seconds: float = LOCK_SECONDS, **must: bool) -> Iterator[None]:
+    def _process_lock(self, purpose: str, seconds: float = LOCK_SECONDS, **must: Any) -> Iterator[None]:
         if not os.path.exists(self.paths.lock) or not os.path.exists(self.paths.alive):
             GitManager(self.paths.cec).hide_runtime_files()  # the first time here: git shall not see our files
         with locked(self.paths.lock, seconds, purpose, **must):
@@ -8277,7 +8302,7 @@ class Environment:
         the same. Returns whether there was anything to stop. Raises CDEnvironmentError when the
         process belongs to another user, machine, or program, or does not end.
         """
-        with self._process_lock("stop", timeout, is_stop=True, is_kill=kill):
+        with self._process_lock("stop", timeout, unlocked=self.tell, is_kill=kill):
             snapshot = self.observe(lock_held=True)
             if snapshot.state == FOREIGN:
                 raise self._foreign(snapshot)
@@ -9939,13 +9964,15 @@ class Console:
                         self.progress(f"   {what} ... {time.monotonic() - began:.0f} s")
 
         self.gate, self.ticks = threading.RLock(), True
-        ticker = threading.Thread(target=tick, daemon=True)
-        ticker.start()
+        ticker = None
+        with suppress(CDEnvironmentError):  # without it, too
+            ticker = start_thread(tick)
         try:
             yield
         finally:
             done.set()
-            ticker.join()
+            if ticker is not None:
+                ticker.join()
             self.progress("")
 
     def log(self, data: bytes) -> None:
@@ -12528,8 +12555,6 @@ def main(argv: Optional[list[str]] = None) -> int:
     0 done, 1 could not, 2 wrong usage, 3 `status` of something that does not run, 130 interrupted;
     with --foreground ComfyUI's own code.
     """
-    import warnings
-
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in HIDDEN_ENTRIES:
         return hidden(words)
@@ -12540,7 +12565,6 @@ def main(argv: Optional[list[str]] = None) -> int:
     try:
         if argv is None:
             prepare_signals()
-            warnings.showwarning = lambda message, *_, **__: console.warn(str(message))
         return answer(console, words)
     except BrokenPipeError:  # `logs | head`: the reader has seen enough
         forget_output()
@@ -12550,7 +12574,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     except CDEnvironmentError as error:
         return complain(console, words, error, {"usage": 2, "interrupted": 130}.get(error.code, 1))
     except OSError as error:
-        return complain(console, words, CDEnvironmentError(os_error_sentence(error), "", "system"), 1)
+        hint = "raise the limit of open files: ulimit -n 4096" if error.errno in NO_MORE_FILES else ""
+        return complain(console, words, CDEnvironmentError(os_error_sentence(error), hint, "system"), 1)
     except Exception as error:
         if os.environ.get("COMFYDOCK_DEBUG"):
             raise

@@ -2878,8 +2878,9 @@ class LocksExclude(unittest.TestCase):
             with self.assertRaisesRegex(dock.CDEnvironmentError, f"{self.path} cannot be locked: .* has no locks"):
                 with dock.locked(self.path, 1, "run"):
                     pass
-            with self.assertWarnsRegex(UserWarning, "has no locks"), dock.locked(self.path, 1, "stop", is_stop=True):
-                pass
+            told = []
+            with dock.locked(self.path, 1, "stop", unlocked=told.append):
+                self.assertIn("has no locks", told[0])
         self.assertEqual(len(os.listdir("/proc/self/fd")), len(before))
 
     def holder(self, *lines, path=None):
@@ -10744,6 +10745,53 @@ class TimeAndIdentity(Trouble):
             self.assertQuiet(self.person.types("-e", "a", "status"), 3)
             self.assertIn("not running", self.assertQuiet(self.person.types("-e", "a", "stop"), 0))
             self.assertEqual((alive(data["pid"]), http_status(data["port"])), (True, 200))
+
+
+class Exhausted(Trouble):
+    def test_who_may_open_too_few_files_takes_nobody_for_dead(self):
+        if not LINUX or not has("prlimit"):
+            self.skipTest("needs prlimit")
+        data = self.run_demo()
+        self.person.prefix = ["prlimit", "--nofile=5:5"]
+        for words in (("status",), ("run",), ("stop",), ("repair", "-y")):
+            done = self.person.types("-e", "demo", *words)
+            self.assertNotIn("not running", done.stdout + done.stderr)
+            self.assertIn(done.returncode, (0, 1), done.stderr)
+        self.assertClear(done, 1, "Too many open files", "ulimit -n")
+        self.assertTrue(alive(data["pid"]))
+        self.person.prefix = ["prlimit", "--nofile=20:20"]
+        self.assertQuiet(self.person.types("-e", "demo", "stop"), 0)
+
+    def test_without_another_thread_all_goes_on_or_one_line_says_why(self):
+        if not strace_works():
+            self.skipTest("needs strace")
+        self.run_demo()
+        self.person.prefix = [
+            "strace",
+            "-f",
+            "-qq",
+            "-o",
+            os.devnull,
+            "-e",
+            "trace=clone,clone3",
+            "-e",
+            "inject=clone,clone3:error=EAGAIN",
+        ]
+        for words, code in ((("status",), 0), (("list",), 0), (("stop",), 0), (("node", "add", HERE, "--dev"), 1)):
+            done = self.person.types("-e", "demo", *words)
+            self.assertEqual(done.returncode, code, done.stderr)
+        self.assertClear(done, 1, "no more threads", "ulimit -u")
+
+    def test_what_is_written_can_be_read_a_record_of_64_mb_too(self):
+        data = self.run_demo()
+        state = self.person.state()
+        for size, is_read in ((60, True), (70, False)):
+            record = json.dumps({**state, "later": "x" * (size << 20)})
+            Path(self.person.state_file()).write_text(record, encoding="utf-8")
+            done = self.person.types("-e", "demo", "status")
+            self.assertIn(f"PID: {data['pid']}", self.assertQuiet(done, 0))
+            self.assertEqual("tracked" not in done.stdout, is_read, done.stdout)
+        self.assertQuiet(self.person.types("-e", "demo", "stop"), 0)
 
 
 class LogsOfAllKinds(Trouble):
