@@ -6871,7 +6871,7 @@ class ComfyUIUpdate:
             nodes[key] = [self.manifest.tables[key], self.manifest.requirements(info)]
             if info.source in ("registry", "git") and os.path.isdir(folder) and not is_link(folder):
                 link_tree(folder, os.path.join(self.paths.before, "nodes", info.name), COPIED_SIZE)
-        if self.is_own and os.path.isdir(self.paths.venv):
+        if self.is_own and os.path.isdir(self.paths.venv) and not is_link(self.paths.venv):
             self.tell("keeping the packages as they are")
             link_tree(self.paths.venv, self.paths.venv_partial)
             move(self.paths.venv_partial, self.paths.venv_before)
@@ -8987,6 +8987,11 @@ class Workspace:
         """
         sweep_deleted(self.paths.environments, tell)
         environment = self.get_environment(name)
+        inside = os.path.join(os.path.realpath(environment.paths.root), "")
+        for other in self.list_environments():
+            if other.name != name and os.path.realpath(other.models_path or os.sep).startswith(inside):
+                message = f"Environment '{other.name}' uses the models in {other.models_path}."
+                raise CDEnvironmentError(message, ("models", other.name, "--off"), "in-use")
         shelf = None if purge else self.paths.kept
         kept = delete_environment(environment.paths, environment.idle("delete"), shelf, tell)
         if self._settings().get("active_environment") == name:

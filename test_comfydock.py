@@ -5985,26 +5985,41 @@ class UpdatingComfyUI(WithAComfyUI):
         git(Workshop.root, "clone", "--quiet", *words, self.upstream, folder)
         return dock.Workspace(self.root).adopt(folder, "adopted", self.environment.python), folder
 
-    def test_an_adopted_checkout_follows_its_branch_and_comes_back(self):
-        folder = self.upstream.removeprefix("file://")
-        git(folder, "branch", "-f", "stable", "v1.0.0")
-        self.addCleanup(git, folder, "branch", "-D", "stable")
-        environment, checkout = self.adopted("--branch", "stable")
-        old, packages = git(checkout, "rev-parse", "HEAD"), self.installed()
-        self.assertFalse(environment.update()["changed"])
-        git(folder, "branch", "-f", "stable", "v1.1.0")
-        self.assertTrue(environment.update()["changed"])
-        self.assertEqual(git(checkout, "symbolic-ref", "--short", "HEAD"), "stable")
-        self.assertEqual(
-            (git(checkout, "status", "--porcelain"), git(checkout, "rev-parse", "--is-shallow-repository")),
-            ("", "false"),
-        )
-        self.assertIn("tiny-2.0", self.installed())
-        environment.go_back()
-        self.assertEqual(git(checkout, "symbolic-ref", "--short", "HEAD"), "stable")
-        self.assertEqual((git(checkout, "rev-parse", "HEAD"), self.installed()), (old, packages))
+    def test_an_adopted_checkout_whole_or_shallow_follows_its_branch_and_comes_back(self):
+        upstream = self.upstream.removeprefix("file://")
+        self.addCleanup(git, upstream, "branch", "-D", "stable")
+        for words in ([], ["--depth", "1"]):
+            with self.subTest(words=words):
+                git(upstream, "branch", "-f", "stable", "v1.0.0")
+                self.fresh()
+                environment, checkout = self.adopted(*words, "--branch", "stable")
+                old, packages = git(checkout, "rev-parse", "HEAD"), self.installed()
+                self.assertFalse(environment.update()["changed"])
+                git(upstream, "branch", "-f", "stable", "v1.1.0")
+                self.assertTrue(environment.update()["changed"])
+                self.assertEqual(git(checkout, "symbolic-ref", "--short", "HEAD"), "stable")
+                self.assertEqual(git(checkout, "rev-parse", "HEAD"), git(upstream, "rev-parse", "v1.1.0"))
+                self.assertEqual(git(checkout, "rev-list", "--count", "HEAD"), "2")
+                self.assertIn("tiny-2.0", self.installed())
+                environment.go_back()
+                self.assertEqual(git(checkout, "symbolic-ref", "--short", "HEAD"), "stable")
+                self.assertEqual(git(checkout, "status", "--porcelain"), "")
+                self.assertEqual((git(checkout, "rev-parse", "HEAD"), self.installed()), (old, packages))
         git(checkout, "commit", "--quiet", "--allow-empty", "-m", "mine")
         self.failing("changes of your own: commit", environment.update)
+
+    def test_one_of_ours_that_was_made_of_a_branch_follows_it(self):
+        upstream = self.upstream.removeprefix("file://")
+        git(upstream, "branch", "-f", "next", "v1.0.0")
+        self.addCleanup(git, upstream, "branch", "-D", "next")
+        other = dock.Workspace(self.root).create("other", source=self.upstream, comfyui="next", no_install=True)
+        git(upstream, "branch", "-f", "next", "v1.1.0")
+        self.assertEqual(other.update()["new"], "next")
+        self.assertEqual(git(other.paths.comfyui, "symbolic-ref", "--short", "HEAD"), "next")
+        self.assertEqual(git(other.paths.comfyui, "rev-parse", "HEAD"), git(upstream, "rev-parse", "v1.1.0"))
+        self.assertFalse(other.update()["changed"])
+        other.go_back()
+        self.assertEqual(git(other.paths.comfyui, "rev-parse", "next"), git(upstream, "rev-parse", "v1.0.0"))
 
     def test_what_cannot_be_updated_says_how_to_go_on(self):
         environment, checkout = self.adopted("--branch", "v1.0.0")
@@ -6247,6 +6262,13 @@ class OneModelsFolderForMany(WithAComfyUI):
         before = tree(self.shared)
         workspace.delete("other")
         self.assertEqual(tree(self.shared), before)
+
+    def test_what_another_uses_is_not_deleted(self):
+        other = dock.Workspace(self.root).create("other", source=self.upstream, comfyui="v1.0.0", no_install=True)
+        other.set_models(os.path.join(self.comfyui, "models"))
+        before = tree(self.comfyui)
+        self.failing("'other' uses the models in", dock.Workspace(self.root).delete, "main")
+        self.assertEqual(tree(self.comfyui), before)
 
 
 # ======================================================================================================================
