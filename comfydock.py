@@ -2455,7 +2455,7 @@ def process_table() -> ProcessTable:
         if is_usable(name):
             return table()
     raise CDEnvironmentError(
-        "this machine has no /proc, no ps and no tasklist, so nobody can tell what is running",
+        "this machine has no /proc, ps or tasklist, so running processes cannot be seen",
         f"{sys.executable} -m pip install psutil",
         "missing",
     )
@@ -2645,7 +2645,7 @@ def wait_for_exit(
         if not is_same_process(process):
             return "ended"
         if meanwhile is not None and meanwhile():
-            return "broken off"
+            return "called off"
         await_end(process.pid, min(pause, max(0.0, began + seconds - time.monotonic())))
         return ""
 
@@ -3455,7 +3455,7 @@ def _locked_out(path: str) -> CDEnvironmentError:
     elif holder is not None:
         who = f"Another program ({holder.name}, PID {holder.pid})"
     if holder is not None and holder.state == "stopped":
-        state, hint = " and stands still", f"let it go on: kill -CONT {holder.pid}"
+        state, hint = " and stands still", f"continue it: kill -CONT {holder.pid}"
     return CDEnvironmentError(f"{who} is busy here{state}.", hint, "locked")
 
 
@@ -4263,7 +4263,7 @@ def toml_module(python: Optional[str]) -> Any:
 
 
 def broken_manifest(path: str, line: int, reason: str) -> CDEnvironmentError:
-    return CDEnvironmentError(f"{path} line {line}: {reason}", "mend that line; the file was not changed", "manifest")
+    return CDEnvironmentError(f"{path} line {line}: {reason}", "fix that line; the file was not changed", "manifest")
 
 
 def texts_in(table: Any, key: str) -> list[str]:
@@ -4595,7 +4595,7 @@ def check_repository(url: str) -> None:
 def check_reference(reference: str) -> None:
     """Raise CDEnvironmentError (code "url") unless this can be a branch, tag or commit, and nothing else."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._/+-]{0,200}", reference) or ".." in reference:
-        raise CDEnvironmentError(f"{reference!r} is no branch, tag or commit", "name one like v1.2.3", "url")
+        raise CDEnvironmentError(f"{reference!r} is not a branch, tag or commit", "name one like v1.2.3", "url")
 
 
 def clone(url: str, reference: Optional[str], folder: str) -> None:
@@ -4954,7 +4954,9 @@ def held_index(frozen: list[str]) -> Optional[str]:
 def torch_index(backend: str) -> str:
     """Return the address of PyTorch's index for a backend. Raises CDEnvironmentError for a word that can be none."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9]+)?", backend):
-        raise CDEnvironmentError(f"{backend!r} is no PyTorch backend", "--torch-backend auto, cpu, cu128, rocm6.4, xpu")
+        raise CDEnvironmentError(
+            f"{backend!r} is not a PyTorch backend", "--torch-backend auto, cpu, cu128, rocm6.4, xpu"
+        )
     return TORCH_INDEX + backend
 
 
@@ -5574,7 +5576,7 @@ class NodeChange:
 
 
 def is_half_updated(paths: EnvironmentPaths) -> bool:
-    """Tell whether an update of ComfyUI is at work, or was broken off: see ComfyUIUpdate."""
+    """Tell whether an update of ComfyUI is busy, or was broken off: see ComfyUIUpdate."""
     return bool(read_json(paths.before_record).get("phase") == "changing")
 
 
@@ -5787,7 +5789,7 @@ class NodeManager:
         with self.changing(f"update {info.name}"):
             now = self.manifest.nodes.get(key)
             if now is None or now.version != info.version:
-                message = f"node '{info.name}' was changed by another command meanwhile"
+                message = f"node '{info.name}' was changed by another command"
                 raise CDEnvironmentError(message, ("node", "update", key))
             before = self.manifest.requirements(info)
             if newest != info or self.needs_of(info, self.folder_of(info)) != before:
@@ -5813,7 +5815,7 @@ class NodeManager:
         """Return a node as it is to become: at the version that was asked for, else at its newest."""
         source = self.source_of(info)
         if source is None:
-            raise CDEnvironmentError(f"nobody recorded where {info.name} comes from", ("repair",), "not-found")
+            raise CDEnvironmentError(f"the source of {info.name} is not recorded", ("repair",), "not-found")
         if not asked:
             found = source.newest(info, self.tell)
         elif info.registry_id:
@@ -5980,7 +5982,7 @@ class NodeManager:
     def take_back_interrupted(self) -> None:
         """Undo what killed commands left half done, and tidy up after them; the lock is held."""
         for name in self.interrupted():
-            self.tell(f"a node change that was broken off is taken back: {name}")
+            self.tell(f"an interrupted node change is undone: {name}")
             change = NodeChange(os.path.join(self.custom_nodes, name))
             move(change.old, change.place, change.folder)
         record = read_json(self.paths.packages)
@@ -6348,14 +6350,16 @@ def claimed(paths: EnvironmentPaths, adopts: Optional[str] = None) -> Iterator[N
         begun = last_known_manifest(paths).comfyui_path
         if begun not in (None, adopts) or adopts and any(map(os.path.lexists, (paths.partial, paths.comfyui))):
             message = f"{paths.root} is another environment, whose creation was interrupted"
-            hint = ["Go on with: ", create_command(paths), ". Or begin anew: ", ("delete", paths.name)]
+            hint = ["Go on with: ", create_command(paths), ". Or start over: ", ("delete", paths.name)]
             raise CDEnvironmentError(message, hint, "exists")
 
     refuse()
     is_new = not os.path.lexists(paths.root)
     found = [] if is_new else os.listdir(paths.root) + (os.listdir(paths.cec) if os.path.isdir(paths.cec) else [])
     if set(found) - {os.path.basename(paths.cec)} and not os.path.exists(paths.content_lock):
-        raise CDEnvironmentError(f"{paths.root} exists and is no unfinished environment", "use another name", "exists")
+        raise CDEnvironmentError(
+            f"{paths.root} exists and is not an unfinished environment", "use another name", "exists"
+        )
     make_folder(paths.cec)
     try:
         with locked(paths.content_lock, 5.0, f"create {paths.name}", handed_on=True):
@@ -6478,13 +6482,13 @@ def fetch_comfyui(source: Optional[str], reference: Optional[str], folder: str, 
     is_folder = os.path.isdir(source)
     is_archive = source.lower().endswith(".zip") and not is_folder
     if source.lower().endswith((".tar.gz", ".tgz")) and not is_folder:
-        raise CDEnvironmentError(f"{source} is no zip file", "name the .zip of the same code", "usage")
+        raise CDEnvironmentError(f"{source} is not a zip file", "name the .zip of the same code", "usage")
     is_plain = is_folder and not os.path.lexists(os.path.join(source, ".git")) and not source.endswith(".git")
     no_comfyui = CDEnvironmentError(f"{source} is not ComfyUI (no main.py).", "name another --source", "not-found")
     if is_plain and not os.path.isfile(main_script(source)):
         raise no_comfyui
     if reference and (is_archive or is_plain):
-        message = f"{source} is no repository, so it has no {reference}"
+        message = f"{source} is not a repository, so it has no {reference}"
         raise CDEnvironmentError(message, "leave --comfyui out", "usage")
     if is_archive:
         unpack_from(source, folder, True, tell)
@@ -6536,7 +6540,7 @@ def code_facts(folder: str, source: Optional[str] = None, reference: Optional[st
     named = git_answer(["rev-parse", "--verify", f"{reference}^{{commit}}"], folder) if reference else commit
     if commit and named != commit or asked and remote and not same_repository(remote, asked):
         message = f"{folder} is {version or 'another version'} from {remote}, which was asked for before"
-        raise CDEnvironmentError(message, ["To begin anew: ", ("delete", "NAME")], "exists")
+        raise CDEnvironmentError(message, ["To start over: ", ("delete", "NAME")], "exists")
     version = reference or version
     kind = "commit" if re.fullmatch(COMMIT, version or "") else "branch" if version else None
     return {
@@ -6750,7 +6754,7 @@ class ComfyUIUpdate:
         if "python_embeded" in (self.manifest.python_path or ""):
             problem = ("The portable build of ComfyUI has an updater of its own.", "update\\update_comfyui.bat")
         elif not os.path.lexists(os.path.join(self.checkout, ".git")):
-            problem = (f"{self.checkout} is not a git clone, so it cannot be updated.", "clone it anew")
+            problem = (f"{self.checkout} is not a git clone, so it cannot be updated.", "clone it again")
         if problem:
             raise CDEnvironmentError(*problem, "no-update")
         branch = git_answer(["symbolic-ref", "--quiet", "HEAD"], self.checkout)
@@ -7642,7 +7646,7 @@ class Environment:
         return record.port, f"environment '{self.name}' (PID {record.holder[0]})"
 
     def rotate_log(self, keep: Optional[int] = None) -> bool:
-        """Move the log to `.old` while ComfyUI goes on writing, losing no line; `keep` old ones stay (None: as many).
+        """Move the log to `.old` while ComfyUI keeps writing, losing no line; `keep` old ones stay (None: as many).
 
         Most is copied while ComfyUI writes; for the rest its processes stand still for some milliseconds. Returns False
         when there is nothing to rotate. Raises CDEnvironmentError, OSError.
@@ -7768,7 +7772,7 @@ class Environment:
             message = f"Environment '{self.name}' has no ComfyUI: {self._script} is missing."
             if self.manifest.comfyui_path:
                 raise CDEnvironmentError(message, ("create", self.name, "--from", "FOLDER"), "missing")
-            raise CDEnvironmentError(message, ["Create it anew after: ", ("delete", self.name)], "missing")
+            raise CDEnvironmentError(message, ["Create it again after: ", ("delete", self.name)], "missing")
 
     def _settle(self) -> None:
         if is_half_updated(self.paths):
@@ -7784,7 +7788,7 @@ class Environment:
             if self.manifest.comfyui_path:
                 hint = ("create", self.name, "--from", self._checkout, "--python", "PATH")
                 raise CDEnvironmentError(message, hint, "missing")
-            anew = ["Make a venv there with what ComfyUI needs, or create it anew after: ", ("delete", self.name)]
+            anew = ["Make a venv there with what ComfyUI needs, or create it again after: ", ("delete", self.name)]
             raise CDEnvironmentError(message, anew, "missing")
 
     def _require_not_running(self, snapshot: Snapshot, take_over: bool) -> None:
@@ -7883,7 +7887,7 @@ class Environment:
         from subprocess import CompletedProcess
 
         if is_half_updated(self.paths):
-            raise CDEnvironmentError("An update of ComfyUI was broken off.", ("repair",), "updating")
+            raise CDEnvironmentError("An update of ComfyUI was interrupted.", ("repair",), "updating")
         previous = previous or self._read_state()
         with self._alive_lock() as alive:
             record = self._write_intent(launch, variables, monitor, auto_port, alive)
@@ -8091,9 +8095,11 @@ class Environment:
                 return SyncReport()
             report = self.nodes.sync()
         except CDEnvironmentError as error:
-            raise CDEnvironmentError(f"The environment is not in line: {error.message}", hint, "sync") from error
+            raise CDEnvironmentError(f"Missing nodes could not be installed: {error.message}", hint, "sync") from error
         if report.problems:
-            raise CDEnvironmentError(f"The environment is not in line: {'; '.join(report.problems)}", hint, "sync")
+            raise CDEnvironmentError(
+                f"Missing nodes could not be installed: {'; '.join(report.problems)}", hint, "sync"
+            )
         return report
 
     # Updating ComfyUI ----------------------------------------------------------------
@@ -8127,7 +8133,7 @@ class Environment:
             confirm()
         with self._updating(stopped=True) as update:
             if update.current() != old:
-                raise CDEnvironmentError("ComfyUI was changed by another command meanwhile.", ("update",), "changed")
+                raise CDEnvironmentError("ComfyUI was changed by another command.", ("update",), "changed")
             update.keep(new, update.own_work(new, force), self._databases())
             update.change(new)
             if not no_try and os.path.exists(self.python):
@@ -8271,7 +8277,7 @@ class Environment:
                 message = f"Environment '{self.name}' has a ComfyUI already (PID {snapshot.process.pid})."
                 raise CDEnvironmentError(message, ("-e", self.name, "stop"), "running")
             if not is_same_process(process):
-                raise CDEnvironmentError(f"PID {process.pid} has ended meanwhile.", ("status",), "ended")
+                raise CDEnvironmentError(f"PID {process.pid} has ended.", ("status",), "ended")
             return self.adopt(process, snapshot.record, process_table().marker(process.pid))
 
     def end_orphan(self, process: Process, timeout: float = 10) -> None:
@@ -8476,7 +8482,7 @@ class Environment:
         """Raise CDEnvironmentError for a record of another user: it is shown, but nothing is started by it."""
         if record.owner not in (None, own_user()):
             message = f"The record of the last run belongs to another user (uid {record.owner}), so it starts nothing."
-            raise CDEnvironmentError(message, ["Start it anew with: ", ("-e", self.name, "run")], "owner")
+            raise CDEnvironmentError(message, ["Start it with: ", ("-e", self.name, "run")], "owner")
 
     def take_on_as_monitor(self, note: Optional[dict[str, Any]] = None) -> bool:
         """Record this process as the monitor of the ComfyUI that runs; return False when none of ours does.
@@ -10141,7 +10147,7 @@ def as_sentence(text: str) -> str:
 def output_error(error: OSError) -> OSError:
     """Return what went wrong with the output: a pipe that nobody reads is to Windows an invalid argument."""
     if error.errno == errno.EINVAL:
-        return BrokenPipeError(errno.EPIPE, "nobody reads it", "the output")
+        return BrokenPipeError(errno.EPIPE, "the reader has gone", "the output")
     error.filename = "the output"
     return error
 
@@ -10357,7 +10363,7 @@ def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data.get("ready"):
         yield f"✓ ComfyUI is ready ({data['waited']:.1f} s)"
     if data.get("only_watched"):
-        yield f"✓ A monitor now watches the ComfyUI that runs (PID {data['pid']})"
+        yield f"✓ A monitor now watches ComfyUI (PID {data['pid']})"
     else:
         yield f"✓ ComfyUI started{'' if data.get('foreground') else ' in background'} (PID {data['pid']})"
     yield url_line(data, typed)
@@ -10378,7 +10384,7 @@ def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     --demo                run the built-in stand-in for ComfyUI
     --python PATH         the Python of a ComfyUI folder, kept for later starts
     --take-over           drop the record of another machine or container
-    --no-sync             do not bring the environment in line first
+    --no-sync             do not install what is missing first
     --open                wait until ComfyUI answers, then open it in the browser
     """
     + WAIT_OPTION
@@ -10538,7 +10544,7 @@ def do_all(console: Console, args: Arguments, act: Act, is_meant: Callable[[Envi
             console.result(f"✓ {name}: {line or 'already running'}")
         items.append({"environment": name, "ok": error is None or error.code == "running", "data": report.data})
     if not items:
-        console.result("No environment is meant: there is none, or none runs.")
+        console.result("No environment to act on.")
     code = 1 if first_error else 0
     return Report({"environments": items}, None, code, already_printed=True, error=first_error)
 
@@ -10620,7 +10626,9 @@ def say_what_starts(console: Console, environment: Environment, words: list[str]
 def started_report(environment: Environment, tls: bool) -> Report:
     record = environment._read_state()
     if record is None:  # another command has stopped it meanwhile
-        raise CDEnvironmentError(f"ComfyUI of environment '{environment.name}' was stopped meanwhile.", ("status",))
+        raise CDEnvironmentError(
+            f"ComfyUI of environment '{environment.name}' was stopped by another command.", ("status",)
+        )
     data = {
         **{name: getattr(record, name) for name in ("pid", "host", "port", "args", "started_at")},
         "name": environment.name,
@@ -10766,7 +10774,7 @@ def format_stop(data: dict[str, Any], typed: Typed) -> Iterator[str]:
         for left in data.get("left", []):
             yield f"  Left alone: PID {left['pid']} ({left['command'][:80]}) still writes to its log"
     elif data.get("called_off"):
-        yield "✓ ComfyUI was down after a crash; its monitor starts it no more"
+        yield "✓ ComfyUI was down after a crash; its monitor will not start it again"
     elif data.get("dry_run"):
         yield f"PID {data['pid']} is the ComfyUI on port {data['port']}; it would be ended: {data['command']}"
     else:
@@ -10774,7 +10782,7 @@ def format_stop(data: dict[str, Any], typed: Typed) -> Iterator[str]:
 
 
 def format_queue(running: int, pending: int) -> str:
-    return f"{running} running, {pending} pending"
+    return f"{running} running, {pending} queued"
 
 
 @command(
@@ -10841,10 +10849,10 @@ def settle_queue(console: Console, args: Arguments, environment: Environment, co
         return None
     if not args.force and args.when_idle is None:
         verb = command.partition(" ")[0].capitalize()
-        answer = console.ask(f"ComfyUI is at work ({format_queue(*counts)}). {verb} it all the same?", False)
+        answer = console.ask(f"ComfyUI is busy: {format_queue(*counts)}. {verb} anyway?", False)
         if answer is False:
             raise CDEnvironmentError(
-                f"Nothing was done: ComfyUI is at work ({format_queue(*counts)}).",
+                f"Nothing was done: ComfyUI is busy, {format_queue(*counts)}.",
                 (*command.split(), "--when-idle"),
                 "busy",
             )
@@ -10867,7 +10875,7 @@ def wait_until_idle(console: Console, environment: Environment, seconds: float) 
         return False
 
     if not is_terminal(console.err):
-        console.warn(f"Waits until ComfyUI has nothing queued, at most {format_duration(seconds)}.")
+        console.warn(f"Waiting until ComfyUI's queue is empty, at most {format_duration(seconds)}.")
     until(is_idle, seconds, 0.25)
     console.progress("")
     return counts
@@ -10923,7 +10931,7 @@ def format_status(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data["missing"]:
         yield f"⚠ Its ComfyUI is missing: {data['missing']}"
     if not data["complete"]:
-        yield f"⚠ Not complete: its creation was interrupted ({typed(*data['resume'])} goes on)."
+        yield f"⚠ Not complete: its creation was interrupted. Go on with: {typed(*data['resume'])}"
 
 
 def _status_line(data: dict[str, Any], typed: Typed) -> str:
@@ -11013,7 +11021,7 @@ def difference_lines(difference: dict[str, Any]) -> Iterator[str]:
     for item in difference["mismatches"]:
         yield f"   • {item['name']} is {item['actual']}, the manifest says {item['expected']}"
     if difference["interrupted"]:
-        yield f"   • {difference['interrupted']} node changes were broken off"
+        yield f"   • {difference['interrupted']} node changes were interrupted"
 
 
 @command(
@@ -11166,7 +11174,7 @@ def format_repair(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data["orphan_only"]:
         yield "✓ Process repair complete (no environment changes made)"
         return
-    for what, title in (("installed", "✓ Installed"), ("corrected", "✓ Put right"), ("tracked", "✓ Tracked")):
+    for what, title in (("installed", "✓ Installed"), ("corrected", "✓ Corrected"), ("tracked", "✓ Tracked")):
         yield from (f"{title} {name}" for name in data[what])
     yield from (f"✗ {problem}" for problem in data["problems"])
     if data["synced"]:
@@ -11224,7 +11232,7 @@ def repair_content(console: Console, args: Arguments, environment: Environment) 
     console.result("\n⚠️  Environment needs repair:")
     for line in difference_lines(difference_data(difference)):
         console.say(line)
-    is_agreed = True if args.yes else console.ask("Put this right?", True)
+    is_agreed = True if args.yes else console.ask("Fix this?", True)
     if is_agreed is None:
         console.warn(f"No terminal to ask on, so nothing was changed: {console.typed('repair', '-y')}")
     if is_agreed:
@@ -11410,7 +11418,7 @@ def node_add(console: Console, args: Arguments) -> Report:
     elif not args.ids:
         raise CDEnvironmentError("'node add' needs an ID, or --workflow FILE.", ("help", "node", "add"), "usage")
     if not args.ids:
-        console.result("✓ All that this workflow needs is here" + ", as far as anybody knows" * bool(unknown))
+        console.result("✓ All that this workflow needs is here" + ", as far as is known" * bool(unknown))
 
     def add(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
         more = {"no_deps": args.no_deps, "skip_bad_lines": args.skip_bad_lines}
@@ -11421,7 +11429,7 @@ def node_add(console: Console, args: Arguments) -> Report:
     nothing = {"name": environment.name, "nodes": [], "restarted": False, "pid": None}
     report = change_nodes_one_by_one(console, args, add) if args.ids else Report(nothing, environment.name)
     if unknown:
-        console.warn(f"nobody knows where these are from: {', '.join(unknown)}")
+        console.warn(f"unknown source: {', '.join(unknown)}")
     report.data["unknown"] = unknown
     return report
 
@@ -11559,7 +11567,7 @@ def is_at_work(console: Console, environment: Environment) -> bool:
     counts = environment.queue()
     if counts is None or not any(counts):
         return False
-    console.say(f"\n⚠️  ComfyUI is at work: {format_queue(*counts)}.")
+    console.say(f"\n⚠️  ComfyUI is busy: {format_queue(*counts)}.")
     return True
 
 
@@ -11628,7 +11636,7 @@ def node_list(console: Console, args: Arguments) -> Report:
     -f --follow           the last 20 lines and what comes
     -n --tail N           the last N lines
     --all                 earlier runs too
-    --rotate              move the log aside now, while ComfyUI goes on writing
+    --rotate              move the log aside now, while ComfyUI keeps writing
     --keep N              with --rotate: how many old logs stay (default: as many as there are)
     --raw                 the bytes as they are; else colours reach only a terminal that is to have them
     --path                where the log is
@@ -11656,7 +11664,7 @@ def logs(console: Console, args: Arguments) -> Report:
     if not is_there(path) and not (args.all and has_older):
         hint: Hint = ["Earlier runs: ", ("logs", "--all")] if has_older else ["Start ComfyUI with: ", ("run",)]
         if environment.is_running():
-            hint = ["It was removed meanwhile. A new one begins with: ", ("restart",)]
+            hint = ["It was removed. A new one begins with: ", ("restart",)]
         raise CDEnvironmentError("No log file found.", hint, "no-log")
     if args.follow:
         with ended_by_ctrl_c():
@@ -11972,7 +11980,7 @@ def autostart(console: Console, args: Arguments) -> Report:
         if IS_MACOS:
             steps = [f"start it now: launchctl bootstrap {'system' if args.system else 'gui/$(id -u)'} {quote(first)}"]
         elif user and not os.path.exists(f"/var/lib/systemd/linger/{it.owner}"):
-            steps.append("while nobody is logged in, too: loginctl enable-linger")
+            steps.append("also while you are logged out: loginctl enable-linger")
     data = {"name": it.name, "on": is_on, "system": bool(args.system), "files": list(files) if is_on else []}
     data["next"] = steps if is_on and state == "on" else []
     return Report(data, it.name)
@@ -11983,7 +11991,7 @@ def format_update(data: dict[str, Any], typed: Typed) -> Iterator[str]:
         yield f"✓ ComfyUI is {data['new']} now (it was {data['old']})"
         yield f"  Return to {data['old']} with: {typed('update', '--back')}" if not data["back"] else ""
     elif data["available"]:
-        yield f"ComfyUI {data['new']} is there; this is {data['old']}. Update with: {typed('update')}"
+        yield f"ComfyUI {data['new']} is available; this is {data['old']}. Update with: {typed('update')}"
     else:
         yield f"✓ ComfyUI {data['old']} is the newest"
 
@@ -12007,7 +12015,7 @@ def update(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     if args.back:
         has_database = read_json(environment.paths.before_record).get("databases")
-        question = "Bring ComfyUI's database of before back, too?"
+        question = "Restore ComfyUI's earlier database, too?"
         with_databases = args.database or bool(has_database and console.ask(question, True))
         settle_queue(console, args, environment, "update")
         data = environment.go_back(force=args.force, with_databases=with_databases)
@@ -12069,7 +12077,7 @@ def models(console: Console, args: Arguments) -> Report:
 # The only section that names argparse: it reads what was typed, writes help, and completes.
 
 EVERYWHERE = """
-    -e --env NAME         the environment (default: the one you stand in, else the active one)
+    -e --env NAME         the environment (default: this folder's, else the active one)
     --workspace DIR       the workspace (default: COMFYDOCK_HOME, else ~/.comfydock)
     --json                one JSON object instead of words
     -q --quiet            results, warnings and errors only
@@ -12243,7 +12251,7 @@ def with_values(command: Command, words: list[str]) -> list[str]:
     done: list[str] = []
     for word in words:
         if word.startswith("-") and word[1:2] not in ("-", "") and len(word) > 2 and not is_number(word):
-            raise usage_error(f"A single dash takes one letter, so '{word}' is no option.", command.name)
+            raise usage_error(f"A single dash takes one letter, so '{word}' is not an option.", command.name)
         if done and done[-1] in defaults:
             done[-1] += f"={word if is_number(word) else defaults[done[-1]]}"
             if is_number(word):
@@ -12584,7 +12592,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     except Exception as error:
         if os.environ.get("COMFYDOCK_DEBUG"):
             raise
-        sentence = f"This is a fault of comfydock: {type(error).__name__}: {error}"
+        sentence = f"Internal error: {type(error).__name__}: {error}"
         return complain(console, words, CDEnvironmentError(sentence, "set COMFYDOCK_DEBUG=1 to see where", "bug"), 1)
 
 
@@ -12656,7 +12664,7 @@ def os_error_sentence(error: OSError) -> str:
     """An OSError as one sentence that names the file."""
     reason = error.strerror or str(error) or type(error).__name__
     if error.filename is None and error.errno == errno.ENOENT:
-        return "The folder that you stand in is no longer there: go to another one."
+        return "The current folder no longer exists. Change to another one."
     if error.errno == errno.ELOOP:
         reason = "is a link, which is not followed here"
     return f"{error.filename}: {reason}." if error.filename else f"{reason}."
