@@ -9182,7 +9182,6 @@ def select_workspace(chosen: Optional[str], named: bool, folder: str, to_make: b
 
 ENGINES = ("systemd", "dockerfile", "compose", "kubernetes")
 IMAGE_PORT = DEFAULT_PORT  # inside a container, which has a network of its own
-IMAGE_VOLUMES = ("models", "input", "output", "user")
 
 
 @dataclass
@@ -9467,9 +9466,9 @@ def dockerfile(it: Description) -> str:
         label=it.label,
         home=it.home,
         tools=TOOLS.format() if any(piece.url for piece in it.code) else "",
-        folders=" ".join(IMAGE_VOLUMES),
+        folders=" ".join(OWN_FOLDERS),
         code="".join(code),
-        volumes=", ".join(json.dumps(f"{it.home}/{folder}") for folder in IMAGE_VOLUMES),
+        volumes=", ".join(json.dumps(f"{it.home}/{folder}") for folder in OWN_FOLDERS),
         port=IMAGE_PORT,
         health=json.dumps(HEALTH),
         start=f'"--no-sync", "--python", "/opt/{it.label}/venv/bin/python"' if it.code else '"--demo"',
@@ -9551,10 +9550,10 @@ def compose_file(many: list[Description]) -> str:
         devices = "\n".join(f"      - nvidia.com/gpu={gpu}" for gpu in it.gpus or ["all"])
         more = f"    env_file: ./{it.label}.env\n" if it.variables else ""
         more += COMPOSE_GPUS[it.gpu].format(which=which, devices=devices)
-        volumes = "\n".join(f"      - {it.label}-{folder}:{it.home}/{folder}" for folder in IMAGE_VOLUMES)
+        volumes = "\n".join(f"      - {it.label}-{folder}:{it.home}/{folder}" for folder in OWN_FOLDERS)
         facts = {"label": it.label, "image": it.image, "port": it.port, "inside": IMAGE_PORT}
         lines.append(COMPOSE.format(**facts, volumes=volumes, more=more))
-    named = [f"  {it.label}-{folder}:\n" for it in many for folder in IMAGE_VOLUMES]
+    named = [f"  {it.label}-{folder}:\n" for it in many for folder in OWN_FOLDERS]
     return "".join([*lines, "volumes:\n", *named])
 
 
@@ -9661,7 +9660,7 @@ VOLUME = "        - name: {folder}\n          persistentVolumeClaim:\n          
 def kubernetes_file(it: Description) -> str:
     """Return volumes, deployment and service of an environment, and a secret whose values are left to be filled in."""
     facts = {"image": it.image, "home": it.home, "label": it.label, "origin": it.origin, "port": IMAGE_PORT}
-    sizes = {folder: "100Gi" if folder == "models" else "20Gi" for folder in IMAGE_VOLUMES}
+    sizes = {folder: "100Gi" if folder == "models" else "20Gi" for folder in OWN_FOLDERS}
     first = [CLAIM.format(**facts, folder=folder, size=size) for folder, size in sizes.items()]
     more = ""
     if it.variables:
@@ -9669,8 +9668,8 @@ def kubernetes_file(it: Description) -> str:
         more += f"          envFrom:\n            - secretRef:\n                name: {it.image}\n"
     if it.gpu != "none":
         more += "          resources:\n            limits:\n              nvidia.com/gpu: 1\n"
-    mounts = "\n".join(MOUNT.format(**facts, folder=folder) for folder in IMAGE_VOLUMES)
-    volumes = "\n".join(VOLUME.format(**facts, folder=folder) for folder in IMAGE_VOLUMES)
+    mounts = "\n".join(MOUNT.format(**facts, folder=folder) for folder in OWN_FOLDERS)
+    volumes = "\n".join(VOLUME.format(**facts, folder=folder) for folder in OWN_FOLDERS)
     return KUBERNETES.format(**facts, claims="".join(first), more=more, mounts=mounts, volumes=volumes)
 
 
@@ -9849,7 +9848,7 @@ SIGNS = {  # sign -> (in ASCII, colour)
 STEERING = (*range(9), *range(10, 32), *range(127, 160), 0x61C, *range(0x200E, 0x2010), *range(0x2028, 0x202F))
 CONTROLS = dict.fromkeys((*STEERING, *range(0x2066, 0x206A)), " ")
 PLAIN = str.maketrans({sign: plain for sign, (plain, _) in SIGNS.items()})
-ONE_ENVIRONMENT = ("run", "stop", "restart", "status", "logs", "repair", "node")
+ONE_ENVIRONMENT = tuple("run stop restart status logs repair node open exec update history".split())
 
 
 Typed = Callable[..., str]  # the words of one of our commands -> how it must be typed here
@@ -11807,7 +11806,7 @@ def next_steps(engine: str, folder: str, many: list[Description], user: bool) ->
             lines.append(f"kubectl apply -f {quote(os.path.join(folder, it.label))}.yaml")
             continue
         gpu = {"none": "", "nvidia": " --gpus all", "cdi": " --device nvidia.com/gpu=all"}[it.gpu]
-        volumes = "".join(f" -v {it.label}-{name}:{it.home}/{name}" for name in IMAGE_VOLUMES)
+        volumes = "".join(f" -v {it.label}-{name}:{it.home}/{name}" for name in OWN_FOLDERS)
         names = "".join(f" -e {key}" for key in it.variables)
         lines.append(f"docker run -d -p 127.0.0.1:{it.port}:{IMAGE_PORT}{gpu}{names}{volumes} {it.image}")
     return lines
@@ -11817,7 +11816,7 @@ def no_part_of_image(folder: str, names: list[str]) -> list[str]:
     """Return what of a folder of code is left out: what volumes hold, and the nodes, which are copied by themselves."""
     left_out = [".git", "__pycache__"]
     if os.path.isfile(main_script(folder)):
-        left_out += [*IMAGE_VOLUMES, "temp", ".venv", "venv"]
+        left_out += [*OWN_FOLDERS, "temp", ".venv", "venv"]
     if os.path.isfile(main_script(os.path.dirname(folder))) and os.path.basename(folder) == "custom_nodes":
         left_out += [name for name in names if os.path.isdir(os.path.join(folder, name))]
     return [name for name in names if name in left_out]
