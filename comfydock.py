@@ -7326,7 +7326,6 @@ class Environment:
         clear_state(self.paths.state)
 
     def _put_back(self, state: Optional[ProcessState]) -> None:
-        """Make the record what it was before something that failed."""
         if state is None:
             self._clear_state()
         else:
@@ -7376,7 +7375,6 @@ class Environment:
         return snapshot
 
     def _compared(self, record: Optional[ProcessState], note: str, scan: Optional[Scan], lock_held: bool) -> Snapshot:
-        """Compare a record with the processes that there are."""
         state = STOPPED
         if record is not None:
             process = self._holder(record)
@@ -7409,17 +7407,13 @@ class Environment:
         for process in filter(lambda one: self._serves(one, record.port), found if IS_WINDOWS else []):
             moved = ProcessState(**{**vars(record), "pid": process.pid, "identity": identity_of(process)})
             return Snapshot(RUNNING, moved, process, "moved")
-        return Snapshot(state, record, None, note, self._relics(record))
-
-    def _relics(self, record: ProcessState) -> list[Process]:
-        """Return who bears the marker of a run that is gone; nobody when it is the marker of another ComfyUI's run."""
         user = record.owner if record.uid is None else record.uid
         relics = process_tree(Process(0, uid=user), record.run_id, record.alive)
         scripts = [script for relic in relics for script in scripts_of(relic, "main.py")]
-        return relics if all(same_path(script, self._script) for script in scripts) else []
+        is_ours = all(same_path(script, self._script) for script in scripts)  # a forged record names another's run
+        return Snapshot(state, record, None, note, relics if is_ours else [])
 
     def _holder(self, record: ProcessState) -> Optional[Process]:
-        """Return the living process that a record stands on: ComfyUI, or until there is one its starter."""
         return recorded_comfyui(record, self.python, self._script) if record.pid else recorded_starter(record)
 
     @staticmethod
@@ -7823,7 +7817,6 @@ class Environment:
         return [self.python, *["-s"] * is_portable], os.path.dirname(folder) if is_portable else self._checkout
 
     def _variables(self, own: dict[str, str]) -> dict[str, str]:
-        """Return the environment variables of ComfyUI: ours, those of its Python, and `own`."""
         inherited = {key: value for key, value in inherited_environment().items() if key not in DROPPED_VARIABLES}
         inherited.pop("PYTHONUNBUFFERED", None)  # ComfyUI wraps its streams: its output would be held back longer
         return {**with_interpreter(inherited, self.python), "PYTHONIOENCODING": "utf-8", **own}
@@ -8025,7 +8018,6 @@ class Environment:
             end_all(snapshot.relics)
 
     def _own_record(self, process: Process, snapshot: Snapshot) -> ProcessState:
-        """Return the record of a process that is seen; of an untracked one of ours it is written now."""
         if snapshot.record is None or snapshot.note == "untracked":
             return self._adopt(process, snapshot.record)
         return snapshot.record
@@ -8368,7 +8360,10 @@ class Environment:
         if process is None:
             return
         record = self._own_record(process, snapshot)
-        self._want(wanted, record)
+        if record.desired_state != wanted:
+            record.desired_state = wanted
+            with suppress(OSError):  # a full disk must not keep anyone from stopping ComfyUI
+                self._write_state(record)
         marker = process_table().marker(process.pid)
         family = process_tree(process, marker)
         inner = [process, *family]  # ComfyUI itself where the recorded process is a wrapper
@@ -8380,12 +8375,6 @@ class Environment:
         monitor = self.monitor_process(record) if wanted == STOPPED else None
         if monitor is not None and monitor.pid != os.getpid() and not wait_for_exit(monitor, 3):
             end_all([monitor])  # it goes by itself when ComfyUI was stopped
-
-    def _want(self, wanted: str, record: ProcessState) -> None:
-        if record.desired_state != wanted:
-            record.desired_state = wanted
-            with suppress(OSError):  # a full disk must not keep anyone from stopping ComfyUI
-                self._write_state(record)
 
     def recorded_args(self) -> Optional[list[str]]:
         """Return the arguments that a restart would start with; None when nothing ever ran."""
@@ -8437,8 +8426,10 @@ class Environment:
             open_append(self.log_path).close()
             keeper = self.keeper_of(record)
             wanted = RESTART if keeper else STOPPED
-            if process is not None:
-                self._require_port_for_restart(process, record)
+            port, listeners = record.port, process_table().listeners(record.port)
+            if process is not None and listeners and is_port_bound(port, host=record.host):
+                if not self._serves(process, port):  # while it was importing another program took its port
+                    raise self._port_in_use(ComfyUIConfig(record.host, port), {})
             if process is not None or keeper is not None:
                 record.desired_state = wanted
                 record.starter.pop("waits_for", None)
@@ -8474,12 +8465,10 @@ class Environment:
         return True
 
     def _start_again(self, record: ProcessState, launch: Launch, monitor: Optional[dict[str, Any]]) -> None:
-        """Start what a record has, once its port is free again."""
         until(lambda: not is_port_bound(record.port, host=record.host), 5, 0.02)
         self._start(launch, record.env, previous=record, monitor=monitor)
 
     def _require_own_record(self, record: ProcessState) -> None:
-        """Raise CDEnvironmentError for a record of another user: it is shown, but nothing is started by it."""
         if record.owner not in (None, own_user()):
             message = f"The record of the last run belongs to another user (uid {record.owner}), so it starts nothing."
             raise CDEnvironmentError(message, ["Start it with: ", ("-e", self.name, "run")], "owner")
@@ -8566,12 +8555,6 @@ class Environment:
         record = self._read_state()
         waits_for = record.starter.get("waits_for") if record is not None else None
         return record is not None and recorded_process(waits_for, (record.owner,), bool) is not None
-
-    def _require_port_for_restart(self, process: Process, record: ProcessState) -> None:
-        """While ComfyUI is still importing, another program may have taken its port."""
-        if is_port_bound(record.port, host=record.host) and not self._serves(process, record.port):
-            if process_table().listeners(record.port):
-                raise self._port_in_use(ComfyUIConfig(record.host, record.port), {})
 
 
 # ====================================================================================================================
