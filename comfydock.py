@@ -4243,23 +4243,20 @@ def parse_toml(text: str, path: str, python: Optional[str] = None) -> dict[str, 
 
 def toml_module(python: Optional[str]) -> Any:
     """Return tomllib, or the same reader in our pip, or in the one of a venv's Python; None where there is none."""
-    import glob
+    from glob import escape, glob
     from importlib import import_module
 
-    for name in ("tomllib", "pip._vendor.tomli"):
+    vendored = os.path.join(escape(os.path.dirname(os.path.dirname(python or "-"))), "[Ll]ib*", "**", "pip", "_vendor")
+    for name in ("tomllib", "pip._vendor.tomli", "tomli"):
+        folders = glob(vendored, recursive=True) if name == "tomli" else []
+        sys.path[:0] = folders
         try:
             return import_module(name)
         except ImportError:
             continue
-    venv = glob.escape(os.path.dirname(os.path.dirname(python or "")))
-    vendored = glob.glob(os.path.join(venv, "[Ll]ib*", "**", "pip", "_vendor"), recursive=True) if python else []
-    sys.path[:0] = vendored
-    try:
-        return import_module("tomli")
-    except ImportError:
-        return None
-    finally:
-        del sys.path[: len(vendored)]
+        finally:
+            del sys.path[: len(folders)]
+    return None
 
 
 def broken_manifest(path: str, line: int, reason: str) -> CDEnvironmentError:
@@ -5097,7 +5094,7 @@ class Packages:
         if done.returncode == 0 or is_trial and "no such option" in done.stderr:  # pip before 22.2
             return ""
         self.conflict = self.reason(done.stderr + done.stdout, needs)
-        return self.conflict or last_words(done)
+        return self.conflict or re.sub(r" \(from (line \d+ of|-r) [^()]*(\([^()]*\))?\)", "", last_words(done))
 
     def reason(self, said: str, needs: list[Need]) -> str:
         """Return a conflict as who wants what, and what is held; empty when the text tells of none."""
@@ -5229,9 +5226,8 @@ def check_node_name(name: str) -> None:
     devices = r"(con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)"
     refused = rf'(?i)$|[.-]|.*[<>:"/\\|?*]|.*[. ]$|.*\.disabled$|__pycache__$|{devices}'
     if len(name) > 120 or has_control(name) or re.match(refused, name):
-        raise CDEnvironmentError(
-            f"{name!r} cannot be the name of a node", "give its folder or its entry another name", "name"
-        )
+        hint = "give its folder or its entry another name"
+        raise CDEnvironmentError(f"{name!r} cannot be the name of a node", hint, "name")
 
 
 class RegistrySource:
@@ -6201,8 +6197,7 @@ class NodeManager:
 
     def needs_of(self, info: NodeInfo, folder: str) -> list[str]:
         """Return the requirements of the node in a folder that the manifest records."""
-        lines = [] if info.no_deps else requirement_lines(node_requirements(folder, self.python))
-        return [line for line in lines if line not in info.skipped_lines]
+        return requirement_lines("\n".join(self.need_of(info, folder).entries))
 
     def world(self, but: str = "", comfyui: Optional[str] = None) -> list[Need]:
         """Return who needs what here: ComfyUI, the manifest, and every node but one that is about to change.
@@ -6217,11 +6212,8 @@ class NodeManager:
         limits = requirement_entries(read_any_text(manager)) if os.path.isfile(manager) else []
         named = {package_name(entry) for entry in entries}  # the checkout's own file knows better than a copy of it
         rest = [line for line in manifest.dependencies if package_name(line) not in named]
-        nodes = [
-            self.need_of(info, self.folder_of(info))
-            for key, info in manifest.nodes.items()
-            if key != but and self.source_of(info) and os.path.isdir(self.folder_of(info))
-        ]
+        others = [one for key, one in manifest.nodes.items() if key != but and self.source_of(one)]
+        nodes = [self.need_of(one, self.folder_of(one)) for one in others if os.path.isdir(self.folder_of(one))]
         bounds = [Need("ComfyUI's manager", limits, True), Need("the manifest", manifest.constraints, True)]
         return [own, Need("the manifest", rest), *bounds, *nodes]
 
