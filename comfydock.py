@@ -4504,7 +4504,7 @@ def git_environment(url: str = "") -> dict[str, str]:
 
     GIT_ALLOW_PROTOCOL also holds for redirects and submodules: one of an https repository cannot name a local path.
     """
-    kept = {key: value for key, value in os.environ.items() if key not in GIT_LOCAL}
+    kept = {key: value for key, value in inherited_environment().items() if key not in GIT_LOCAL}
     kept["GIT_CONFIG_COUNT"] = str(len(GIT_SETTINGS))
     for number, (name, value) in enumerate(GIT_SETTINGS.items()):
         kept.update({f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value})
@@ -4910,6 +4910,11 @@ def installed_packages(python: str) -> dict[str, Package]:
             lines = [line for line in lines if not re.search(r"\.dist-info/|__pycache__|,0$", line)]
             files = {line.rsplit(",", 2)[0] for line in lines}
             found.setdefault(package_name(name), Package(name, version, origin(name, version, one), files))
+    if done.returncode != 0:
+        raise CDEnvironmentError(f"{python} does not tell its packages: {last_words(done)}", code="packages")
+    if not found:  # who took this for all that there was would remove the rest in an undo
+        hint = f"{quote(python)} -m ensurepip"
+        raise CDEnvironmentError(f"{python} has no packages, not even pip", hint, "no-pip")
     return found
 
 

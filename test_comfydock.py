@@ -5388,6 +5388,12 @@ class OddMachines(unittest.TestCase):
         )
         self.assertEqual(found["a"].files, {"a.py"})
 
+    def test_a_list_of_no_packages_is_an_error_and_no_reason_to_remove_what_is_there(self):
+        for code, words in ((0, "not even pip"), (1, "does not tell its packages")):
+            done = subprocess.CompletedProcess([], code, self.folder, "broken")
+            with unittest.mock.patch.object(dock, "run_command", return_value=done):
+                self.assertRaisesRegex(dock.CDEnvironmentError, words, dock.installed_packages, sys.executable)
+
     def test_the_index_of_pytorch_is_told_by_a_backend_alone(self):
         for line, index in (
             ("torch==2.9.0+cu128", "https://download.pytorch.org/whl/cu128"),
