@@ -6785,10 +6785,8 @@ class ComfyUIUpdate:
         known = git_answer(["rev-parse", "--verify", "--quiet", f"{wanted}^{{commit}}"], self.checkout)
         if wanted and (known or re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", wanted)):
             return CodeVersion(wanted, known or wanted, "" if known else wanted)
-        close = " or ".join(nearest_names(wanted or "", tags))
-        raise CDEnvironmentError(
-            f"{url} has no {wanted or current.branch}.", close and f"did you mean {close}?", "not-found"
-        )
+        hint = f"Nearest are: {', '.join(nearest_names(wanted or '', tags))}"
+        raise CDEnvironmentError(f"{url} has no {wanted or current.branch}.", hint, "not-found")
 
     def fetch(self, version: CodeVersion) -> None:
         """Have the commits of a version here, one alone where the clone is shallow and ours."""
@@ -8199,12 +8197,8 @@ class Environment:
         database = "sqlite:///" + os.path.join(folder, "comfyui.db").replace("\\", "/")
         flags = {"temp-directory": folder, "user-directory": os.path.join(folder, "user"), "database-url": database}
         args = [*(last.args if last else []), "--listen", DEFAULT_HOST, "--port", str(DEFAULT_PORT + 1000)]
-        args += [
-            word
-            for flag, value in flags.items()
-            if f'"--{flag}"' in self._parser_text()
-            for word in (f"--{flag}", value)
-        ]
+        for flag, value in flags.items():
+            args += [f"--{flag}", value] if f'"--{flag}"' in self._parser_text() else []
         self.tell("trying to start it")
         try:
             trial.run(args, auto_port=True, set_env=last.env if last else {})
