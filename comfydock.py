@@ -1831,19 +1831,19 @@ def run_command(
     trace_command(cmd, cwd)
     began = time.monotonic()
     try:
-        pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+        pipe = subprocess.PIPE
+        options: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": pipe,
+            "stderr": pipe,
+            "encoding": "utf-8",
+            **GROUP,
+        }
         if HANDED_ON and not IS_WINDOWS:
-            pipe.update(pass_fds=tuple(HANDED_ON), preexec_fn=ending_with_us())
+            options.update(pass_fds=tuple(HANDED_ON), preexec_fn=ending_with_us())
+        variables = inherited_environment() if env is None else env
         with default_signals():
-            process = subprocess.Popen(
-                cmd,
-                cwd=cwd,
-                env=inherited_environment() if env is None else env,
-                stdin=subprocess.DEVNULL,
-                errors="replace",
-                **pipe,
-                **GROUP,
-            )
+            process = subprocess.Popen(cmd, cwd=cwd, env=variables, errors="replace", **options)
     except OSError as error:
         raise cannot_start(cmd, cwd, error) from error
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -2165,6 +2165,25 @@ def proc_start_ticks(pid: int) -> Optional[int]:
     return process.start_ticks if process is not None else None
 
 
+def open_files(pid: int) -> Iterator[tuple[str, str]]:
+    """Yield (its link in /proc, what it leads to) of each descriptor of a process, as far as we may look."""
+    folder = f"/proc/{pid}/fd"
+    with suppress(OSError):
+        for fd in os.listdir(folder):
+            with suppress(FileNotFoundError):  # closed meanwhile
+                yield f"{folder}/{fd}", os.readlink(f"{folder}/{fd}")
+
+
+def opened_inodes(pid: int, name: str) -> set[str]:
+    """Return the inodes of the files called `name`, deleted or not, that a process has open."""
+    found = set()
+    for place, target in open_files(pid):
+        if os.path.basename(target).split(" ")[0] == name:
+            with suppress(OSError):
+                found.add(str(os.stat(place).st_ino))
+    return found
+
+
 class ProcTable(ProcessTable):
     """Linux: /proc, read directly."""
 
@@ -2212,7 +2231,7 @@ class ProcTable(ProcessTable):
         for name in ("tcp", "tcp6"):
             text = read_bytes(f"/proc/net/{name}").decode("ascii", "replace")
             wanted.update(f"socket:[{inode}]" for inode in parse_proc_net(text, port))
-        return [pid for pid in self.pids() if wanted & self.open_files(pid)] if wanted else []
+        return [pid for pid in self.pids() if wanted and wanted & {target for _, target in open_files(pid)}]
 
     def usage(self) -> "dict[int, tuple[int, float, int]]":
         from mmap import PAGESIZE
@@ -2222,15 +2241,6 @@ class ProcTable(ProcessTable):
             fields = read_bytes(f"/proc/{pid}/stat").rpartition(b")")[2].split()
             if len(fields) > 21:  # from field 3 of proc(5) on: 4 ppid, 14 utime, 15 stime, 24 rss
                 found[pid] = int(fields[1]), (int(fields[11]) + int(fields[12])) / ticks, int(fields[21]) * PAGESIZE
-        return found
-
-    def open_files(self, pid: int) -> set[str]:
-        """Return what the descriptors of a process lead to; of one that is gone or someone else's, nothing."""
-        folder, found = f"/proc/{pid}/fd", set()
-        with suppress(OSError):
-            for fd in os.listdir(folder):
-                with suppress(FileNotFoundError):  # closed meanwhile
-                    found.add(os.readlink(f"{folder}/{fd}"))
         return found
 
 
@@ -2665,17 +2675,6 @@ def ancestors_of(pid: int, processes: dict[int, Process]) -> set[int]:
     return found
 
 
-def opened_inodes(pid: int, name: str) -> set[str]:
-    """Return the inodes of the files called `name`, deleted or not, that a process has open, as far as we may look."""
-    folder, found = f"/proc/{pid}/fd", set()
-    with suppress(OSError):
-        for fd in os.listdir(folder):
-            with suppress(FileNotFoundError):  # closed meanwhile
-                if os.path.basename(os.readlink(f"{folder}/{fd}")).split(" ")[0] == name:
-                    found.add(str(os.stat(f"{folder}/{fd}").st_ino))
-    return found
-
-
 def output_of(process: Process) -> Optional[str]:
     """Return the regular file that a process writes its output to, None where that is none or not told."""
     try:
@@ -2687,13 +2686,15 @@ def output_of(process: Process) -> Optional[str]:
 
 def writers_of(path: str) -> list[Process]:
     """Return who has a file open for writing, as far as we may look."""
-    table, found = process_table(), []
-    for pid in table.pids() if os.path.isdir("/proc/self/fd") else []:
-        with suppress(OSError):  # gone meanwhile, or another user's
-            places = [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
-            if any(os.readlink(place) == path and os.lstat(place).st_mode & 0o200 for place in places):
-                found.append(table.process(pid))
-    return [process for process in found if process is not None and process.pid != os.getpid()]
+
+    def writes(pid: int) -> bool:
+        with suppress(OSError):  # closed meanwhile
+            return any(target == path and os.lstat(place).st_mode & 0o200 for place, target in open_files(pid))
+        return False
+
+    pids = process_table().pids() if is_usable("proc") else []
+    found = (process_table().process(pid) for pid in pids if pid != os.getpid() and writes(pid))
+    return [process for process in found if process is not None]
 
 
 def process_tree(process: Process, run_id: Optional[str], alive: Optional[dict[str, Any]] = None) -> list[Process]:
