@@ -9337,13 +9337,9 @@ TASK = """\
 <Task version="1.2" xmlns="http://schemas.microsoft.com/windows/2004/02/mit/task">
   <RegistrationInfo><Description>{origin}</Description></RegistrationInfo>
   <Triggers><LogonTrigger><Enabled>true</Enabled><UserId>{owner}</UserId></LogonTrigger></Triggers>
-  <Principals>
-    <Principal id="Author">
-      <UserId>{owner}</UserId>
-      <LogonType>InteractiveToken</LogonType>
-      <RunLevel>LeastPrivilege</RunLevel>
-    </Principal>
-  </Principals>
+  <Principals><Principal id="Author">
+    <UserId>{owner}</UserId><LogonType>InteractiveToken</LogonType><RunLevel>LeastPrivilege</RunLevel>
+  </Principal></Principals>
   <Settings>
     <MultipleInstancesPolicy>IgnoreNew</MultipleInstancesPolicy>
     <DisallowStartIfOnBatteries>false</DisallowStartIfOnBatteries>
@@ -9352,13 +9348,11 @@ TASK = """\
     <Priority>5</Priority>
     <RestartOnFailure><Interval>PT1M</Interval><Count>5</Count></RestartOnFailure>
   </Settings>
-  <Actions Context="Author">
-    <Exec>
-      <Command>{program}</Command>
-      <Arguments>{arguments}</Arguments>
-      <WorkingDirectory>{workspace}</WorkingDirectory>
-    </Exec>
-  </Actions>
+  <Actions Context="Author"><Exec>
+    <Command>{program}</Command>
+    <Arguments>{arguments}</Arguments>
+    <WorkingDirectory>{workspace}</WorkingDirectory>
+  </Exec></Actions>
 </Task>
 """
 
@@ -9532,48 +9526,22 @@ def compose_file(many: list[Description]) -> str:
     return "".join([*lines, "volumes:\n", *named])
 
 
-CLAIM = """\
----
-apiVersion: v1
-kind: PersistentVolumeClaim
-metadata:
-  name: {image}-{folder}
-spec:
-  accessModes: [ReadWriteOnce]
-  resources:
-    requests:
-      storage: {size}
-"""
-SECRET = """\
----
-# Its values are yours to fill in: kubectl create secret generic {image} --from-env-file=FILE
-apiVersion: v1
-kind: Secret
-metadata:
-  name: {image}
-stringData:
-{names}
-"""
 KUBERNETES = """\
 # {origin}.
 # Push the image of ./{label} to a registry of yours, and name it here in place of {image}:latest.
 # One pod, for each has a queue of its own: for more put a queue in front and let KEDA scale on that.
-{claims}---
+{before}---
 apiVersion: apps/v1
 kind: Deployment
-metadata:
-  name: {image}
+metadata: {{name: {image}}}
 spec:
   replicas: 1
-  strategy:
-    type: Recreate
+  strategy: {{type: Recreate}}
   selector:
-    matchLabels:
-      app.kubernetes.io/name: {image}
+    matchLabels: {{app.kubernetes.io/name: {image}}}
   template:
     metadata:
-      labels:
-        app.kubernetes.io/name: {image}
+      labels: {{app.kubernetes.io/name: {image}}}
     spec:
       automountServiceAccountToken: false
       terminationGracePeriodSeconds: 60
@@ -9582,70 +9550,68 @@ spec:
         runAsUser: 1000
         fsGroup: 1000
         fsGroupChangePolicy: OnRootMismatch
-        seccompProfile:
-          type: RuntimeDefault
+        seccompProfile: {{type: RuntimeDefault}}
       containers:
         - name: comfyui
           image: {image}:latest
           imagePullPolicy: IfNotPresent
-          ports:
-            - name: http
-              containerPort: {port}
+          ports: [{{name: http, containerPort: {port}}}]
+          # ComfyUI may take minutes to start, and does not answer while a node blocks it.
           startupProbe:
-            httpGet: &look
-              path: /system_stats
-              port: {port}
-            periodSeconds: 5
+            httpGet: &look {{path: /system_stats, port: {port}}}
             timeoutSeconds: 10
-            failureThreshold: 360
-          readinessProbe:
-            httpGet: *look
-            periodSeconds: 10
-            timeoutSeconds: 10
-          livenessProbe:
-            httpGet: *look
-            periodSeconds: 30
-            timeoutSeconds: 10
-            failureThreshold: 10
+            failureThreshold: 180
+          readinessProbe: {{httpGet: *look, timeoutSeconds: 10}}
+          livenessProbe: {{httpGet: *look, timeoutSeconds: 10, periodSeconds: 30, failureThreshold: 10}}
           securityContext:
             allowPrivilegeEscalation: false
-            capabilities:
-              drop: [ALL]
+            capabilities: {{drop: [ALL]}}
 {more}          volumeMounts:
-{mounts}
-      volumes:
-{volumes}
----
+{mounts}      volumes:
+{volumes}---
 apiVersion: v1
 kind: Service
-metadata:
-  name: {image}
+metadata: {{name: {image}}}
 spec:
-  selector:
-    app.kubernetes.io/name: {image}
-  ports:
-    - name: http
-      port: {port}
-      targetPort: http
+  selector: {{app.kubernetes.io/name: {image}}}
+  ports: [{{name: http, port: {port}, targetPort: http}}]
 """
-MOUNT = "            - name: {folder}\n              mountPath: {home}/{folder}"
-VOLUME = "        - name: {folder}\n          persistentVolumeClaim:\n            claimName: {image}-{folder}"
+CLAIM = """\
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {{name: {image}-{folder}}}
+spec:
+  accessModes: [ReadWriteOnce]
+  resources: {{requests: {{storage: {size}}}}}
+"""
+SECRET = """\
+---
+# Its values are yours to fill in: kubectl create secret generic {image} --from-env-file=FILE
+apiVersion: v1
+kind: Secret
+metadata: {{name: {image}}}
+stringData: {names}
+"""
+MOUNT = "            - {{name: {folder}, mountPath: {home}/{folder}}}\n"
+VOLUME = "        - {{name: {folder}, persistentVolumeClaim: {{claimName: {image}-{folder}}}}}\n"
 
 
 def kubernetes_file(it: Description) -> str:
     """Return volumes, deployment and service of an environment, and a secret whose values are left to be filled in."""
     facts = {"image": it.image, "home": it.home, "label": it.label, "origin": it.origin, "port": IMAGE_PORT}
-    sizes = {folder: "100Gi" if folder == "models" else "20Gi" for folder in OWN_FOLDERS}
-    first = [CLAIM.format(**facts, folder=folder, size=size) for folder, size in sizes.items()]
-    more = ""
+
+    def of_each(template: str) -> str:
+        sizes = {folder: "100Gi" if folder == "models" else "20Gi" for folder in OWN_FOLDERS}
+        return "".join(template.format(**facts, folder=folder, size=size) for folder, size in sizes.items())
+
+    before, more = of_each(CLAIM), ""
     if it.variables:
-        first.append(SECRET.format(**facts, names="\n".join(f'  {key}: ""' for key in it.variables)))
-        more += f"          envFrom:\n            - secretRef:\n                name: {it.image}\n"
+        before += SECRET.format(**facts, names=json.dumps(dict.fromkeys(it.variables, "")))
+        more += f"          envFrom: [{{secretRef: {{name: {it.image}}}}}]\n"
     if it.gpu != "none":
-        more += "          resources:\n            limits:\n              nvidia.com/gpu: 1\n"
-    mounts = "\n".join(MOUNT.format(**facts, folder=folder) for folder in OWN_FOLDERS)
-    volumes = "\n".join(VOLUME.format(**facts, folder=folder) for folder in OWN_FOLDERS)
-    return KUBERNETES.format(**facts, claims="".join(first), more=more, mounts=mounts, volumes=volumes)
+        more += "          resources: {limits: {nvidia.com/gpu: 1}}\n"
+    return KUBERNETES.format(**facts, before=before, more=more, mounts=of_each(MOUNT), volumes=of_each(VOLUME))
 
 
 # ====================================================================================================================
@@ -10353,7 +10319,7 @@ def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     """
     -f --foreground       stay and stream the log; Ctrl-C stops ComfyUI
     --auto-port           take the next free port when the port is in use
-    --set-env KEY=VALUE   an environment variable for ComfyUI, kept for restarts
+    --set-env KEY=VALUE   an environment variable for ComfyUI, kept for restarts (KEY: as it is here)
     --monitor             start it under a small watcher that restarts it after a crash
     --demo                run the built-in stand-in for ComfyUI
     --python PATH         the Python of a ComfyUI folder, kept for later starts
@@ -11749,12 +11715,8 @@ def pack_code(environment: Environment, it: Description, left_out: list[str]) ->
             if GitSource().changes(piece.source, {"version": ""}) != []:
                 unsaved.append(title)
     if unsaved:
-        message = (
-            f"What only this machine has cannot go into an image: {', '.join(unsaved)} has changes or new commits."
-        )
-        raise CDEnvironmentError(
-            message, "commit and push them, or track your own node with: node add --dev", "changed"
-        )
+        message = f"No image can hold what only this machine has: {', '.join(unsaved)} has changes or new commits."
+        raise CDEnvironmentError(message, "commit and push them; a node of your own: node add --dev", "changed")
 
 
 def next_steps(engine: str, folder: str, many: list[Description], user: bool) -> list[str]:
@@ -11832,7 +11794,7 @@ def format_generate(data: dict[str, Any], typed: Typed) -> Iterator[str]:
 
 @command(
     "generate ENGINE [NAME...]",
-    "write what systemd, Docker, Compose or Kubernetes need to run an environment",
+    "write files for systemd, Docker, Compose or Kubernetes",
     """
     --out DIR             the new folder for it (comfydock-ENGINE, if you name none)
     --gpu KIND            how a container gets the card: nvidia, cdi (Podman) or none
@@ -11909,7 +11871,8 @@ def switch_task(state: str, it: Description, draft: str) -> bool:
     """Make or delete a task of the Task Scheduler; return whether it is there then. Raises CDEnvironmentError."""
     words = {"on": ["/Create", "/XML", draft, "/F"], "off": ["/Delete", "/F"], "status": ["/Query"]}
     try:
-        write_atomic(draft, task_xml(it).encode("utf-16"))
+        if state == "on":
+            write_atomic(draft, task_xml(it).encode("utf-16"))
         done = run_command(["schtasks", words[state][0], "/TN", f"comfydock-{it.name}", *words[state][1:]])
     finally:
         remove_file(draft)
@@ -11936,6 +11899,9 @@ def autostart(console: Console, args: Arguments) -> Report:
     here, state = current_folder(), args.state
     if state not in ("on", "off", "status"):
         raise CDEnvironmentError(f"Unknown word '{state}': choose on, off or status.", ("help", "autostart"), "usage")
+    if IS_WINDOWS and args.system:
+        message = "The Task Scheduler starts ComfyUI when you log in: there is no --system on Windows."
+        raise CDEnvironmentError(message, ("autostart", state), "usage")
     workspace = select_workspace(args.workspace, (args.name or args.env) is not None, here)
     environment = prepare(console, args, workspace.select(args.name or args.env, here))
     it, unit = describe(environment), f"comfydock-{environment.name}"
@@ -12350,6 +12316,8 @@ null. "data" is null when nothing could be done. Keys of data:
   node search: nodes: [{id, version, description, repository}]
   repair: orphan_only cleaned orphans: [{pid, age, port, command, action}]
     synced installed corrected tracked problems
+  generate: engine folder files left_out next: commands to type
+  autostart: on system files next
   completion: shell text  help, version: text; version: version
 Exit codes: 0 done, 1 could not, 2 wrong usage, 3 status of what does not run,
 130 interrupted.""",
@@ -12371,6 +12339,26 @@ timeout with SIGTERM, and at the timeout it is killed; then what it started is
 ended, too. --kill skips the asking. A process that is not provably ours, or
 that belongs to another user, is never signalled. At a terminal you are asked
 before queued work is cut off; --when-idle waits for it, --force does not ask.""",
+    "generate": """
+A new folder is written, nothing is installed, and what to type next is printed.
+An engine is told to start the environment as it ran last: arguments, port and
+variables of --set-env, whose values stand in a file of yours alone (NAME.env).
+  systemd     a unit that is ready when ComfyUI answers, starts it again after a
+              crash (5 times in an hour), and stays stopped after comfydock stop;
+              its owner runs it. --user: a unit of your own
+  dockerfile  an image: code at its commits, packages as they are installed, with
+              the index of PyTorch as TORCH_INDEX; models, input, output and user
+              lie on volumes, which one container at a time may use. Another base:
+              --build-arg BASE=...
+  compose     a service for each environment: its port on 127.0.0.1, its volumes,
+              its card (--cuda-device or CUDA_VISIBLE_DEVICES says which)
+  kubernetes  volumes, deployment and service of each environment, and a secret
+              whose values you fill in
+--gpu nvidia is for Docker with NVIDIA's hook, cdi for Podman and for Docker with
+Compose 5. Not carried over, and named: packages installed from files here,
+arguments that name paths of this machine, files that git does not have. Changes
+and commits that are not pushed are refused; your own nodes (--dev) are copied.
+While such a unit or container runs, comfydock restart is done by it.""",
 }
 
 

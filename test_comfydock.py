@@ -7758,7 +7758,9 @@ class HandingOver(Journey):
         self.assertIn("no environment 'x'", self.generated("compose", "x", code=1))
         checkout = self.person.checkout()
         port = str(self.person.state()["port"])
-        self.assertEqual(self.person.types("create", "two", "--from", checkout).returncode, 0)
+        self.assertEqual(
+            self.person.types("create", "two", "--from", checkout, "--python", sys.executable).returncode, 0
+        )
         environment = self.environment_of_person("two")
         dock.write_state(
             environment.paths.last_run, dock.ProcessState(2**22 - 1, "127.0.0.1", int(port), ["--port", port], "", "")
@@ -7772,7 +7774,9 @@ class HandingOver(Journey):
         checkout = self.person.checkout()
         for words in (["init", "-q"], ["remote", "add", "origin", "https://example.invalid/x"], ["add", "main.py"]):
             subprocess.run(["git", *words], cwd=checkout, check=True)
-        self.assertEqual(self.person.types("create", "two", "--from", checkout).returncode, 0)
+        self.assertEqual(
+            self.person.types("create", "two", "--from", checkout, "--python", sys.executable).returncode, 0
+        )
         said = self.generated("dockerfile", "two", code=1)
         self.assertIn("ComfyUI has changes or new commits", said)
         shutil.rmtree(
