@@ -4353,7 +4353,7 @@ def manifest_from(data: dict[str, Any], toml: str = "") -> Manifest:
 
 
 def read_manifest(paths: EnvironmentPaths, python: Optional[str] = None) -> Manifest:
-    """The manifest of an environment, from the JSON beside it when that belongs to this very text.
+    """Return the manifest of an environment, from the JSON beside it when that belongs to this very text.
 
     So run, stop, status and logs need no TOML reader; `python` is for parse_toml. Raises CDEnvironmentError: code
     "manifest" when it cannot be read or is broken (with the line), or "no-toml".
@@ -4363,7 +4363,7 @@ def read_manifest(paths: EnvironmentPaths, python: Optional[str] = None) -> Mani
 
 @lru_cache(1024)
 def manifest_of(text: str, path: str, cache_path: str, python: Optional[str]) -> Manifest:
-    """The manifest that reads `text`, made once, for a command looks at it a dozen times: nobody changes it.
+    """Return the manifest that reads `text`, made once, as a command looks at it a dozen times: nobody changes it.
 
     The parameters are those of read_manifest. The text is the key of the JSON: it is short, and hashlib takes longer to
     import than the rest of `status`.
@@ -4380,7 +4380,7 @@ def manifest_of(text: str, path: str, cache_path: str, python: Optional[str]) ->
 
 
 def last_known_manifest(paths: EnvironmentPaths) -> Manifest:
-    """The manifest, or while it is broken what it last said: ComfyUI must be found and stopped all the same."""
+    """Return the manifest, or while it is broken what it last said: ComfyUI must be found and stopped all the same."""
     try:
         return read_manifest(paths)
     except CDEnvironmentError:
@@ -4389,7 +4389,7 @@ def last_known_manifest(paths: EnvironmentPaths) -> Manifest:
 
 
 def manifest_text(paths: EnvironmentPaths) -> str:
-    """The manifest as text. Raises CDEnvironmentError (code "manifest"), for what is not UTF-8 with the line."""
+    """Return the manifest as text. Raises CDEnvironmentError (code "manifest"), for what is not UTF-8 with the line."""
     try:
         data = read_small(os.path.realpath(paths.manifest), 4 * MEGABYTE)  # the user's may be a link
         reason = "there is none"
@@ -5466,7 +5466,7 @@ class DevelopmentSource:
         self.disabled = ""  # where it stands now when it was disabled in custom_nodes
 
     def find(self, identifier: str, tell: Progress) -> NodeInfo:
-        """The node; a bare name is a folder of custom_nodes. Raises CDEnvironmentError (code "not-found") for none."""
+        """Return the node; a bare name is a folder of custom_nodes. Raises CDEnvironmentError for none."""
         inside = os.path.join(self.custom_nodes, identifier)
         is_name = os.path.basename(identifier) == identifier and identifier not in (".", "..")
         folder = inside if is_name and any(map(os.path.isdir, (inside, f"{inside}.disabled"))) else identifier
