@@ -10129,6 +10129,10 @@ def columns(stream: "Any") -> int:
 
 def table(rows: list[dict[str, str]], dropped: tuple[str, ...], width: int) -> Iterator[str]:
     """Yield rows (title -> text) as lines below their titles; where `width` is less, columns go, then names are cut."""
+    try:
+        "✓✗⚠•…".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:  # signs of several letters need their place
+        rows = [{title: text.translate(PLAIN) for title, text in row.items()} for row in rows]
     sizes = {title: max(len(title), *(len(row[title]) for row in rows)) for title in rows[0]}
     for title in dropped:
         if sum(sizes.values()) + 2 * len(sizes) - 2 > width:

@@ -9474,7 +9474,7 @@ class FromNothingToANode(Journey):
         self.assertRegex(self.types("list"), r"main \(active\) +stopped")
         self.types("run", "--wait", "30", "--port", str(free_port()))
         self.assertEqual(git(cec, "status", "--porcelain"), "")
-        self.assertIn("ComfyUI runs in environment 'main'", self.types("delete", "main", "-y", code=1))
+        self.assertRegex(self.types("delete", "main", "-y", code=1), r"ComfyUI runs \(PID \d+\) in environment 'main'")
         self.types("stop")
         self.assertIn("no terminal to ask on", self.types("delete", "main", code=1))
         self.types("delete", "main", "-y")
@@ -10007,7 +10007,7 @@ class StoppingByPort(Journey):
     def test_a_tracked_one_is_stopped_as_its_environment_would(self):
         data = self.run_demo()
         done = self.person.types("stop", "--port", str(data["port"]), "--json")
-        self.assertEqual(json.loads(done.stdout)["data"]["name"], "demo")
+        self.assertEqual(json.loads(done.stdout)["environment"], "demo")
         self.assertIsNone(self.person.state())
 
     def test_anything_else_is_left_alone(self):
