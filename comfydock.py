@@ -7173,7 +7173,7 @@ def comfyui_on_port(port: int) -> Process:
         raise CDEnvironmentError(message, ("list",), "stopped")
     for process in filter(lambda process: is_python(process.name), holders):
         told = config_told_by(arguments_of(process))  # its address, and whether by TLS
-        argv = probe(ComfyUIConfig(told.host, port, told.tls), 2.0).argv or []
+        argv = probe(ComfyUIConfig(told.host, port, told.tls), 5.0).argv or []
         folders = map(os.path.dirname, scripts_of(process, "main.py"))
         is_comfyui = any(is_checkout(folder) or environment_above(folder) for folder in folders)
         if is_comfyui and argv and os.path.basename(argv[0]) == "main.py" and ends_with_words(process, argv):

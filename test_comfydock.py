@@ -8648,8 +8648,9 @@ class WhatUsersMet(Journey):
         self.assertEqual((code, self.person.status()["pid"]), (1, data["pid"]))
 
     def test_a_stop_between_two_starts_of_the_monitor_says_what_it_did(self):
-        self.start_demo("--monitor", COMFYDOCK_DEMO_EXIT="later:3:0.3")
-        eventually(lambda: self.person.status()["state"] == "crashed")
+        self.start_demo("--monitor", COMFYDOCK_DEMO_EXIT="later:3:0.1")
+        eventually(lambda: len(self.person.state()["monitor"]["restarts"]) == 3, 60)  # so the next pause is one of 8 s
+        eventually(lambda: self.environment_of_person().observe().state == "crashed", 60)
         self.assertIn("its monitor will not start it again", self.person.types("stop").stdout)
         self.assertIn("is not running", self.person.types("stop").stdout)
 
