@@ -752,13 +752,10 @@ def environment_above(folder: str) -> "Optional[tuple[str, str]]":
 
 
 def upward(folder: str) -> Iterator[str]:
-    """A folder and all that it lies in."""
-    while True:
-        yield folder
-        parent = os.path.dirname(folder)
-        if parent == folder:
-            return
-        folder = parent
+    """Yield a folder and all that it lies in."""
+    yield folder
+    if os.path.dirname(folder) != folder:
+        yield from upward(os.path.dirname(folder))
 
 
 def default_workspace() -> str:

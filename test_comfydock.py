@@ -4034,7 +4034,7 @@ class CreateTest(InWorkshop):
     def test_what_is_there_already_is_not_touched(self):
         paths = self.paths()
         write(os.path.join(paths.root, "thesis.txt"), "x")
-        with self.assertRaisesRegex(dock.CDEnvironmentError, "no unfinished environment"):
+        with self.assertRaisesRegex(dock.CDEnvironmentError, "not an unfinished environment"):
             self.make(paths, source=Workshop.comfyui)
         self.assertEqual(os.listdir(paths.root), ["thesis.txt"])
         with self.assertRaisesRegex(dock.CDEnvironmentError, "already holds"):
@@ -4058,7 +4058,7 @@ class CreateTest(InWorkshop):
             ({"source": Workshop.comfyui, "comfyui": "v9.9.9"}, "has no version v9.9.9"),
             ({"source": Workshop.comfyui, "comfyui": "0123456789abcdef"}, "git "),
             ({"source": "ext::sh -c x"}, "not a repository address"),
-            ({"source": Workshop.comfyui, "comfyui": "--help"}, "no branch"),
+            ({"source": Workshop.comfyui, "comfyui": "--help"}, "not a branch"),
             (
                 {"source": Workshop.comfyui, "no_install": False, "python": "9.9", "torch_backend": "cpu"},
                 "no Python '9.9'",
@@ -10577,7 +10577,7 @@ class DisksAndFolders(Trouble):
                 done = self.person.types("run", "--demo", "--port", port)
                 self.person.prefix = []
                 self.assertClear(done, 1)
-                self.assertEqual(len(done.stderr.strip().splitlines()), 1, done.stderr)
+                self.assertLessEqual(len(done.stderr.strip().splitlines()), 2, done.stderr)  # with what to do about it
                 self.assertEqual((self.servers(), self.person.state()), ([], None))
                 self.assertEqual(glob.glob(self.person.state_file().replace(".comfyui.state", "*.tmp")), [])
 
