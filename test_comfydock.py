@@ -2241,6 +2241,7 @@ class OnlyTheRecordedProcessIsSignalled(Stage):
             for command, env in (
                 (sleep, {}),
                 ([*sleep, main, "--monitor", root], {}),
+                ([*sleep, self.environment.python, main], {}),
                 ([sys.executable, self.script, main], {"COMFYDOCK_RUN_ID": "another"}),
                 ([sys.executable, self.script, "--monitor", root], {}),
             )
