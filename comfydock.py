@@ -1695,12 +1695,13 @@ def format_exit(code: int) -> str:
         return f"signal {-code}"
 
 
-def ignore_interrupts() -> None:
-    """Hear no Ctrl-C from now on; off the main thread nothing changes, for it hears none anyway."""
+def ignore_interrupts(is_program: bool) -> None:
+    """Hear no Ctrl-C from now on, if a program is about to end; off the main thread nothing changes."""
     import signal
 
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if is_program:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     except ValueError:
         pass
 
@@ -1725,14 +1726,15 @@ def prepare_signals() -> None:
         terminated.exit_code = 128 + number
         raise terminated
 
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, end)
+    with suppress(ValueError):  # off the main thread
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, end)
 
 
 @contextmanager
@@ -12546,17 +12548,20 @@ def main(argv: Optional[list[str]] = None) -> int:
         forget_output()
         return 0
     except KeyboardInterrupt as error:
-        return interrupted(console, words, argv is None, getattr(error, "exit_code", 130))
+        return interrupted(console, words, None, getattr(error, "exit_code", 130), argv is None)
     except CDEnvironmentError as error:
-        return complain(console, words, error, {"usage": 2, "interrupted": 130}.get(error.code, 1))
+        act = {"interrupted": partial(interrupted, is_program=argv is None)}.get(error.code, complain)
+        return act(console, words, error, {"usage": 2, "interrupted": 130}.get(error.code, 1))
     except OSError as error:
-        hint = "raise the limit of open files: ulimit -n 4096" if error.errno in NO_MORE_FILES else ""
+        hint = "raise the limit of open files: ulimit -n 4096" * (error.errno in NO_MORE_FILES)
         return complain(console, words, CDEnvironmentError(os_error_sentence(error), hint, "system"), 1)
     except Exception as error:
         if os.environ.get("COMFYDOCK_DEBUG"):
             raise
         sentence = f"Internal error: {type(error).__name__}: {error}"
         return complain(console, words, CDEnvironmentError(sentence, "set COMFYDOCK_DEBUG=1 to see where", "bug"), 1)
+    finally:
+        ignore_interrupts(argv is None)
 
 
 def hidden(words: list[str]) -> int:
@@ -12588,15 +12593,16 @@ def answer(console: Console, words: list[str]) -> int:
     return report.code
 
 
-def interrupted(console: Console, words: list[str], is_program: bool, code: int) -> int:
+def interrupted(
+    console: Console, words: list[str], error: Optional[CDEnvironmentError], code: int, is_program: bool
+) -> int:
     """Say so; a program that is about to end hears no second Ctrl-C, which would only break off its last words."""
     while True:
         try:
-            if is_program:
-                ignore_interrupts()
+            ignore_interrupts(is_program)
             is_create = find_command(words)[0] is COMMANDS["create"]
             hint: Hint = "Run the same command again to go on." if is_create else ("status",)
-            return complain(console, words, CDEnvironmentError("Interrupted.", hint, "interrupted"), code)
+            return complain(console, words, error or CDEnvironmentError("Interrupted.", hint, "interrupted"), code)
         except KeyboardInterrupt:
             continue
 
