@@ -12345,7 +12345,7 @@ before queued work is cut off; --when-idle waits for it, --force does not ask.""
     "generate": """
 A new folder is written, nothing is installed, and what to type next is printed.
 An engine is told to start the environment as it ran last: arguments, port and
-variables of --set-env, whose values stand in a file of yours alone (NAME.env).
+variables of --set-env, whose values are kept in a file of yours alone (NAME.env).
   systemd     a unit that is ready when ComfyUI answers, starts it again after a
               crash (5 times in an hour), and stays stopped after comfydock stop;
               its owner runs it. --user: a unit of your own
