@@ -12343,25 +12343,28 @@ ended, too. --kill skips the asking. A process that is not provably ours, or
 that belongs to another user, is never signalled. At a terminal you are asked
 before queued work is cut off; --when-idle waits for it, --force does not ask.""",
     "generate": """
-A new folder is written, nothing is installed, and what to type next is printed.
-An engine is told to start the environment as it ran last: arguments, port and
-variables of --set-env, whose values are kept in a file of yours alone (NAME.env).
-  systemd     a unit that is ready when ComfyUI answers, starts it again after a
-              crash (5 times in an hour), and stays stopped after comfydock stop;
-              its owner runs it. --user: a unit of your own
-  dockerfile  an image: code at its commits, packages as they are installed, with
-              the index of PyTorch as TORCH_INDEX; models, input, output and user
-              lie on volumes, which one container at a time may use. Another base:
-              --build-arg BASE=...
-  compose     a service for each environment: its port on 127.0.0.1, its volumes,
-              its card (--cuda-device or CUDA_VISIBLE_DEVICES says which)
-  kubernetes  volumes, deployment and service of each environment, and a secret
-              whose values you fill in
---gpu nvidia is for Docker with NVIDIA's hook, cdi for Podman and for Docker with
-Compose 5. Not carried over, and named: packages installed from files here,
-arguments that name paths of this machine, files that git does not have. Changes
-and commits that are not pushed are refused; your own nodes (--dev) are copied.
-While such a unit or container runs, comfydock restart is done by it.""",
+A new folder is written, nothing is installed, and what to type next is
+printed. An engine is told to start the environment as it ran last: arguments,
+port and variables of --set-env, whose values are kept in a file of yours
+alone (NAME.env).
+  systemd     a unit that is ready when ComfyUI answers, starts it again after
+              a crash (5 times in an hour), and stays stopped after comfydock
+              stop; its owner runs it. --user: a unit of your own
+  dockerfile  an image: code at its commits, packages as they are installed,
+              with the index of PyTorch as TORCH_INDEX; models, input, output
+              and user lie on volumes, which one container at a time may use.
+              Another base: --build-arg BASE=...
+  compose     a service for each environment: its port on 127.0.0.1, its
+              volumes, its card (--cuda-device or CUDA_VISIBLE_DEVICES says
+              which)
+  kubernetes  volumes, deployment and service of each environment, and a
+              secret whose values you fill in
+--gpu nvidia is for Docker with NVIDIA's hook, cdi for Podman and for Docker
+with Compose 5. Not carried over, and named: packages installed from files
+here, arguments that name paths of this machine, files that git does not have.
+Changes and commits that are not pushed are refused; your own nodes (--dev)
+are copied. While such a unit or container runs, comfydock restart is done by
+it.""",
 }
 
 
