@@ -8,7 +8,7 @@
 One file, standard library only, Python 3.9 and later. Copy it anywhere and type
 `python comfydock.py run`, install it with pipx, or vendor it and `import comfydock`.
 
-    what is typed -> main (16) -> parse (15) -> a command (14) -> Environment (9) -> a report -> the console (13)
+    what is typed -> main (17) -> parse (16) -> a command (15) -> Environment (9) -> a report -> the console (14)
                                                      |
                      run: intent -> .cec/.comfyui.state -> detached ComfyUI -> logs/<env>/comfyui.log
                                           |                       |
@@ -21,7 +21,8 @@ process counts only while its identity holds: same machine and PID namespace, sa
 
 Words: a workspace holds environments; an environment has a ComfyUI checkout, a Python, a manifest
 (`.cec/pyproject.toml`) and at most one ComfyUI process; its record is what the state file says of that process; a
-`Process` is one as the system shows it; a snapshot is both together; a report is what a command answers.
+`Process` is one as the system shows it; a snapshot is both together; a report is what a command answers. A starter
+wrote the intent to start one, a keeper watches one and starts it again, a holder has the lock or the port.
 
 To vendor it: `comfydock.Workspace().get_environment("main").run(["--port", "8190"])`.
 
@@ -424,7 +425,7 @@ class EnvironmentComparison:
 
 @dataclass
 class SyncReport:
-    """What bring_in_line did: names of nodes, and a sentence for each that could not be put right."""
+    """What `sync` did: names of nodes, and a sentence for each that could not be put right."""
 
     installed: list[str] = field(default_factory=list)
     corrected: list[str] = field(default_factory=list)
@@ -1601,11 +1602,9 @@ def traced(tell: Progress) -> Iterator[None]:
 
 
 def trace(line: str) -> None:
-    """Tell a line to those who want to know; what stands before the @ of an address may be a password."""
-    if TRACERS:
-        line = re.sub(r"://[^/@\s]+@", "://***@", line)
+    """Tell a line to those who want to know."""
     for tell in TRACERS:
-        tell(line)
+        tell(redact(line))
 
 
 def trace_command(cmd: list[str], cwd: "Optional[Union[str, Path]]") -> None:
@@ -2209,8 +2208,10 @@ class ProcTable(ProcessTable):
         for pid in pids:
             folder = open_proc(pid)
             if folder is not None:
-                found.append(proc_process(folder, clock))
-                os.close(folder)
+                try:
+                    found.append(proc_process(folder, clock))
+                finally:
+                    os.close(folder)
         return [process for process in found if process is not None]
 
     def marker(self, pid: int) -> str:
@@ -3772,7 +3773,7 @@ def refuse_mounts(path: str) -> None:
     points = [point for point, _ in mounts()] or [place for place, _, _ in os.walk(path) if os.path.ismount(place)]
     for point in points:
         if os.path.join(point, "").startswith(top):
-            raise CDEnvironmentError(f"{point} is mounted there, so nothing was removed", f"umount {point}", "mounted")
+            raise CDEnvironmentError(f"{point} is mounted there, so nothing was changed", f"umount {point}", "mounted")
 
 
 def move_aside(path: str, shelf: str, name: str) -> str:
@@ -4068,11 +4069,6 @@ def lives_elsewhere(record: ProcessState, path: str) -> bool:
     if is_free and place == "foreign" and file_system_of(path) not in LOCAL_FILE_SYSTEMS:
         is_free = None
     return is_free is False or is_free is None and place in ("beside", "foreign")
-
-
-def clear_state(path: str) -> None:
-    """Remove the record, if there is one. Raises OSError."""
-    remove_file(path)
 
 
 def look_up_state(path: str) -> "tuple[Optional[ProcessState], bool]":
@@ -4774,6 +4770,10 @@ UV_SOURCES = (
 )
 
 
+def packages_error(why: str) -> CDEnvironmentError:
+    return CDEnvironmentError(f"packages cannot be installed: {why}", code="packages")
+
+
 class Installer:
     """Installs packages with uv where it is, else with the environment's own pip; the words differ a little."""
 
@@ -4798,7 +4798,7 @@ class Installer:
     def must(self, words: list[str], tell: Progress = no_progress) -> None:
         done = self.run(words, tell)
         if done.returncode != 0:
-            raise CDEnvironmentError(f"packages cannot be installed: {last_words(done)}", code="packages")
+            raise packages_error(last_words(done))
 
     def install_torch(self, backend: str, tell: Progress) -> None:
         """Install PyTorch; uv finds the graphics card by itself, but may be too old to have heard of a backend."""
@@ -4818,7 +4818,7 @@ class Installer:
         return [line.strip() for line in lines if re.search(r" requires | has requirement ", line)]
 
     def freeze(self) -> list[str]:
-        return [f"{one.name}=={one.version}" for one in installed_packages(self.python).values()]
+        return [one.pinned for one in installed_packages(self.python).values()]
 
 
 def with_interpreter(variables: dict[str, str], python: str) -> dict[str, str]:
@@ -4893,6 +4893,11 @@ class Package:
     version: str
     line: list[str]
     files: set[str]
+
+    @property
+    def pinned(self) -> str:
+        """NAME==VERSION."""
+        return f"{self.name}=={self.version}"
 
 
 def installed_packages(python: str) -> dict[str, Package]:
@@ -5048,6 +5053,12 @@ def node_requirements(folder: str, python: Optional[str] = None) -> str:
     return "\n".join(texts_in(project_table(folder, python), "dependencies"))
 
 
+def manager_requirements(comfyui: str) -> list[str]:
+    """Return what the ComfyUI-Manager that a checkout names needs."""
+    path = os.path.join(comfyui, "manager_requirements.txt")
+    return requirement_entries(read_any_text(path)) if os.path.isfile(path) else []
+
+
 @dataclass
 class Need:
     """What one who is named needs: entries of requirements, or where `is_limit` only what must not be broken."""
@@ -5068,7 +5079,7 @@ class Packages:
     def __init__(self, python: str, world: list[Need], released: "set[str] | frozenset[str]" = frozenset()) -> None:
         self.installer, self.python, self.world = Installer(python), python, world
         self.before = installed_packages(python)
-        frozen = [f"{one.name}=={one.version}" for one in self.before.values()]
+        frozen = [one.pinned for one in self.before.values()]
         self.held = [line for line in held_packages(frozen) if package_name(line) not in released]
         index = held_index(frozen)
         self.index = ["--extra-index-url", index, *self.installer.index_policy] if index else []
@@ -5132,9 +5143,9 @@ class Packages:
             elif self.is_whole and self.world and (already := self.ask(self.world)):
                 tell(f"warning: what is here does not fit together already: {already}")
                 self.is_whole, self.world = False, []
-                self.held = [f"{one.name}=={one.version}" for one in self.before.values()]
+                self.held = [one.pinned for one in self.before.values()]
             else:
-                raise CDEnvironmentError(f"packages cannot be installed: {why}", code="packages")
+                raise packages_error(why)
         return left_out
 
     def install(self, new: Need, tell: Progress) -> None:
@@ -5142,7 +5153,7 @@ class Packages:
         if not self.is_needed:
             return
         if why := self.ask([*self.world, new], tell, is_trial=False):
-            raise CDEnvironmentError(f"packages cannot be installed: {why}", code="packages")
+            raise packages_error(why)
         now = installed_packages(self.python)
         moved = {
             one.name for one in now.values() if one.version != self.before.get(package_name(one.name), one).version
@@ -5163,9 +5174,11 @@ class Packages:
             tell(f"new packages: {', '.join(f'{one.name} {one.version}' for one in new)}")
         if changed:
             tell(f"changed packages: {', '.join(changed)}")
+        others = [*now.values()]
         for one in new:
-            for other in now.values():
-                shared = one.files & other.files if one is not other else set()
+            others.remove(one)  # so that each pair is told once
+            for other in others:
+                shared = one.files & other.files
                 if shared:
                     tell(f"warning: {one.name} and {other.name} share files ({min(shared)}): keep or remove both")
         return [one.name for one in new]
@@ -5193,8 +5206,6 @@ class Packages:
 
         A package that shares files with one that is removed or replaced is installed again.
         """
-        from functools import partial
-
         now = installed_packages(self.python)
         if before is not None:
             files = {name: now[name].files if name in now else set() for name in before}
@@ -5689,7 +5700,8 @@ class NodeManager:
         there = {name.casefold() for name in folders}
         tracked = {info.name.casefold(): info for info in manifest.nodes.values()}
         found = {name.casefold() for name in manifest.found_nodes}
-        extra, missing = [name for name in folders if name.casefold() not in tracked], [*tracked.keys() - there]
+        extra = [name for name in folders if name.casefold() not in tracked]
+        missing = [name for name in tracked if name not in there]
         return EnvironmentComparison(
             missing_nodes=[tracked[name].name for name in missing if not self.disabled_folder(tracked[name])],
             extra_nodes=[name for name in extra if name.casefold() not in found],
@@ -5808,7 +5820,7 @@ class NodeManager:
     def find_version(self, identifier: str) -> "tuple[str, NodeInfo, str]":
         """Return key and node that NODE or NODE@VERSION means, and the version. Raises as find_node does."""
         base, _, asked = identifier.replace("==", "@", 1).rpartition("@")
-        if not base or self.is_tracked(identifier):
+        if self.is_tracked(identifier) or not self.is_tracked(base):
             return (*self.find_node(identifier), "")
         return (*self.find_node(base), asked)
 
@@ -6146,7 +6158,7 @@ class NodeManager:
             need.entries = [re.sub(r"^(-e|--editable)\b[ =]?\s*", "", entry) for entry in need.entries]
         released = {package_name(line): line for one in self.manifest.nodes.values() for line in one.released}
         packages = Packages(self.python, self.world(key), {*released, *map(package_name, info.released)})
-        there = {name: f"{one.name}=={one.version}" for name, one in packages.before.items()}
+        there = {name: one.pinned for name, one in packages.before.items()}
         names = [*map(package_name, info.released)]
         info = info.altered(released=[released.get(name) or there.get(name, name) for name in names])
         try:
@@ -6213,13 +6225,14 @@ class NodeManager:
         manifest, folder = self.manifest, comfyui or self.comfyui
         entries = [pip_entry(line, folder) for line in requirement_entries(node_requirements(folder, self.python))]
         own = Need("ComfyUI", [entry for entry in entries if entry], bool(manifest.comfyui_path))
-        manager = os.path.join(folder, "manager_requirements.txt")
-        limits = requirement_entries(read_any_text(manager)) if os.path.isfile(manager) else []
         named = {package_name(entry) for entry in entries}  # the checkout's own file knows better than a copy of it
         rest = [line for line in manifest.dependencies if package_name(line) not in named]
         others = [one for key, one in manifest.nodes.items() if key != but and self.source_of(one)]
         nodes = [self.need_of(one, self.folder_of(one)) for one in others if os.path.isdir(self.folder_of(one))]
-        bounds = [Need("ComfyUI's manager", limits, True), Need("the manifest", manifest.constraints, True)]
+        bounds = [
+            Need("ComfyUI's manager", manager_requirements(folder), True),
+            Need("the manifest", manifest.constraints, True),
+        ]
         return [own, Need("the manifest", rest), *bounds, *nodes]
 
     def record_path(self, info: NodeInfo) -> str:
@@ -6264,7 +6277,7 @@ class NodeManager:
             self.tell(f"warning: {error.message}, so its packages were not looked at: {error.hint}")
             return False
         if why and not packages.conflict:
-            raise CDEnvironmentError(f"packages cannot be installed: {why}", code="packages")
+            raise packages_error(why)
         if why:
             self.tell(f"warning: not all that is needed fits together: {why}")
         return True
@@ -6454,15 +6467,14 @@ def install_packages(paths: EnvironmentPaths, backend: str, with_manager: bool, 
             if is_other:
                 installer.uninstall(TORCH_PACKAGES)
             installer.install_torch(backend, tell)
-    if node_requirements(paths.comfyui).strip():
+    needed = node_requirements(paths.comfyui)
+    if needed.strip():
         with stage("requirements", tell, os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple/"):
-            lines = requirement_entries(node_requirements(paths.comfyui))
-            manager = os.path.join(paths.comfyui, "manager_requirements.txt")
-            lines += requirement_entries(read_any_text(manager)) if with_manager and os.path.isfile(manager) else []
+            lines = requirement_entries(needed) + (manager_requirements(paths.comfyui) if with_manager else [])
             world = [Need("ComfyUI", [pip_entry(line, paths.comfyui) for line in lines])]
             why = Packages(python, world).ask(world, tell, is_trial=False)
             if why:
-                raise CDEnvironmentError(f"packages cannot be installed: {why}", code="packages")
+                raise packages_error(why)
     return installer.freeze()
 
 
@@ -6536,8 +6548,10 @@ def code_facts(folder: str, source: Optional[str] = None, reference: Optional[st
     asked = os.path.abspath(source) if source and os.path.isdir(source) else source
     named = git_answer(["rev-parse", "--verify", f"{reference}^{{commit}}"], folder) if reference else commit
     if commit and named != commit or asked and remote and not same_repository(remote, asked):
-        message = f"{folder} is {version or 'another version'} from {remote}, which was asked for before"
-        raise CDEnvironmentError(message, ["To start over: ", ("delete", "NAME")], "exists")
+        found_there = (version or "another version") + (f" from {remote}" if remote else "")
+        message = f"{folder} is {found_there}, and something else is asked for now"
+        name = os.path.basename(os.path.dirname(folder))
+        raise CDEnvironmentError(message, ["To start over: ", ("delete", name)], "exists")
     version = reference or version
     kind = "commit" if re.fullmatch(COMMIT, version or "") else "branch" if version else None
     return {
@@ -7052,7 +7066,7 @@ class Launch:
 
 
 def print_parsed_arguments() -> None:
-    """Be another program, of an environment's Python: print ComfyUI's flags, and what its parser makes of the words."""
+    """Run in the environment's Python, as a program of its own: print ComfyUI's flags, and the words as parsed."""
     import json
     import sys
     from importlib import import_module
@@ -7065,7 +7079,7 @@ def print_parsed_arguments() -> None:
 
 
 def print_model_folders() -> None:
-    """Go on with that: print where this ComfyUI keeps its models, and the folders of each kind of them."""
+    """Part two of that program: print where this ComfyUI keeps its models, and the folders of each kind of them."""
     import json
     import sys
     from importlib import import_module
@@ -7318,7 +7332,7 @@ class Environment:
         write_state(self.paths.state, state)
 
     def _clear_state(self) -> None:
-        clear_state(self.paths.state)
+        remove_file(self.paths.state)
 
     def _put_back(self, state: Optional[ProcessState]) -> None:
         if state is None:
@@ -8082,7 +8096,8 @@ class Environment:
                 return SyncReport()
             report = self.nodes.sync()
         except CDEnvironmentError as error:
-            raise CDEnvironmentError(f"Missing nodes could not be installed: {error.message}", hint, "sync") from error
+            message = f"What the environment needs could not be installed: {error.message}"
+            raise CDEnvironmentError(message, hint, "sync") from error
         if report.problems:
             raise CDEnvironmentError(
                 f"Missing nodes could not be installed: {'; '.join(report.problems)}", hint, "sync"
@@ -9085,7 +9100,8 @@ def working_python(path: str) -> str:
     path = os.path.abspath(os.path.expanduser(path))
     path = venv_python(path) if os.path.isdir(path) else path
     if not is_there(path):
-        raise CDEnvironmentError(f"There is no Python at {path}.", "give the path of an interpreter", "missing")
+        hint = "give the path of an interpreter, not a version"
+        raise CDEnvironmentError(f"There is no Python at {path}.", hint, "missing")
     if not version_of_python(path):
         raise CDEnvironmentError(f"{path} is not a Python that works.", "give the path of an interpreter", "missing")
     return path
@@ -10484,7 +10500,7 @@ def do_all(console: Console, args: Arguments, act: Act, is_meant: Callable[[Envi
             console.problem(CDEnvironmentError(f"{name}: {error.message}", error.hint))
             first_error = first_error or error
         else:
-            console.result(f"✓ {name}: {line or 'already running'}")
+            console.result(f"✓ {name}: {line or ('already running' if error else 'nothing to do')}")
         items.append({"environment": name, "ok": error is None or error.code == "running", "data": report.data})
     if not items:
         console.result("No environment to act on.")
@@ -11120,12 +11136,12 @@ def format_repair(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     for what, title in (("installed", "✓ Installed"), ("corrected", "✓ Corrected"), ("tracked", "✓ Tracked")):
         yield from (f"{title} {name}" for name in data[what])
     yield from (f"✗ {problem}" for problem in data["problems"])
-    if data["synced"]:
+    if data["synced"] and not data["tracked"]:
         yield "✓ No changes to apply"
 
 
 @command(
-    "repair",
+    "repair [NAME]",
     "install what is missing, and settle lost processes",
     """
     -y --yes              do not ask
@@ -11134,7 +11150,7 @@ def format_repair(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     --end                 end every orphaned process found, without asking
     """
     + RESTART_OPTIONS,
-    ("repair", "-e dev repair --orphan --adopt"),
+    ("repair", "repair dev --orphan --adopt"),
     format_repair,
 )
 def repair(console: Console, args: Arguments) -> Report:
@@ -11403,9 +11419,9 @@ def format_search(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     yield f"Add one with: {typed('node', 'add', 'ID')}" if data["nodes"] else "Nothing was found in the registry"
 
 
-@command("node search ID...", "search the registry for custom nodes", "", ("node search upscale",), format_search)
+@command("node search WORD...", "search the registry for custom nodes", "", ("node search upscale",), format_search)
 def node_search(console: Console, args: Arguments) -> Report:
-    found = RegistrySource().search(" ".join(args.ids))
+    found = RegistrySource().search(" ".join(args.words))
     items = [
         {
             "id": str(one["id"]),
@@ -11745,7 +11761,9 @@ def next_steps(engine: str, folder: str, many: list[Description], user: bool) ->
         if engine == "kubernetes":
             lines.append(f"kubectl apply -f {quote(os.path.join(folder, it.label))}.yaml")
             continue
-        gpu = {"none": "", "nvidia": " --gpus all", "cdi": " --device nvidia.com/gpu=all"}[it.gpu]
+        cards = quote(f'"device={",".join(it.gpus)}"') if it.gpus else "all"  # Docker wants the double quotes
+        devices = "".join(f" --device nvidia.com/gpu={quote(card)}" for card in it.gpus or ["all"])
+        gpu = {"none": "", "nvidia": f" --gpus {cards}", "cdi": devices}[it.gpu]
         volumes = "".join(f" -v {it.label}-{name}:{it.home}/{name}" for name in OWN_FOLDERS)
         names = "".join(f" -e {key}" for key in it.variables)
         lines.append(f"docker run -d -p 127.0.0.1:{it.port}:{IMAGE_PORT}{gpu}{names}{volumes} {it.image}")
@@ -11774,6 +11792,8 @@ def written_for(
             files[f"{it.unit}.service"] = systemd_unit(it, bool(args.user)), 0o644
         else:
             left_out += pack(environment, it, args.gpu)
+            if it.gpus and (it.gpu == "none" or engine == "kubernetes"):
+                left_out.append(f"the choice of card {', '.join(it.gpus)}")
             inside = "" if engine == "dockerfile" and len(many) == 1 else f"{it.label}/"
             files.update({inside + name: (text, 0o644) for name, text in image_files(it).items()})
             copies.update({inside + copied_to(piece): piece.source for piece in it.code if not piece.url})
@@ -11860,7 +11880,7 @@ def switch_files(state: str, files: "dict[str, tuple[str, int]]", link: Optional
             make_folder(os.path.dirname(link))
             link_folder(first, link)
     if state == "off":
-        for path in [*([link] if link else []), *files, first.replace(".service", ".env")]:
+        for path in [*([link] if link else []), *files, first.removesuffix(".service") + ".env"]:
             remove_file(path)
             for above in list(upward(os.path.dirname(path)))[:3]:  # what `on` has made: .config/systemd/user/...wants
                 remove_empty(above)
@@ -12038,6 +12058,8 @@ EXCLUDE_EACH_OTHER = (
     ("restart", "no_restart"),
     ("foreground", "monitor"),
     ("foreground", "wait"),
+    ("follow", "all"),
+    ("all", "port"),
     *(("rotate", other) for other in ("path", "follow", "all", "tail")),
     *(("path", other) for other in ("follow", "all", "tail")),
     *(("from_dir", other) for other in ("comfyui", "source", "torch_backend", "no_install", "no_manager")),
@@ -12223,6 +12245,9 @@ def take_operands(command: Command, args: Arguments) -> None:
             setattr(args, f"{attribute}s", words)
             return
         setattr(args, attribute, words.pop(0) if words else None)
+    if words and command.operand == "[NAME]" and args.env is None:
+        hint = ["Put the name first: ", (*command.name.split(), words[0]), ", then the options"]
+        raise CDEnvironmentError(f"'{command.name}' takes no name behind its options.", hint, "usage")
     if words:
         raise usage_error(f"'{command.name}' does not take '{words[0]}'.", command.name)
 
@@ -12240,8 +12265,9 @@ def check(command: Command, args: Arguments) -> None:
     for one, other in (("dry_run", "port"), ("keep", "rotate"), ("database", "back")):
         if is_given(args, one) and not is_given(args, other):
             raise usage_error(f"--{one.replace('_', '-')} needs --{other}.", command.name)
-    if args.json and (not command.has_json or args.foreground):
-        what = "run --foreground" if command.has_json else command.name
+    alive = "--foreground" if args.foreground else "--watch" if args.watch else ""
+    if args.json and (not command.has_json or alive):
+        what = f"{command.name} {alive}".strip()
         raise usage_error(f"'{what}' has no --json.", command.name)
 
 
@@ -12531,10 +12557,10 @@ def values_of(metavar: str, before: list[str]) -> list[str]:
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    """Run the command line `argv` (default: sys.argv[1:]); returns the exit code. Never raises, never exits.
+    """Run the command line `argv` (default: sys.argv[1:]); return the exit code. Never exits.
 
     0 done, 1 could not, 2 wrong usage, 3 `status` of something that does not run, 130 interrupted;
-    with --foreground ComfyUI's own code.
+    with --foreground ComfyUI's own code. Raises only with COMFYDOCK_DEBUG set.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in HIDDEN_ENTRIES:

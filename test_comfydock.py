@@ -1802,6 +1802,23 @@ class EverySource:
 class ProcAsSource(EverySource, Stage):
     source = "proc"
 
+    def test_when_no_more_files_can_be_opened_none_stays_open(self):
+        import resource
+
+        def next_descriptor():
+            descriptor = os.open(os.devnull, os.O_RDONLY)
+            os.close(descriptor)
+            return descriptor
+
+        free, limits = next_descriptor(), resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, limits[1]))  # for the folder in /proc, not what is in it
+        try:
+            with self.assertRaises(OSError) as caught:
+                self.table.process(os.getpid())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        self.assertEqual((caught.exception.errno, next_descriptor()), (errno.EMFILE, free))
+
 
 class PsutilAsSource(EverySource, Stage):
     source = "psutil"
@@ -3921,6 +3938,13 @@ class GitTest(InWorkshop):
 class CreateTest(InWorkshop):
     """The creating engine."""
 
+    def test_a_checkout_of_something_else_is_named_with_the_way_out(self):
+        folder = make_repository("dev/ComfyUI", {"main.py": ""})
+        with self.assertRaises(dock.CDEnvironmentError) as caught:
+            dock.code_facts(folder, reference="v9")
+        said = f"{folder} is another version, and something else is asked for now"
+        self.assertEqual((caught.exception.message, caught.exception.hint[1]), (said, ("delete", "dev")))
+
     def paths(self):
         return dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
 
@@ -4778,6 +4802,15 @@ class ChangeTest(NodeCase):
         self.assertEqual(read_bytes(self.paths.manifest), before)
         self.assertEqual(os.listdir(self.nodes), ["websocket_image_save.py"])
         self.failing("no node 'leaving'", self.manager.remove_node, "leaving")
+        self.failing("no node 'git@host:o/p'", self.manager.update_node, "git@host:o/p")
+
+    def test_what_is_missing_is_told_in_the_order_of_the_manifest(self):
+        names = [f"gone{number}" for number in range(6)]
+        for name in names:
+            os.makedirs(os.path.join(self.nodes, name))
+            self.manager.track(name)
+            os.rmdir(os.path.join(self.nodes, name))
+        self.assertEqual(self.manager.compare().missing_nodes, names)
 
     def test_comparing_and_bringing_in_line(self):
         Workshop.registry.publish("lost", "1.0.0", {"__init__.py": "", "requirements.txt": "tiny<2"})
@@ -4977,6 +5010,14 @@ class OneWorld(NodeCase):
         self.assertRegex(self.said_now(), "opencv-python-headless and opencv-python share files")
         self.manager.remove_node("headless")
         self.assertIn("packages that headless brought stay installed: opencv-python-headless", self.said_now())
+
+    def test_two_new_packages_that_share_a_file_are_told_once(self):
+        twins = ("twin-a", "twin-b")
+        for name in twins:
+            make_wheel(name, "1.0", files={"twins/__init__.py": ""})
+        self.addCleanup(self.pip, "uninstall", "-y", *twins)
+        self.manager.add_node(self.publish("twins", "\n".join(twins)))
+        self.assertEqual(self.said_now().count("share files"), 1)
 
     def test_an_undo_brings_back_what_came_from_a_file(self):
         elsewhere = os.path.join(Workshop.root, f"elsewhere{self.counter}")
@@ -6813,6 +6854,21 @@ class HandOver(unittest.TestCase):
             self.assertIn(typed, dock.next_steps("dockerfile", "/x", [it], False)[1])
         self.assertIn('device_ids: ["1"]', dock.compose_file([described(gpu="nvidia", gpus=["1"])]))
         self.assertIn("- nvidia.com/gpu=1", dock.compose_file([described(gpu="cdi", gpus=["1"])]))
+        for gpu, typed in (
+            ("nvidia", dock.quote('"device=0,2"')),
+            ("cdi", "nvidia.com/gpu=0 --device nvidia.com/gpu=2"),
+        ):
+            run = dock.next_steps("dockerfile", "/x", [described(gpu=gpu, gpus=["0", "2"])], False)[1]
+            self.assertIn(f" {typed} ", run)
+
+    def test_autostart_off_removes_the_variables_of_a_unit_whatever_its_name(self):
+        with tempfile.TemporaryDirectory() as folder:
+            unit, variables = (os.path.join(folder, "in", f"comfydock-a.service.{end}") for end in ("service", "env"))
+            for path in (unit, variables):
+                write(path, "")
+            write(os.path.join(folder, "mine"), "")
+            self.assertFalse(dock.switch_files("off", {unit: ("", 0o644)}, None))
+            self.assertEqual(os.listdir(folder), ["mine"])
 
     def test_values_of_variables_are_in_no_file_but_their_own(self):
         it = described(variables={"TOKEN": 'se"cr$et'})
@@ -7198,7 +7254,7 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
     def test_nonsense_is_a_usage_error_with_a_hint(self):
         cases = [
             ["frobnicate"], ["stauts"], ["stop", "--timeout", "x"], ["stop", "--timeout", "-1"], ["stop", "--timeout"],
-            ["logs", "-n", "-5"], ["logs", "-n5"], ["logs", "--json"], ["run", "--foreground", "--json"], ["status", "-e", "a", "x"], ["status", "x", "y"], ["stop", "a", "-e", "b"], ["stop", "a", "--all"],
+            ["logs", "-n", "-5"], ["logs", "-n5"], ["logs", "--json"], ["run", "--foreground", "--json"], ["list", "--watch", "--json"], ["status", "-e", "a", "x"], ["status", "x", "y"], ["stop", "a", "-e", "b"], ["stop", "a", "--all"],
             ["status", "--fol"], ["use"], ["use", "a", "b"], ["create", "x", "--from", "d", "--no-install"], ["node"], ["node", "frob"], ["node", "remove"], ["repair", "--adopt", "--end"], ["node", "add", "x", "--restart", "--no-restart"], ["run", "--set-env", "A"],
             ["stop", "--kil"], ["stop", "--port", "0"], ["stop", "--port", "99999"], ["-e"], ["run", "-e"], ["logs", "-fn", "5"], ["run", "--cpu", "-fe"], ["run", "-f=1"], ["status", "--json=1"], ["status", "--env"], ["--", "x"],
         ]  # fmt: skip
@@ -7213,6 +7269,9 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
             (["stop", "--dry-run"], "--dry-run needs --port."),
             (["stop", "--timeout", "x"], "--timeout takes SECONDS, not 'x'."),
             (["logs", "-n"], "-n/--tail needs a value."),
+            (["logs", "-f", "--all"], "--follow and --all cannot be combined."),
+            (["logs", "-f", "main"], "'logs' takes no name behind its options."),
+            (["stop", "--all", "--port", "8190"], "--all and --port cannot be combined."),
             (["-q", "-v", "list"], "--quiet and -v cannot be combined."),
             (["node", "add", "x", "--restart", "--no-restart"], "--restart and --no-restart cannot be combined."),
             (["create", "x", "--from", "d", "--comfyui", "v1"], "--from and --comfyui cannot be combined."),
@@ -7764,11 +7823,12 @@ class HandingOver(Journey):
         )
         environment = self.environment_of_person("two")
         dock.write_state(
-            environment.paths.last_run, dock.ProcessState(2**22 - 1, "127.0.0.1", int(port), ["--port", port], "", "")
+            environment.paths.last_run,
+            dock.ProcessState(2**22 - 1, "127.0.0.1", int(port), ["--port", port, "--cuda-device", "1"], "", ""),
         )
         self.assertIn(f"Port {port}", self.generated("compose", "demo", "two", code=1))
         self.assertEqual([name for name in os.listdir(self.person.home) if name.startswith("comfydock-")], [])
-        self.generated("kubernetes", "demo", "two")
+        self.assertIn("Not carried over: the choice of card 1", self.generated("kubernetes", "demo", "two"))
 
     @needs_git
     def test_changes_that_only_this_machine_has_go_into_no_image_and_paths_are_named(self):
@@ -8749,6 +8809,7 @@ class WhatUsersMet(Journey):
             self.assertIn("1 custom nodes are from before the adoption (pack)", said)
             nodes = json.loads(self.person.types("node", "list", "--json").stdout)["data"]["nodes"]
             self.assertEqual((code, [item["name"] for item in nodes]), (0, tracked), said)
+            self.assertEqual("No changes to apply" in said, not tracked)
 
     def test_as_pid_1_what_is_for_the_background_is_refused(self):
         words = [("--json",), ("--monitor",), ("--wait",)]
@@ -9026,7 +9087,12 @@ class WhichEnvironment(Journey):
         done = person.types("run", "--python", sys.executable, "--port", str(free_port()), cwd=checkout)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(dock.Workspace(person.workspace).get_environment("code").python, sys.executable)
-        self.assertClear(person.types("run", "--python", "/nowhere", cwd=checkout), 1, "There is no Python at /nowhere")
+        self.assertClear(
+            person.types("run", "--python", "/nowhere", cwd=checkout),
+            1,
+            "There is no Python at /nowhere",
+            "not a version",
+        )
 
     @unittest.skipIf(WINDOWS, "there the folder of a lock that is held cannot be deleted")
     def test_who_waits_while_an_environment_is_deleted_starts_nothing(self):
@@ -9141,7 +9207,7 @@ class TheCommandLine(Journey):
         told = []
         with dock.traced(told.append):
             dock.trace("$ git clone https://me:secret@host/x")
-        self.assertEqual(told, ["$ git clone https://***@host/x"])
+        self.assertEqual(told, ["$ git clone https://host/x"])
 
     def test_color_is_obeyed_by_a_real_command(self):
         self.run_demo()
