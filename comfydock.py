@@ -843,22 +843,22 @@ def open_regular(path: str, mode: str = "rb", buffering: int = -1) -> "BinaryIO"
     """
     import stat
 
-    def opener(name: str, flags: int) -> int:
-        refused = OSError(errno.EINVAL, "Not a regular file", name)
-        if IS_WINDOWS and os.path.islink(name):  # other systems look while they open
-            raise OSError(errno.ELOOP, "is a link", name)
-        try:
-            handle = os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # a pipe that nobody reads
-                raise refused from None
-            raise
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            raise refused
-        return handle
-
-    file: Any = open(path, mode, buffering, opener=opener)
+    if IS_WINDOWS and os.path.islink(path):  # other systems look while they open
+        raise OSError(errno.ELOOP, "is a link", path)
+    refused = OSError(errno.EINVAL, "Not a regular file", path)
+    how = {"r": os.O_RDONLY, "r+": os.O_RDWR, "a": os.O_WRONLY | os.O_APPEND | os.O_CREAT}
+    how["x"] = os.O_WRONLY | os.O_EXCL | os.O_CREAT
+    flags = how[mode.rstrip("b")] | O_BINARY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        handle = os.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a pipe that nobody reads
+            raise refused from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise refused
+    file: Any = os.fdopen(handle, mode.replace("x", "w"), buffering)
     return file  # type: ignore[no-any-return]
 
 
