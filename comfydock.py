@@ -174,8 +174,10 @@ def redact(text: str) -> str:
     secret = "token|key|secret|passw|auth|signature|credential"
     text = re.sub(r"(?i)\b((?!ssh:)[a-z][a-z0-9+.-]*://)[^\s/@'\"]*@", r"\1", text)
     text = re.sub(r"(?i)\b((?:[a-z]+\+)?ssh://[^\s/:@]*):[^\s/@]*@", r"\1@", text)
-    text = re.sub(rf"(?i)([?&;#][\w-]*(?:{secret})[\w-]*=)[^\s&#'\"]+", r"\1***", text)
-    return re.sub(r"\b(?:gh[pousr]_|github_pat_|glpat-|hf_|npm_|pypi-|sk-)[\w-]{4,}", "***", text)
+    text = re.sub(rf"(?i)([?&;#][\w-]*(?:{secret})[\w-]*=)[^\s&#'\"\\]+", r"\1***", text)
+    # A name may begin as the tokens of two services do (hf_models, sk-image): those have capitals, or many figures.
+    own = r"(?:hf_|sk-)(?:(?=[\w-]*[A-Z])[\w-]{8,}|(?=[\w-]*\d)[\w-]{16,})"
+    return re.sub(rf"\b(?:(?:gh[pousr]_|github_pat_|glpat-|npm_|pypi-)[\w-]{{4,}}|{own})", "***", text)
 
 
 class CDEnvironmentError(Exception):
@@ -301,6 +303,7 @@ class ProcessState:
             and all(is_variable(*pair) for pair in self.env.items())
             and min(self.log_offset, self.log_inode) >= 0
             and isinstance(self.starter.get("identity", {}), dict)
+            and type((self.last_exit or {}).get("code")) in (int, type(None))
         )
 
     def get_uptime(self) -> "timedelta":
@@ -560,7 +563,7 @@ def sanitize_name(name: str) -> str:
     """`name` bent into one that may name an environment."""
     bent = re.sub(r"[^A-Za-z0-9._-]|\.(?=\.)", "-", name)
     bent = bent.strip("._-")[:50].rstrip("._-") or "comfyui"
-    return bent if is_new_name(bent) else f"{bent}-env"
+    return bent if is_new_name(bent) else f"env-{bent}"
 
 
 SESSION_MARK = "=== comfydock session "
@@ -6816,10 +6819,11 @@ class ComfyUIUpdate:
         names = self.git("diff", "--name-only", "--no-renames", "-z", *words).split("\0")
         return [name for name in names if name and name.partition("/")[0] not in self.linked]
 
-    def own_work(self, version: CodeVersion, force: bool) -> list[str]:
+    def own_work(self, version: CodeVersion, force: bool, *words: str) -> list[str]:
         """Return what is the user's own in the checkout: changed files, files in the way, commits.
 
-        Raises CDEnvironmentError (code "local-changes") that names it, unless `force`.
+        Raises CDEnvironmentError (code "local-changes") that names it, unless `force`; `words` were typed behind
+        `update`.
         """
         own = self.files("--diff-filter=d", "HEAD")  # that a file was deleted loses nothing
         added = self.files("--diff-filter=A", "HEAD", version.commit)
@@ -6833,7 +6837,7 @@ class ComfyUIUpdate:
         if own and not force:
             more = f" and {len(own) - 5} more" if len(own) > 5 else ""
             message = f"ComfyUI in {self.checkout} has changes of your own: {', '.join(own[:5])}{more}."
-            hint = ["put them on a branch first: ", ("update", "--force")]
+            hint = ["put them on a branch first: ", ("update", *words, "--force")]
             raise CDEnvironmentError(message, hint, "local-changes")
         return own
 
@@ -7870,7 +7874,7 @@ class Environment:
         except (CDEnvironmentError, OSError, ValueError, KeyError, TypeError, IndexError):
             if shared is not None:
                 message = "This ComfyUI does not tell its model folders."
-                raise CDEnvironmentError(message, ("models", "--off"), "models") from None
+                raise CDEnvironmentError(message, ("models", self.name, "--off"), "models") from None
             return launch  # another parser than we know, or a Python that does not start
         reason = done.stderr.strip().rpartition("\n")[2].partition("error: ")[2]
         close = closest_flag(reason, flags)
@@ -8129,7 +8133,7 @@ class Environment:
             if check or new.commit == old.commit:
                 return result
             update.fetch(new)
-            update.own_work(new, force)
+            update.own_work(new, force, *(("--to", to) if to else ()))
             update.try_packages(new)
         if confirm is not None:
             confirm()
@@ -8155,7 +8159,8 @@ class Environment:
                 if record.get("phase") != "kept":
                     message = f"Environment '{self.name}' has no update to go back from."
                     raise CDEnvironmentError(message, ("history", self.name), "no-way-back")
-                own = update.own_work(CodeVersion(record["old"], record["worktree"], "", record["branch"]), force)
+                before = CodeVersion(record["old"], record["worktree"], "", record["branch"])
+                own = update.own_work(before, force, "--back")
                 if stopped:
                     update.go_back(own, with_databases)
         return {"old": record["new"], "new": record["old"], "changed": True, "available": False}
@@ -10515,7 +10520,7 @@ def stays_in_foreground(args: Arguments) -> bool:
     """
     if os.getpid() != 1:
         return bool(args.foreground)
-    for name in ("json", "monitor", "wait"):
+    for name in ("json", "monitor", "wait", "all"):
         if is_given(args, name):
             message = f"As PID 1 'run' stays in the foreground, so it has no --{name}."
             raise CDEnvironmentError(message, ("run",), "usage")
@@ -11980,7 +11985,7 @@ def update(console: Console, args: Arguments) -> Report:
         has_database = read_json(environment.paths.before_record).get("databases")
         question = "Restore ComfyUI's earlier database, too?"
         with_databases = args.database or bool(has_database and console.ask(question, True))
-        settle_queue(console, args, environment, "update")
+        settle_queue(console, args, environment, "update --back")
         data = environment.go_back(force=args.force, with_databases=with_databases)
     else:
         data = environment.update(
@@ -12060,6 +12065,7 @@ EXCLUDE_EACH_OTHER = (
     ("foreground", "wait"),
     ("follow", "all"),
     ("all", "port"),
+    ("foreground", "all"),
     *(("rotate", other) for other in ("path", "follow", "all", "tail")),
     *(("path", other) for other in ("follow", "all", "tail")),
     *(("from_dir", other) for other in ("comfyui", "source", "torch_backend", "no_install", "no_manager")),

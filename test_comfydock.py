@@ -796,7 +796,7 @@ class TheRecordIsTrustedOnlyWhenItIsOne(unittest.TestCase):
             {"pid": -1}, {"pid": 0}, {"pid": 1}, {"pid": True}, {"pid": "7"}, {"pid": 7.0}, {"pid": None}, {"pid": 2**40},
             {"port": 0}, {"port": "8188"}, {"port": 70000}, {"args": "x"}, {"args": [1]}, {"host": None}, {"health": []},
             {"started_at": 5}, {"log_path": None}, {"identity": []}, {"env": {"A": 1}}, {"log_offset": -1},
-            {"starter": {"identity": []}}, {"command": None}, {"monitor": 1}, {"run_id": 5},
+            {"starter": {"identity": []}}, {"command": None}, {"monitor": 1}, {"run_id": 5}, {"last_exit": {"code": "3"}},
         ]  # fmt: skip
         for damage in damages:
             with self.subTest(damage=damage), self.assertRaises((ValueError, TypeError)):
@@ -913,7 +913,7 @@ class WordsForPeople(unittest.TestCase):
             self.assertFalse(dock.is_new_name(name), name)
 
     def test_made_valid_always_gives_a_valid_name(self):
-        for name in ("ComfyUI", "my folder", "..", "", "logs", "été", "x" * 200, "-_-", "a."):
+        for name in ("ComfyUI", "my folder", "..", "", "logs", "été", "x" * 200, "-_-", "a.", "models.old", "com1.x"):
             self.assertTrue(dock.is_new_name(dock.sanitize_name(name)), name)
 
     def test_what_is_no_time_is_a_value_error(self):
@@ -5250,6 +5250,8 @@ class TheRegistryAndTheManager(NodeCase):
             "ssh://u:pass@h/o": "ssh://u@h/o",
             "https://h/o?private_token=abc&x=1": "https://h/o?private_token=***&x=1",
             "remote: hf_ABCDEF12 is no good": "remote: *** is no good",
+            "/data/hf_models and sk-image": "/data/hf_models and sk-image",
+            '["?token=a\\"b"]': '["?token=***\\"b"]',
         }.items():
             self.assertEqual(dock.redact(text), shown)
         repository = make_repository("tokened", {"__init__.py": ""})
@@ -7274,6 +7276,7 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
             (["stop", "--all", "--port", "8190"], "--all and --port cannot be combined."),
             (["-q", "-v", "list"], "--quiet and -v cannot be combined."),
             (["node", "add", "x", "--restart", "--no-restart"], "--restart and --no-restart cannot be combined."),
+            (["run", "--all", "--foreground"], "--foreground and --all cannot be combined."),
             (["create", "x", "--from", "d", "--comfyui", "v1"], "--from and --comfyui cannot be combined."),
         )
         for words, message in cases:
