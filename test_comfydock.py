@@ -6199,7 +6199,7 @@ print(json.dumps(done))
     def test_typed(self):
         done = self.types("update", "main", "--check")
         self.assertEqual((done.returncode, done.stderr), (0, ""))
-        self.assertIn("ComfyUI v1.1.0 is there; this is v1.0.0.", done.stdout)
+        self.assertIn("ComfyUI v1.1.0 is available; this is v1.0.0.", done.stdout)
         done = self.types("-e", "main", "update", "--json")
         data = json.loads(done.stdout)["data"]
         self.assertEqual((data["old"], data["new"], data["changed"]), ("v1.0.0", "v1.1.0", True))
