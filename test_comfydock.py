@@ -7252,6 +7252,7 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
         self.assertEqual(self.parse("run", "--wait", "2.5")[1].wait, 2.5)
         self.assertEqual(self.parse("stop", "--timeout", "3")[1].timeout, 3.0)
         self.assertEqual(self.parse("logs", "-n", "7", "-f")[1].tail, 7)
+        self.assertEqual(self.parse("repair", "dev", "--orphan")[1].env, "dev")
 
     def test_nonsense_is_a_usage_error_with_a_hint(self):
         cases = [
