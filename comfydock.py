@@ -8158,7 +8158,7 @@ class Environment:
                 record = update.record
                 if record.get("phase") != "kept":
                     message = f"Environment '{self.name}' has no update to go back from."
-                    raise CDEnvironmentError(message, ("history", self.name), "no-way-back")
+                    raise CDEnvironmentError(message, ("history",), "no-way-back")
                 before = CodeVersion(record["old"], record["worktree"], "", record["branch"])
                 own = update.own_work(before, force, "--back")
                 if stopped:
@@ -10341,7 +10341,7 @@ def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     "run [NAME]",
     "start ComfyUI in the background; its own arguments pass through",
     """
-    -f --foreground       stay and stream the log; Ctrl-C stops ComfyUI
+    -f --foreground       stay and stream the log (without --json); Ctrl-C stops ComfyUI
     --auto-port           take the next free port when the port is in use
     --set-env KEY=VALUE   an environment variable for ComfyUI, kept for restarts (KEY: as it is here)
     --monitor             start it under a small watcher that restarts it after a crash
@@ -10508,7 +10508,7 @@ def do_all(console: Console, args: Arguments, act: Act, is_meant: Callable[[Envi
             console.result(f"✓ {name}: {line or ('already running' if error else 'nothing to do')}")
         items.append({"environment": name, "ok": error is None or error.code == "running", "data": report.data})
     if not items:
-        console.result("No environment to act on.")
+        console.result("Nothing is running." if is_meant is Environment.is_running else "No environment to act on.")
     code = 1 if first_error else 0
     return Report({"environments": items}, None, code, already_printed=True, error=first_error)
 
@@ -11054,7 +11054,7 @@ def list_row(item: dict[str, Any]) -> dict[str, str]:
     "list",
     "all environments and what runs in them",
     """
-    --watch               redraw it every 2 seconds, with memory and CPU: the same as top
+    --watch               redraw it every 2 seconds, with memory and CPU: the same as top (without --json)
     """,
     ("list", "list --json"),
     format_list,
@@ -11481,7 +11481,10 @@ def node_update(console: Console, args: Arguments) -> Report:
         result = environment.update_node(identifier, agreed, args.no_test, args.force)
         return result.message, result.restart_reason if result.restart_recommended else None
 
-    return change_nodes_one_by_one(console, args, update)
+    report = change_nodes_one_by_one(console, args, update)
+    if not report.data["nodes"]:
+        console.result("No nodes to update.")
+    return report
 
 
 def change_nodes_one_by_one(
@@ -12074,7 +12077,7 @@ EXCLUDE_EACH_OTHER = (
 
 def usage_error(message: str, topic: str = "") -> CDEnvironmentError:
     """Return the error of wrong words; `topic` is the command whose help tells more."""
-    return CDEnvironmentError(message, ("help", *topic.split()), "usage")
+    return CDEnvironmentError(message, ("help", *topic.removeprefix("help").split()), "usage")
 
 
 def is_number(text: str) -> bool:
@@ -12145,7 +12148,8 @@ def build_parser(command: Command, call: str = "comfydock") -> "argparse.Argumen
     vars(parser)["color"] = False  # from 3.14 on argparse has colours of its own
     for flags, metavar, text in options_of(command):
         name = {flag: name for name, flag in FLAGS.items()}.get(flags[-1], flags[-1][2:].replace("-", "_"))
-        named: dict[str, Any] = {"dest": name, "help": text}
+        is_shown = name != "json" or command.has_json
+        named: dict[str, Any] = {"dest": name, "help": text if is_shown else argparse.SUPPRESS}
         default = None if metavar.startswith("[") else re.search(r"\(default: (\S+)\)", text)
         if metavar:
             action = "append" if metavar == "KEY=VALUE" else "store"
@@ -12341,11 +12345,15 @@ null. "data" is null when nothing could be done. Keys of data:
     also ready, waited; run: only_watched; restart: cut_off
   stop: stopped pid cut_off: {running, pending} called_off left: {pid, command};
     with --port also port command dry_run
-  run, stop, restart --all: environments: [{environment, ok, data}]
+  run, stop, restart, models --all: environments: [{environment, ok, data}]
   open: url opened  use: nothing more  init: workspace made
   create: comfyui version python venv  delete: deleted kept
+  update: old new: names of versions  changed  available  back
+  history: commits: [{commit, at, message}]
+  models: models: the folder or null  running: sees it after a restart
   node add, remove, update, enable, disable: nodes: [{node, ok, message}]
-    restarted pid; with --wait also ready, waited
+    restarted pid; with --wait also ready, waited; add: unknown: what is in no
+    registry
   node list: nodes: [{name, folder, source, version, repository, installed,
     disabled, pin, no_deps, skipped}]
   node search: nodes: [{id, version, description, repository}]
@@ -12368,6 +12376,14 @@ A workspace is ~/.comfydock, or what --workspace or COMFYDOCK_HOME name:
 Nothing is written outside of it, and nothing into a ComfyUI folder that you
 adopted but custom nodes that you add. To uninstall: stop --all, delete the
 workspace and comfydock.py.""",
+    "completion": """
+SHELL is one of these; the line behind it goes into the file, and counts from
+the next shell on. It completes what is typed as comfydock or comfydock.py.
+  bash        ~/.bashrc:  eval "$(comfydock completion bash)"
+  zsh         ~/.zshrc:  source <(comfydock completion zsh)
+  fish        ~/.config/fish/config.fish:  comfydock completion fish | source
+  powershell  $PROFILE:
+              comfydock completion powershell | Out-String | Invoke-Expression""",
     "stop": """
 ComfyUI is asked as Ctrl-C asks it (SIGINT, its only clean stop), 3 s before the
 timeout with SIGTERM, and at the timeout it is killed; then what it started is
@@ -12408,6 +12424,10 @@ def show_help(console: Console, args: Arguments) -> Report:
     if not topic:
         parts = ["\n".join(overview(console.call()))]
     if not parts:
+        found, _, _ = find_command(args.commands)
+        known = found.name if found else args.commands[0] if args.commands[0] in TOPICS else ""
+        if known:
+            raise usage_error(f"'help {known}' does not take '{topic[len(known) + 1 :]}'.", known)
         below = [summary_lines(name, one.summary) for name, one in COMMANDS.items() if name.startswith(f"{topic} ")]
         if not below:
             raise unknown_command(args.commands)
@@ -12526,7 +12546,7 @@ def completions(words: list[str]) -> list[str]:
     if flags.get(last, "[")[:1] != "[" and flags[last]:
         offers = values_of(flags[last], before)
     elif current.startswith("-"):
-        offers = list(flags)
+        offers = [flag for flag in flags if flag != "--json" or command is None or command.has_json]
     elif command is None or command.name == "help":
         begun = "".join(f"{word} " for word in rest)
         offers = [

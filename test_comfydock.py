@@ -9261,7 +9261,7 @@ class SmallCommands(Journey):
         eventually(lambda: self.person.status()["state"] == "crashed")
         whole += [self.person.types(*words, "--json").stdout for words in (
             ["status"], ["repair", "--orphan"], ["stop"], ["stop", "--all"], ["node", "list"], ["create", "a", "--from", self.person.checkout()], ["use", "a"],
-            ["delete", "a", "-y"], ["init", os.path.join(self.person.home, "w")], ["--version"], ["help"], ["completion", "bash"], ["-e", "nobody", "status"])]  # fmt: skip
+            ["-e", "a", "history"], ["-e", "a", "models"], ["models", "--all"], ["-e", "a", "node", "update"], ["delete", "a", "-y"], ["init", os.path.join(self.person.home, "w")], ["--version"], ["help"], ["completion", "bash"], ["-e", "nobody", "status"])]  # fmt: skip
         keys = set()
         for line in whole:
             pieces = [json.loads(line)]
@@ -9270,6 +9270,31 @@ class SmallCommands(Journey):
                 keys |= set(piece) if isinstance(piece, dict) else set()
                 pieces += list(piece.values()) if isinstance(piece, dict) else piece if isinstance(piece, list) else []
         self.assertEqual({key for key in keys if not re.search(rf"\b{key}\b", text)}, set())
+
+    def test_help_tells_what_is_taken_and_no_more(self):
+        for words, shown in ((("logs",), 0), (("exec",), 0), (("top",), 0), (("node", "list"), 1)):
+            self.assertEqual(self.person.types("help", *words).stdout.count("--json"), shown, words)
+        text = self.person.types("help", "completion").stdout
+        for shell, script in dock.SCRIPTS.items():
+            self.assertIn(f"comfydock completion {shell}", text)
+            self.assertIn(re.search(rf"comfydock completion {shell}[^\n]*", text)[0], script)
+        for words, said in (
+            (
+                ("help", "completion", "zsh"),
+                "'help completion' does not take 'zsh'.\n  Try: comfydock help completion\n",
+            ),
+            (("help", "json", "files"), "'help json' does not take 'files'.\n  Try: comfydock help json\n"),
+            (("help", "node", "add", "x"), "'help node add' does not take 'x'.\n  Try: comfydock help node add\n"),
+            (("--foo",), "has no option --foo.\n  Try: comfydock help\n"),
+            (("-e",), "needs a value.\n  Try: comfydock help\n"),
+        ):
+            self.assertClear(self.person.types(*words), 2, said)
+
+    def test_nothing_to_do_is_said(self):
+        self.person.environment("alpha")
+        for words in (["stop", "--all"], ["restart", "--all"]):
+            self.assertEqual(self.person.types(*words).stdout, "Nothing is running.\n")
+        self.assertEqual(self.person.types("node", "update").stdout, "No nodes to update.\n")
 
     def test_ctrl_c_ends_a_followed_log_in_silence(self):
         self.run_demo()
