@@ -3283,8 +3283,13 @@ def retry_while_busy(action: Callable[[], object], path: str) -> None:
 
 def remove_file(path: str) -> None:
     """Remove a file; that it is not there is no error. Raises OSError otherwise."""
-    with suppress(FileNotFoundError):
+    try:
         os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.EROFS or os.path.lexists(path):  # a read-only disk refuses before it looks
+            raise
 
 
 def set_aside(path: str) -> None:
@@ -8394,7 +8399,7 @@ class Environment:
 
     def last_record(self) -> Optional[ProcessState]:
         """Return the record of what runs or ran last."""
-        return self._read_state() or read_state(self.paths.last_run)
+        return look_up_state(self.paths.state)[0] or read_state(self.paths.last_run)
 
     def stop_for_restart(self) -> bool:
         """Stop ComfyUI but keep its record, so that `restart` starts it again; return whether it ran.
@@ -8858,7 +8863,8 @@ class Workspace:
         if environments and not others and not to_start:
             return environments[0]
         if not others:
-            raise CDEnvironmentError(f"There is no environment in {self.paths.root} yet.", THREE_WAYS, "unknown")
+            which = "There is no environment but the demo" if environments else "There is no environment"
+            raise CDEnvironmentError(f"{which} in {self.paths.root} yet.", THREE_WAYS, "unknown")
         names = ", ".join(environment.name for environment in others[:8]) + (", ..." if len(others) > 8 else "")
         first = others[0].name
         hint = [("-e", first, "COMMAND"), ", or choose once: ", ("use", first)]
@@ -9898,6 +9904,10 @@ class Console:
         """Return one of our commands as it must be typed here."""
         where = () if words[0] in ("--workspace", "init", "help") else self.where
         chosen = self.chosen if words[0] in ONE_ENVIRONMENT else ()
+        if words[0] == "run" and self.environment == DEMO_NAME:  # which `run` takes only by its name
+            chosen = ("-e", DEMO_NAME)
+        if "--demo" in words:
+            chosen = ()
         return " ".join([self.call(), *map(quote, (*where, *chosen, *words))])
 
     def hint(self, error: CDEnvironmentError) -> "tuple[str, Optional[str]]":
@@ -10425,6 +10435,10 @@ def await_answer(console: Console, environment: Environment, report: Report, sec
     finally:
         console.progress("")
     report.data.update(ready=report.error is None, waited=round(time.monotonic() - began, 3))
+    record = environment._read_state() if report.error is None else None
+    if record is not None:  # what was read before the wait: a monitor may have started another process meanwhile
+        now = {**vars(record), "health": HEALTHY}
+        report.data.update({key: value for key, value in now.items() if key in report.data})
 
 
 def show_in_browser(console: Console, url: str) -> bool:
@@ -10558,7 +10572,12 @@ def environment_to_run(console: Console, args: Arguments) -> Environment:
             raise CDEnvironmentError("--demo has an environment of its own, so -e cannot name another.", "", "usage")
         environment = workspace.demo()
     elif args.env is None and checkout and not (workspace.environment_of(folder) or workspace.environment_of(checkout)):
-        environment = workspace.adopt(checkout, python=args.python)
+        try:
+            environment = workspace.adopt(checkout, python=args.python)
+        except CDEnvironmentError as error:
+            if error.hint[:2] == ("run", "--python"):
+                error.hint = (*error.hint, *args.typed)
+            raise
         console.result(f"✓ Adopted {checkout} as environment '{environment.name}' (Python: {environment.python})")
     else:
         environment = workspace.select(args.env, folder, to_start=True)
@@ -10732,6 +10751,15 @@ class Foreground:
         return self.received.count("interrupt") > 1
 
 
+def crash_words(data: dict[str, Any]) -> str:
+    """Return how and when a ComfyUI crashed, and why, as far as it is known."""
+    code = data["exit_code"]
+    known = "" if code is None else f"{'exit ' if code >= 0 else ''}{format_exit(code)}"
+    when = f"{format_duration(time.time() - epoch_of(data['last_alive']))} ago" if data["last_alive"] else ""
+    about = ", ".join(filter(None, (known, when)))
+    return (f" ({about})" if about else "") + (f": {data['last_error']}" if data["last_error"] else "")
+
+
 def format_stop(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data["stopped"]:
         yield "✓ ComfyUI stopped"
@@ -10743,6 +10771,8 @@ def format_stop(data: dict[str, Any], typed: Typed) -> Iterator[str]:
         yield f"PID {data['pid']} is the ComfyUI on port {data['port']}; it would be ended: {data['command']}"
     else:
         yield f"ComfyUI is not running in environment '{data['name']}'"
+    if data.get("crash"):
+        yield f"  It had crashed{crash_words(data['crash'])}"
 
 
 def format_queue(running: int, pending: int) -> str:
@@ -10772,11 +10802,12 @@ def stop(console: Console, args: Arguments) -> Report:
     snapshot = environment.observe()
     if snapshot.process is not None and snapshot.note != "untracked":
         console.say(f"⏸  Stopping ComfyUI (PID {snapshot.process.pid})...")
+    crash = environment._last_words(snapshot.record) if snapshot.state == CRASHED else None
     pid = snapshot.process.pid if snapshot.process else None
     had_monitor = pid is None and environment.monitor_process(snapshot.record) is not None
     stopped = environment.stop(args.timeout, kill=args.kill)
     left = writers_of(real_path(environment.log_path)) if stopped else []
-    data = {"name": environment.name, "stopped": stopped, "pid": pid, "cut_off": cut_off}
+    data = {"name": environment.name, "stopped": stopped, "pid": pid, "cut_off": cut_off, "crash": crash}
     data["left"] = [{"pid": process.pid, "command": process.text} for process in left]
     return Report({**data, "called_off": had_monitor and not stopped}, environment.name)
 
@@ -10902,11 +10933,7 @@ def _status_line(data: dict[str, Any], typed: Typed) -> str:
     if data["state"] == FOREIGN:
         return f"Unknown: started on another machine or in another container ({data['machine']})"
     if data["state"] == CRASHED:
-        code = data["exit_code"]
-        known = "" if code is None else f"{'exit ' if code >= 0 else ''}{format_exit(code)}"
-        when = f"{format_duration(time.time() - epoch_of(data['last_alive']))} ago" if data["last_alive"] else ""
-        about = ", ".join(filter(None, (known, when)))
-        return "Crashed" + (f" ({about})" if about else "") + (f": {data['last_error']}" if data["last_error"] else "")
+        return f"Crashed{crash_words(data)}"
     if data["note"] == "untracked":
         return f"Running (not tracked: {typed('repair', '--orphan')})"
     if data["state"] == STOPPED:
@@ -11241,11 +11268,11 @@ def use(console: Console, args: Arguments) -> Report:
 
 
 def format_create(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    yield f"✓ Environment '{data['name']}' is ready"
+    yield f"✓ Environment '{data['name']}' " + ("is ready" if data["python"] else "has its code, but no Python yet")
     yield f"  ComfyUI: {data['comfyui']}" + (f" ({data['version']})" if data["version"] else "")
-    yield f"  Python: {data['python'] or 'none yet: make a venv at ' + data['venv'] + ' before you run it'}"
+    yield f"  Python: {data['python'] or 'make a venv with what ComfyUI needs at ' + data['venv']}"
     yield ""
-    yield f"Start it with: {typed('-e', data['name'], 'run')}"
+    yield f"{'Start it' if data['python'] else 'Then start it'} with: {typed('-e', data['name'], 'run')}"
 
 
 @command(
@@ -11305,6 +11332,8 @@ def format_delete(data: dict[str, Any], typed: Typed) -> Iterator[str]:
 )
 def delete(console: Console, args: Arguments) -> Report:
     workspace = select_workspace(args.workspace, True, current_folder())
+    if not workspace.list_environments():  # else it would be told how to create what it wants to delete
+        raise CDEnvironmentError(f"There is no environment '{args.name}'.", ("list",), "unknown")
     environment = workspace.get_environment(args.name)
     environment.require_idle()
     adopted = environment.manifest.comfyui_path
@@ -12193,10 +12222,11 @@ def parse(words: list[str]) -> "tuple[Command, Arguments]":
             raise unknown_command(rest)
         command = COMMANDS["help"]
     name = rest.pop(0) if command.operand == "[NAME]" and rest and not rest[0].startswith("-") else None
+    typed = tuple(rest)
     cut = rest.index("--") if "--" in rest else len(rest)
     cut = leading_options(rest) if command.name == "exec" else cut
     known, others = build_parser(command).parse_known_args(with_values(command, [*front, *rest[:cut]]))
-    args = Arguments(vars(known))
+    args = Arguments({**vars(known), "typed": typed})
     args.comfyui_args = [*others, *(rest[cut + 1 :] if rest[cut : cut + 1] == ["--"] else rest[cut:])]
     if args.version:
         return Command("version", "", "", show_version), args
@@ -12343,8 +12373,9 @@ null. "data" is null when nothing could be done. Keys of data:
   list: workspace, environments, kept: folders that delete kept
   run, restart: pid host port url args log started_at health demo; with --wait
     also ready, waited; run: only_watched; restart: cut_off
-  stop: stopped pid cut_off: {running, pending} called_off left: {pid, command};
-    with --port also port command dry_run
+  stop: stopped pid cut_off: {running, pending} called_off left: {pid, command}
+    crash: {last_alive, last_error, exit_code}; with --port also port command
+    dry_run
   run, stop, restart, models --all: environments: [{environment, ok, data}]
   open: url opened  use: nothing more  init: workspace made
   create: comfyui version python venv  delete: deleted kept
@@ -12634,6 +12665,7 @@ def answer(console: Console, words: list[str]) -> int:
     command, args = parse(words)
     console.quiet, console.colour, console.json_mode = args.quiet, args.color, args.json
     console.where = ("--workspace", args.workspace) if args.workspace else ()
+    console.chosen = ("-e", args.env) if args.env else ("-e", DEMO_NAME) if args.demo else ()
     streams = args.foreground or not command.has_json and not args.rotate
     with traced(console.trace) if args.verbose else nullcontext():
         with nullcontext() if streams else console.ticking(command.name):

@@ -7707,6 +7707,13 @@ class Running(Journey):
         self.assertIn("✓ ComfyUI is ready", done.stdout)
         self.assertEqual(self.person.state()["health"]["status"], "healthy")
 
+    def test_what_is_told_after_the_wait_is_what_is_then(self):
+        self.assertEqual(self.run_demo(COMFYDOCK_DEMO_START_SECONDS="0.7")["health"], "healthy")
+        done = self.person.types("restart", "--wait", "--json", COMFYDOCK_DEMO_START_SECONDS="0.7")
+        data = json.loads(done.stdout)["data"]
+        self.assertEqual((data["ready"], data["health"]), (True, "healthy"))
+        self.assertEqual(data["pid"], self.person.state()["pid"])
+
     def test_wait_shows_the_last_lines_when_it_dies_first(self):
         done = self.person.types(
             "run",
@@ -8134,6 +8141,16 @@ class TellingTheTruth(Journey):
         self.assertEqual(self.person.types("restart").returncode, 0)
         self.assertEqual(self.person.state()["args"], ["--port", str(data["port"]), "--cpu"])
 
+    def test_stop_tells_of_the_crash_that_status_will_no_longer_show(self):
+        data = self.run_demo()
+        with open(data["log"], "ab") as log:
+            log.write(b"RuntimeError: CUDA is gone\n")
+        dock.signal_process(data["pid"], "kill")
+        eventually(lambda: not alive(data["pid"]))
+        said = self.person.types("stop").stdout
+        self.assertRegex(said, r"is not running.*\n  It had crashed \(\d+s ago\): RuntimeError: CUDA is gone\n")
+        self.assertNotIn("crashed", self.person.types("stop").stdout)
+
     def test_the_last_error_line_is_found(self):
         words = ("run", "--demo", "--port", str(free_port()), "--wait")
         done = self.person.types(*words, COMFYDOCK_DEMO_EXIT="import:1")
@@ -8253,6 +8270,14 @@ class StoppingAndNothingElse(Journey):
                 done = self.person.types("-e", "a", "stop")
                 self.assertEqual((done.returncode, "not running" in done.stdout), (0, True), done.stderr)
                 self.assertIsNone(child.poll())
+
+    def test_a_folder_in_place_of_the_state_file_is_set_aside_by_run(self):
+        self.person.environment("a")
+        os.mkdir(self.person.state_file("a"))
+        self.assertClear(self.person.types("status", "a"), 1, "is damaged", "-e a run")
+        done = self.person.types("-e", "a", "run", "--port", str(free_port()))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertTrue(os.path.isdir(self.person.state_file("a") + ".damaged"))
 
     def test_damaged_state_files_are_one_clear_line_and_stay(self):
         self.person.environment("a")
@@ -8676,6 +8701,12 @@ class WhatUsersMet(Journey):
         done = self.person.types("help", "node")
         self.assertEqual((done.returncode, done.stdout.count("node ") > 3), (0, True), done.stderr)
 
+    def test_the_hint_for_a_port_that_is_none_means_the_same_environment(self):
+        self.person.environment("up")
+        for words, option in (("run", "up"), "up"), (("-e", "up", "run"), "up"), (("run", "--demo"), "demo"):
+            done = self.person.types(*words, "--port", "99999")
+            self.assertClear(done, 2, f"-e {option} run --port 8188")
+
     def test_a_port_that_is_none_makes_nothing(self):
         for words in (("--demo", "--port", "0"), ("--port", "70000")):
             self.assertClear(self.person.types("run", *words, cwd=self.person.checkout(parent=words[-1])), 2, "port")
@@ -9038,6 +9069,19 @@ class WhichEnvironment(Journey):
         self.assertFalse(os.path.exists(self.person.workspace))
         self.assertEqual(self.person.types("stop", COMFYDOCK_HOME=other).returncode, 0)
 
+    def test_who_deletes_what_is_not_there_is_not_told_to_create_it(self):
+        self.assertClear(
+            self.person.types("delete", "main", "-y"), 1, "There is no environment 'main'", "comfydock list"
+        )
+
+    @unittest.skipIf(WINDOWS, "links to a Python")
+    def test_the_hint_for_a_checkout_without_a_python_keeps_the_words_that_were_typed(self):
+        checkout, empty = self.person.checkout(), os.path.join(self.person.home, "empty")
+        shutil.rmtree(os.path.join(checkout, ".venv"))
+        os.mkdir(empty)
+        done = self.person.types("run", "--port", "8477", "--lowvram", "--auto-port", cwd=checkout, PATH=empty)
+        self.assertClear(done, 1, "No Python was found", "run --python ", " --port 8477 --lowvram --auto-port\n")
+
     def test_a_workspace_that_does_not_exist_is_no_empty_one(self):
         nowhere = os.path.join(self.person.home, "nowhere")
         self.assertClear(self.person.types("--workspace", nowhere, "list"), 1, f"{nowhere} does not exist.")
@@ -9062,7 +9106,8 @@ class WhichEnvironment(Journey):
         self.assertEqual(person.types("run", "-e", "demo").returncode, 0)
         self.assertIn("Environment: demo", person.types("status").stdout)
         self.assertEqual(person.types("stop").returncode, 0)
-        self.assertClear(person.types("run"), 1, "There is no environment", "create main")
+        self.assertClear(person.types("run"), 1, "There is no environment but the demo", "create main", "run --demo")
+        self.assertClear(person.types("open"), 1, "-e demo run")
         self.assertClear(person.types("use", "demo"), 1, "never the active environment")
         person.environment("mine")
         self.assertIn("Environment: mine", person.types("status").stdout)
@@ -9557,6 +9602,12 @@ class FromNothingToANode(Journey):
         root = os.path.join(self.person.workspace, "environments", name)
         os.symlink(Workshop.paths.venv, os.path.join(root, ".venv"))
         return os.path.join(root, "ComfyUI", "custom_nodes")
+
+    def test_an_environment_without_a_python_is_not_called_ready(self):
+        said = self.types("create", "main", "--source", self.source, "--no-install")
+        self.assertNotIn("is ready", said)
+        self.assertIn("no Python yet", said)
+        self.assertIn(os.path.join("main", ".venv"), said)
 
     def test_create_makes_a_whole_environment_and_delete_takes_it_away(self):
         said = self.types("create", "main", "--source", self.source, "--torch-backend", "cpu", "--python", sys.executable, "--use",
@@ -10693,6 +10744,10 @@ class DisksAndFolders(Trouble):
         self.assertClear(self.person.types("run", "--demo", "--port", port), 1, "Read-only file system")
         self.assertEqual(self.servers(), [])
         self.assertTrue(os.path.exists(os.path.join(workspace, "logs", "demo", "comfyui.log")))
+        subprocess.run([*self.person.prefix, "umount", self.person.workspace], check=True)
+        self.assertQuiet(self.person.types("-e", "demo", "stop"), 0)
+        subprocess.run([*self.person.prefix, "mount", "--bind", "-o", "ro", *again], check=True)
+        self.assertIn("is not running", self.assertQuiet(self.person.types("-e", "demo", "stop"), 0))
 
     def test_folders_without_permission_are_named(self):
         plain = shutil.which("python3", path="/usr/bin:/bin")
