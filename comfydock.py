@@ -604,10 +604,12 @@ def last_error_line(text: str, code: Optional[int] = None) -> Optional[str]:
 
 def closest_flag(refusal: str, flags: list[str]) -> Optional[str]:
     """The one of `flags` that is spelled most like the first unknown one that a parser's refusal names, or None."""
+    unknown = re.findall(r"(?<=unrecognized arguments: )(--[\w-]+)", refusal)
+    if not unknown:
+        return None
     from difflib import get_close_matches
 
-    unknown = re.findall(r"(?<=unrecognized arguments: )(--[\w-]+)", refusal)
-    return next(iter(get_close_matches(unknown[0], flags, 1, 0.7)), None) if unknown else None
+    return next(iter(get_close_matches(unknown[0], flags, 1, 0.7)), None)
 
 
 def printable(text: str) -> str:
@@ -6788,6 +6790,9 @@ class ComfyUIUpdate:
         """
         check_reference(wanted or "HEAD")
         current, url = self.current(), remote_of(self.checkout)[1] or ""
+        if not url:
+            hint = f"set one: git -C {quote(self.checkout)} remote add origin {COMFYUI_REPOSITORY}"
+            raise CDEnvironmentError(f"The clone {self.checkout} has no remote.", hint, "no-update")
         check_repository(url)
         lines = self.git("ls-remote", "--tags", "--heads", "--", url, url=url).splitlines()
         refs = {ref: commit for commit, _, ref in (line.partition("\t") for line in lines)}
@@ -10012,10 +10017,12 @@ class Console:
         if not self.can_ask():
             return None
         with self.gate:
-            self._write(self.out, f"{question} [{'Y/n' if default else 'y/N'}] ")
-            self.out.flush()
-            answer = self.source.readline()
-            self.spoke = time.monotonic()
+            answer = ""
+            try:
+                self._write(self.out, f"{question} [{'Y/n' if default else 'y/N'}] ")
+                answer = self.source.readline()
+            finally:
+                self._write(self.out, "" if answer else "\n")  # Ctrl-C and Ctrl-D leave the cursor behind the question
         if not answer:  # Ctrl-D is no yes
             return False
         return default if not answer.strip() else answer.strip().lower() in ("y", "yes")
@@ -10805,7 +10812,13 @@ def stop(console: Console, args: Arguments) -> Report:
     crash = environment._last_words(snapshot.record) if snapshot.state == CRASHED else None
     pid = snapshot.process.pid if snapshot.process else None
     had_monitor = pid is None and environment.monitor_process(snapshot.record) is not None
-    stopped = environment.stop(args.timeout, kill=args.kill)
+    try:
+        stopped = environment.stop(args.timeout, kill=args.kill)
+    except Terminated:
+        raise
+    except KeyboardInterrupt:
+        now = "keeps running" if environment.is_running() else "has stopped"
+        raise CDEnvironmentError(f"Interrupted. ComfyUI {now}.", ("status",), "interrupted") from None
     left = writers_of(real_path(environment.log_path)) if stopped else []
     data = {"name": environment.name, "stopped": stopped, "pid": pid, "cut_off": cut_off, "crash": crash}
     data["left"] = [{"pid": process.pid, "command": process.text} for process in left]
@@ -12708,6 +12721,9 @@ def complete(words: list[str]) -> int:
 def complain(console: Console, words: list[str], error: CDEnvironmentError, code: int) -> int:
     """Show an error as far as the streams allow; returns `code`."""
     named, _, _ = find_command(words)
+    close = closest_flag(error.message, [flags[-1] for flags, _, _ in options_of(named)])
+    if close and close not in words and "did you mean" not in error.hint:
+        error.hint = f"did you mean {close}?"
     try:
         console.fail(named.name if named else "", error)
         console.flush()

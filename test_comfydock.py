@@ -436,6 +436,14 @@ needs_links = unittest.skipUnless(can_link(), "needs links, which Wine does not 
 # ======================================================================================================================
 
 
+def untold_keys(line, command):
+    """The keys in the "data" of a command's JSON that the lines of `help json` about this command do not name."""
+    text = re.search(rf"\n  {command}\b.*?(?=\n  \w|\nExit)", dock.TOPICS["json"], re.DOTALL)[0]
+    data = json.loads(line)["data"]
+    keys = {*data, *(key for value in data.values() if isinstance(value, list) for one in value for key in one)}
+    return {key for key in keys if not re.search(rf"[ {{]{key}\b", text)}
+
+
 class Workshop:
     """What all tests share: a folder, wheels, a stand-in for ComfyUI, a registry, and one environment with a venv."""
 
@@ -6210,7 +6218,14 @@ print(json.dumps(done))
         self.assertRegex(
             done.stdout.splitlines()[0], r"^  20\d\d-\d\d-\d\d \d\d:\d\d  [0-9a-f]{7,}  Back to ComfyUI v1.0.0"
         )
-        self.assertEqual(self.types("update", "--back").returncode, 1)
+        done = self.types("-e", "main", "update", "--back")
+        self.assertEqual((done.returncode, done.stderr.count(" -e main history\n")), (1, 1), done.stderr)
+        for command in ("update", "history", "models"):
+            done = self.types(command, "--json")
+            self.assertEqual(untold_keys(done.stdout, command), set())
+        git(self.comfyui, "remote", "remove", "origin")
+        done = self.types("update", "--check")
+        self.assertIn("has no remote.\n  set one: git -C ", done.stderr)
         self.assertEqual(self.types("update", "--back", "--check").returncode, 2)
         self.assertEqual(self.types("update", "--database").returncode, 2)
         folder = os.path.join(self.root, "shared")
@@ -8090,6 +8105,8 @@ class ComfyUIsOwnParser(Journey):
             self.assertClear(done, 2, f"ComfyUI refuses its arguments: unrecognized arguments: {words[-1]}")
             self.assertEqual("did you mean" in done.stderr, hint is not None)
             self.assertIn(hint or "", done.stderr)
+        for words, flag in ((("--monitr",), "--monitor"), (("--wiat", "3"), "--wait")):
+            self.assertClear(self.run_here(*words), 2, f"unrecognized arguments: {words[0]}", f"did you mean {flag}?")
         self.assertEqual((self.person.state("studio"), self.person.processes()), (None, []))
         self.assertEqual(list(Path(self.folder, "comfy").iterdir()), [self.parser], "no compiled code is left there")
 
@@ -8317,6 +8334,15 @@ class StoppingAndNothingElse(Journey):
                               env=self.person.variables, cwd=self.person.home, capture_output=True, text=True, timeout=60)  # fmt: skip
         self.assertClear(done, 1, f"PID {data['pid']}", "belongs to another user")
         self.assertTrue(alive(data["pid"]))
+
+    def test_who_breaks_off_a_stop_is_told_whether_comfyui_runs(self):
+        data = self.run_demo(COMFYDOCK_DEMO_IGNORE="INT,TERM")
+        child = self.person.starts("stop", "--timeout", "60")
+        read_until(child, "Stopping ComfyUI")
+        eventually(lambda: self.person.state()["wanted"] == "stopped")
+        dock.signal_process(child.pid, "interrupt")
+        self.assertEqual((child.wait(20), alive(data["pid"])), (130, True))
+        self.assertIn("Interrupted. ComfyUI keeps running.", read_until(child, "status"))
 
     def test_what_ignores_every_polite_signal_is_killed_in_time_and_its_children_too(self):
         for child in ("yes", "session"):
@@ -9674,6 +9700,8 @@ class FromNothingToANode(Journey):
 
         said = self.types("node", "add", "journey-pack")
         self.assertIn("✓ Added node: journey-pack", said)
+        done = self.person.types("node", "add", "journey-pack", "--json")
+        self.assertEqual(untold_keys(done.stdout, "node add"), set(), done.stdout)
         self.assertIn("Changes won't take effect until restart.", said)
         self.assertIn("restart", said.splitlines()[-2] + said.splitlines()[-1])
         self.assertEqual(self.person.state("main")["pid"], before)
@@ -9848,6 +9876,10 @@ class QueuedWork(Journey):
         self.assertIn("ComfyUI is busy: 1 running, 1 queued. Stop anyway? [y/N]", said)
         self.assertEqual((code, alive(data["pid"])), (1, True))
         self.assertIn("stop --when-idle", said)
+        for key in (b"\x03", b"\x04"):
+            code, said = self.person.at_a_terminal("stop", answers=[key])
+            self.assertRegex(said, r"\[y/N\] (\^C|\^D\x08\x08)?\r\n.*error:")
+            self.assertEqual((code, alive(data["pid"])), (130 if key == b"\x03" else 1, True), said)
         code, said = self.person.at_a_terminal("stop", answers=[b"y\n"])
         self.assertEqual((code, alive(data["pid"])), (0, False), said)
 
