@@ -3181,7 +3181,7 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
     def test_a_log_that_is_just_being_rotated_on_windows_is_looked_at_again(self):
         follower = dock.LogFollower(self.path, 0)
         Path(self.path).write_bytes(b"one\n")
-        with unittest.mock.patch.object(builtins, "open", side_effect=PermissionError("in use")):
+        with unittest.mock.patch.object(dock, "open_regular", side_effect=PermissionError("in use")):
             with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
                 self.assertEqual(follower.read(), b"")
             with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: False):
