@@ -10685,6 +10685,8 @@ class Foreground:
                 if not self.environment.is_held_back():
                     self.environment.restart_kept(record, None)
             elif record is not None and is_ours and record.desired_state != STOPPED:
+                if IS_WINDOWS and code in (0, None) and until(self._is_reborn, REBORN_PATIENCE, 0.5):
+                    continue
                 self._drain()
                 self.environment.note(record.run_id, last_exit={"code": code, "at": utc_now()})
                 self.console.say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({format_exit(code)})'}")
@@ -10694,6 +10696,10 @@ class Foreground:
                 self.console.say("\nComfyUI was stopped from elsewhere.")
                 break
         return 0
+
+    def _is_reborn(self) -> bool:
+        """Tell whether there is something to do again: on Windows ComfyUI-Manager's restart goes on under another PID."""
+        return bool(self.received) or self.environment.is_running()
 
     def _tells_readiness(self, snapshot: Snapshot) -> bool:
         """Tell the engine that waits for it of ComfyUI's first healthy answer; return whether there was one."""

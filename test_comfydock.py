@@ -5434,7 +5434,7 @@ class OddMachines(unittest.TestCase):
             {
                 "a": ["a==1.0"],
                 "b": ["b @ file:///w/b.whl"],
-                "c": ["-e", "/home/me/my code"],
+                "c": ["-e", urllib.request.url2pathname("/home/me/my%20code")],
                 "d": ["d @ git+https://h/o/d@abc"],
             },
         )
@@ -8097,7 +8097,8 @@ class ComfyUIsOwnParser(Journey):
         self.port = str(free_port())
 
     def run_here(self, *words):
-        return self.person.types("run", "--port", self.port, *words, cwd=self.folder, DISPLAY="")
+        python = ["--python", sys.executable] if WINDOWS else []  # there the checkout has none of its own
+        return self.person.types("run", "--port", self.port, *python, *words, cwd=self.folder, DISPLAY="")
 
     def test_a_mistyped_flag_is_told_and_nothing_starts(self):
         for words, hint in (("--lowvarm",), "did you mean --lowvram?"), (("--lowvram", "--cpu", "--xyzzy=1"), None):
@@ -8222,7 +8223,8 @@ class TellingTheTruth(Journey):
             (24, "✓  a-long-name  running"),
             (21, "✓  a-long-n…  running"),
         ):
-            shown = list(dock.table([row], ("VERSION", "QUEUE"), width))
+            with contextlib.redirect_stdout(io.StringIO()):  # which takes every sign
+                shown = list(dock.table([row], ("VERSION", "QUEUE"), width))
             self.assertEqual(shown[1], line)
             self.assertLessEqual(max(map(len, shown)), width)
 
@@ -9117,7 +9119,8 @@ class WhichEnvironment(Journey):
         person = self.person
         person.checkout(parent="portable")
         root = os.path.join(person.home, "portable")
-        done = person.types("run", "--port", str(free_port()), cwd=root)
+        python = ["--python", sys.executable] if WINDOWS else []  # there the checkout has none of its own
+        done = person.types("run", "--port", str(free_port()), *python, cwd=root)
         self.assertIn("Adopted", done.stdout, done.stderr)
         self.assertIn("Environment: portable", person.types("status", cwd=root).stdout)
         self.assertIn("ComfyUI stopped", person.types("stop", cwd=root).stdout)
@@ -9165,7 +9168,7 @@ class WhichEnvironment(Journey):
         self.assertClear(
             person.types("run", "--python", "/nowhere", cwd=checkout),
             1,
-            "There is no Python at /nowhere",
+            f"There is no Python at {os.path.abspath('/nowhere')}",
             "not a version",
         )
 
@@ -9185,6 +9188,8 @@ class WhichEnvironment(Journey):
         self.assertEqual(person.processes(), [])
 
     def test_a_workspace_may_lie_deep_and_bear_any_name(self):
+        if WINE:
+            self.skipTest("needs paths of more than 260 characters, which Wine does not take everywhere")
         person = self.person
         person.workspace = os.path.join(person.home, *["fünf Örter ☃ " + "x" * 40] * 5)
         self.assertGreater(len(person.workspace), 260)
@@ -10533,10 +10538,13 @@ class KilledAnywhere(Trouble):
         """Run a command that is killed at a point, a system call or a number of seconds; whether it was."""
         if isinstance(point, float):
             child = self.person.starts(*words)
-            was_running = dock.exit_code_within(child, point) is None
-            child.kill()
-            child.wait()
-            return was_running
+            try:
+                child.wait(point)
+                return False
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+                return True
         name, number, _ = point
         inject = f"inject={name}:signal=SIGKILL:when={number}"
         self.person.prefix = ["strace", "-qq", "-o", os.devnull, "-e", f"trace={name}", "-e", inject]
