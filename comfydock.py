@@ -2360,6 +2360,9 @@ class PsTable(ProcessTable):
             process.session, process.start_ticks = session_of(process.pid), proc_start_ticks(process.pid)
         return processes
 
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.processes()]
+
     def process(self, pid: int) -> Optional[Process]:
         processes = self.with_start(parse_ps(self.ps("-ww", "-p", str(pid), "-o", PS_COLUMNS)))
         return processes[0] if processes else None
@@ -10698,7 +10701,7 @@ class Foreground:
         return 0
 
     def _is_reborn(self) -> bool:
-        """Tell whether there is something to do again: on Windows ComfyUI-Manager's restart goes on under another PID."""
+        """Tell whether to look again: on Windows a restart by ComfyUI-Manager goes on under another PID."""
         return bool(self.received) or self.environment.is_running()
 
     def _tells_readiness(self, snapshot: Snapshot) -> bool:
