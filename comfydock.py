@@ -257,7 +257,7 @@ class ProcessState:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of the state file."""
-        names = [name for name in self.__annotations__ if name not in ("health_status", "extra", "owner")]
+        names = [name for name in type(self).__annotations__ if name not in ("health_status", "extra", "owner")]
         data = {_KEYS.get(name, name): getattr(self, name) for name in names}
         plan = {key: data.pop(key) for key in list(data)[: list(data).index("last_health_check")]}
         health = {"last_check": data.pop("last_health_check"), "status": self.health_status}
