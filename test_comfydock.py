@@ -1979,6 +1979,7 @@ class TheSameProcess(Stage):
         self.assertIsNotNone(self.find(**dict.fromkeys(self.identity, ...)))
         self.assertIsNone(self.find(os.path.join(self.folder, "other.py"), **dict.fromkeys(self.identity, ...)))
 
+    @unittest.skipUnless(dock.machine_id(), "needs a machine with an id")
     def test_another_machine_namespace_or_boot_is_not_here(self):
         boot = dock.boot_id()
         others = dict.fromkeys(("machine", "host"), "other")
@@ -10898,6 +10899,7 @@ class TimeAndIdentity(Trouble):
                 f"already running (PID {data['pid']}",
             )
 
+    @unittest.skipUnless(dock.machine_id(), "needs a machine with an id")
     def test_a_boot_since_then_is_known(self):
         if not namespaces_work():
             self.skipTest("needs root, unshare and nsenter for another boot id")
