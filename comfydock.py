@@ -1737,7 +1737,7 @@ def prepare_signals() -> None:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, end)
 
 
