@@ -282,6 +282,22 @@ class UserUnit(Units, Bed):
         self.comfydock("autostart", "on", "one.1-a")
 
 
+class SystemAutostart(Bed):
+    def test_root_has_the_machine_start_it_as_its_owner_and_off_leaves_no_trace(self):
+        self.told_once("two", 8302)
+        before = tree("/etc/systemd")
+        self.comfydock("autostart", "on", "two", "--system", user=None)
+        self.addCleanup(self.comfydock, "autostart", "off", "two", "--system", user=None)
+        self.assertEqual(run("systemctl", "is-enabled", "comfydock-two").strip(), "enabled")
+        self.assertIn("is on", self.comfydock("autostart", "status", "two", "--system", user=None))
+        run("systemctl", "start", "comfydock-two")
+        self.assertEqual(os.stat(f"/proc/{ask(8302)['pid']}").st_uid, pwd.getpwnam("alice").pw_uid)
+        run("systemctl", "stop", "comfydock-two")
+        self.assertIsNone(ask(8302))
+        self.comfydock("autostart", "off", "two", "--system", user=None)
+        self.assertEqual(tree("/etc/systemd"), before)
+
+
 class Images(Bed):
     """Both environments as images of Podman's, made with no network."""
 
