@@ -6131,8 +6131,8 @@ class UpdatingComfyUI(WithAComfyUI):
         self.assertEqual(self.starts(), "1.0.0")
         self.assertEqual(self.state(), old)
 
-    def dies(self, call, point):
-        """Run a call in another process, which is killed before its `point`th effect; the effects when it ended before."""
+    def dies(self, call, point, number=0):
+        """Run a call in another process that gets a signal before its `point`th effect; its effects when it gets none."""
         script = f"""
 import json, os, signal, subprocess, sys
 import comfydock as dock
@@ -6142,22 +6142,30 @@ def deadly(owner, name):
     def call(*arguments, **named):
         done.append(name)
         if len(done) == {point}:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), {int(number)})
         return real(*arguments, **named)
     setattr(owner, name, call)
 for name in ("replace", "rename", "unlink", "rmdir", "mkdir", "link", "symlink", "kill"):
     deadly(os, name)
 for name in ("run_command", "create_background_process", "write_atomic", "probe"):
     deadly(dock, name)
+dock.prepare_signals()
 dock.Workspace({self.root!r}).get_environment("main").{call}()
 print(json.dumps(done))
 """
         done = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True, check=False)
-        self.assertIn(done.returncode, (0, -signal.SIGKILL), done.stderr)
-        return None if done.returncode else json.loads(done.stdout)
+        if not number:
+            return json.loads(done.stdout)
+        name = {signal.SIGTERM: "Terminated", signal.SIGINT: "KeyboardInterrupt"}.get(number, "")
+        self.assertIn(name, done.stderr)
+        self.assertNotEqual(done.returncode, 0)
+        return None
 
     def sweep(self, call):
-        """Kill a call before 100 of its effects (3 in the everyday suite): what starts then is the old or the new."""
+        """Break a call off before 100 of its effects (3 in the everyday suite): what starts then is the old or the new.
+
+        By SIGKILL, by SIGTERM and by Ctrl-C in turn.
+        """
         beginning = self.root + " at first"
         self.addCleanup(shutil.rmtree, beginning, ignore_errors=True)
         self.copy(self.root, beginning)
@@ -6171,11 +6179,13 @@ print(json.dumps(done))
         telling = [number for number, name in enumerate(effects, 1) if name not in ("link", "unlink", "rmdir", "mkdir")]
         others, dice = sorted({*range(1, len(effects) + 1)} - {*telling}), random.Random(len(effects))
         points = [*telling, *dice.sample(others, min(len(others), max(0, 100 - len(telling))))]
-        for point in points if LONG else [*dice.sample(telling, 2), dice.choice(others)]:
+        points = points if LONG else [*dice.sample(telling, 2), dice.choice(others)]
+        signals = itertools.cycle((signal.SIGTERM, signal.SIGKILL, signal.SIGINT))
+        for point, number in zip(points, signals):
             self.fresh(beginning)
-            self.assertIsNone(self.dies(call, point))
-            version = self.starts()
-            with self.subTest(call=call, point=point, effect=effects[point - 1]):
+            with self.subTest(call=call, point=point, effect=effects[point - 1], number=number):
+                self.assertIsNone(self.dies(call, point, number))
+                version = self.starts()
                 self.assertEqual(self.state(), outcomes[version])
                 self.assertEqual(dock.comfyui_processes(self.comfyui), [])
                 self.assertFalse(dock.is_half_updated(self.paths))
@@ -7904,6 +7914,16 @@ class HandingOver(Journey):
             self.assertIn("is off", self.person.types("autostart", "off", "demo").stdout)
             self.assertEqual(tree(self.person.home), before)
             self.assertIn("is off", self.person.types("autostart", "status", "demo").stdout)
+
+    @unittest.skipUnless(WINDOWS and has("schtasks"), "needs the Task Scheduler")
+    def test_the_task_scheduler_has_the_task_from_on_to_off(self):
+        self.run_demo()
+        delete = ["schtasks", "/Delete", "/TN", "comfydock-demo", "/F"]
+        for deleter in (delete, self.person.command("autostart", "off", "demo")):
+            done = self.person.types("autostart", "on", "demo")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(subprocess.run(deleter, env=self.person.variables, cwd=self.person.home).returncode, 0)
+            self.assertEqual(subprocess.run(delete, stderr=subprocess.DEVNULL).returncode, 1)
 
     def test_the_words_that_an_engine_is_given_start_it(self):
         self.run_demo()
