@@ -49,6 +49,7 @@ Another program lives here as a guest, exempt from the rules: the demo (10).
 """
 
 import errno
+import io
 import json
 import os
 import re
@@ -694,13 +695,9 @@ class EnvironmentPaths:
         self.comfyui = os.path.join(root, "ComfyUI")
 
 
-def rotated(log_path: str) -> str:
-    return log_path + ".old"
-
-
-def older_log(log_path: str, number: int) -> str:
-    """The rotated log before the last `number` rotations: .old, .old.2, .old.3."""
-    return rotated(log_path) + (f".{number}" if number > 1 else "")
+def rotated(log_path: str, number: int = 1) -> str:
+    """Return the path of a log before its last `number` rotations: .old, .old.2, .old.3."""
+    return f"{log_path}.old" + (f".{number}" if number > 1 else "")
 
 
 def rotation_draft(log_path: str) -> str:
@@ -788,6 +785,7 @@ def default_workspace() -> str:
 
 IS_WINDOWS = sys.platform == "win32"
 IS_MACOS = sys.platform == "darwin"
+FILES_ARE_LOCKED_IN_USE = IS_WINDOWS  # whether files that a process has open can be neither replaced nor deleted
 
 
 def until(question: "Callable[[], Thing]", seconds: float, pause: float = 0.01) -> "Thing":
@@ -799,11 +797,6 @@ def until(question: "Callable[[], Thing]", seconds: float, pause: float = 0.01) 
     while not (answer := question()) and (left := deadline - time.monotonic()) > 0:
         time.sleep(min(pause, left))
     return answer
-
-
-def files_are_locked_in_use() -> bool:
-    """Tell whether this system refuses to replace or delete files that a process has open."""
-    return IS_WINDOWS
 
 
 # How `ps` is asked for the environment behind each command: macOS has -E, procps the BSD letter e.
@@ -3175,6 +3168,7 @@ LOG_LIMIT = 10 * MEGABYTE
 BLOCK = 1 << 16  # bytes; what a pipe of Linux holds, so that reader and writer work side by side
 LOG_HEAD = 160  # bytes: the session header, which tells one log from another
 LEFTOVER_AGE = 60.0  # seconds; a writer needs milliseconds
+IN_USE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENOTEMPTY)  # may be gone once what uses a file has ended
 
 
 def make_folder(path: str) -> None:
@@ -3185,8 +3179,7 @@ def make_folder(path: str) -> None:
 def write_atomic(path: str, data: bytes, mode: int = 0o600, owner: Optional[int] = None) -> None:
     """Replace the file at `path` by `data`, whole or not at all, also through a power cut. Raises OSError.
 
-    The temporary file stands beside it under a name of its own; one that a killed writer left is removed by
-    `sweep_leftovers`.
+    What a killed writer left of its temporary file is removed by `sweep_leftovers`.
     """
     temporary = temporary_name(path)
     try:
@@ -3197,7 +3190,7 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600, owner: Optional[int]
                 with suppress(OSError):  # who is not root can give nothing, and some file systems know no owners
                     give_to(handle, owner)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(handle)
         replace_file(temporary, path)
     except BaseException as error:
         with suppress(OSError):
@@ -3222,10 +3215,10 @@ def speaker_of(path: str, owner: int) -> Optional[int]:
     user: Optional[int] = own_user()
     if user is None or owner == user:
         return user
-    probe = temporary_name(path)
-    with suppress(OSError), open_regular(probe, "xb") as file:
+    trial = temporary_name(path)
+    with suppress(OSError), open_regular(trial, "xb") as file:
         owner = owner if os.fstat(file.fileno()).st_uid == user else user
-        os.unlink(probe)
+        os.unlink(trial)
     return owner
 
 
@@ -3252,28 +3245,19 @@ def again_while_busy(action: Callable[[], object], seconds: float) -> None:
 
     Virus scanners, readers and dying processes hold files of Windows for a moment.
     """
-    deadline = time.monotonic() + seconds
-
-    def succeeds() -> bool:
+    for tries_left in range(int(seconds * 20), -1, -1):
         try:
             action()
-            return True
+            return
         except OSError as error:
-            if not is_in_use(error) or time.monotonic() >= deadline:
+            if not tries_left or error.errno not in IN_USE:
                 raise
-            return False
-
-    until(succeeds, float("inf"), 0.05)
-
-
-def is_in_use(error: OSError) -> bool:
-    """Tell whether an error may be gone once what uses a file has ended."""
-    return error.errno in (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENOTEMPTY)
+        time.sleep(0.05)
 
 
 def replace_file(source: str, target: str, seconds: float = 2.0) -> None:
     """os.replace, tried again for `seconds` while Windows says that a reader has the target open."""
-    again_while_busy(lambda: os.replace(source, target), seconds if files_are_locked_in_use() else 0.0)
+    again_while_busy(lambda: os.replace(source, target), seconds if FILES_ARE_LOCKED_IN_USE else 0.0)
 
 
 def retry_while_busy(action: Callable[[], object], path: str) -> None:
@@ -3281,9 +3265,8 @@ def retry_while_busy(action: Callable[[], object], path: str) -> None:
     try:
         again_while_busy(action, 1.0)
     except OSError as error:
-        message, is_busy = f"{path} cannot be changed: {error.strerror or error}", is_in_use(error)
-        hint = "stop what uses it, then run the command again" if is_busy else ""
-        raise CDEnvironmentError(message, hint, "in-use" if is_busy else "failed") from error
+        told = ("stop what uses it, then run the command again", "in-use") if error.errno in IN_USE else ("", "failed")
+        raise CDEnvironmentError(f"{path} cannot be changed: {error.strerror or error}", *told) from error
 
 
 def remove_file(path: str) -> None:
@@ -3325,13 +3308,12 @@ LOCAL_FILE_SYSTEMS = frozenset("ext2 ext3 ext4 xfs btrfs zfs f2fs bcachefs tmpfs
 
 def file_system_of(path: str) -> str:
     """Return the type of the file system that holds a path, "" where it is not told."""
-    place = os.path.join(os.path.realpath(path), "")
-    found = [
-        (len(point), number, kind)
-        for number, (point, kind) in enumerate(mounts())
-        if place.startswith(os.path.join(point, ""))
-    ]
-    return max(found)[2] if found else ""
+    place, longest, found = os.path.join(os.path.realpath(path), ""), "", ""
+    for point, kind in mounts():  # of two at one point the last one shows
+        point = os.path.join(point, "")
+        if place.startswith(point) and len(point) >= len(longest):
+            longest, found = point, kind
+    return found
 
 
 @contextmanager
@@ -3482,16 +3464,12 @@ def rotate_at_start(path: str, limit: int = LOG_LIMIT) -> None:
 
 def old_logs(path: str) -> list[str]:
     """Return the rotated logs that are there, oldest first."""
-    return [older_log(path, number) for number in _old_numbers(path)]
+    return [rotated(path, number) for number in _old_numbers(path)]
 
 
 def _old_numbers(path: str) -> list[int]:
-    first = os.path.basename(rotated(path))
-    try:
-        names = os.listdir(os.path.dirname(path))
-    except OSError:
-        return []
-    ends = [name[len(first) :] for name in names if name.startswith(first)]
+    first, folder = os.path.basename(rotated(path)), os.path.dirname(path)
+    ends = [name[len(first) :] for name in os.listdir(folder) if name.startswith(first)] if is_there(folder) else []
     numbers = [int(end[1:] or 1) for end in ends if re.fullmatch(r"(\.([2-9]|[1-9]\d+))?", end, re.ASCII)]
     return sorted(numbers, reverse=True)
 
@@ -3501,9 +3479,9 @@ def shift_old_logs(path: str, keep: Optional[int]) -> None:
     present = _old_numbers(path)
     surplus = max(0, len(present) - (max(1, len(present)) if keep is None else keep) + 1)
     for number in present[:surplus]:
-        remove_file(older_log(path, number))
+        remove_file(rotated(path, number))
     for number in present[surplus:]:
-        replace_file(older_log(path, number), older_log(path, number + 1))
+        replace_file(rotated(path, number), rotated(path, number + 1))
 
 
 def copy_log(path: str, target: str, start: int, spare: int) -> int:
@@ -3526,15 +3504,10 @@ def same_beginning(one: str, other: str) -> bool:
         return False
 
 
-def empty_log(path: str) -> None:
-    """Empty a log that stays where it is; never what a link of its name points to. Raises OSError."""
-    with open_regular(path, "r+b") as log:
-        log.truncate(0)
-
-
 def start_log_anew(path: str, header: str) -> int:
     """Empty a log and write `header`; return its inode. Nobody may be writing to it."""
-    empty_log(path)
+    with open_regular(path, "r+b") as log:
+        log.truncate(0)
     log, _, inode = begin_session(path, header)
     log.close()
     return inode
@@ -3546,10 +3519,11 @@ def move_log(path: str, keep: Optional[int]) -> None:
     try:
         os.replace(path, rotated(path))
     except PermissionError:
-        if not files_are_locked_in_use():
+        if not FILES_ARE_LOCKED_IN_USE:
             raise
         copy_log(path, rotated(path), 0, spare=0)
-        empty_log(path)
+        with open_regular(path, "r+b") as log:
+            log.truncate(0)
 
 
 def begin_session(path: str, header: str) -> "tuple[BinaryIO, int, int]":
@@ -3642,39 +3616,35 @@ class LogFollower:
         if mark and mark == self.exhausted:
             return b""
         try:
-            with open_regular(self.path, buffering=0) as log:
-                return self._read_from(log, mark)
-        except FileNotFoundError:
+            head, piece = self._look_into(self.path)
+            if piece is None:
+                return self._rest_of_former(head)
+        except FileNotFoundError:  # the old ones, too, while they are being shifted
             return b""
         except PermissionError:
-            if not files_are_locked_in_use():
+            if not FILES_ARE_LOCKED_IN_USE:
                 raise
             return b""  # Windows, in the moment of a rotation
-
-    def _read_from(self, log: "IO[bytes]", mark: str) -> bytes:
-        head = self._head_of(log)
-        if not head.startswith(self.head):
-            return self._rest_of_former(head)
-        log.seek(self.position)
-        piece = log.read(1 << 20) or b""
-        if not self._head_of(log).startswith(self.head):  # rotated between the two
-            return b""
         self.head = head
         self.position += len(piece)
         self.exhausted = "" if piece else mark
         return piece
 
+    def _look_into(self, path: str) -> tuple[bytes, Optional[bytes]]:
+        """Return how a log begins, and what follows `position` in it; None where it is not the one that is followed."""
+        with open_regular(path, buffering=0) as log:
+            head = self._head_of(log)
+            if not head.startswith(self.head):
+                return head, None
+            log.seek(self.position)
+            piece = log.read(1 << 20)
+            return head, piece if self._head_of(log).startswith(self.head) else b""  # rotated between the two
+
     def _rest_of_former(self, head: bytes) -> bytes:
         """Return what the former log had after `position`; when that was all, the log after it is followed."""
         after, newest = head, file_mark(rotated(self.path))
         for path in reversed(old_logs(self.path)):  # from the newest on; `after` is how the one that came later begins
-            try:
-                with open_regular(path, buffering=0) as old:
-                    its_head = self._head_of(old)
-                    old.seek(self.position)
-                    piece = old.read(1 << 20) if its_head.startswith(self.head) else None
-            except FileNotFoundError:
-                return b""  # they are being shifted
+            its_head, piece = self._look_into(path)
             if piece:
                 self.position += len(piece)
                 return piece
@@ -3689,21 +3659,18 @@ class LogFollower:
             self.head, self.position = head, 0
         return b""
 
-    def _head_of(self, log: "IO[bytes]") -> bytes:
+    def _head_of(self, log: "BinaryIO") -> bytes:
         log.seek(0)
-        return log.read(LOG_HEAD) or b""
+        return log.read(LOG_HEAD)
 
 
 def is_link(path: str) -> bool:
     """Tell whether a path is a symbolic link, or a Windows junction, which os.path.islink does not know."""
-    import stat
-
     try:
-        status = os.lstat(path)
+        mount_point = 0xA0000003  # IO_REPARSE_TAG_MOUNT_POINT, what a junction carries
+        return os.path.islink(path) or getattr(os.lstat(path), "st_reparse_tag", 0) == mount_point
     except OSError:
         return False
-    mount_point = 0xA0000003  # IO_REPARSE_TAG_MOUNT_POINT, what a junction carries
-    return stat.S_ISLNK(status.st_mode) or getattr(status, "st_reparse_tag", 0) == mount_point
 
 
 def remove_empty(path: str) -> None:
@@ -3721,9 +3688,9 @@ def refuse_existing(path: str) -> None:
 def move(source: str, target: str, scratch: Optional[str] = None) -> None:
     """Rename; to another disk copy, and then delete. Raises CDEnvironmentError: the target exists, a file is in use.
 
-    A container's overlay file system is another disk in this: it renames no folder that comes from the image (EXDEV;
-    Linux, Documentation/filesystems/overlayfs). The target is whole as soon as it is there; until then the copy is in
-    `scratch`, a folder on the target's disk, by default its own.
+    A container's overlay file system is another disk in this: it renames no folder that comes from the image (EXDEV).
+    The target is whole as soon as it is there; until then the copy is in `scratch`, a folder on the target's disk, by
+    default its own.
     """
     refuse_existing(target)
     refuse_mounts(source)
@@ -3791,14 +3758,14 @@ def refuse_mounts(path: str) -> None:
 
 def move_aside(path: str, shelf: str, name: str) -> str:
     """Move a file or folder to `shelf`/<UTC time>/`name` and return that path; the shelf may be on another disk."""
-    stamp, number = time.strftime("%Y%m%d-%H%M%S", time.gmtime()), 1
-    target = os.path.join(shelf, stamp, name)
-    while os.path.lexists(target):
+    stamp = os.path.join(shelf, time.strftime("%Y%m%d-%H%M%S", time.gmtime()))
+    place, number = stamp, 1
+    while os.path.lexists(os.path.join(place, name)):
         number += 1
-        target = os.path.join(shelf, f"{stamp}-{number}", name)
-    make_folder(os.path.dirname(target))
-    move(path, target)
-    return target
+        place = f"{stamp}-{number}"
+    make_folder(place)
+    move(path, os.path.join(place, name))
+    return os.path.join(place, name)
 
 
 def link_folder(folder: str, link: str) -> None:
@@ -3818,16 +3785,10 @@ def link_folder(folder: str, link: str) -> None:
             raise CDEnvironmentError(f"cannot make the link {link}: {error.strerror}") from error
 
 
-def copy_any(
-    source: str,
-    target: str,
-    left_out: "Optional[Callable[[str, list[str]], list[str]]]" = None,
-    copy_file: "Optional[Callable[[str, str], object]]" = None,
-) -> None:
+def copy_any(source: str, target: str, **options: Any) -> None:
     """Copy a file, or a folder with all in it, as it is: links stay links. Raises CDEnvironmentError, OSError.
 
-    `left_out` is given each folder and the names in it, and returns those that are not copied; `copy_file` copies the
-    files of a folder, shutil.copy2 where it is None.
+    `options` are those that shutil.copytree has for a folder: `ignore`, `copy_function`.
     """
     import shutil
 
@@ -3837,8 +3798,7 @@ def copy_any(
     if os.path.realpath(target).startswith(os.path.join(os.path.realpath(source), "")):
         raise CDEnvironmentError(f"{source} cannot be copied into itself ({target})", "name another folder", "usage")
     try:
-        copy = copy_file or shutil.copy2
-        shutil.copytree(source, target, symlinks=True, ignore=left_out, copy_function=copy)
+        shutil.copytree(source, target, symlinks=True, **options)
     except shutil.Error as error:  # it holds all that went wrong, as (source, target, reason)
         path, _, reason = error.args[0][0]
         raise CDEnvironmentError(f"{path} cannot be copied: {reason}") from error
@@ -3870,7 +3830,7 @@ def link_tree(source: str, target: str, copied: int = 0) -> None:
 
     remove_tree(target)
     make_folder(os.path.dirname(target))
-    copy_any(source, target, copy_file=link_or_copy)
+    copy_any(source, target, copy_function=link_or_copy)
 
 
 def carry_over(old: str, new: str, known: set[str]) -> list[str]:
@@ -3884,8 +3844,8 @@ def carry_over(old: str, new: str, known: set[str]) -> list[str]:
     taken, top = [], os.path.realpath(new)
     for here, folders, files in os.walk(old):
         links = [name for name in folders if is_link(os.path.join(here, name))]
-        hidden = {".git", "__pycache__"} if here == old else {"__pycache__"}
-        folders[:] = [name for name in folders if name not in links and name not in hidden]
+        hidden = {*links, "__pycache__", ".git" if here == old else ""}
+        folders[:] = [name for name in folders if name not in hidden]
         for source in [os.path.join(here, name) for name in files + links]:
             name = os.path.relpath(source, old)
             target, folder = os.path.join(top, name), os.path.dirname(os.path.join(top, name))
@@ -3911,15 +3871,16 @@ def is_file(path: str) -> bool:
 
 
 def file_digest(path: str) -> str:
-    """The sha256 of a file, in hex; of a link, of where it points."""
+    """Return the sha256 of a file, in hex; of a link, of where it points."""
     import hashlib
 
-    if is_link(path):
-        return hashlib.sha256(os.fsencode(os.readlink(path))).hexdigest()
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(CHUNK):
-            digest.update(piece)
+    if is_link(path):
+        digest.update(os.fsencode(os.readlink(path)))
+    else:
+        with open(path, "rb") as file:
+            while piece := file.read(CHUNK):
+                digest.update(piece)
     return digest.hexdigest()
 
 
@@ -3929,17 +3890,14 @@ MOST_MEMBERS = 100_000  # of an archive; ComfyUI has about 1,000
 DIRECTORY_LIMIT = 16 * MEGABYTE  # of an archive's list of its members
 
 
-class BoundedReads:
+class BoundedReads(io.FileIO):
     """A file for zipfile, which reads the list of an archive's members at once, however large it claims to be."""
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
-
-    def read(self, size: int = -1) -> Any:
-        """Read as the file does. Raises ValueError for a list that is too large, in bytes or in members."""
-        data = b"" if size > DIRECTORY_LIMIT else self.file.read(DIRECTORY_LIMIT if size < 0 else size)
-        if size > DIRECTORY_LIMIT or data.startswith(b"PK\1\2") and data.count(b"PK\1\2") > MOST_MEMBERS:
+    def read(self, size: Optional[int] = -1, /) -> Any:
+        """Read as a file does. Raises ValueError for a list that is too large, in bytes or in members."""
+        wanted = DIRECTORY_LIMIT if size is None or size < 0 else size
+        data = super().read(wanted) if wanted <= DIRECTORY_LIMIT else b""
+        if wanted > DIRECTORY_LIMIT or data.startswith(b"PK\1\2") and data.count(b"PK\1\2") > MOST_MEMBERS:
             raise ValueError(f"it has more than {MOST_MEMBERS} members")
         return data
 
@@ -3958,7 +3916,7 @@ def unpack(archive: str, folder: str, limit: int, strip: bool = False) -> list[s
 
     damage = (OSError, EOFError, ValueError, RuntimeError, IndexError, zipfile.BadZipFile, zlib.error, struct.error)
     try:
-        with open(archive, "rb") as file, zipfile.ZipFile(BoundedReads(file)) as opened:
+        with BoundedReads(archive) as file, zipfile.ZipFile(file) as opened:
             members = judged(opened.infolist(), limit)
             tops = {parts[0] for parts, _, _ in members}
             if strip and len(tops) == 1 and all(is_folder or parts[1:] for parts, is_folder, _ in members):
@@ -4034,9 +3992,7 @@ def unpack_from(source: str, folder: str, strip: bool = False, tell: Progress = 
 
 def has_control(text: str) -> bool:
     """Tell whether a name holds control characters, or bytes that are no text."""
-    from unicodedata import category
-
-    return any(category(character) in ("Cc", "Cs") for character in text)
+    return re.search(r"[\0-\x1f\x7f-\x9f\ud800-\udfff]", text) is not None
 
 
 # ====================================================================================================================
@@ -11551,7 +11507,7 @@ def change_nodes_one_by_one(
     environment.require_comfyui()
     names = args.ids or args.nodes or list(environment.nodes.list_nodes())
     stopped_for_it = False
-    if files_are_locked_in_use() and not args.no_restart and environment.is_running():
+    if FILES_ARE_LOCKED_IN_USE and not args.no_restart and environment.is_running():
         busy = is_at_work(console, environment)
         question = "ComfyUI is running and locks its files. Stop it, make the change, and start it again?"
         if args.restart and not busy or console.ask(question, not busy):
@@ -11908,7 +11864,7 @@ def generate(console: Console, args: Arguments) -> Report:
             write_atomic(os.path.join(folder, name), text.encode(), mode)
         for name, source in copies.items():
             make_folder(os.path.dirname(os.path.join(folder, name)))
-            copy_any(source, os.path.join(folder, name), no_part_of_image)
+            copy_any(source, os.path.join(folder, name), ignore=no_part_of_image)
     except BaseException:
         remove_tree(folder)
         raise

@@ -2812,7 +2812,7 @@ class WritingIsAllOrNothing(unittest.TestCase):
             if not WINDOWS:
                 with self.assertRaises(PermissionError):
                     dock.replace_file(self.path, self.path + "2")
-            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
+            with unittest.mock.patch.object(dock, "FILES_ARE_LOCKED_IN_USE", True):
                 dock.replace_file(self.path, self.path + "2")
         self.assertEqual(os.listdir(self.folder), ["state2"])
 
@@ -3081,9 +3081,9 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
     def test_a_log_in_use_that_cannot_be_moved_is_copied_and_emptied_on_windows(self):
         Path(self.path).write_bytes(b"x" * 100)
         with unittest.mock.patch.object(os, "replace", side_effect=PermissionError("in use")):
-            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: False):
+            with unittest.mock.patch.object(dock, "FILES_ARE_LOCKED_IN_USE", False):
                 self.assertRaises(PermissionError, dock.move_log, self.path, 1)
-            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
+            with unittest.mock.patch.object(dock, "FILES_ARE_LOCKED_IN_USE", True):
                 dock.move_log(self.path, 1)
         self.assertEqual((read_bytes(self.path), read_bytes(self.path + ".old")), (b"", b"x" * 100))
 
@@ -3184,9 +3184,9 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
         follower = dock.LogFollower(self.path, 0)
         Path(self.path).write_bytes(b"one\n")
         with unittest.mock.patch.object(dock, "open_regular", side_effect=PermissionError("in use")):
-            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: True):
+            with unittest.mock.patch.object(dock, "FILES_ARE_LOCKED_IN_USE", True):
                 self.assertEqual(follower.read(), b"")
-            with unittest.mock.patch.object(dock, "files_are_locked_in_use", lambda: False):
+            with unittest.mock.patch.object(dock, "FILES_ARE_LOCKED_IN_USE", False):
                 self.assertRaises(PermissionError, follower.read)
         self.assertEqual(self.drained(follower), b"one\n")
 
@@ -9926,7 +9926,7 @@ class QueuedWork(Journey):
                 post(data["port"], "/interrupt", {})
             return environment.queue() == (0, 0)
 
-        with unittest.mock.patch.object(dock, "files_are_locked_in_use", return_value=True):
+        with unittest.mock.patch.object(dock, "FILES_ARE_LOCKED_IN_USE", True):
             for _ in range(2):
                 report = dock.change_nodes_one_by_one(dock.Console(None, None, None), dock.Arguments(words), change)
                 self.assertEqual(report.code, 0)
