@@ -860,15 +860,6 @@ def open_regular(path: str, mode: str = "rb", buffering: int = -1) -> "BinaryIO"
     return file  # type: ignore[no-any-return]
 
 
-def read_text(path: str) -> str:
-    """Return the stripped text of a small file, also behind a link; "" where it cannot be read."""
-    try:
-        with open_regular(os.path.realpath(path)) as file:
-            return file.read(1 << 20).decode("utf-8", "replace").strip()
-    except OSError:
-        return ""
-
-
 # The first place of sys.path is, as for a script, the folder of the file, and not the one we stand in.
 IMPORTED = "import sys; sys.path[0] = sys.argv.pop(1); from {} import main; sys.exit(main())"
 
@@ -934,9 +925,33 @@ class ProcessFacts:
 NO_MORE_FILES = {errno.EMFILE, errno.ENFILE}
 
 
+def read_proc(path: str, folder: Optional[int] = None) -> bytes:
+    """Return a whole file of the system (/proc, /etc), b"" where it is none or closed to us.
+
+    A relative path begins at the descriptor `folder`. os.read is three times as fast as open(). Raises OSError where no
+    more files can be opened: who cannot look takes nobody for dead.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY, dir_fd=folder)
+    except OSError as error:
+        if error.errno in NO_MORE_FILES:
+            raise
+        return b""
+    try:
+        return b"".join(iter(partial(os.read, fd, 32768), b""))  # /proc/net gives its lines page by page
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
+
+
 def unknown(*_: object) -> Any:
     """Answer for a system that has no such thing: it does not tell, there is none, and there is nothing to do."""
     return None
+
+
+own_user: Callable[[], Optional[int]] = getattr(os, "geteuid", unknown)
+give_to: Callable[[int, int, int], None] = getattr(os, "fchown", unknown)  # an open file, its new user and group
 
 
 if sys.platform == "win32":
@@ -1126,17 +1141,14 @@ if sys.platform == "win32":
         import ctypes
 
         kernel, ntdll = libraries()
-        rights = {
-            "interrupt": PROCESS_QUERY_LIMITED_INFORMATION,
-            "terminate": PROCESS_TERMINATE,
-            "kill": PROCESS_TERMINATE,
-        }
-        with opened_process(pid, rights.get(how, PROCESS_SUSPEND_RESUME) | SYNCHRONIZE) as handle:
+        rights = {"interrupt": PROCESS_QUERY_LIMITED_INFORMATION, "pause": PROCESS_SUSPEND_RESUME}
+        rights["continue"], ends = PROCESS_SUSPEND_RESUME, how in ("terminate", "kill")
+        with opened_process(pid, rights.get(how, PROCESS_TERMINATE) | SYNCHRONIZE) as handle:
             if is_it is not None and not is_it(None):
                 raise ProcessLookupError(f"there is no such process {pid} any more")
             if how == "interrupt":
                 done = console_interrupt(pid)
-            elif how in rights:
+            elif ends:
                 done = kernel.TerminateProcess(handle, 1) or has_ended(handle)  # one that has just ended refuses
             else:  # these count: each pause needs its continue
                 done = {"pause": ntdll.NtSuspendProcess, "continue": ntdll.NtResumeProcess}[how](handle) == 0
@@ -1294,24 +1306,19 @@ if sys.platform == "win32":
         return None
 
     @cache
-    def machine_id() -> str:
-        """Return a text that names this machine: the MachineGuid of the installation."""
+    def this_machine() -> dict[str, Optional[str]]:
+        """Return what machine this is; creation times are absolute here, so that a boot needs no name."""
         import winreg
 
-        try:
-            with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SOFTWARE\Microsoft\Cryptography") as key:
-                return str(winreg.QueryValueEx(key, "MachineGuid")[0])
-        except OSError:
-            return ""
-
-    def host_name() -> str:
-        return os.environ.get("COMPUTERNAME", "")
+        machine = ""
+        with suppress(OSError), winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SOFTWARE\Microsoft\Cryptography") as key:
+            machine = str(winreg.QueryValueEx(key, "MachineGuid")[0])
+        return {"boot_id": None, "pid_ns": None, "machine": machine, "host": os.environ.get("COMPUTERNAME", "")}
 
     def venv_python(folder: str) -> str:
         return os.path.join(folder, "Scripts", "python.exe")
 
-    boot_id = pid_namespace = unknown  # creation times are absolute here, so nothing is lost
-    session_of = kernel_clock = open_proc = own_user = give_to = unlock_handle = ending_with_us = unknown
+    session_of = kernel_clock = open_proc = unlock_handle = ending_with_us = unknown
     is_writable_by_others = unknown  # a matter of ACLs, which the mode of a file does not show
     reap_strangers = unknown  # there are no zombies
 
@@ -1336,16 +1343,12 @@ else:
         """
         import signal
 
-        ignored = [
-            one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD) if signal.getsignal(one) is signal.SIG_IGN
-        ]
         caught = []
-        try:
-            for number in ignored:
-                signal.signal(number, lambda *_: None)
-                caught.append(number)
-        except ValueError:  # not the main thread: passes_interrupt_on() tells
-            pass
+        with suppress(ValueError):  # not the main thread: passes_interrupt_on() tells
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+                if signal.getsignal(number) is signal.SIG_IGN:
+                    signal.signal(number, lambda *_: None)
+                    caught.append(number)
         mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
         try:
             yield
@@ -1357,16 +1360,10 @@ else:
     def end_group(process: "subprocess.Popen[str]") -> None:
         import signal
 
-        try:
+        with suppress(ProcessLookupError, PermissionError):  # macOS says EPERM of a group that has only zombies left
             os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # macOS says EPERM of a group that has only zombies left
-            pass
 
     def open_append(path: str) -> "BinaryIO":
-        """Open a log so that every write lands at its end, whoever else writes; a new one is its owner's to read.
-
-        The descriptor is not inherited. A link raises OSError (ELOOP).
-        """
         return open_regular(path, "ab", buffering=0)
 
     def lock_handle(fd: int, shared: bool = False) -> bool:
@@ -1406,13 +1403,8 @@ else:
         """
         import signal
 
-        number = {
-            "interrupt": signal.SIGINT,
-            "terminate": signal.SIGTERM,
-            "kill": signal.SIGKILL,
-            "pause": signal.SIGSTOP,
-            "continue": signal.SIGCONT,
-        }[how]
+        names = {"interrupt": "INT", "terminate": "TERM", "kill": "KILL", "pause": "STOP", "continue": "CONT"}
+        number = signal.Signals["SIG" + names[how]]
         if not is_pid(pid):
             raise ProcessLookupError(f"there is no process {pid}")
         folder = open_proc(pid)
@@ -1514,32 +1506,20 @@ else:
             return None
 
     @cache
-    def machine_id() -> str:
-        """Return a text that names this machine: systemd's machine-id, the host UUID of macOS, "" where it has none."""
-        known = read_text("/etc/machine-id") or read_text("/var/lib/dbus/machine-id")
-        if not known and sys.platform == "darwin":
-            known = mac_text("gethostuuid") or ""
-        return known
+    def this_machine() -> dict[str, Optional[str]]:
+        """Return what boot of what machine this is, and in which PID namespace (a container has its own), where told.
 
-    def host_name() -> str:
-        """Return what tells clones of one image apart: the host name (a Mac's changes with the network, its id not)."""
-        return "" if sys.platform == "darwin" else os.uname().nodename
-
-    @cache
-    def boot_id() -> Optional[str]:
-        """Return a text that names this boot of the machine, None where the system has none."""
-        known = read_text("/proc/sys/kernel/random/boot_id")
-        if not known and sys.platform == "darwin":
-            known = mac_text("sysctlbyname", b"kern.bootsessionuuid") or ""
-        return known or None
-
-    @cache
-    def pid_namespace() -> Optional[str]:
-        """Return the number of our PID namespace (a container has its own), None where there are none."""
-        try:
-            return os.readlink("/proc/self/ns/pid").strip("pid:[]")
-        except OSError:
-            return None
+        The host name tells clones of one image apart; a Mac's changes with the network, its id does not.
+        """
+        paths = ("/proc/sys/kernel/random/boot_id", "/etc/machine-id", "/var/lib/dbus/machine-id")
+        boot, machine, older = (os.fsdecode(read_proc(path)).strip() for path in paths)
+        machine, host, namespace = machine or older, os.uname().nodename, None
+        if sys.platform == "darwin":
+            boot = boot or mac_text("sysctlbyname", b"kern.bootsessionuuid") or ""
+            machine, host = machine or mac_text("gethostuuid") or "", ""
+        with suppress(OSError):
+            namespace = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+        return {"boot_id": boot or None, "pid_ns": namespace, "machine": machine, "host": host}
 
     def venv_python(folder: str) -> str:
         return os.path.join(folder, "bin", "python")
@@ -1550,14 +1530,6 @@ else:
             return bool(os.stat(path).st_mode & 0o002)
         except OSError:
             return False
-
-    def own_user() -> Optional[int]:
-        """Return the user whose rights we have, None on a system without users."""
-        return os.geteuid()
-
-    def give_to(handle: int, user: int) -> None:
-        """Make a user the owner of an open file. Raises OSError."""
-        os.fchown(handle, user, -1)
 
     def session_of(pid: int) -> Optional[int]:
         """Return the session of a process, None where the system does not tell."""
@@ -1572,7 +1544,7 @@ else:
         The third is by how many ticks those of /proc are shifted in our time namespace.
         """
         clock, ticks = getattr(time, "CLOCK_BOOTTIME", None), os.sysconf("SC_CLK_TCK")
-        shift = re.search(r"^boottime +(-?\d+) +(\d+)", read_text("/proc/self/timens_offsets"), re.MULTILINE)
+        shift = re.search(rb"^boottime +(-?\d+) +(\d+)", read_proc("/proc/self/timens_offsets"), re.MULTILINE)
         boot = time.time() - time.clock_gettime(clock) if clock is not None else 0.0
         return boot, ticks, int(shift[1]) * ticks + int(shift[2]) * ticks // 10**9 if shift else 0
 
@@ -1599,18 +1571,14 @@ def traced(tell: Progress) -> Iterator[None]:
         TRACERS.remove(tell)
 
 
-def trace(line: str) -> None:
-    """Tell a line to those who want to know."""
-    for tell in TRACERS:
-        tell(redact(line))
-
-
-def trace_command(cmd: list[str], cwd: "Optional[Union[str, Path]]") -> None:
-    """Tell of a command as a shell would take it, and its folder."""
-    if TRACERS:
+def trace(told: "Union[str, list[str]]", cwd: "Optional[Union[str, Path]]" = None) -> None:
+    """Tell those who want to know a line, or of a command as a shell would take it, and its folder."""
+    if isinstance(told, list) and TRACERS:
         from shlex import join
 
-        trace(f"$ {join(cmd)}" + (f"  (in {cwd})" if cwd is not None else ""))
+        told = f"$ {join(told)}" + (f"  (in {cwd})" if cwd is not None else "")
+    for tell in TRACERS:
+        tell(redact(str(told)))
 
 
 def create_background_process(
@@ -1628,11 +1596,11 @@ def create_background_process(
     """
     import subprocess
 
-    trace_command(cmd, cwd)
+    trace(cmd, cwd)
+    files: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": subprocess.STDOUT}
     for options in BACKGROUND:
         try:
             with default_signals():
-                files: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log_file, "stderr": subprocess.STDOUT}
                 return subprocess.Popen(cmd, cwd=cwd, env=env, pass_fds=pass_fds, **files, **options)
         except OSError as error:
             if options is BACKGROUND[-1] or not isinstance(error, PermissionError):
@@ -1653,7 +1621,7 @@ def run_at_terminal(cmd: list[str], cwd: str, env: dict[str, str]) -> int:
     import signal
     import subprocess
 
-    trace_command(cmd, cwd)
+    trace(cmd, cwd)
     former = signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which it would inherit
     try:
         return subprocess.call(cmd, cwd=cwd, env=env)
@@ -1696,11 +1664,9 @@ def ignore_interrupts(is_program: bool) -> None:
     """Hear no Ctrl-C from now on, if a program is about to end; off the main thread nothing changes."""
     import signal
 
-    try:
+    with suppress(ValueError):
         if is_program:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:
-        pass
 
 
 class Terminated(KeyboardInterrupt):
@@ -1745,14 +1711,12 @@ def noted_signals() -> Iterator[list[str]]:
     received: list[str] = []
     words = {"SIGINT": "interrupt", "SIGTERM": "terminate", "SIGHUP": "hangup", "SIGBREAK": "terminate"}
     before = {}
-    try:
+    with suppress(ValueError):
         for name, word in words.items():
             number = getattr(signal, name, None)
             is_deaf = name == "SIGHUP" and number is not None and signal.getsignal(number) is signal.SIG_IGN
             if number is not None and not is_deaf:
                 before[number] = signal.signal(number, lambda *_, word=word: received.append(word))
-    except ValueError:
-        pass
     try:
         yield received
     finally:
@@ -1824,22 +1788,15 @@ def run_command(
     """
     import subprocess
 
-    trace_command(cmd, cwd)
+    trace(cmd, cwd)
     began = time.monotonic()
     try:
-        pipe = subprocess.PIPE
-        options: dict[str, Any] = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": pipe,
-            "stderr": pipe,
-            "encoding": "utf-8",
-            **GROUP,
-        }
+        pipe, options = subprocess.PIPE, {**GROUP, "env": inherited_environment() if env is None else env}
+        options.update(stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace")
         if HANDED_ON and not IS_WINDOWS:
             options.update(pass_fds=tuple(HANDED_ON), preexec_fn=ending_with_us())
-        variables = inherited_environment() if env is None else env
         with default_signals():
-            process = subprocess.Popen(cmd, cwd=cwd, env=variables, errors="replace", **options)
+            process = subprocess.Popen(cmd, cwd=cwd, **options)
     except OSError as error:
         raise cannot_start(cmd, cwd, error) from error
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -1869,18 +1826,11 @@ def run_command(
 
 PATH_RULES = os.path  # how paths compare; a test puts ntpath here
 
-MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 
 PS_COLUMNS = "pid=,ppid=,uid=,stat=,lstart=,command="  # all known to both procps and macOS
 
-SYSTEM_HELPERS = {"conhost.exe"}  # Windows adds it below each process with a console, and takes it away by itself
-
 PSUTIL_FACTS = ("pid", "ppid", "uids", "status", "create_time", "cmdline", "name")
-
-
-def plain_path(path: str) -> str:
-    """Return an absolute path as it compares: without dots, and in one case where paths have none."""
-    return PATH_RULES.normcase(PATH_RULES.normpath(path))
 
 
 def real_path(path: str) -> str:
@@ -1888,15 +1838,14 @@ def real_path(path: str) -> str:
 
     Some drives of Windows cannot say what lies behind a link, and Wine cannot of a long path.
     """
-    try:
-        return plain_path(PATH_RULES.realpath(path))
-    except OSError:
-        return plain_path(path)
+    with suppress(OSError):
+        path = PATH_RULES.realpath(path)
+    return PATH_RULES.normcase(PATH_RULES.normpath(path))
 
 
 def same_path(one: str, other: str) -> bool:
-    """Tell whether two absolute paths are the same place: by spelling, else behind all links."""
-    return plain_path(one) == plain_path(other) or real_path(one) == real_path(other)
+    """Tell whether two absolute paths are the same place, behind all links."""
+    return real_path(one) == real_path(other)
 
 
 def is_python(name: str) -> bool:
@@ -1915,18 +1864,6 @@ def interpreter_width(words: list[str], joined: bool) -> int:
         if is_python(PATH_RULES.basename(" ".join(words[:width]))):
             return width
     return 0
-
-
-def possible_scripts(words: list[str], joined: bool) -> list[str]:
-    """Return what a Python's command may mean as its script: one word, or any run of joined words that begins there."""
-    rest = words[interpreter_width(words, joined) or len(words) :]
-    while rest and rest[0].startswith("-"):
-        option = re.fullmatch(r"-[^-cmXW]*([cmXW])(.*)", rest[0], re.DOTALL)
-        if rest[0] == "-" or option and option[1] in "cm":  # no script follows these
-            return []
-        takes_next = rest[0] == "--check-hash-based-pycs" or option and not option[2]
-        rest = rest[2 if takes_next else 1 :]
-    return [" ".join(rest[:end]) for end in range(1, len(rest) + 1 if joined else 2) if rest]
 
 
 @dataclass
@@ -1991,37 +1928,30 @@ def parse_proc_net(text: str, port: int) -> set[int]:
     return {int(row[9]) for row in rows if len(row) > 9 and row[3] == "0A" and row[1].endswith(f":{port:04X}")}
 
 
-def parse_ps_date(text: str) -> Optional[float]:
-    """Return the epoch seconds of `Wed Jul 29 15:37:10 2026` (UTC), None where it is written otherwise."""
-    from datetime import datetime, timezone
-
-    try:
-        _, month, day, clock, year = text.split()
-        hour, minute, second = (int(part) for part in clock.split(":"))
-        moment = datetime(int(year), MONTHS.index(month) + 1, int(day), hour, minute, second, tzinfo=timezone.utc)
-    except ValueError:
-        return None
-    return moment.timestamp()
-
-
 def parse_ps(text: str) -> list[Process]:
     """Read what ps prints for PS_COLUMNS under PS_LOCALE.
 
-    The date takes 24 columns (macOS pads it to 28). A zombie's command is <defunct> or ends with it; macOS prints
-    (name) where the command line may not be read.
+    The date takes 24 columns (macOS pads it to 28): `Wed Jul 29 15:37:10 2026` (UTC). A zombie's command is <defunct>
+    or ends with it; macOS prints (name) where the command line may not be read.
     """
+    from calendar import timegm
+
     processes = []
     for line in text.splitlines():
         fields = line.split(None, 4)
         if len(fields) < 5 or not (fields[0] + fields[1]).isdigit():
             continue
-        state = "zombie" if fields[3][0] == "Z" else "stopped" if fields[3][0] == "T" else "running"
         command = fields[4][24:].strip()
         if " " not in command and command[:1] + command[-1:] == "()":
             command = command[1:-1]
-        uid = int(fields[2]) if fields[2].lstrip("-").isdigit() else None
-        created, words = parse_ps_date(fields[4][:24]), command.split(" ")
-        processes.append(Process(int(fields[0]), int(fields[1]), None, uid, state, created, None, words, joined=True))
+        process = Process(int(fields[0]), int(fields[1]), command=command.split(" "), joined=True)
+        process.uid = int(fields[2]) if fields[2].lstrip("-").isdigit() else None
+        process.state = {"Z": "zombie", "T": "stopped"}.get(fields[3][0], "running")
+        with suppress(ValueError):  # a date in another language
+            _, month, day, clock, year = fields[4][:24].split()
+            hour, minute, second = map(int, clock.split(":"))
+            process.created = float(timegm((int(year), MONTHS.index(month) + 1, int(day), hour, minute, second)))
+        processes.append(process)
     return processes
 
 
@@ -2051,12 +1981,8 @@ def parse_netstat(text: str, port: int) -> list[int]:
     The word for LISTENING is translated (ABHÖREN, ECOUTE); that the foreign port is 0 is not.
     """
     rows = (line.split() for line in text.splitlines())
-    found = {
-        row[-1]
-        for row in rows
-        if len(row) > 3 and row[0] == "TCP" and row[1].endswith(f":{port}") and row[2][-2:] == ":0"
-    }
-    return sorted(int(pid) for pid in found if pid.isdigit())
+    tcp = (row for row in rows if len(row) > 3 and row[0] == "TCP" and row[-1].isdigit())
+    return sorted({int(row[-1]) for row in tcp if row[1].endswith(f":{port}") and row[2].endswith(":0")})
 
 
 # What the families of sockets are called on Windows (AF_INET, AF_INET6), how many numbers of 32 bits a row of their
@@ -2068,9 +1994,8 @@ def parse_tcp_listeners(table: bytes, width: int, port_at: int) -> list[tuple[in
     """Return (port, PID) of each row of a table whose first number says how many there are."""
     count = int.from_bytes(table[:4], "little")
     rows = (table[start : start + 4 * width] for start in range(4, 4 + 4 * width * count, 4 * width))
-    return [
-        (int.from_bytes(row[4 * port_at : 4 * port_at + 2], "big"), int.from_bytes(row[-4:], "little")) for row in rows
-    ]
+    port = slice(4 * port_at, 4 * port_at + 2)
+    return [(int.from_bytes(row[port], "big"), int.from_bytes(row[-4:], "little")) for row in rows]
 
 
 def parse_lsof(text: str, letter: str) -> list[str]:
@@ -2080,11 +2005,6 @@ def parse_lsof(text: str, letter: str) -> list[str]:
 
 class ProcessTable:
     """What every source can be asked; what it cannot tell is None, "" or []."""
-
-    @classmethod
-    def usable(cls) -> bool:
-        """Tell whether this source works here."""
-        raise NotImplementedError
 
     def pids(self) -> list[int]:
         """Return all PIDs."""
@@ -2121,43 +2041,28 @@ class ProcessTable:
         return {}
 
 
-def read_bytes(path: str, size: int = 32768, folder: Optional[int] = None) -> bytes:
-    """Return a whole file of /proc, b"" where it is gone or closed to us. os.read: three times as fast as open().
-
-    A relative path begins at the descriptor `folder`.
-    """
+def proc_process(pid: int, folder: Optional[int] = None) -> Optional[Process]:
+    """Return a process by its folder in /proc; by an open one (`folder`) it is no other that has its PID meanwhile."""
+    opened = open_proc(pid) if folder is None else folder
+    if opened is None:
+        return None
     try:
-        fd = os.open(path, os.O_RDONLY, dir_fd=folder)
-    except OSError as error:
-        if error.errno in NO_MORE_FILES:
-            raise
-        return b""
-    try:
-        data = b""
-        while part := os.read(fd, size):  # /proc/net gives its lines page by page
-            data += part
-        return data
-    except OSError:
-        return b""
+        process = parse_stat(read_proc("stat", opened), *kernel_clock())
+        if process is not None:
+            words = read_proc("cmdline", opened).rstrip(b"\0").split(b"\0")  # of a zombie or a kernel thread none
+            process.command = [os.fsdecode(word) for word in words] if any(words) else process.command
+            # The owner of the folder is root where the process may not be looked into.
+            _, told, uid = read_proc("status", opened).partition(b"\nUid:\t")
+            process.uid = int(uid.split(None, 1)[0]) if told else None
+        return process
     finally:
-        os.close(fd)
-
-
-def proc_process(folder: int, clock: tuple[float, int, int]) -> Optional[Process]:
-    """Return the process whose folder in /proc is open as `folder`: of one alone, whoever has its PID meanwhile."""
-    process = parse_stat(read_bytes("stat", folder=folder), *clock)
-    if process is not None:
-        words = read_bytes("cmdline", folder=folder).rstrip(b"\0").split(b"\0")  # of a zombie or a kernel thread none
-        process.command = [os.fsdecode(word) for word in words] if any(words) else process.command
-        # The owner of the folder is root where the process may not be looked into.
-        _, told, uid = read_bytes("status", folder=folder).partition(b"\nUid:\t")
-        process.uid = int(uid.split(None, 1)[0]) if told else None
-    return process
+        if folder is None:
+            os.close(opened)
 
 
 def proc_start_ticks(pid: int) -> Optional[int]:
     """Return field 22 of /proc/PID/stat, whichever table lists the process: wall-clock times move, this does not."""
-    process = None if IS_WINDOWS else parse_stat(read_bytes(f"/proc/{pid}/stat"), *kernel_clock())
+    process = proc_process(pid)
     return process.start_ticks if process is not None else None
 
 
@@ -2183,38 +2088,21 @@ def opened_inodes(pid: int, name: str) -> set[str]:
 class ProcTable(ProcessTable):
     """Linux: /proc, read directly."""
 
-    @classmethod
-    def usable(cls) -> bool:
-        """Tell whether /proc is there and is Linux's (Wine shows that of its host, with other PIDs than its own)."""
-        return not IS_WINDOWS and os.path.exists("/proc/self/stat")
-
     def pids(self) -> list[int]:
         return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
     def process(self, pid: int) -> Optional[Process]:
-        return next(iter(self.read([pid])), None)
+        return proc_process(pid)
 
     def processes(self, containing: str = "") -> list[Process]:
         """Return all processes, or those whose command line contains a text (only they are looked at closely)."""
-        needle = os.fsencode(containing)
-        return self.read([pid for pid in self.pids() if not needle or needle in read_bytes(f"/proc/{pid}/cmdline")])
-
-    @staticmethod
-    def read(pids: list[int]) -> list[Process]:
-        """Return those processes that are there."""
-        clock, found = kernel_clock(), []
-        for pid in pids:
-            folder = open_proc(pid)
-            if folder is not None:
-                try:
-                    found.append(proc_process(folder, clock))
-                finally:
-                    os.close(folder)
-        return [process for process in found if process is not None]
+        needle, pids = os.fsencode(containing), self.pids()
+        found = [pid for pid in pids if not needle or needle in read_proc(f"/proc/{pid}/cmdline")]
+        return list(filter(None, map(proc_process, found)))
 
     def marker(self, pid: int) -> str:
         """Return what /proc/PID/environ has (our own user's processes; all for root)."""
-        block = b"\0" + read_bytes(f"/proc/{pid}/environ")
+        block = b"\0" + read_proc(f"/proc/{pid}/environ")
         return os.fsdecode(block.partition(f"\0{RUN_ID_VARIABLE}=".encode())[2].partition(b"\0")[0])
 
     def cwd(self, pid: int) -> Optional[str]:
@@ -2225,10 +2113,8 @@ class ProcTable(ProcessTable):
 
     def listeners(self, port: int) -> list[int]:
         """Return who listens on `port`: the socket's inode is in /proc/net, its holder among all descriptors."""
-        wanted: set[str] = set()
-        for name in ("tcp", "tcp6"):
-            text = read_bytes(f"/proc/net/{name}").decode("ascii", "replace")
-            wanted.update(f"socket:[{inode}]" for inode in parse_proc_net(text, port))
+        text = "".join(read_proc(f"/proc/net/{name}").decode("ascii", "replace") for name in ("tcp", "tcp6"))
+        wanted = {f"socket:[{inode}]" for inode in parse_proc_net(text, port)}
         return [pid for pid in self.pids() if wanted and wanted & {target for _, target in open_files(pid)}]
 
     def usage(self) -> "dict[int, tuple[int, float, int]]":
@@ -2236,7 +2122,7 @@ class ProcTable(ProcessTable):
 
         (_, ticks, _), found = kernel_clock(), {}
         for pid in self.pids():
-            fields = read_bytes(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+            fields = read_proc(f"/proc/{pid}/stat").rpartition(b")")[2].split()
             if len(fields) > 21:  # from field 3 of proc(5) on: 4 ppid, 14 utime, 15 stime, 24 rss
                 found[pid] = int(fields[1]), (int(fields[11]) + int(fields[12])) / ticks, int(fields[21]) * PAGESIZE
         return found
@@ -2251,14 +2137,6 @@ def psutil_module() -> Any:
 
 class PsutilTable(ProcessTable):
     """psutil where it is installed."""
-
-    @classmethod
-    def usable(cls) -> bool:
-        """Tell whether psutil can be imported and knows us: on Linux it reads /proc, and raises anything without it."""
-        try:
-            return cls().process(os.getpid()) is not None
-        except Exception:
-            return False
 
     def pids(self) -> list[int]:
         return list(psutil_module().pids())
@@ -2333,12 +2211,7 @@ def parse_usage(text: str) -> "dict[int, tuple[int, float, int]]":
 
 
 class PsTable(ProcessTable):
-    """macOS, BSD: the text of `ps`, and `lsof` for folders and ports."""
-
-    @classmethod
-    def usable(cls) -> bool:
-        """Tell whether there is a ps that knows our columns (that of busybox does not)."""
-        return on_path("ps") and bool(cls().process(os.getpid()))
+    """macOS, BSD: the text of `ps`, and `lsof` for folders and ports; the ps of busybox does not know our columns."""
 
     def ps(self, *options: str) -> str:
         inherited = {name: value for name, value in os.environ.items() if name != "LC_ALL"}
@@ -2347,8 +2220,10 @@ class PsTable(ProcessTable):
     def usage(self) -> "dict[int, tuple[int, float, int]]":
         return parse_usage(self.ps("-A", "-o", "pid=,ppid=,time=,rss="))
 
-    def with_start(self, processes: list[Process]) -> list[Process]:
-        """Add what ps does not print: the session, and the start ticks where there is a /proc."""
+    def shown(self, *options: str, containing: str = "") -> list[Process]:
+        """Return what ps lists, with what it does not print: the session, and start ticks where there is a /proc."""
+        listed, needle = parse_ps(self.ps("-ww", *options, "-o", PS_COLUMNS)), PATH_RULES.normcase(containing)
+        processes = [process for process in listed if needle in PATH_RULES.normcase(process.text)]
         for process in processes:
             process.session, process.start_ticks = session_of(process.pid), proc_start_ticks(process.pid)
         return processes
@@ -2357,12 +2232,10 @@ class PsTable(ProcessTable):
         return [process.pid for process in self.processes()]
 
     def process(self, pid: int) -> Optional[Process]:
-        processes = self.with_start(parse_ps(self.ps("-ww", "-p", str(pid), "-o", PS_COLUMNS)))
-        return processes[0] if processes else None
+        return next(iter(self.shown("-p", str(pid))), None)
 
     def processes(self, containing: str = "") -> list[Process]:
-        processes, needle = parse_ps(self.ps("-axww", "-o", PS_COLUMNS)), PATH_RULES.normcase(containing)
-        return self.with_start([process for process in processes if needle in PATH_RULES.normcase(process.text)])
+        return self.shown("-ax", containing=containing)
 
     def marker(self, pid: int) -> str:
         return self.markers().get(pid, "")
@@ -2380,75 +2253,58 @@ class PsTable(ProcessTable):
 
 
 class WindowsTable(ProcessTable):
-    """Windows: the list from a snapshot of the system, all else from the processes themselves (`process_facts`)."""
+    """Windows: the list from a snapshot of the system, or from tasklist; all else from the processes themselves."""
 
-    @classmethod
-    def usable(cls) -> bool:
-        return bool(listed_processes())
+    def listed(self) -> list[tuple[int, str]]:
+        """Return (pid, program) of every process."""
+        return listed_processes() or parse_tasklist(printed(["tasklist", "/FO", "CSV", "/NH"]))
 
-    def make_process(self, pid: int, program: str, facts: Optional[ProcessFacts]) -> Optional[Process]:
-        """Make a process of what the process tells; of a dead one that somebody still holds open, none."""
-        facts = facts or ProcessFacts(pid)
-        if not facts.alive:
-            return None
-        return Process(pid, facts.ppid or 0, created=facts.created, command=facts.command or [program])
+    def process(self, pid: int, program: str = "") -> Optional[Process]:
+        """Return one process, none where it is dead and somebody still holds it open.
 
-    def listed(self, pid: Optional[int] = None) -> list[tuple[int, str]]:
-        return [one for one in listed_processes() if pid in (None, one[0])]
+        Unless `program` is told, the list is asked where the process itself does not tell its command line.
+        """
+        facts = process_facts(pid) or ProcessFacts(pid)
+        command = facts.command or [program or dict(self.listed()).get(pid, "")] if facts.alive else []
+        return Process(pid, facts.ppid or 0, created=facts.created, command=command) if any(command) else None
 
-    def process(self, pid: int) -> Optional[Process]:
-        """Return one process; the list is asked only where the process itself does not tell its command line."""
-        facts = process_facts(pid)
-        if facts is not None and (facts.command or not facts.alive):
-            return self.make_process(pid, "", facts)
-        processes = [self.make_process(*one, facts) for one in self.listed(pid)]
-        return processes[0] if processes else None
+    def processes(self, containing: str = "") -> list[Process]:
+        needle, processes = PATH_RULES.normcase(containing), (self.process(*one) for one in self.listed())
+        return [one for one in processes if one is not None and needle in PATH_RULES.normcase(one.text)]
 
     def pids(self) -> list[int]:
         return [pid for pid, _ in self.listed()]
 
     def marker(self, pid: int) -> str:
-        facts = process_facts(pid)
-        return facts.environment.get(RUN_ID_VARIABLE, "") if facts is not None else ""
+        return (process_facts(pid) or ProcessFacts(pid)).environment.get(RUN_ID_VARIABLE, "")
 
     def cwd(self, pid: int) -> Optional[str]:
-        facts = process_facts(pid)
-        return facts.cwd if facts is not None else None
+        return (process_facts(pid) or ProcessFacts(pid)).cwd
 
     def listeners(self, port: int) -> list[int]:
-        tables = (parse_tcp_listeners(tcp_listeners(family), width, at) for family, width, at in TCP_TABLES)
-        return sorted({pid for table in tables for one, pid in table if one == port})
-
-
-class TasklistTable(WindowsTable):
-    """Windows without snapshots: the lists from tasklist and netstat, two programs that must start each time."""
-
-    @classmethod
-    def usable(cls) -> bool:
-        return on_path("tasklist")
-
-    def listed(self, pid: Optional[int] = None) -> list[tuple[int, str]]:
-        chosen = [] if pid is None else ["/FI", f"PID eq {pid}"]
-        found = parse_tasklist(printed(["tasklist", *chosen, "/FO", "CSV", "/NH"]))
-        return [one for one in found if pid in (None, one[0])]
-
-    def listeners(self, port: int) -> list[int]:
-        return parse_netstat(printed(["netstat", "-ano"]), port)
+        """Return who listens on `port`, from the system's tables, or where they are refused from netstat."""
+        tables = [tcp_listeners(family) for family, _, _ in TCP_TABLES]
+        if not any(tables):
+            return parse_netstat(printed(["netstat", "-ano"]), port)
+        rows = (parse_tcp_listeners(table, *layout) for table, (_, *layout) in zip(tables, TCP_TABLES))
+        return sorted({pid for found in rows for one, pid in found if one == port})
 
 
 TABLES: dict[str, type[ProcessTable]] = {
     "proc": ProcTable,
     "windows": WindowsTable,
     "psutil": PsutilTable,
-    "tasklist": TasklistTable,
     "ps": PsTable,
 }
 
 
 @cache
 def is_usable(name: str) -> bool:
-    """Tell whether a source of TABLES works here; asked once, for trying ps costs a process."""
-    return name in TABLES and TABLES[name].usable()
+    """Tell whether a source of TABLES works here: it sees us. Asked once, for trying ps costs a process."""
+    try:
+        return name in TABLES and TABLES[name]().process(os.getpid()) is not None
+    except Exception:  # psutil reads /proc on Linux, and raises anything without it
+        return False
 
 
 def process_table() -> ProcessTable:
@@ -2457,29 +2313,31 @@ def process_table() -> ProcessTable:
     Raises CDEnvironmentError where the named one is unknown or does not work here, or none does.
     """
     forced = os.environ.get("COMFYDOCK_PROCESS_TABLE", "")
-    hint = "unset COMFYDOCK_PROCESS_TABLE, or set it to one of: " + ", ".join(TABLES)
+    name = next(filter(is_usable, [forced] if forced else TABLES), None)
+    if name is not None:
+        return TABLES[name]()
     if forced:
-        if not is_usable(forced):
-            raise CDEnvironmentError(f"COMFYDOCK_PROCESS_TABLE={forced} does not work on this machine", hint)
-        return TABLES[forced]()
-    for name, table in TABLES.items():
-        if is_usable(name):
-            return table()
-    raise CDEnvironmentError(
-        "this machine has no /proc, ps or tasklist, so running processes cannot be seen",
-        f"{sys.executable} -m pip install psutil",
-        "missing",
-    )
+        hint = "unset COMFYDOCK_PROCESS_TABLE, or set it to one of: " + ", ".join(TABLES)
+        raise CDEnvironmentError(f"COMFYDOCK_PROCESS_TABLE={forced} does not work on this machine", hint)
+    message = "this machine has no /proc, ps or tasklist, so running processes cannot be seen"
+    raise CDEnvironmentError(message, f"{sys.executable} -m pip install psutil", "missing")
 
 
 def scripts_of(process: Process, name: str) -> list[str]:
     """Return the absolute paths of what a Python may run as its script, if that is a file called `name`.
 
-    Options such as -s, -u, -X utf8 may stand before the script. An editor of it, or another script that is given it as
-    an argument, does not count.
+    Options such as -s, -u, -X utf8 may stand before the script, which is one word, or any run of joined words that
+    begins there. An editor of it, or another script that is given it as an argument, does not count.
     """
-    found = []
-    for path in possible_scripts(process.command, process.joined):
+    rest, found = process.command[interpreter_width(process.command, process.joined) or len(process.command) :], []
+    while rest and rest[0].startswith("-"):
+        option = re.fullmatch(r"-[^-cmXW]*([cmXW])(.*)", rest[0], re.DOTALL)
+        if rest[0] == "-" or option and option[1] in "cm":  # no script follows these
+            return []
+        takes_next = rest[0] == "--check-hash-based-pycs" or option and not option[2]
+        rest = rest[2 if takes_next else 1 :]
+    for end in range(1, len(rest) + 1 if process.joined else 2):
+        path = " ".join(rest[:end])
         if PATH_RULES.normcase(PATH_RULES.basename(path)) == PATH_RULES.normcase(name):
             folder = "" if PATH_RULES.isabs(path) else process_table().cwd(process.pid)
             found += [PATH_RULES.join(folder, path)] if folder is not None else []
@@ -2494,14 +2352,7 @@ def runs_script(process: Process, script: str) -> bool:
 def identity_of(process: Optional[Process]) -> dict[str, Any]:
     """Return what tells this process from every other, for the state file; of one that is gone, only where it was."""
     process = process or Process(0)
-    return {
-        "start_ticks": process.start_ticks,
-        "boot_id": boot_id(),
-        "pid_ns": pid_namespace(),
-        "machine": machine_id(),
-        "host": host_name(),
-        "created": process.created,
-    }
+    return {"start_ticks": process.start_ticks, **this_machine(), "created": process.created}
 
 
 def is_identity_of(process: Process, recorded: object) -> bool:
@@ -2605,7 +2456,7 @@ def is_same_process(process: Process, folder: Optional[int] = None) -> bool:
 
     `folder` is a descriptor of /proc/PID; without it the process table is asked.
     """
-    now = proc_process(folder, kernel_clock()) if folder is not None else process_table().process(process.pid)
+    now = proc_process(process.pid, folder) if folder is not None else process_table().process(process.pid)
     is_alive = now is not None and now.state != "zombie" and now.uid == process.uid
     return now is not None and is_alive and is_identity_of(now, identity_of(process))
 
@@ -2621,13 +2472,13 @@ def non_reaping_init(status: Optional[str] = None) -> Optional[str]:
     Who neither catches, blocks (signalfd, sigwait) nor ignores SIGCHLD never hears of them; but a thread may be
     waiting, and a shell reaps whatever ends while it waits for its own. `status` is the text of /proc/1/status.
     """
-    status = read_text("/proc/1/status") if status is None else status
+    status = os.fsdecode(read_proc("/proc/1/status")) if status is None else status
     facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     masks = [int(facts.get(name, "0"), 16) for name in ("SigBlk", "SigIgn", "SigCgt")]
     is_shell = facts.get("Name") in ("init", "sh", "dash", "ash", "bash", "busybox")
     if facts.get("Threads", "").strip() != "1" or is_shell or any(mask & 1 << 16 for mask in masks):  # SIGCHLD is 17
         return None
-    return " ".join(map(os.fsdecode, read_bytes("/proc/1/cmdline").split(b"\0"))).strip() or "the first process"
+    return os.fsdecode(read_proc("/proc/1/cmdline").replace(b"\0", b" ")).strip() or "the first process"
 
 
 def is_stopped(process: Process) -> bool:
@@ -2638,7 +2489,7 @@ def is_stopped(process: Process) -> bool:
     except OSError:
         now = process_table().process(process.pid)
         return now is None or now.state != "running" or IS_WINDOWS  # which tells no such state
-    states = (read_bytes(f"{folder}/{thread}/stat").rpartition(b") ")[2][:1] for thread in threads)
+    states = (read_proc(f"{folder}/{thread}/stat").rpartition(b") ")[2][:1] for thread in threads)
     return all(state in b"TtZX" for state in states)
 
 
@@ -2678,11 +2529,10 @@ def ancestors_of(pid: int, processes: dict[int, Process]) -> set[int]:
 
 def output_of(process: Process) -> Optional[str]:
     """Return the regular file that a process writes its output to, None where that is none or not told."""
-    try:
+    with suppress(OSError):
         path = os.readlink(f"/proc/{process.pid}/fd/1")
-    except OSError:
-        return None
-    return path if os.path.isfile(path) else None
+        return path if os.path.isfile(path) else None
+    return None
 
 
 def writers_of(path: str) -> list[Process]:
@@ -2719,7 +2569,8 @@ def process_tree(process: Process, run_id: Optional[str], alive: Optional[dict[s
     family |= {pid for pid in processes if run_id and markers.get(pid) == run_id}
     locks = {str(alive.get("ino"))} if alive else opened_inodes(process.pid, ALIVE_NAME)
     family |= {pid for pid in processes if locks and locks & opened_inodes(pid, ALIVE_NAME)}
-    candidates = (processes[pid] for pid in family - spared if processes[pid].name.lower() not in SYSTEM_HELPERS)
+    # Windows adds a conhost.exe below each process with a console, and takes it away by itself.
+    candidates = (processes[pid] for pid in family - spared if processes[pid].name.lower() != "conhost.exe")
     members = (one for one in candidates if one.uid == process.uid)
     return sorted(members, key=lambda one: (one.start_ticks or one.created or 0, one.pid))
 
@@ -3188,7 +3039,7 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600, owner: Optional[int]
             file.write(data)
             if owner is not None:
                 with suppress(OSError):  # who is not root can give nothing, and some file systems know no owners
-                    give_to(handle, owner)
+                    give_to(handle, owner, -1)
             file.flush()
             os.fsync(handle)
         replace_file(temporary, path)
@@ -6390,7 +6241,7 @@ def ensure_venv(paths: EnvironmentPaths, python: Optional[str], tell: Progress) 
 
     `.python-version` is written when the venv is whole.
     """
-    interpreter, version = venv_python(paths.venv), read_text(paths.python_version)
+    interpreter, version = venv_python(paths.venv), read_any_text(paths.python_version).strip()
     wanted = version if python is None else python if python[:1].isdigit() else version_of_python(python)
     if version and os.path.exists(interpreter) and wanted.startswith(version):
         return version
@@ -7804,7 +7655,7 @@ class Environment:
         return {**with_interpreter(inherited, self.python), "PYTHONIOENCODING": "utf-8", **own}
 
     def _parser_text(self) -> str:
-        return read_text(os.path.join(self._checkout, "comfy", "cli_args.py"))
+        return read_any_text(os.path.join(self._checkout, "comfy", "cli_args.py"))
 
     def _added(self) -> list[str]:
         """Return the words that we add to those which were typed: a browser of ComfyUI's would end with it."""
@@ -7900,7 +7751,7 @@ class Environment:
         Closed, not unlocked: that would free it for ComfyUI, too.
         """
         lock = None
-        if pid_namespace() is not None:
+        if this_machine()["pid_ns"] is not None:
             with suppress(OSError):
                 lock = until(lambda: take_lock(self.paths.alive), 1.0)
                 if lock is None:
