@@ -3935,39 +3935,30 @@ Name = tuple[str, ...]  # of a table or a pair, part by part
 
 @dataclass
 class Statement:
-    """A table header or a `key = value` of a TOML text: the header's own name or the pair's full one, and its lines.
-
-    `start`, `end` and `last` are offsets: of its lines, and where the last line of a header's table ends.
-    """
+    """A table with its pairs, or a `key = value`, of a TOML text: its full name, and the offsets of its lines."""
 
     name: Name
     is_table: bool
     start: int
     end: int
-    last: int
 
 
 def toml_statements(text: str) -> list[Statement]:
-    """Return the statements of a TOML text, as far as patterns see them; comments and blank lines lie between them."""
+    """Return the statements of a TOML text, as far as patterns see them; comments and blank lines lie between them.
+
+    A key with escapes is not read: then the draft will not be as meant.
+    """
     plain = re.sub(TOML_STRING, lambda found: found[0].replace("\n", " "), text, flags=re.S)
     heads = list(re.finditer(TOML_LINE, plain, re.M))
-    statements, table = [], Statement((), True, 0, 0, 0)
+    statements, table = [], Statement((), True, 0, 0)
     for head, stop in zip(heads, [*(after.start() for after in heads[1:]), len(text)]):
-        name = tuple(key_text(key) for key in re.findall(TOML_KEY, head[2] or head[3]))
+        name = tuple(key.strip("\"'") for key in re.findall(TOML_KEY, head[2] or head[3]))
         end = head.start() + len(re.sub(TOML_GAP, "", plain[head.start() : stop]))
-        own = Statement(name if head[1] else table.name + name, bool(head[1]), head.start(), end, end)
+        own = Statement(name if head[1] else table.name + name, bool(head[1]), head.start(), end)
         table = own if head[1] else table
-        table.last = end
+        table.end = end
         statements.append(own)
     return statements
-
-
-def key_text(key: str) -> str:
-    """Return what a key of TOML reads. A quoted one is nearly JSON; where it is not, the draft will not be as meant."""
-    try:
-        return str(json.loads(key, strict=False)) if key.startswith('"') else key.strip("'")
-    except ValueError:
-        return key
 
 
 def toml_key(key: str) -> str:
@@ -3991,50 +3982,44 @@ def toml_lines(table: dict[str, Any], *header: str) -> list[str]:
     return head + [f"{toml_key(key)} = {toml_value(value)}" for key, value in table.items() if value is not None]
 
 
-def toml_text(tables: dict[str, dict[str, Any]]) -> str:
-    return "\n".join("\n".join([header, *toml_lines(table), ""]) for header, table in tables.items())
+def without(text: str, name: Name) -> str:
+    """Return the text without a pair, or a table with its sub-tables; with the last pair of a table goes the table.
+
+    The blank line above a table goes with it.
+    """
+    statements = toml_statements(text)
+    own = [item for item in statements if item.name[: len(name)] == name]
+    family = [item for item in statements if item.name[: len(name) - 1] == name[:-1]]
+    if own and [item.is_table for item in family] == [True, False]:
+        own = family
+    kept, place = "", 0
+    for item in own:
+        if item.start >= place:
+            before = text[place : item.start]
+            kept += re.sub(r"(\A|\n)\r?\n\Z", r"\1", before) if item.is_table else before
+            place = item.end
+    return kept + text[place:]
 
 
 def edited(text: str, name: Name, value: Any) -> str:
-    """Return the text with a table (a dict) or a pair put in its place, or added beside its nearest relatives.
-
-    None takes it out: a table with its sub-tables, and with the last pair of a table the table.
-    """
-    statements, is_table = toml_statements(text), isinstance(value, dict)
-    own = [item for item in statements if item.name[: len(name)] == name]
-    heads = [item.name for item in own if item.is_table]
+    """Return the text with a table (a dict) or a pair put in its place, or added beside its nearest relatives."""
+    is_table = isinstance(value, dict)
     lines = toml_lines(value, *name) if is_table else toml_lines({name[-1]: value})
-    if own and value is not None and heads == [name] * is_table:
-        return spliced(text, own[0].start, own[-1].end, lines)
-    text = without_lines(text, own)  # what is taken out was inline, or had sub-tables
-    others = toml_statements(text)
-    if value is None:
-        left = [item for item in others if item.name[: len(name) - 1] == name[:-1]]
-        return without_lines(text, left) if own and not heads and len(left) == 1 and left[0].is_table else text
-    ends = [item.last for item in others if item.is_table and item.name == name[:-1]]
-    if ends and not is_table:
-        return spliced(text, ends[0], ends[0], lines)
-    others = [item for item in others if item.is_table] or others
-    kinship = [len(os.path.commonprefix([item.name, name])) for item in others]
-    place = max(zip(kinship, [item.last for item in others]), default=(0, 0))[1]
-    lines = lines if is_table else toml_lines({name[-1]: value}, *name[:-1])
-    return spliced(text, place, place, [""] * bool(place) + lines)
-
-
-def spliced(text: str, start: int, end: int, lines: list[str]) -> str:
+    own = [item for item in toml_statements(text) if item.name[: len(name)] == name]
+    if own and [item.name for item in own if item.is_table] == [name] * is_table:
+        start, end = own[0].start, own[0].end
+    else:
+        text = without(text, name)  # what was there was inline, or had sub-tables
+        others = toml_statements(text)
+        home = [item.end for item in others if item.is_table and item.name == name[:-1] and not is_table]
+        others = [item for item in others if item.is_table] or others
+        kinship = [(len(os.path.commonprefix([item.name, name])), item.end) for item in others]
+        start = end = home[0] if home else max(kinship, default=(0, 0))[1]
+        if not home:
+            lines = [""] * bool(start) + (lines if is_table else toml_lines({name[-1]: value}, *name[:-1]))
     stop = "\r\n" if "\r\n" in text else "\n"
     before = text[:start] + (stop if start and text[start - 1] != "\n" else "")
     return before + "".join(line + stop for line in lines) + text[end:]
-
-
-def without_lines(text: str, statements: list[Statement]) -> str:
-    """Return the text without these statements; the blank line above a table goes with it."""
-    for item in reversed(statements):
-        before = text[: item.start]
-        if item.is_table:
-            before = re.sub(r"(\A|\n)\r?\n\Z", r"\1", before)
-        text = before + text[item.end :]
-    return text
 
 
 def parse_toml(text: str, path: str, python: Optional[str] = None) -> dict[str, Any]:
@@ -4052,9 +4037,9 @@ def parse_toml(text: str, path: str, python: Optional[str] = None) -> dict[str, 
         data: dict[str, Any] = reader.loads(text.removeprefix("\ufeff"))
         return data
     except (ValueError, RecursionError) as error:
-        place = re.search(r"\(at line (\d+), column \d+\)", str(error))
-        reason = re.sub(r"\s*\(at [^)]*\)", "", str(error))
-    raise broken_manifest(path, int(place[1]) if place else text.count("\n") + 1, reason)
+        reason, _, place = str(error).partition(" (at ")
+        line = re.match(r"line (\d+),", place)
+    raise broken_manifest(path, int(line[1]) if line else text.count("\n") + 1, reason)
 
 
 def toml_module(python: Optional[str]) -> Any:
@@ -4079,62 +4064,49 @@ def broken_manifest(path: str, line: int, reason: str) -> CDEnvironmentError:
     return CDEnvironmentError(f"{path} line {line}: {reason}", "fix that line; the file was not changed", "manifest")
 
 
+def table_in(table: Any, key: str) -> dict[str, Any]:
+    found = table.get(key) if isinstance(table, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def texts_in(table: Any, key: str) -> list[str]:
     found = table.get(key) if isinstance(table, dict) else None
     return [item for item in found if isinstance(item, str)] if isinstance(found, list) else []
 
 
-NODE_FIELDS = (  # in the order of 1.0.x, then ours
-    "name registry_id repository version branch download_url source dependency_sources "
-    "pin released skipped_lines no_deps"
-).split()
-
-
 def info_from_table(key: str, table: dict[str, Any]) -> NodeInfo:
     """Return a node as its table has it; a field of the wrong type is left out."""
     info = NodeInfo(name=key)
-    for name in NODE_FIELDS:
-        value, usual = table.get(name), getattr(info, name)
+    for name, usual in [*vars(info).items()]:
+        value = table.get(name)
         if value and isinstance(value, str if usual is None else type(usual)):
             setattr(info, name, [str(item) for item in value] if isinstance(value, list) else value)
     return info
 
 
-def table_from_info(info: NodeInfo, old: Optional[dict[str, Any]] = None) -> dict[str, Any]:
-    """Return the table for a node, in the order of NODE_FIELDS: the old one's unknown keys stay."""
-    ours = {name: getattr(info, name) for name in NODE_FIELDS if getattr(info, name)}
-    return {**ours, **{key: value for key, value in (old or {}).items() if key not in NODE_FIELDS}}
-
-
-@dataclass
 class Manifest:
-    """What an environment's pyproject.toml says of it.
+    """What an environment's pyproject.toml says of it; what is of the wrong type reads as absent.
 
-    `settings` is the table [tool.comfydock] with its `nodes`, or of the tool that `tool` names; `groups` the table
-    [dependency-groups]; `dependencies` those of [project], `constraints` those of [tool.uv]; `toml` the text. What is
-    of the wrong type reads as absent. `nodes` has the nodes by key (the registry id, else the name), `tables` their
-    tables.
+    `data` is the parsed file, `toml` its text. `settings` is the table of the tool that `tool` names: ours, or
+    comfygit's, which has the same in it. `nodes` has the nodes by key (the registry id, else the name), `tables` their
+    tables; `groups` are the dependency groups, `dependencies` those of [project], `constraints` those of [tool.uv].
     """
 
-    settings: dict[str, Any]
-    groups: dict[str, Any]
-    dependencies: list[str] = field(default_factory=list)
-    constraints: list[str] = field(default_factory=list)
-    tool: str = "comfydock"
-    toml: str = ""
-
-    def __post_init__(self) -> None:
-        self.settings = self.settings if isinstance(self.settings, dict) else {}
-        self.groups = self.groups if isinstance(self.groups, dict) else {}
+    def __init__(self, data: dict[str, Any], toml: str = "") -> None:
+        self.toml, tools = toml, table_in(data, "tool")
+        self.tool = "comfygit" if "comfygit" in tools and "comfydock" not in tools else "comfydock"
+        self.settings = table_in(tools, self.tool)
+        self.groups = table_in(data, "dependency-groups")
+        self.dependencies = texts_in(data.get("project"), "dependencies")
+        self.constraints = texts_in(tools.get("uv"), "constraint-dependencies")
         self.comfyui_path = self.text("comfyui_path")  # the checkout of an adopted environment, else None
         self.python_path = self.text("python_path")  # the interpreter of an adopted environment
         self.comfyui_version = self.text("comfyui_version")  # the tag, branch or commit that was asked for
         self.torch_backend = self.text("torch_backend")  # as asked for, such as "auto"
         self.demo = self.settings.get("demo") is True
         self.found_nodes = texts_in(self.settings, "found_nodes")  # there at the adoption
-        nodes = self.settings.get("nodes")
-        pairs = nodes.items() if isinstance(nodes, dict) else ()
-        self.tables: dict[str, dict[str, Any]] = {key: table for key, table in pairs if isinstance(table, dict)}
+        nodes = table_in(self.settings, "nodes")
+        self.tables: dict[str, dict[str, Any]] = {key: nodes[key] for key in nodes if isinstance(nodes[key], dict)}
         self.nodes = {key: info_from_table(key, table) for key, table in self.tables.items()}
 
     def text(self, name: str) -> Optional[str]:
@@ -4154,17 +4126,8 @@ class Manifest:
         return next((name for name in self.groups if name.endswith(f"-{digest}")), f"{plain}-{digest}")
 
     def requirements(self, info: NodeInfo) -> list[str]:
-        """Return the requirements recorded for a node."""
+        """Return the requirements that are written down for a node."""
         return texts_in(self.groups, self.group_name(info))
-
-
-def manifest_from(data: dict[str, Any], toml: str = "") -> Manifest:
-    """Return the parts of a parsed pyproject.toml that are ours, or comfygit's, which has the same under its name."""
-    tool: Any = data.get("tool")
-    tool = tool if isinstance(tool, dict) else {}
-    name = "comfygit" if "comfygit" in tool and "comfydock" not in tool else "comfydock"
-    needs, bounds = texts_in(data.get("project"), "dependencies"), texts_in(tool.get("uv"), "constraint-dependencies")
-    return Manifest(tool.get(name, {}), data.get("dependency-groups", {}), needs, bounds, name, toml)
 
 
 def read_manifest(paths: EnvironmentPaths, python: Optional[str] = None) -> Manifest:
@@ -4180,18 +4143,15 @@ def read_manifest(paths: EnvironmentPaths, python: Optional[str] = None) -> Mani
 def manifest_of(text: str, path: str, cache_path: str, python: Optional[str]) -> Manifest:
     """Return the manifest that reads `text`, made once, as a command looks at it a dozen times: nobody changes it.
 
-    The parameters are those of read_manifest. The text is the key of the JSON: it is short, and hashlib takes longer to
-    import than the rest of `status`.
+    The text is the key of the JSON: it is short, and hashlib takes longer to import than the rest of `status`.
     """
     cached = read_json(cache_path)
-    if cached.get("toml") == text:
-        with suppress(TypeError):
-            return Manifest(**cached)
-    manifest = manifest_from(parse_toml(text, path, python), text)
-    record = {name: getattr(manifest, name) for name in tuple(Manifest.__annotations__)}
+    if cached.get("toml") == text and "data" in cached:
+        return Manifest(table_in(cached, "data"), text)
+    data = parse_toml(text, path, python)
     with suppress(OSError):  # a read-only workspace is read all the same
-        write_atomic(cache_path, json.dumps(record, default=str).encode())
-    return manifest
+        write_atomic(cache_path, json.dumps({"toml": text, "data": data}, default=str).encode())
+    return Manifest(data, text)
 
 
 def last_known_manifest(paths: EnvironmentPaths) -> Manifest:
@@ -4199,15 +4159,14 @@ def last_known_manifest(paths: EnvironmentPaths) -> Manifest:
     try:
         return read_manifest(paths)
     except CDEnvironmentError:
-        cached = read_json(paths.cache)
-        return Manifest(cached.get("settings", {}), cached.get("groups", {}))
+        return Manifest(table_in(read_json(paths.cache), "data"))
 
 
 def manifest_text(paths: EnvironmentPaths) -> str:
     """Return the manifest as text. Raises CDEnvironmentError (code "manifest"), for what is not UTF-8 with the line."""
+    reason = "there is none"
     try:
         data = read_small(os.path.realpath(paths.manifest), 4 * MEGABYTE)  # the user's may be a link
-        reason = "there is none"
     except OSError as error:
         data, reason = None, str(error.strerror)
     if data is None:
@@ -4229,7 +4188,7 @@ def read_json(path: str) -> dict[str, Any]:
 def change_manifest(
     paths: EnvironmentPaths, plan: "Callable[[Manifest], dict[Name, Any]]", python: Optional[str] = None
 ) -> None:
-    """Make the changes that `plan` sees to be made, tables and pairs by name; every other byte stays.
+    """Make the changes that `plan` names, tables and pairs (None takes one out); every other byte stays.
 
     The text is saved, to its real path, once it is sure that it says what is meant and nothing else: else, or where it
     cannot be read, CDEnvironmentError (code "manifest") is raised, and the file is as it was. The content lock is held.
@@ -4237,13 +4196,13 @@ def change_manifest(
     text = manifest_text(paths)
     data = parse_toml(text, paths.manifest, python)
     try:
-        for name, value in plan(manifest_from(data)).items():
-            text, inner = edited(text, name, value), data
+        for name, value in plan(Manifest(data)).items():
+            inner = data
             for part in name[:-1]:
                 inner = inner.setdefault(part, {})
-            inner.pop(name[-1], None)
-            if value is not None:
-                inner[name[-1]] = value
+            if inner.get(name[-1]) != value:
+                text = without(text, name) if value is None else edited(text, name, value)
+                inner[name[-1]] = {} if value is None else value
         is_meant = without_empty(parse_toml(text, paths.manifest, python)) == without_empty(data)
     except (ValueError, TypeError, AttributeError, CDEnvironmentError):  # a number where a table is meant, for one
         is_meant = False
@@ -4265,15 +4224,14 @@ def change_node(
     """Write what the manifest says of a node and its requirements; None takes it out. Raises as change_manifest."""
 
     def plan(manifest: Manifest) -> dict[Name, Any]:
+        old, table = manifest.tables.get(key), None
         groups: dict[str, Any] = {manifest.group_name(manifest.nodes[key]): None} if key in manifest.nodes else {}
         if info:
             groups[manifest.group_name(info)] = needs or None
-        changed = [group for group, lines in groups.items() if lines != manifest.groups.get(group)]
-        changes: dict[Name, Any] = {("dependency-groups", group): groups[group] for group in changed}
-        table = table_from_info(info, manifest.tables.get(key)) if info else None
-        return (
-            changes if table == manifest.tables.get(key) else {**changes, ("tool", manifest.tool, "nodes", key): table}
-        )
+            unknown = {name: value for name, value in (old or {}).items() if name not in vars(info)}
+            table = {**{name: value for name, value in vars(info).items() if value}, **unknown}
+        changes: dict[Name, Any] = {("dependency-groups", group): lines for group, lines in groups.items()}
+        return {**changes, ("tool", manifest.tool, "nodes", key): table}
 
     change_manifest(paths, plan, python)
 
@@ -4281,14 +4239,13 @@ def change_node(
 def change_settings(
     paths: EnvironmentPaths, settings: dict[str, Any], python: Optional[str] = None, needs: Optional[list[str]] = None
 ) -> None:
-    """Write settings of [tool.comfydock], None removes one. Raises as change_manifest does.
+    """Write settings, None takes one out; `needs` are the dependencies of [project], None leaves them as they are."""
 
-    `needs` are the dependencies of [project], which stay as they are when it is None.
-    """
-    more: dict[Name, Any] = {} if needs is None else {("project", "dependencies"): needs}
-    change_manifest(
-        paths, lambda one: {**{("tool", one.tool, name): value for name, value in settings.items()}, **more}, python
-    )
+    def plan(manifest: Manifest) -> dict[Name, Any]:
+        changes: dict[Name, Any] = {("tool", manifest.tool, name): value for name, value in settings.items()}
+        return changes if needs is None else {**changes, ("project", "dependencies"): needs}
+
+    change_manifest(paths, plan, python)
 
 
 # Git
@@ -6421,7 +6378,7 @@ def first_manifest(
         tables["[[tool.uv.index]]"] = {"name": title, "url": index, "explicit": True}
         tables["[tool.uv.sources]"] = {package_name(line): {"index": title} for line in torch}
         tables["[tool.uv]"] = {"constraint-dependencies": torch}
-    return toml_text(tables)
+    return "\n".join("\n".join([header, *toml_lines(table), ""]) for header, table in tables.items())
 
 
 def adopt_environment(paths: EnvironmentPaths, comfyui: str, python: str, tell: Progress) -> None:
@@ -7082,7 +7039,7 @@ class Environment:
         self._taken_ports = taken_ports or dict
         self.is_keeper = False  # whether this process stays, and starts ComfyUI again when it is told to
         self._process: "Optional[subprocess.Popen[bytes]]" = None  # Windows forgets an exit code with the last handle
-        self._manifest: "tuple[str, Manifest]" = ("", Manifest({}, {}))  # as it was read last, and the mark of its file
+        self._manifest: "tuple[str, Manifest]" = ("", Manifest({}))  # as it was read last, and the mark of its file
 
     # Where its things are ------------------------------------------------------------
 
