@@ -3922,6 +3922,29 @@ INSTALL_SECONDS = 7200.0
 COMMIT = r"[0-9a-f]{7,64}"
 
 
+def read_any_text(path: str) -> str:
+    """Return a text file of unknown encoding, "" where there is none.
+
+    It is UTF-8, UTF-16 with its mark (Windows editors), else as Windows has it.
+    """
+    path = os.path.realpath(path)
+    data = (read_small(path) if os.path.isfile(path) else None) or b""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", "replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
+
+
+def read_json(path: str) -> dict[str, Any]:
+    try:
+        data = json.loads(read_small(path) or b"{}")
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 # The manifest as text: TOML can be read with the standard library but not written, and the file is the user's; so the
 # tables that are ours are replaced as text, and the result must parse to exactly what was meant before it is saved.
 
@@ -4177,14 +4200,6 @@ def manifest_text(paths: EnvironmentPaths) -> str:
         raise broken_manifest(paths.manifest, data.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
 
 
-def read_json(path: str) -> dict[str, Any]:
-    try:
-        data = json.loads(read_small(path) or b"{}")
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
 def change_manifest(
     paths: EnvironmentPaths, plan: "Callable[[Manifest], dict[Name, Any]]", python: Optional[str] = None
 ) -> None:
@@ -4255,8 +4270,8 @@ GIT_LOCAL = (  # what `git rev-parse --local-env-vars` lists: which repository, 
     "GIT_WORK_TREE GIT_IMPLICIT_WORK_TREE GIT_GRAFT_FILE GIT_INDEX_FILE GIT_NO_REPLACE_OBJECTS GIT_REPLACE_REF_BASE "
     "GIT_PREFIX GIT_SHALLOW_FILE GIT_COMMON_DIR GIT_NAMESPACE"
 ).split()
+NO_HOOKS = ["-c", f"core.hooksPath={os.devnull}", "-c", "core.fsmonitor=false"]  # no program of a repository or a user
 LOOK = ["-c", "safe.directory=*"]  # for what runs nothing of a repository, whose ever it is
-GIT_SETTINGS = {"core.hooksPath": os.devnull, "core.fsmonitor": "false"}  # no program of a repository or a user
 
 
 def git_path() -> Optional[str]:
@@ -4278,9 +4293,6 @@ def git_environment(url: str = "") -> dict[str, str]:
     GIT_ALLOW_PROTOCOL also holds for redirects and submodules: one of an https repository cannot name a local path.
     """
     kept = {key: value for key, value in inherited_environment().items() if key not in GIT_LOCAL}
-    kept["GIT_CONFIG_COUNT"] = str(len(GIT_SETTINGS))
-    for number, (name, value) in enumerate(GIT_SETTINGS.items()):
-        kept.update({f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value})
     also = ":http" if url.startswith("http://") else "" if url.startswith("https://") else ":file"
     never_ask = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "GCM_INTERACTIVE": "never", "LC_ALL": "C"}
     return {**kept, **never_ask, "GIT_ALLOW_PROTOCOL": "https:ssh" + also}
@@ -4299,7 +4311,7 @@ def git(words: list[str], folder: Optional[str] = None, url: str = "") -> str:
         if url and not url.startswith("http") and not is_local(url) and not {"GIT_SSH", "GIT_SSH_COMMAND"} & {*environ}:
             own = run_command([program, "config", "--get", "core.sshCommand"], empty, environ, 30.0).stdout.strip()
             environ["GIT_SSH_COMMAND"] = own or "ssh -oBatchMode=yes"  # the user's; never one of a repository
-        done = run_command([program, *words], folder or empty, environ, GIT_SECONDS)
+        done = run_command([program, *NO_HOOKS, *words], folder or empty, environ, GIT_SECONDS)
     if done.returncode == 0:
         return done.stdout.strip()
     message = f"git {words[0]} failed{f' for {url}' if url else ''}: {last_words(done)}"
@@ -4312,16 +4324,10 @@ def git(words: list[str], folder: Optional[str] = None, url: str = "") -> str:
 
 def git_answer(words: list[str], folder: str) -> Optional[str]:
     """Return what git prints about a folder that is itself a repository; None when it is none or git fails."""
-    if not os.path.lexists(os.path.join(folder, ".git")):
-        return None
-    try:
-        return git(words, folder)
-    except CDEnvironmentError:
-        return None
-
-
-def current_branch(folder: str) -> Optional[str]:
-    return git_answer([*LOOK, "symbolic-ref", "--quiet", "--short", "HEAD"], folder)
+    if os.path.lexists(os.path.join(folder, ".git")):
+        with suppress(CDEnvironmentError):
+            return git(words, folder)
+    return None
 
 
 def remote_of(folder: str) -> "tuple[str, Optional[str]]":
@@ -4352,11 +4358,10 @@ def check_repository(url: str) -> None:
     Refused: options ("-u..."), transports that run programs ("ext::sh -c ..."), unencrypted ones to other machines,
     and passwords, which would be written into the manifest.
     """
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
-    kind = scheme.group(1) if scheme else "file"
-    if kind in ("https", "http"):
+    if re.match("https?://", url):
         return check_url(url)
-    known = kind == "file" or re.match(r"ssh://([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9_\[][^/@\s]*/[^-]", url)
+    ssh = r"ssh://([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9_\[][^/@\s]*/[^-]"
+    known = re.match(rf"(?![A-Za-z][A-Za-z0-9+.-]*://)|file://|{ssh}", url)
     if not known or url.startswith("-") or "::" in url or not url.isprintable():
         hint = "use https://..., ssh://..., git@host:path or a folder"
         raise CDEnvironmentError(f"{url!r} is not a repository address that is used", hint, "url")
@@ -4406,7 +4411,7 @@ def newest_release(url: str) -> Optional[str]:
 
 
 def nearest_names(wanted: str, names: list[str]) -> list[str]:
-    """Return up to five of the tags and branches that may have been meant: of like spelling, else of like numbers."""
+    """Return up to five of the tags and branches that may have been meant: of like numbers, else of like spelling."""
     from difflib import get_close_matches
 
     versions = sorted((name for name in names if re.match(r"v?\d", name)), key=version_key)
@@ -4415,27 +4420,20 @@ def nearest_names(wanted: str, names: list[str]) -> list[str]:
     return around[::-1] or get_close_matches(wanted, names, 5) or versions[:-6:-1]
 
 
-VERSION = (
-    r"v?(?:(\d{1,9})!)?(\d{1,18}(?:\.\d{1,18})*)(?:[-_.]?(a|b|c|rc|alpha|beta|pre|preview)[-_.]?(\d{0,18}))?"
-    r"(?:[-_.]?(post|rev|r)[-_.]?(\d{0,18})|-(\d{1,18}))?(?:[-_.]?dev[-_.]?(\d{0,18}))?(?:\+.*)?"
-)
+STAGES = {"dev": -4, "alpha": -3, "a": -3, "beta": -2, "b": -2, "preview": -1, "pre": -1, "rc": -1, "c": -1}
+STAGE = rf"[-_.]?({'|'.join(STAGES)}|post|rev|r)[-_.]?(\d*)|-(\d+)"  # before a release, or after it
+VERSION = rf"v?(?:(\d+)!)?(\d+(?:\.\d+)*)((?:{STAGE})*)(?:\+.*)?"
 
 
 def version_key(version: str) -> tuple[Any, ...]:
     """Return a sort key that compares versions as PEP 440 has it, others by their numbers: 9.1 is 9.1.0."""
     found = re.fullmatch(VERSION, version.strip().lower())
-    numbers = re.findall(r"\d{1,18}", found[2] if found else version)
-    while numbers and not int(numbers[-1]):
-        numbers.pop()
-    release = [int(number) for number in numbers]
-    if found is None:
-        return (0, release, (0, 0), -1, 0)
-    epoch, _, kind, pre, post, after, implied, dev = found.groups()
-    stage = ({"a": -3, "b": -2}.get(kind[0], -1), int(pre or 0)) if kind else (0, 0)
-    late = int(after or implied or 0) if post or implied else -1
-    if dev is not None and not kind and late < 0:
-        stage = (-4, 0)
-    return (int(epoch or 0), release, stage, late, float("inf") if dev is None else int(dev or 0))
+    epoch, numbers, rest = found.group(1, 2, 3) if found else ("", version, "")
+    release = [int(number) for number in re.findall(r"\d{1,18}", numbers)]
+    while release and not release[-1]:
+        release.pop()
+    stages = [(STAGES.get(word, 1), int((one or other or "0")[:18])) for word, one, other in re.findall(STAGE, rest)]
+    return int((epoch or "0")[:18]), release, [*stages, (0, found is not None)]
 
 
 def github_name(url: str) -> str:
@@ -4443,15 +4441,15 @@ def github_name(url: str) -> str:
     if found is None:
         hint = "install git, or use --source with an archive"
         raise CDEnvironmentError(f"{url} cannot be read without git", hint, "missing")
-    return found.group(1)
+    return found[1]
 
 
-def same_repository(one: Optional[str], other: Optional[str]) -> bool:
-    def plain(url: str) -> str:
-        url = re.sub(r"^(?:ssh://)?[\w.-]+@([\w.-]+)[:/]", r"\1/", url.strip())
-        return re.sub(r"^[a-z+]+://", "", url).rstrip("/").removesuffix(".git").casefold()
-
-    return bool(one and other) and plain(one or "") == plain(other or "")
+def same_repository(*urls: Optional[str]) -> bool:
+    plain = set()
+    for url in urls:
+        address = re.sub(r"^(?:ssh://)?[\w.-]+@([\w.-]+)[:/]", r"\1/", (url or "").strip())
+        plain.add(re.sub(r"^[a-z+]+://", "", address).rstrip("/").removesuffix(".git").casefold())
+    return all(urls) and len(plain) == 1
 
 
 def is_local(url: str) -> bool:
@@ -4469,7 +4467,7 @@ def split_reference(identifier: str) -> tuple[str, Optional[str]]:
         return (identifier, None) if os.path.isdir(identifier) or not mark else (url, reference)
     head = re.match(r"[A-Za-z+.-]+://[^/]*|[^/:]*:", identifier)
     start = head.end() if head else 0
-    path, mark, reference = identifier[start:].partition("@")
+    path, _, reference = identifier[start:].partition("@")
     view = r"(?:/-)?/(?:tree|commit|releases/tag|src/branch)/([^?#]+?)"
     page = re.fullmatch(rf"(/[^/]+/[^/?#]+?)(?:\.git)?(?:{view})?/?([?#].*)?", path)
     if page and identifier.startswith("http") and (page[2] or page[3]):
@@ -4515,22 +4513,20 @@ class GitManager:
         git(["add", "--all"], self.repo_path)
         git(["commit", "--quiet", "--no-gpg-sign", "--no-verify", "-m", message], self.repo_path)
 
-    def record(self, message: str) -> None:
+    def commit_changes(self, message: str) -> None:
         """Commit what changed, where there is git and the repository is ours: its list of ignored files tells."""
-        is_ours = os.path.isfile(self.ignore) and read_any_text(self.ignore).startswith(self.GITIGNORE.splitlines()[0])
+        is_ours = read_any_text(self.ignore).startswith(self.GITIGNORE.splitlines()[0])
         if is_ours and git_path() and git_answer(["status", "--porcelain"], self.repo_path):
             self.hide_runtime_files()
             self.commit(message)
 
     def hide_runtime_files(self) -> None:
         """See that git ignores our files: what .gitignore lacks goes to .git/info/exclude, which is never committed."""
-        if not os.path.isdir(self.git_folder):
-            return
         exclude = os.path.join(self.git_folder, "info", "exclude")
-        known = read_any_text(self.ignore).splitlines() if os.path.isfile(self.ignore) else []
-        excluded = read_any_text(exclude).splitlines() if os.path.isfile(exclude) else []
-        lacking = [line for line in EnvironmentPaths.IGNORED if line not in known + excluded]
-        if lacking:
+        excluded = read_any_text(exclude).splitlines()
+        known = [*excluded, *read_any_text(self.ignore).splitlines()]
+        lacking = [line for line in EnvironmentPaths.IGNORED if line not in known]
+        if lacking and os.path.isdir(self.git_folder):
             make_folder(os.path.dirname(exclude))
             write_atomic(exclude, "\n".join([*excluded, *lacking, ""]).encode(), 0o644)
 
@@ -4800,17 +4796,6 @@ def pip_entry(entry: str, folder: str) -> str:
     if option and "://" not in path or re.match(r"\.{1,2}([/\\\[]|$)", path):
         path = os.path.join(folder, path)
     return f"{option[1]} {path}" if option else path
-
-
-def read_any_text(path: str) -> str:
-    """Return a text file of unknown encoding: UTF-8, UTF-16 with its mark (Windows editors), else as Windows has it."""
-    data = read_small(os.path.realpath(path), 16 * MEGABYTE) or b""
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return data.decode("utf-16", "replace")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("cp1252", "replace")
 
 
 def project_table(folder: str, python: Optional[str] = None) -> dict[str, Any]:
@@ -5160,7 +5145,7 @@ class RegistrySource:
         """Return the version that a folder holds, as its pyproject.toml says; no TOML reader, for `status`."""
         path = os.path.join(folder, "pyproject.toml")
         pattern = r"""^[ \t]*\[project\]((?!^[ \t]*\[).)*?^[ \t]*version[ \t]*=[ \t]*["']([^"']+)["']"""
-        found = re.search(pattern, read_any_text(path), re.M | re.S) if os.path.isfile(path) else None
+        found = re.search(pattern, read_any_text(path), re.M | re.S)
         return found.group(2) if found else None
 
     def digests(self, folder: str) -> dict[str, str]:
@@ -5212,7 +5197,7 @@ class GitSource:
             raise CDEnvironmentError(f"{info.repository} is an empty repository", code="not-found")
         if info.registry_id:
             write_atomic(os.path.join(folder, ".git", CNR_ID), info.registry_id.encode(), 0o644)
-        branch = current_branch(folder) if info.version else None
+        branch = git_answer([*LOOK, "symbolic-ref", "--quiet", "--short", "HEAD"], folder) if info.version else None
         return info.altered(version=commit, branch=branch or info.branch, pin=None if branch else info.pin)
 
     def newest(self, info: NodeInfo, tell: Progress) -> NodeInfo:
@@ -5732,11 +5717,14 @@ class NodeManager:
         check_node_name(name)
         remote, url = remote_of(folder)
         if url:
-            version, branch = GitSource().version_in(folder), current_branch(folder)
+            version, branch = (
+                GitSource().version_in(folder),
+                git_answer([*LOOK, "symbolic-ref", "--quiet", "--short", "HEAD"], folder),
+            )
             usual = git_answer([*LOOK, "symbolic-ref", "--quiet", "--short", f"refs/remotes/{remote}/HEAD"], folder)
             branch = None if usual == f"{remote}/{branch}" else branch
             mark = os.path.join(folder, ".git", CNR_ID)
-            identity = read_any_text(mark).strip() if os.path.isfile(mark) else ""
+            identity = read_any_text(mark).strip()
             known = identity if re.fullmatch(r"[\w.-]{1,100}", identity) else None
             return NodeInfo(name, known, url, version, source="git", branch=branch)
         project = project_table(folder, self.python).get("name")
@@ -5761,7 +5749,7 @@ class NodeManager:
             if self.manifest.tool != "comfydock":
                 self.tell(f"the manifest is one of {self.manifest.tool}: its tables are used as ours are")
             yield
-            self.without_failing(GitManager(self.paths.cec).record, redact(purpose))
+            self.without_failing(GitManager(self.paths.cec).commit_changes, redact(purpose))
 
     def interrupted(self) -> list[str]:
         """Return the names of nodes that a killed command left in the staging folder, their places being empty."""
@@ -6318,7 +6306,7 @@ def code_facts(folder: str, source: Optional[str] = None, reference: Optional[st
     `source` and `reference` are what was asked for. Raises CDEnvironmentError when a clone is of something else.
     """
     path = os.path.join(folder, "comfyui_version.py")
-    found = re.search(r"""__version__\s*=\s*["']([^"']+)""", read_any_text(path)) if os.path.isfile(path) else None
+    found = re.search(r"""__version__\s*=\s*["']([^"']+)""", read_any_text(path))
     tag = git_answer(["describe", "--tags", "--exact-match", "--match=v[0-9]*"], folder)
     version = tag or (f"v{found.group(1)}" if found else None)
     commit, remote = git_answer(["rev-parse", "HEAD"], folder), remote_of(folder)[1]
@@ -6715,7 +6703,7 @@ class ComfyUIUpdate:
     def confirm(self) -> None:
         """Let the new version stay: it has answered."""
         self.write({**self.record, "phase": "kept"})
-        GitManager(self.paths.cec).record(f"Update ComfyUI from {self.record['old']} to {self.record['new']}")
+        GitManager(self.paths.cec).commit_changes(f"Update ComfyUI from {self.record['old']} to {self.record['new']}")
 
     def go_back(self, own: list[str], with_databases: bool) -> None:
         """Return to what was before the last update; `own` goes on a branch first."""
@@ -6748,7 +6736,7 @@ class ComfyUIUpdate:
             if record["all"] and os.path.exists(kept):
                 copy_any(kept, path)
         change_settings(self.paths, record["settings"], self.nodes.python, record["needs"])
-        GitManager(self.paths.cec).record(f"Back to ComfyUI {record['old']} from {record['new']}")
+        GitManager(self.paths.cec).commit_changes(f"Back to ComfyUI {record['old']} from {record['new']}")
         self.forget()
 
     def shelve(self, path: str) -> None:
