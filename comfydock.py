@@ -270,8 +270,8 @@ class ProcessState:
         return self.run_id is not None or not self.identity
 
     @property
-    def holder(self) -> "tuple[Any, dict[str, Any]]":
-        """PID and identity of the process that the record stands on: ComfyUI, or until there is one its starter."""
+    def subject(self) -> "tuple[Any, dict[str, Any]]":
+        """PID and identity of the process that the record is about: ComfyUI, or until there is one its starter."""
         if self.pid is not None:
             return self.pid, self.identity
         return self.starter.get("pid"), self.starter.get("identity", {})
@@ -2434,17 +2434,6 @@ def recorded_starter(record: ProcessState) -> Optional[Process]:
     return recorded_process(record.starter, (record.owner, record.uid), lambda process: True)
 
 
-def recorded_monitor(record: Optional[ProcessState], root: str) -> Optional[Process]:
-    """Return the living monitor that a record names, if it is our own entry for the environment at `root`."""
-
-    def is_monitor(process: Process) -> bool:
-        head, _, place = process.text.rpartition(" --monitor ")
-        is_entry = IMPORTED.partition("{}")[0] in head or runs_script(process, own_command()[-1])
-        return is_python(process.name) and is_entry and same_path(place, root)
-
-    return recorded_process(record.monitor, (record.owner, record.uid), is_monitor) if record is not None else None
-
-
 def is_process_alive(pid: int) -> bool:
     """Tell whether `pid` is a Python that runs: no zombie, no other program, no PID below 2."""
     process = process_table().process(pid) if is_pid(pid) else None
@@ -3168,48 +3157,35 @@ def file_system_of(path: str) -> str:
 
 
 @contextmanager
-def locked(
-    path: str,
-    seconds: float,
-    purpose: str,
-    handed_on: bool = False,
-    unlocked: Optional[Progress] = None,
-    is_kill: bool = False,
-) -> Iterator[None]:
+def locked(path: str, seconds: float, purpose: str, handed_on: bool = False) -> Iterator[None]:
     """Hold the lock file at `path`, waiting up to `seconds` for it.
 
     The lock is the system's and ends with its holder, so the file is never deleted and never stale; its text only tells
     others who holds it. One that is `handed_on` is held by the commands that we run meanwhile, too: one that outlives
-    us is waited for by the next comer, and then ended. Where the file system has no locks, only those go on who have
-    that told to `unlocked`; a kill needs no lock whose holder stands still. Raises CDEnvironmentError naming the
-    holder.
+    us is waited for by the next comer, and then ended. Raises CDEnvironmentError: code "locked", naming the holder, or
+    "no-locks" where the file system has none.
     """
-    holder = holder_of(path) if is_kill else None
-    is_passed = holder is not None and holder.state == "stopped"
     try:
-        lock = until(lambda: take_lock(path), 0 if is_passed else seconds)
-        if lock is None and not is_passed and end_orphan_at(path):
+        lock = until(lambda: take_lock(path), seconds)
+        if lock is None and end_orphan_at(path):
             lock = until(lambda: take_lock(path), 10.0)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        told = f"{path} cannot be locked: its file system ({file_system_of(path) or error.strerror}) has no locks"
-        if unlocked is None:
-            hint = "keep the workspace on a local disk: --workspace DIR, or set COMFYDOCK_HOME"
-            raise CDEnvironmentError(told + ".", hint, "locks") from error
-        unlocked(told)
-        lock, is_passed = None, True
-    if lock is None and not is_passed:
+        kind = file_system_of(path) or error.strerror
+        message = f"{path} cannot be locked: its file system ({kind}) has no locks."
+        hint = "keep the workspace on a local disk: --workspace DIR, or set COMFYDOCK_HOME"
+        raise CDEnvironmentError(message, hint, "no-locks") from error
+    if lock is None:
         raise _locked_out(path)
-    with lock or nullcontext():
-        if lock is not None:
-            _sign(lock, purpose)
-            if handed_on:
-                HANDED_ON[lock.fileno()] = lambda pid, cmd: _sign(lock, purpose, pid, cmd)
+    with lock:
+        _sign(lock, purpose)
+        if handed_on:
+            HANDED_ON[lock.fileno()] = lambda pid, cmd: _sign(lock, purpose, pid, cmd)
         try:
             yield
         finally:
-            if lock is not None and handed_on:
+            if handed_on:
                 del HANDED_ON[lock.fileno()]
                 with suppress(OSError):
                     unlock_handle(lock.fileno())  # what a command that has ended left behind holds nothing
@@ -3848,20 +3824,22 @@ def has_control(text: str) -> bool:
 
 # ====================================================================================================================
 # 7. The state file
-# The only section that knows its shape; malformed reads as None, unreadable raises.
+# The only section that knows its shape; what is none reads as None, what is closed raises.
 
 
 STATE_LIMIT = 64 * MEGABYTE  # bytes
 
 
 def read_state(path: str) -> Optional[ProcessState]:
-    """Return the record at `path`, None where there is none or it is malformed. Raises OSError where it is closed."""
+    """Return the record at `path`, None where none is: nothing, nonsense, a link, a folder. Raises OSError."""
     try:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
             data, owner = file.read(min(STATE_LIMIT, status.st_size) + 1), status.st_uid
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.EINVAL):
+            return None
+        raise
     try:
         record = ProcessState.from_dict(json.loads(data.decode("utf-8")) if len(data) <= STATE_LIMIT else {})
     except (ValueError, TypeError, AttributeError, RecursionError):
@@ -3881,7 +3859,7 @@ def lives_elsewhere(record: ProcessState, path: str) -> bool:
     While it lives it holds the lock file at `path`. Nothing follows from a lock that is free where no lock is recorded,
     that very file is not there any more, the file system has no locks, or another machine may hold it.
     """
-    place, is_free = locate(record.holder[1]), None
+    place, is_free = locate(record.subject[1]), None
     if place != "here" and record.alive:
         with suppress(OSError), open_regular(path) as lock:
             if os.fstat(lock.fileno()).st_ino == record.alive.get("ino"):  # the device has another number at each mount
@@ -3889,17 +3867,6 @@ def lives_elsewhere(record: ProcessState, path: str) -> bool:
     if is_free and place == "foreign" and file_system_of(path) not in LOCAL_FILE_SYSTEMS:
         is_free = None
     return is_free is False or is_free is None and place in ("beside", "foreign")
-
-
-def look_up_state(path: str) -> "tuple[Optional[ProcessState], bool]":
-    """(record, whether something stands there that is none: nonsense, a link, a folder). Raises PermissionError."""
-    try:
-        record = read_state(path)
-    except PermissionError:
-        raise
-    except OSError:
-        return None, True
-    return record, record is None and os.path.lexists(path)
 
 
 # ====================================================================================================================
@@ -4124,6 +4091,7 @@ class Manifest:
         self.constraints = texts_in(tools.get("uv"), "constraint-dependencies")
         self.comfyui_path = self.text("comfyui_path")  # the checkout of an adopted environment, else None
         self.python_path = self.text("python_path")  # the interpreter of an adopted environment
+        self.models_path = self.text("models_path")  # the models folder that it shares with others
         self.comfyui_version = self.text("comfyui_version")  # the tag, branch or commit that was asked for
         self.torch_backend = self.text("torch_backend")  # as asked for, such as "auto"
         self.demo = self.settings.get("demo") is True
@@ -6790,7 +6758,7 @@ class ComfyUIUpdate:
 
 # ====================================================================================================================
 # 9. Environment
-# Returns or raises; never prints, asks or exits. The only section that decides to end a process.
+# Returns or raises; never prints, asks or exits. Alone decides to end a ComfyUI and what belongs to it.
 
 LOCK_SECONDS = 10.0
 LEAVING_SECONDS = 3.0  # a clean stop takes up to 2 s
@@ -6800,7 +6768,7 @@ PARSER_SECONDS = 20.0  # 0.15 s (observed); virus scanners look at a Python that
 FIRST_LINE_SECONDS = 5.0  # a ComfyUI whose parser cannot be asked is watched until it says something
 MONITOR_SECONDS = 20.0  # a monitor answers within the patience for the lock and the first moments of ComfyUI
 MONITOR_VARIABLE = "COMFYDOCK_MONITOR_TASK"
-DROPPED_VARIABLES = ("__COMFY_CLI_SESSION__", "PYTHONHOME", "PYTHONPATH")
+DROPPED_VARIABLES = ("__COMFY_CLI_SESSION__", "PYTHONHOME", "PYTHONPATH")  # they would lead ComfyUI astray
 KEEPER_PATIENCE = 30.0  # it waits for the port to be free, and a virus scanner may read all that it starts
 
 
@@ -6823,13 +6791,17 @@ class Snapshot:
 
 @dataclass
 class Launch:
-    """What is about to start: the words that were typed, where ComfyUI will listen, what we add to the words.
+    """What is about to start: where it will listen, and the words, typed and added, for which program, where.
 
-    `told` is what ComfyUI's own parser makes of the words, empty where it could not be asked.
+    `told` is what ComfyUI's own parser makes of the words, empty where it could not be asked; `variables` are those of
+    every ComfyUI of the environment.
     """
 
     args: list[str]
     config: ComfyUIConfig
+    interpreter: list[str]
+    folder: str
+    variables: dict[str, str]
     added: list[str]
     told: dict[str, Any] = field(default_factory=dict)
 
@@ -6866,19 +6838,17 @@ def terminate(
     `meanwhile` is called while waiting, and True from it kills at once. Raises CDEnvironmentError when the process is
     another user's or does not end.
     """
-    polite = max(timeout - 3, timeout / 2)
-    steps = [("interrupt", polite), ("terminate", timeout - polite), ("kill", 5.0)]
-    if ignores_interrupt:
-        steps = [("terminate", timeout), ("kill", 5.0)]
+    polite = 0.0 if ignores_interrupt else max(timeout - 3, timeout / 2)
     hurry = timeout <= 0
-    for how, patience in steps:
-        if hurry and how != "kill" or not signal_process_of(process, how):
-            continue
-        if wait_for_exit(process, patience, meanwhile if how != "kill" else None):
-            return
-        hurry = hurry or (how != "kill" and meanwhile is not None and meanwhile())
-    message = f"PID {process.pid} did not end, not even when killed: the system holds it."
-    raise CDEnvironmentError(message, ("status",), "stuck")
+    for how, patience in (("interrupt", polite), ("terminate", timeout - polite)):
+        if not hurry and patience > 0 and signal_process_of(process, how):
+            if wait_for_exit(process, patience, meanwhile):
+                return
+            hurry = meanwhile is not None and meanwhile()
+    signal_process_of(process, "kill")
+    if not wait_for_exit(process, 5.0):
+        message = f"PID {process.pid} did not end, not even when killed: the system holds it."
+        raise CDEnvironmentError(message, ("status",), "stuck")
 
 
 def end_all(processes: "list[Process]") -> None:
@@ -6951,14 +6921,13 @@ def comfyui_on_port(port: int) -> Process:
     """
     holders = port_holders(port)
     if not holders:
-        message = f"Nothing you can see is listening on port {port}."
-        raise CDEnvironmentError(message, ("list",), "stopped")
+        raise CDEnvironmentError(f"Nothing you can see is listening on port {port}.", ("list",), "stopped")
     for process in filter(lambda process: is_python(process.name), holders):
         told = config_told_by(arguments_of(process))  # its address, and whether by TLS
         argv = probe(ComfyUIConfig(told.host, port, told.tls), 5.0).argv or []
         folders = map(os.path.dirname, scripts_of(process, "main.py"))
         is_comfyui = any(is_checkout(folder) or environment_above(folder) for folder in folders)
-        if is_comfyui and argv and os.path.basename(argv[0]) == "main.py" and ends_with_words(process, argv):
+        if is_comfyui and os.path.basename((argv or [""])[0]) == "main.py" and is_own_argv(argv, process):
             return process
     named = ", ".join(f"{process.name}, PID {process.pid}" for process in holders)
     message = f"Port {port} is held by {named}, which is not proved to be a ComfyUI; nothing was ended."
@@ -6980,20 +6949,21 @@ def config_told_by(args: list[str]) -> ComfyUIConfig:
         return ComfyUIConfig()
 
 
-def ends_with_words(process: Process, words: list[str]) -> bool:
-    """Tell whether a command line ends with what its server says of it: all that follows the interpreter."""
-    return process.text.endswith(" " + " ".join(words))
-
-
-def is_own_argv(argv: list[str], process: Process, script: str) -> bool:
+def is_own_argv(argv: list[str], process: Process, script: Optional[str] = None) -> bool:
     """Tell whether the command line that a server says it has can be that of `process`, started from `script`."""
-    return ends_with_words(process, argv) or os.path.isabs(argv[0]) and same_path(argv[0], script)
+    follows_interpreter = process.text.endswith(" " + " ".join(argv))
+    return follows_interpreter or script is not None and os.path.isabs(argv[0]) and same_path(argv[0], script)
 
 
 def exit_code_of(pid: int) -> Optional[int]:
     """Return the exit code of a child that has ended, within the moment that the system may need to hand it out."""
     codes = until(lambda: [code for code in [reap(pid)] if code is not None], 0.1)
     return codes[0] if codes else None
+
+
+def ourselves() -> dict[str, Any]:
+    """Return how a record names this very process."""
+    return {"pid": os.getpid(), "identity": identity_of(process_table().process(os.getpid()))}
 
 
 def is_own_intent(record: ProcessState) -> bool:
@@ -7075,11 +7045,6 @@ class Environment:
         return os.path.exists(self.paths.complete)
 
     @property
-    def is_demo(self) -> bool:
-        """Whether it is the built-in demo."""
-        return self.name == DEMO_NAME and self.manifest.demo
-
-    @property
     def _checkout(self) -> str:
         return self.manifest.comfyui_path or self.paths.comfyui
 
@@ -7109,10 +7074,10 @@ class Environment:
         else:
             self._write_state(state)
 
-    def note(self, run_id: Optional[str] = None, seconds: float = LOCK_SECONDS, **fields: Any) -> None:
+    def amend_record(self, run_id: Optional[str] = None, seconds: float = LOCK_SECONDS, **fields: Any) -> None:
         """Set fields of the record, of that run if one is named; `seconds` is the patience for the lock.
 
-        Left undone where another command is at work or the disk is full: it is only a note.
+        Left undone where another command is at work or the disk is full: nothing depends on it.
         """
         with suppress(CDEnvironmentError, OSError), self._process_lock("note", seconds):
             record = self._read_state()
@@ -7121,19 +7086,13 @@ class Environment:
                 self._write_state(record)
 
     @contextmanager
-    def _process_lock(self, purpose: str, seconds: float = LOCK_SECONDS, **must: Any) -> Iterator[None]:
+    def _process_lock(self, purpose: str, seconds: float = LOCK_SECONDS) -> Iterator[None]:
         if not os.path.exists(self.paths.lock) or not os.path.exists(self.paths.alive):
             GitManager(self.paths.cec).hide_runtime_files()  # the first time here: git shall not see our files
-        with locked(self.paths.lock, seconds, purpose, **must):
+        with locked(self.paths.lock, seconds, purpose):
             sweep_leftovers(self.paths.state)
             sweep_leftovers(self.paths.cec)
             yield
-
-    def folder_open_to_others(self) -> Optional[str]:
-        """Return the first folder of ours in which every user of this machine may plant files, or None."""
-        shared, logs = self.workspace_paths, os.path.dirname(self.log_path)
-        folders = (shared.root, shared.metadata, shared.environments, self.paths.root, self.paths.cec)
-        return next(filter(is_writable_by_others, (*folders, os.path.dirname(logs), logs)), None)
 
     # Looking -------------------------------------------------------------------------
 
@@ -7145,9 +7104,10 @@ class Environment:
         record may change between the look at it and the look at the processes: then they look again.
         """
         for _ in range(10):
-            record, is_damaged = look_up_state(self.paths.state)
+            record = self._read_state()
+            is_damaged = record is None and os.path.lexists(self.paths.state)
             snapshot = self._compared(record, "damaged" if is_damaged else "", scan, lock_held)
-            if lock_held or look_up_state(self.paths.state) == (record, is_damaged):
+            if lock_held or self._read_state() == record:
                 break
             scan = None
         return snapshot
@@ -7155,19 +7115,18 @@ class Environment:
     def _compared(self, record: Optional[ProcessState], note: str, scan: Optional[Scan], lock_held: bool) -> Snapshot:
         state = STOPPED
         if record is not None:
-            process = self._holder(record)
+            process = self._subject(record)
             if process is None and lives_elsewhere(record, self.paths.alive):
                 return Snapshot(FOREIGN, record)
             if process is not None and record.pid is not None:
                 return Snapshot(RUNNING, record, process)
             if process is not None and not lock_held:  # somebody is starting ComfyUI
                 return Snapshot(STARTING, record)
-            ended_well = record.desired_state == STOPPED or (record.last_exit or {}).get("code") == 0
             if record.pid is None:
                 note = "interrupted"
             elif locate(record.identity) == "rebooted":
                 note = "rebooted"
-            elif not ended_well:
+            elif record.desired_state != STOPPED and (record.last_exit or {}).get("code") != 0:
                 state = CRASHED
         return Snapshot(state, record, None, note) if scan == {} else self._unrecorded(record, state, note, scan)
 
@@ -7191,7 +7150,8 @@ class Environment:
         is_ours = all(same_path(script, self._script) for script in scripts)  # a forged record names another's run
         return Snapshot(state, record, None, note, relics if is_ours else [])
 
-    def _holder(self, record: ProcessState) -> Optional[Process]:
+    def _subject(self, record: ProcessState) -> Optional[Process]:
+        """Return the live process that a record is about: ComfyUI, or of an intent its starter."""
         return recorded_comfyui(record, self.python, self._script) if record.pid else recorded_starter(record)
 
     @staticmethod
@@ -7224,12 +7184,12 @@ class Environment:
 
     def config_of(self, snapshot: Snapshot) -> ComfyUIConfig:
         """Return where the ComfyUI of a snapshot listens, by its arguments."""
-        record = snapshot.record if snapshot.note != "untracked" else None
-        if record is not None and record.tls is not None:
+        record = snapshot.record
+        if record is None or snapshot.note == "untracked":
+            return config_told_by(arguments_of(snapshot.process) if snapshot.process else [])
+        if record.tls is not None:
             return ComfyUIConfig(record.host, record.port, record.tls)
-        if record is not None:
-            return config_told_by(record.args)
-        return config_told_by(arguments_of(snapshot.process) if snapshot.process else [])
+        return config_told_by(record.args)
 
     def watch(self, pause: float) -> "Iterator[tuple[Snapshot, Optional[int]]]":
         """Yield (snapshot, exit code) of ComfyUI now, every `pause` seconds, and at once when it ends; never end.
@@ -7238,8 +7198,8 @@ class Environment:
         by whomever, is one more process: who watches decides when to go.
         """
         snapshot = self.observe()
-        gone = snapshot.record is not None and snapshot.process is None and snapshot.record.pid
-        code = exit_code_of(gone) if gone else None
+        ended = snapshot.record.pid if snapshot.record is not None and snapshot.process is None else None
+        code = exit_code_of(ended) if ended else None
         while True:
             yield snapshot, code
             process, code = snapshot.process, None
@@ -7262,16 +7222,20 @@ class Environment:
             config, waited = self.config_of(snapshot), time.monotonic() - began
             if snapshot.process is None and snapshot.state != STARTING:
                 if code is not None and snapshot.record is not None:
-                    self.note(snapshot.record.run_id, last_exit={"code": code, "at": utc_now()})
-                how, reason = "" if code is None else f" ({format_exit(code)})", self.last_error(code)
-                message = f"ComfyUI ended before it answered{how}" + (f": {reason}" if reason else ".")
-                raise CDEnvironmentError(message, ("-e", self.name, "logs"), "ended")
+                    self.amend_record(snapshot.record.run_id, last_exit={"code": code, "at": utc_now()})
+                raise self._ended("before it answered", code)
             if snapshot.process and self.describe(snapshot, probe(config, 1.0))["state"] == RUNNING:
-                return self.note(seconds=0.5, last_health_check=utc_now(), health_status=HEALTHY)
+                return self.amend_record(seconds=0.5, last_health_check=utc_now(), health_status=HEALTHY)
             if waited > seconds:
                 message = f"Not ready after {seconds:g} s, still starting."
                 raise CDEnvironmentError(message, ["Watch it: ", ("-e", self.name, "logs", "-f")], "timeout")
             tell(f"   Waiting for ComfyUI to answer on {local_url(config)} ... {waited:.0f} s")
+
+    def _ended(self, when: str, code: Optional[int]) -> CDEnvironmentError:
+        """Return the error of a ComfyUI that has ended, with the reason that its log gives."""
+        how, reason = "" if code is None else f" ({format_exit(code)})", self.last_error(code)
+        message = f"ComfyUI ended {when}{how}" + (f": {reason}" if reason else ".")
+        return CDEnvironmentError(message, ("-e", self.name, "logs"), "ended")
 
     @property
     def url(self) -> Optional[str]:
@@ -7308,14 +7272,15 @@ class Environment:
             "queue": {"running": answer.queue[0], "pending": answer.queue[1]} if answer.queue else None,
             "version": facts.get("version") or self.manifest.comfyui_version,
             **{key: facts.get(key) for key in ("python", "device", "vram")},
-            "monitor": self._monitor_data(record),
+            "monitor": self._monitor_data(record, record.monitor) if record and record.monitor is not None else None,
             "uptime": round(process.age(), 3) if process else None,
             "relics": [{"pid": one.pid, "command": one.text} for one in snapshot.relics],
             "started_at": record.started_at if record else None,
             "args": record.args if record else [],
             "log": self.log_path if record is None else record.log_path if record.has_log else None,
             "machine": self._machine_of(record) if state == FOREIGN else None,
-            **self._last_words(record if state == CRASHED else None),
+            **dict.fromkeys(("last_alive", "last_error", "exit_code")),
+            **(self.last_words(record) if record and state == CRASHED else {}),
         }
 
     def _own_answer(self, snapshot: Snapshot, config: ComfyUIConfig, answer: Answer) -> Answer:
@@ -7331,8 +7296,14 @@ class Environment:
         return Answer(BAD_ANSWER) if is_its_own else answer
 
     def monitor_process(self, record: Optional[ProcessState]) -> Optional[Process]:
-        """Return the living monitor that a record names, or None."""
-        return recorded_monitor(record, self.paths.root)
+        """Return the living monitor that a record names, if it is our own entry for this environment, else None."""
+
+        def is_monitor(process: Process) -> bool:
+            head, _, place = process.text.rpartition(" --monitor ")
+            is_entry = IMPORTED.partition("{}")[0] in head or runs_script(process, own_command()[-1])
+            return is_python(process.name) and is_entry and same_path(place, self.paths.root)
+
+        return recorded_process(record.monitor, (record.owner, record.uid), is_monitor) if record is not None else None
 
     def keeper_of(self, record: Optional[ProcessState]) -> Optional[Process]:
         """Return the other process that alone may start ComfyUI again, while it lives: its monitor or its `run -f`."""
@@ -7343,33 +7314,25 @@ class Environment:
 
     @staticmethod
     def _machine_of(record: Optional[ProcessState]) -> str:
-        identity = record.holder[1] if record else {}
+        identity = record.subject[1] if record else {}
         return str(identity.get("host") or identity.get("machine") or "unknown")
 
-    def _monitor_data(self, record: Optional[ProcessState]) -> Optional[dict[str, Any]]:
-        if record is None or record.monitor is None:
-            return None
-        restarts = record.monitor.get("restarts")
+    def _monitor_data(self, record: ProcessState, monitor: dict[str, Any]) -> dict[str, Any]:
+        restarts, is_alive = monitor.get("restarts"), self.monitor_process(record) is not None
         count = len(restarts) if isinstance(restarts, list) else 0
-        alive = self.monitor_process(record) is not None
-        return {"alive": alive, "restarts": count, "gave_up": record.monitor.get("gave_up")}
+        return {"alive": is_alive, "restarts": count, "gave_up": monitor.get("gave_up")}
 
-    def _last_words(self, record: Optional[ProcessState]) -> dict[str, Any]:
+    def last_words(self, record: ProcessState) -> dict[str, Any]:
         """Return what is left of a run that ended by itself: last sign of life, last error line, exit code.
 
         A sign of life is a health check or (of the log's last run) a line in it; an ISO time in UTC.
         """
-        if record is None:
-            return dict.fromkeys(("last_alive", "last_error", "exit_code"))
         code, (end, is_last) = (record.last_exit or {}).get("code"), self._end_of_session()
         signs = [os.stat(record.log_path).st_mtime] if is_last and os.path.exists(record.log_path) else []
         with suppress(ValueError):
             signs.append(epoch_of(record.last_health_check))
-        return {
-            "last_alive": format_utc(max(signs)) if signs else None,
-            "last_error": last_error_line(end, code),
-            "exit_code": code,
-        }
+        last_alive = format_utc(max(signs)) if signs else None
+        return {"last_alive": last_alive, "last_error": last_error_line(end, code), "exit_code": code}
 
     # The log -------------------------------------------------------------------------
 
@@ -7410,12 +7373,12 @@ class Environment:
     def claimed_port(self) -> "Optional[tuple[int, str]]":
         """Return (port, words for who has it) when this environment runs or is starting, by its record alone."""
         try:
-            record, _ = look_up_state(self.paths.state)
+            record = self._read_state()
         except OSError:  # closed to us: one environment must not keep the others from starting
             return None
-        if record is None or self._holder(record) is None:  # or it is another machine's
+        if record is None or self._subject(record) is None:  # or it is another machine's
             return None
-        return record.port, f"environment '{self.name}' (PID {record.holder[0]})"
+        return record.port, f"environment '{self.name}' (PID {record.subject[0]})"
 
     def rotate_log(self, keep: Optional[int] = None) -> bool:
         """Move the log to `.old` while ComfyUI keeps writing, losing no line; `keep` old ones stay (None: as many).
@@ -7423,8 +7386,8 @@ class Environment:
         Most is copied while ComfyUI writes; for the rest its processes stand still for some milliseconds. Returns False
         when there is nothing to rotate. Raises CDEnvironmentError, OSError.
         """
+        self.finish_rotation()
         with self._process_lock("logs --rotate"):
-            self.finish_rotation(lock_held=True)
             snapshot = self.observe(lock_held=True)
             path, draft, moved = self.log_path, rotation_draft(self.log_path), self.moved_log(snapshot)
             if moved is not None:  # ComfyUI goes on into the moved file, which is the log again from now on
@@ -7433,12 +7396,11 @@ class Environment:
                 replace_file(moved, path)
             if log_size(path) == 0:
                 return False
-            if snapshot.state == FOREIGN:
-                raise self._foreign(snapshot)
+            self._refuse_foreign(snapshot)
             if snapshot.process is None:
                 move_log(path, keep)
                 return True
-            record = self._own_record(snapshot.process, snapshot)
+            record = self._own_record(snapshot, snapshot.process)
             remove_file(draft)
             try:
                 copied = copy_log(path, draft, 0, spare=1 << 20)
@@ -7459,31 +7421,28 @@ class Environment:
         record.log_inode = start_log_anew(self.log_path, session_header(record.run_id or "", self.name))
         record.log_offset = 0
 
-    def finish_rotation(self, lock_held: bool = False) -> None:
+    def finish_rotation(self) -> None:
         """Finish a rotation that was killed: resume the processes that it left standing still."""
-        record, _ = look_up_state(self.paths.state)
+        record = self._read_state()
         if record is None or record.phase != "rotating":
             return
-        if not lock_held:
-            with suppress(CDEnvironmentError), self._process_lock("repair", 0.0):  # else it is at work just now
-                self.finish_rotation(lock_held=True)
-            return
-        path, process = self.log_path, recorded_comfyui(record, self.python, self._script)
-        was_moved = not os.path.exists(rotation_draft(path)) and same_beginning(path, rotated(path))
-        if was_moved and os.path.getsize(path) == os.path.getsize(rotated(path)):
-            self._start_log_anew(record)
-        remove_file(rotation_draft(path))
-        for member in family_of(process) if process is not None else []:
-            resume(member)
-        record.phase = "running"
-        self._write_state(record)
+        with suppress(CDEnvironmentError), self._process_lock("repair", 0.0):  # else it is at work just now
+            record = self._read_state()
+            if record is None or record.phase != "rotating":
+                return
+            path, process = self.log_path, self._subject(record)
+            was_moved = not os.path.exists(rotation_draft(path)) and same_beginning(path, rotated(path))
+            if was_moved and os.path.getsize(path) == os.path.getsize(rotated(path)):
+                self._start_log_anew(record)
+            remove_file(rotation_draft(path))
+            for member in family_of(process) if process is not None else []:
+                resume(member)
+            record.phase = "running"
+            self._write_state(record)
 
     # Starting ------------------------------------------------------------------------
 
-    @staticmethod
-    def _parse_comfyui_args(args: list[str]) -> ComfyUIConfig:
-        """The name under which the plan has parse_comfyui_args."""
-        return parse_comfyui_args(args)
+    _parse_comfyui_args = staticmethod(parse_comfyui_args)
 
     def run(
         self,
@@ -7507,26 +7466,22 @@ class Environment:
         words = list(args or [])
         if isinstance(args, str) or not is_text_list(words):
             raise TypeError("args is a list of str, one word each")
-        self._settle()
-        with self._process_lock("run"):
-            self._require_startable()  # asked only now: who had the lock may have deleted all
-            snapshot = self.observe(lock_held=True)
+        with self._about_to_start("run") as snapshot:
             record, leaving = snapshot.record, snapshot.process if snapshot.note != "untracked" else None
             if leaving and record and record.desired_state == STOPPED and wait_for_exit(leaving, LEAVING_SECONDS):
                 snapshot = self.observe(lock_held=True)  # told so by a stop that was broken off then
             self._require_not_running(snapshot, take_over)
-            launch, monitor = self._launch(words), self.own_monitor_note() if monitored else None
-            self._end_relics(snapshot)
+            launch, monitor = self._launch(words), self.own_monitor() if monitored else None
+            self._end_relics(snapshot.relics)
             done = self._start(launch, set_env or {}, monitor=monitor, auto_port=auto_port)
         if wait is not None:
             self.wait_until_ready(wait)
         return done
 
     @staticmethod
-    def own_monitor_note() -> dict[str, Any]:
-        """Return what the record says of this very process as a monitor."""
-        identity = identity_of(process_table().process(os.getpid()))
-        return {"pid": os.getpid(), "identity": identity, "restarts": [], "gave_up": None}
+    def own_monitor() -> dict[str, Any]:
+        """Return what the record says of its monitor, where that is this very process."""
+        return {**ourselves(), "restarts": [], "gave_up": None}
 
     @property
     def missing_script(self) -> Optional[str]:
@@ -7546,33 +7501,34 @@ class Environment:
                 raise CDEnvironmentError(message, ("create", self.name, "--from", "FOLDER"), "missing")
             raise CDEnvironmentError(message, ["Create it again after: ", ("delete", self.name)], "missing")
 
-    def _settle(self) -> None:
+    @contextmanager
+    def _about_to_start(self, purpose: str, seconds: float = LOCK_SECONDS) -> Iterator[Snapshot]:
+        """Hold the process lock and yield what there is to see, once all is there that a start needs."""
         if is_half_updated(self.paths):
             with self.nodes.changing("put ComfyUI back"):
                 pass  # it is back now
-
-    def _require_startable(self) -> None:
-        self.require_comfyui()
-        if is_there(self.python) and not os.access(self.python, os.X_OK):
-            raise CDEnvironmentError(f"{self.python} cannot be run here: Permission denied.", code="closed")
-        if not is_there(self.python):
-            message = f"The Python of environment '{self.name}' is missing: {self.python}"
-            if self.manifest.comfyui_path:
-                hint = ("create", self.name, "--from", self._checkout, "--python", "PATH")
+        with self._process_lock(purpose, seconds):
+            self.require_comfyui()  # asked only now: who had the lock may have deleted all
+            if is_half_updated(self.paths):
+                raise CDEnvironmentError("An update of ComfyUI was interrupted.", ("repair",), "updating")
+            if not is_there(self.python):
+                message = f"The Python of environment '{self.name}' is missing: {self.python}"
+                hint: Hint = ["Make a venv there with what ComfyUI needs, or create it again after: "]
+                hint = [*hint, ("delete", self.name)]
+                if self.manifest.comfyui_path:
+                    hint = ("create", self.name, "--from", self._checkout, "--python", "PATH")
                 raise CDEnvironmentError(message, hint, "missing")
-            anew = ["Make a venv there with what ComfyUI needs, or create it again after: ", ("delete", self.name)]
-            raise CDEnvironmentError(message, anew, "missing")
+            if not os.access(self.python, os.X_OK):
+                raise CDEnvironmentError(f"{self.python} cannot be run here: Permission denied.", code="closed")
+            yield self.observe(lock_held=True)
 
     def _require_not_running(self, snapshot: Snapshot, take_over: bool) -> None:
-        if snapshot.state == FOREIGN:
-            if not take_over:
-                raise self._foreign(snapshot)
+        if take_over and snapshot.state == FOREIGN:
             snapshot = self._compared(None, "", None, True)
-        record, process = snapshot.record, snapshot.process
-        if process is not None:
-            if snapshot.note in ("untracked", "moved"):
-                record = self._adopt(process, record)
-            message = f"ComfyUI is already running (PID {process.pid}, port {record.port if record else DEFAULT_PORT})."
+        self._refuse_foreign(snapshot)
+        if snapshot.process is not None:
+            record = self._own_record(snapshot, snapshot.process)
+            message = f"ComfyUI is already running (PID {snapshot.process.pid}, port {record.port})."
             raise CDEnvironmentError(message, ("-e", self.name, "restart"), "running")
         if snapshot.note == "damaged":
             if os.path.islink(self.paths.state):
@@ -7580,37 +7536,23 @@ class Environment:
                 raise CDEnvironmentError(message, f"rm {self.paths.state}", "damaged")
             set_aside(self.paths.state)
 
-    def _foreign(self, snapshot: Snapshot) -> CDEnvironmentError:
-        return CDEnvironmentError(
-            f"Environment '{self.name}' was started on another machine or in another container"
-            f" ({self._machine_of(snapshot.record)}); whether it still runs there cannot be seen from here.",
-            ["Stop it there, or: ", ("-e", self.name, "run", "--take-over")],
-            "foreign",
-        )
-
-    def _interpreter(self) -> "tuple[list[str], str]":
-        """Return (words, folder) with which ComfyUI's Python starts: the portable's in its own root, with -s."""
-        folder = os.path.dirname(self.python)
-        is_portable = os.path.basename(folder) == "python_embeded"
-        return [self.python, *["-s"] * is_portable], os.path.dirname(folder) if is_portable else self._checkout
-
-    def _variables(self, own: dict[str, str]) -> dict[str, str]:
-        inherited = {key: value for key, value in inherited_environment().items() if key not in DROPPED_VARIABLES}
-        inherited.pop("PYTHONUNBUFFERED", None)  # ComfyUI wraps its streams: its output would be held back longer
-        return {**with_interpreter(inherited, self.python), "PYTHONIOENCODING": "utf-8", **own}
+    def _refuse_foreign(self, snapshot: Snapshot) -> None:
+        if snapshot.state == FOREIGN:
+            raise CDEnvironmentError(
+                f"Environment '{self.name}' was started on another machine or in another container"
+                f" ({self._machine_of(snapshot.record)}); whether it still runs there cannot be seen from here.",
+                ["Stop it there, or: ", ("-e", self.name, "run", "--take-over")],
+                "foreign",
+            )
 
     def _parser_text(self) -> str:
         return read_any_text(os.path.join(self._checkout, "comfy", "cli_args.py"))
 
-    def _added(self) -> list[str]:
-        """Return the words that we add to those which were typed: a browser of ComfyUI's would end with it."""
-        return ["--disable-auto-launch"] if "--disable-auto-launch" in self._parser_text() else []
-
     def opens_browser(self, args: list[str]) -> bool:
         """Tell whether `args` ask for a browser, which ComfyUI is then kept from opening: we do, once it answers."""
-        asking = (("--auto-launch", "--au"), ("--windows-standalone-build", "--w"))
+        asking, other = (("--auto-launch", "--au"), ("--windows-standalone-build", "--w")), "--disable-auto-launch"
         is_asked = any(_is_flag(word, *flag) for word in args for flag in asking)
-        return is_asked and "--disable-auto-launch" not in args and bool(self._added())
+        return is_asked and other not in args and other in self._parser_text()
 
     def _launch(self, args: list[str]) -> Launch:
         """Return what `args` mean, by ComfyUI's own parser where it can be asked.
@@ -7619,23 +7561,29 @@ class Environment:
         """
         import inspect
 
-        shared = models_folder(self.models_path)
-        launch = Launch(args, parse_comfyui_args(args), self._added())
-        if not self._parser_text() and shared is None:
+        interpreter, folder, own = [self.python], self._checkout, os.path.dirname(self.python)
+        if os.path.basename(own) == "python_embeded":  # the portable build's runs in its own root
+            interpreter, folder = [self.python, "-s"], os.path.dirname(own)
+        variables = {key: value for key, value in inherited_environment().items() if key not in DROPPED_VARIABLES}
+        variables.pop("PYTHONUNBUFFERED", None)  # ComfyUI wraps its streams: its output would be held back longer
+        variables = {**with_interpreter(variables, self.python), "PYTHONIOENCODING": "utf-8"}
+        text, shared = self._parser_text(), models_folder(self.manifest.models_path)
+        added = ["--disable-auto-launch"] if "--disable-auto-launch" in text else []  # its browser would end with it
+        launch = Launch(args, parse_comfyui_args(args), interpreter, folder, variables, added)
+        if not text and shared is None:
             return launch
 
-        (words, folder), own = self._interpreter(), {"PYTHONDONTWRITEBYTECODE": "1"}
         try:
             asked = [print_parsed_arguments, *([print_model_folders] if shared else [])]
             program = "\n\n".join([*map(inspect.getsource, asked), *(f"{one.__name__}()" for one in asked)])
-            command = [*words, "-c", program, self._checkout, *args]
-            done = run_command(command, folder, self._variables(own), PARSER_SECONDS)
+            command = [*interpreter, "-c", program, self._checkout, *args]
+            done = run_command(command, folder, {**variables, "PYTHONDONTWRITEBYTECODE": "1"}, PARSER_SECONDS)
             flags, *told = [json.loads(line) for line in done.stdout.splitlines()]
             if done.returncode != 2:
                 tls = bool(told[0]["tls_keyfile"] and told[0]["tls_certfile"])
                 config = ComfyUIConfig(told[0]["listen"], told[0]["port"], tls)
-                added = launch.added + self._words_for_models(shared, told[0], told[1:])
-                return Launch(args, config, added, told[0])
+                added += self._words_for_models(shared, told[0], told[1:])
+                return Launch(args, config, interpreter, folder, variables, added, told[0])
         except (CDEnvironmentError, OSError, ValueError, KeyError, TypeError, IndexError):
             if shared is not None:
                 message = "This ComfyUI does not tell its model folders."
@@ -7657,20 +7605,18 @@ class Environment:
         """Intent, log, process, record, watch. Whatever fails before the record leaves all as it was."""
         from subprocess import CompletedProcess
 
-        if is_half_updated(self.paths):
-            raise CDEnvironmentError("An update of ComfyUI was interrupted.", ("repair",), "updating")
         previous = previous or self._read_state()
-        with self._alive_lock() as alive:
+        with self._alive_lock() or nullcontext() as alive:
             record = self._write_intent(launch, variables, monitor, auto_port, alive)
             child = None
             try:
                 rotate_at_start(self.log_path)
                 header = session_header(record.run_id or "", self.name)
                 log, record.log_offset, record.log_inode = begin_session(self.log_path, header)
-                environ = self._variables({**record.env, RUN_ID_VARIABLE: record.run_id or ""})
+                environ = {**launch.variables, **record.env, RUN_ID_VARIABLE: record.run_id or ""}
                 handed = (alive.fileno(),) if alive else ()
                 with log:
-                    child = create_background_process(record.command, record.cwd or "", log, environ, handed)
+                    child = create_background_process(record.command, launch.folder, log, environ, handed)
                 record.pid, record.phase = child.pid, "running"
                 process = process_table().process(child.pid)
                 record.identity, record.uid = identity_of(process), process.uid if process is not None else own_user()
@@ -7689,21 +7635,20 @@ class Environment:
         self._process = child
         return CompletedProcess(record.command, 0, f"Started on {record.host}:{record.port}", "")
 
-    @contextmanager
-    def _alive_lock(self) -> "Iterator[Optional[BinaryIO]]":
-        """Hold, for a start, the lock that ComfyUI will hold while it lives; None where there is no need or no lock.
+    def _alive_lock(self) -> "Optional[BinaryIO]":
+        """Return, for a start, the lock that ComfyUI will hold while it lives; None where there is no need or no lock.
 
-        Closed, not unlocked: that would free it for ComfyUI, too.
+        It is to be closed, not unlocked: that would free it for ComfyUI, too.
         """
-        lock = None
-        if this_machine()["pid_ns"] is not None:
-            with suppress(OSError):
-                lock = until(lambda: take_lock(self.paths.alive), 1.0)
-                if lock is None:
-                    message = f"A process that an earlier ComfyUI left holds {self.paths.alive} and does not end."
-                    raise CDEnvironmentError(message, ("repair", "--orphan"), "stranger")
-        with lock or nullcontext():
-            yield lock
+        if this_machine()["pid_ns"] is None:
+            return None
+        with suppress(OSError):
+            lock = until(lambda: take_lock(self.paths.alive), 1.0)
+            if lock is None:
+                message = f"A process that an earlier ComfyUI left holds {self.paths.alive} and does not end."
+                raise CDEnvironmentError(message, ("repair", "--orphan"), "stranger")
+            return lock
+        return None
 
     def _write_intent(
         self,
@@ -7725,10 +7670,9 @@ class Environment:
                 args = with_port(args, config.port)
             record = ProcessState(None, config.host, config.port, args, utc_now(), self.log_path, phase=STARTING)
             record.run_id, record.env, record.monitor = os.urandom(16).hex(), variables, monitor
-            words, record.cwd = self._interpreter()
-            record.command, record.tls = [*words, self._script, *args, *launch.added], config.tls
-            record.starter = {"pid": os.getpid(), "identity": identity_of(process_table().process(os.getpid()))}
-            record.starter.update(interrupt_ignored=not passes_interrupt_on(), keeps=self.is_keeper)
+            record.command = [*launch.interpreter, self._script, *args, *launch.added]
+            record.cwd, record.tls = launch.folder, config.tls
+            record.starter = {**ourselves(), "interrupt_ignored": not passes_interrupt_on(), "keeps": self.is_keeper}
             if alive is not None:
                 here = os.fstat(alive.fileno())
                 record.alive = {"dev": here.st_dev, "ino": here.st_ino}
@@ -7743,8 +7687,8 @@ class Environment:
 
     def _port_in_use(self, config: ComfyUIConfig, taken: dict[int, str]) -> CDEnvironmentError:
         port = config.port
-        holders = [f"{process.name}, PID {process.pid}" for process in port_holders(port)]
-        holder = taken.get(port) or "; ".join(holders)
+        holders = "; ".join(f"{process.name}, PID {process.pid}" for process in port_holders(port))
+        holder = taken.get(port) or holders
         try:
             free = str(next_free_port(port + 1, config.host, taken))
         except CDEnvironmentError:
@@ -7760,11 +7704,6 @@ class Environment:
             ],
             "port",
         )
-
-    @staticmethod
-    def dropped_variables() -> list[str]:
-        """Return the variables that are set here and that ComfyUI does not get, because they would lead it astray."""
-        return [name for name in DROPPED_VARIABLES if name in os.environ]
 
     def _watch_first_moments(
         self, child: "subprocess.Popen[bytes]", record: ProcessState, previous: Optional[ProcessState]
@@ -7782,29 +7721,27 @@ class Environment:
         code = child.poll()
         if code is None:
             return
-        reason = self.last_error(code)
+        error, flags = self._ended("at once", code), re.findall(r"--[\w-]+", self._end_of_session()[0])
         record.last_exit = {"code": code, "at": utc_now()}
         with suppress(OSError):  # on a full disk it is told all the same
             self._put_back(previous if code == 2 else record)
-        message = f"ComfyUI ended at once ({format_exit(code)})" + (f": {reason}" if reason else ".")
-        close = closest_flag(reason or "", re.findall(r"--[\w-]+", self._end_of_session()[0]))
-        raise CDEndedError(message, f"did you mean {close}?" if close else ("-e", self.name, "logs"), code)
+        close = closest_flag(error.message, flags)
+        raise CDEndedError(error.message, f"did you mean {close}?" if close else error.hint, code)
 
-    def _end_relics(self, snapshot: Snapshot) -> None:
-        if snapshot.relics:
-            self.tell("Ending what the last run left: " + ", ".join(f"PID {one.pid}" for one in snapshot.relics))
-            end_all(snapshot.relics)
+    def _end_relics(self, relics: list[Process]) -> None:
+        if relics:
+            self.tell("Ending what the last run left: " + ", ".join(f"PID {one.pid}" for one in relics))
+            end_all(relics)
 
-    def _own_record(self, process: Process, snapshot: Snapshot) -> ProcessState:
-        if snapshot.record is None or snapshot.note == "untracked":
-            return self._adopt(process, snapshot.record)
-        return snapshot.record
+    def _own_record(self, snapshot: Snapshot, process: Process) -> ProcessState:
+        """Return the record of the process of a snapshot; where the file has none yet, it is written.
 
-    def _adopt(self, process: Process, record: Optional[ProcessState]) -> ProcessState:
-        """Record a live ComfyUI of ours that has no record. Raises CDEnvironmentError when it is somebody else's.
-
-        Its marker must be of a run of this environment: the record or the log's last header has it.
+        Its marker must then be of a run of this environment: the record or the log's last header has it. Raises
+        CDEnvironmentError when it is somebody else's.
         """
+        record = snapshot.record
+        if record is not None and snapshot.note not in ("untracked", "moved"):
+            return record
         run_id = process_table().marker(process.pid)
         is_ours = bool(run_id) and record is not None and record.run_id == run_id
         if run_id and not is_ours:
@@ -7816,7 +7753,7 @@ class Environment:
             raise CDEnvironmentError(f"{message} start it.", ("-e", self.name, "repair", "--orphan"), "stranger")
         return self.adopt(process, record, run_id)
 
-    def adopt(self, process: Process, record: Optional[ProcessState], run_id: Optional[str]) -> ProcessState:
+    def adopt(self, process: Process, record: Optional[ProcessState], run_id: str) -> ProcessState:
         """Write the record of a ComfyUI process of this checkout. The caller holds the process lock."""
         if record is None or not run_id or record.run_id != run_id:
             began = format_utc(process.created) if process.created is not None else utc_now()
@@ -7827,7 +7764,7 @@ class Environment:
         record.pid, record.host, record.port = process.pid, config.host, config.port
         record.phase, record.desired_state, record.command = "running", "running", process.command
         record.identity, record.uid, record.owner = identity_of(process), process.uid, process.uid
-        if look_up_state(self.paths.state)[1]:
+        if self._read_state() is None and os.path.lexists(self.paths.state):
             set_aside(self.paths.state)
         self._write_state(record)
         return record
@@ -7868,9 +7805,8 @@ class Environment:
             message = f"What the environment needs could not be installed: {error.message}"
             raise CDEnvironmentError(message, hint, "sync") from error
         if report.problems:
-            raise CDEnvironmentError(
-                f"Missing nodes could not be installed: {'; '.join(report.problems)}", hint, "sync"
-            )
+            message = f"Missing nodes could not be installed: {'; '.join(report.problems)}"
+            raise CDEnvironmentError(message, hint, "sync")
         return report
 
     # Updating ComfyUI ----------------------------------------------------------------
@@ -7996,11 +7932,6 @@ class Environment:
 
     # Models of several environments --------------------------------------------------
 
-    @property
-    def models_path(self) -> Optional[str]:
-        """The models folder that this environment shares with others, None where it has its own alone."""
-        return self.manifest.text("models_path")
-
     def set_models(self, folder: Optional[str]) -> None:
         """Use the models in `folder`, too, from the next start on; None: no longer. Raises CDEnvironmentError."""
         path = models_folder(folder)
@@ -8061,7 +7992,7 @@ class Environment:
                 return False
             if snapshot.note == "damaged":
                 set_aside(self.paths.state)
-            self._end_relics(snapshot)
+            self._end_relics(snapshot.relics)
             self._retire_state()
             return True
 
@@ -8076,22 +8007,38 @@ class Environment:
         the same. Returns whether there was anything to stop. Raises CDEnvironmentError when the
         process belongs to another user, machine, or program, or does not end.
         """
-        with self._process_lock("stop", timeout, unlocked=self.tell, is_kill=kill):
+        with self._lock_to_stop(timeout, kill):
             snapshot = self.observe(lock_held=True)
-            if snapshot.state == FOREIGN:
-                raise self._foreign(snapshot)
-            if snapshot.note == "damaged" and snapshot.process is None:
+            self._refuse_foreign(snapshot)
+            if snapshot.note == "damaged":
                 raise self.damaged_state()
             if snapshot.process is not None:
-                self._stop_seen(snapshot, 0 if kill else timeout, meanwhile)
-                self._retire_state()
-            elif snapshot.record is not None and snapshot.record.pid is not None:
-                reap(snapshot.record.pid)
-                self._end_relics(snapshot)
-                self._retire_state()
-            else:
+                record = self._own_record(snapshot, snapshot.process)
+                self._end(snapshot.process, record, 0 if kill else timeout, meanwhile)
+            elif snapshot.record is None or snapshot.record.pid is None:
                 self._clear_state()
+                return False
+            else:
+                reap(snapshot.record.pid)
+                self._end_relics(snapshot.relics)
+            self._retire_state()
             return snapshot.process is not None or bool(snapshot.relics)
+
+    @contextmanager
+    def _lock_to_stop(self, seconds: float, is_kill: bool) -> Iterator[None]:
+        """Hold the process lock; go on where there are no locks, or for a kill where its holder stands still."""
+        from contextlib import ExitStack
+
+        holder = holder_of(self.paths.lock) if is_kill else None
+        is_barred = holder is not None and holder.state == "stopped"
+        with ExitStack() as held:
+            try:
+                held.enter_context(self._process_lock("stop", 0.0 if is_barred else seconds))
+            except CDEnvironmentError as error:
+                if error.code != "no-locks" and not (is_barred and error.code == "locked"):
+                    raise
+                self.tell(error.message)
+            yield
 
     def _retire_state(self) -> None:
         """The record is no longer of anything that runs: it becomes the last run, which `restart` starts again."""
@@ -8113,8 +8060,7 @@ class Environment:
     def require_idle(self, lock_held: bool = False) -> None:
         """Raise CDEnvironmentError while a ComfyUI of this environment starts, runs, or may run elsewhere."""
         snapshot = self.observe(lock_held=lock_held)
-        if snapshot.state == FOREIGN:
-            raise self._foreign(snapshot)
+        self._refuse_foreign(snapshot)
         if snapshot.process is not None or snapshot.state == STARTING:
             how = f"runs (PID {snapshot.process.pid})" if snapshot.process else "starts"
             message = f"ComfyUI {how} in environment '{self.name}'."
@@ -8125,17 +8071,18 @@ class Environment:
         message = f"The state file of environment '{self.name}' is damaged, its ComfyUI is not running: "
         return CDEnvironmentError(message + self.paths.state, ("-e", self.name, "run"), "damaged")
 
-    def _stop_seen(
-        self, snapshot: Snapshot, timeout: float, meanwhile: Optional[Callable[[], bool]] = None, wanted: str = STOPPED
+    def _end(
+        self,
+        process: Process,
+        record: ProcessState,
+        timeout: float,
+        meanwhile: Optional[Callable[[], bool]] = None,
+        wanted: str = STOPPED,
     ) -> None:
-        """End the process of a snapshot and its family, and have its monitor go. The caller holds the process lock.
+        """End a recorded process and its family, and have its monitor go. The caller holds the process lock.
 
         With `wanted` RESTART its keeper stays and starts it again.
         """
-        process = snapshot.process
-        if process is None:
-            return
-        record = self._own_record(process, snapshot)
         if record.desired_state != wanted:
             record.desired_state = wanted
             with suppress(OSError):  # a full disk must not keep anyone from stopping ComfyUI
@@ -8152,14 +8099,11 @@ class Environment:
         if monitor is not None and monitor.pid != os.getpid() and not wait_for_exit(monitor, 3):
             end_all([monitor])  # it goes by itself when ComfyUI was stopped
 
-    def recorded_args(self) -> Optional[list[str]]:
-        """Return the arguments that a restart would start with; None when nothing ever ran."""
-        record = self.last_record()
-        return record.args if record is not None else None
+    # Starting again ------------------------------------------------------------------
 
     def last_record(self) -> Optional[ProcessState]:
         """Return the record of what runs or ran last."""
-        return look_up_state(self.paths.state)[0] or read_state(self.paths.last_run)
+        return self._read_state() or read_state(self.paths.last_run)
 
     def stop_for_restart(self) -> bool:
         """Stop ComfyUI but keep its record, so that `restart` starts it again; return whether it ran.
@@ -8168,13 +8112,14 @@ class Environment:
         """
         with self._process_lock("stop"):
             snapshot = self.observe(lock_held=True)
-            record = snapshot.record
+            if snapshot.process is None:
+                return False
+            record = self._own_record(snapshot, snapshot.process)
             keeper = self.keeper_of(record)
-            if record is not None and keeper is not None:
-                identity = identity_of(process_table().process(os.getpid()))
-                record.starter["waits_for"] = {"pid": os.getpid(), "identity": identity}
-            self._stop_seen(snapshot, 10, wanted=RESTART if keeper else STOPPED)
-            return snapshot.process is not None
+            if keeper is not None:
+                record.starter["waits_for"] = ourselves()
+            self._end(snapshot.process, record, 10, wanted=RESTART if keeper else STOPPED)
+            return True
 
     def restart(self, timeout: float = 10) -> bool:
         """Stop ComfyUI if it runs, and start it with the arguments and variables it was started with.
@@ -8183,16 +8128,12 @@ class Environment:
         starts it, as its child. Returns True. Raises CDEnvironmentError when nothing was ever started or something
         stands in the way.
         """
-        self._settle()
-        with self._process_lock("restart", timeout):
-            self._require_startable()
-            snapshot = self.observe(lock_held=True)
-            if snapshot.state == FOREIGN:
-                raise self._foreign(snapshot)
+        with self._about_to_start("restart", timeout) as snapshot:
+            self._refuse_foreign(snapshot)
             if snapshot.note == "damaged":
                 raise self.damaged_state()
             process = snapshot.process
-            record = self._own_record(process, snapshot) if process is not None else self.last_record()
+            record = self._own_record(snapshot, process) if process is not None else self.last_record()
             if record is None:
                 message = f"Cannot restart: ComfyUI not running in environment '{self.name}', and it never was."
                 raise CDEnvironmentError(message, ("-e", self.name, "run"), "stopped")
@@ -8200,19 +8141,18 @@ class Environment:
             launch = self._launch(record.args)
             make_folder(os.path.dirname(self.log_path))
             open_append(self.log_path).close()
-            keeper = self.keeper_of(record)
-            wanted = RESTART if keeper else STOPPED
-            port, listeners = record.port, process_table().listeners(record.port)
-            if process is not None and listeners and is_port_bound(port, host=record.host):
+            keeper, port = self.keeper_of(record), record.port
+            if process is not None and process_table().listeners(port) and is_port_bound(port, host=record.host):
                 if not self._serves(process, port):  # while it was importing another program took its port
                     raise self._port_in_use(ComfyUIConfig(record.host, port), {})
+            wanted = RESTART if keeper else STOPPED
             if process is not None or keeper is not None:
                 record.desired_state = wanted
                 record.starter.pop("waits_for", None)
                 self._write_state(record)  # a full disk shows now, not when ComfyUI is down already
             if process is not None:
-                self._stop_seen(Snapshot(RUNNING, record, process), timeout, wanted=wanted)
-            self._end_relics(snapshot)
+                self._end(process, record, timeout, wanted=wanted)
+            self._end_relics(snapshot.relics)
             if keeper is None and record.monitor is None:
                 self._start_again(record, launch, None)
                 return True
@@ -8235,9 +8175,7 @@ class Environment:
         if now.record is not None and now.record.run_id == record.run_id:
             return self.restart(timeout)
         if now.process is None:
-            reason = self.last_error()
-            message = "ComfyUI ended at once" + (f": {reason}" if reason else ".")
-            raise CDEnvironmentError(message, ("-e", self.name, "logs"), "ended")
+            raise self._ended("at once", None)
         return True
 
     def _start_again(self, record: ProcessState, launch: Launch, monitor: Optional[dict[str, Any]]) -> None:
@@ -8249,10 +8187,10 @@ class Environment:
             message = f"The record of the last run belongs to another user (uid {record.owner}), so it starts nothing."
             raise CDEnvironmentError(message, ["Start it with: ", ("-e", self.name, "run")], "owner")
 
-    def take_on_as_monitor(self, note: Optional[dict[str, Any]] = None) -> bool:
+    def take_on_as_monitor(self, monitor: Optional[dict[str, Any]] = None) -> bool:
         """Record this process as the monitor of the ComfyUI that runs; return False when none of ours does.
 
-        Raises CDEnvironmentError when it has a keeper already.
+        `monitor` is what the record says of it. Raises CDEnvironmentError when ComfyUI has a keeper already.
         """
         with self._process_lock("monitor"):
             snapshot = self.observe(lock_held=True)
@@ -8264,8 +8202,8 @@ class Environment:
                 who = "a monitor" if self.monitor_process(record) else "'run --foreground'"
                 message = f"ComfyUI is already running (PID {process.pid}), and {who} watches it (PID {present.pid})."
                 raise CDEnvironmentError(message, ("-e", self.name, "restart"), "running")
-            record = self._own_record(process, snapshot)
-            record.monitor = note or self.own_monitor_note()
+            record = self._own_record(snapshot, process)
+            record.monitor = monitor or self.own_monitor()
             self._write_state(record)
             return True
 
@@ -8290,7 +8228,7 @@ class Environment:
         try:
             said = begin(answers.read)(time.monotonic() + MONITOR_SECONDS)
             answers.close()  # not before: to close waits for a reading that hangs
-            reply = dict(json.loads(said.splitlines()[-1]))
+            error = dict(json.loads(said.splitlines()[-1]))
         except TimeoutError:
             monitor = process_table().process(child.pid)
             end_all([monitor] if monitor is not None else [])
@@ -8299,21 +8237,19 @@ class Environment:
         except (ValueError, IndexError, TypeError):
             words = said.decode("utf-8", "replace").strip()[-500:] or "it said nothing"
             raise CDEnvironmentError(f"The monitor could not start: {words}") from None
-        if "exit_code" in reply:
-            raise CDEndedError(reply["error"]["message"], reply["error"]["hint"], reply["exit_code"])
-        if reply.get("error"):
-            raise CDEnvironmentError(**reply["error"])
+        if "exit_code" in error:
+            raise CDEndedError(error["message"], error["hint"], error["exit_code"])
+        if error:
+            raise CDEnvironmentError(error["message"], error["hint"], error["code"])
 
-    def restart_kept(self, former: ProcessState, note: Optional[dict[str, Any]]) -> bool:
+    def restart_kept(self, former: ProcessState, monitor: Optional[dict[str, Any]]) -> bool:
         """Start again, for its keeper, what crashed or was stopped for a restart.
 
-        Return False when that is not wanted, or another run has begun. `note` is a monitor's.
+        Return False when that is not wanted, or another run has begun. `monitor` is what the record says of a monitor.
 
         On a full disk not even a start that failed can be taken back: its intent is replaced by the `former` record.
         """
-        self._settle()
-        with self._process_lock("restart"):
-            snapshot = self.observe(lock_held=True)
+        with self._about_to_start("restart") as snapshot:
             record = snapshot.record
             if record is not None and is_own_intent(record):
                 self._write_state(former)
@@ -8322,8 +8258,8 @@ class Environment:
             if record is None or not is_same or snapshot.process is not None:
                 return False
             self._require_own_record(record)
-            self._end_relics(snapshot)
-            self._start_again(record, self._launch(record.args), note)
+            self._end_relics(snapshot.relics)
+            self._start_again(record, self._launch(record.args), monitor)
             return True
 
     def is_held_back(self) -> bool:
@@ -8585,13 +8521,13 @@ class Workspace:
         """Return the environment that `use` chose, None when it is not set or gone. Raises CDEnvironmentError."""
         name = self._settings().get("active_environment")
         environment = self._environment(name) if isinstance(name, str) and is_folder_name(name) else None
-        is_there = environment is not None and os.path.isdir(environment.paths.cec) and not environment.is_demo
+        is_there = environment is not None and os.path.isdir(environment.paths.cec) and not environment.manifest.demo
         return environment if is_there else None
 
     def use(self, name: str) -> Environment:
         """Make `name`, which may not be the demo, the active environment. Raises CDEnvironmentError, OSError."""
         environment = self.get_environment(name)
-        if environment.is_demo:
+        if environment.manifest.demo:
             raise CDEnvironmentError("The demo is never the active environment.", ("run", "--demo"), "demo")
         self._change_settings(active_environment=name)
         return environment
@@ -8604,11 +8540,11 @@ class Workspace:
         """
         if name is not None:
             found = self._environment(name)
-            is_demo = name == DEMO_NAME and (found.is_demo or not os.path.isdir(found.paths.cec))
+            is_demo = name == DEMO_NAME and (found.manifest.demo or not os.path.isdir(found.paths.cec))
             return self.demo() if is_demo and to_start else self.get_environment(name)
         checkout = self.checkout_of(folder)
         here = self.environment_of(folder) or (self.environment_of(checkout) if checkout else None)
-        if here is not None and not (to_start and here.is_demo):
+        if here is not None and not (to_start and here.manifest.demo):
             return here
         if here is None and checkout_at(folder) is not None:
             raise CDEnvironmentError(f"No environment has adopted {checkout} yet.", ("run",), "unknown")
@@ -8616,7 +8552,7 @@ class Workspace:
 
     def _only_one(self, to_start: bool) -> Environment:
         environments = self.list_environments()
-        others = [environment for environment in environments if not environment.is_demo]
+        others = [environment for environment in environments if not environment.manifest.demo]
         complete = [environment for environment in others if environment.is_complete]
         if len(complete or others) == 1:
             return (complete or others)[0]
@@ -8755,8 +8691,8 @@ class Workspace:
         environment = self.get_environment(name)
         inside = os.path.join(os.path.realpath(environment.paths.root), "")
         for other in self.list_environments():
-            if other.name != name and os.path.realpath(other.models_path or os.sep).startswith(inside):
-                message = f"Environment '{other.name}' uses the models in {other.models_path}."
+            if other.name != name and os.path.realpath(other.manifest.models_path or os.sep).startswith(inside):
+                message = f"Environment '{other.name}' uses the models in {other.manifest.models_path}."
                 raise CDEnvironmentError(message, ("models", other.name, "--off"), "in-use")
         shelf = None if purge else self.paths.kept
         kept = delete_environment(environment.paths, environment.idle("delete"), shelf, tell)
@@ -9402,7 +9338,7 @@ def kubernetes_file(it: Description) -> str:
 
 # ====================================================================================================================
 # 13. Hidden entries
-# What the file runs when it starts itself: never typed by anyone.
+# What the file runs when it starts itself; a person types them in vain.
 
 
 HEALTH_PAUSE, NOTE_PAUSE = 10.0, 300.0  # how often the monitor asks for health, and how often it writes the same down
@@ -9419,39 +9355,36 @@ def console_interrupt_entry(words: list[str]) -> int:
 
 def monitor_entry(words: list[str]) -> int:
     """Start ComfyUI or take on the one that runs, answer the one who waits at our pipe, and watch."""
-    task = json.loads(os.environ.pop(MONITOR_VARIABLE))
-    reply: dict[str, Any] = {}
+    task, trouble = json.loads(os.environ.pop(MONITOR_VARIABLE)), None
     try:
         environment = Workspace(task["workspace"]).get_environment(task["environment"])
         if not environment.take_on_as_monitor():
             environment.run(task["args"], monitored=True, **task["options"])
     except CDEnvironmentError as error:
-        reply = {"error": {"message": error.message, "hint": error.hint, "code": error.code}}
-        if isinstance(error, CDEndedError):
-            reply["exit_code"] = error.exit_code
+        trouble = error
     except OSError as error:
-        reply = {"error": {"message": f"{error.filename}: {error.strerror}", "hint": "", "code": "system"}}
+        trouble = CDEnvironmentError(f"{error.filename}: {error.strerror}", code="system")
     except Exception as error:  # who waits at the pipe must hear of it
-        reply = {"error": {"message": f"{type(error).__name__}: {error}", "hint": "", "code": "bug"}}
-    os.write(1, json.dumps(reply).encode() + b"\n")
+        trouble = CDEnvironmentError(f"{type(error).__name__}: {error}", code="bug")
+    os.write(1, json.dumps(vars(trouble) if trouble else {}).encode() + b"\n")
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     os.close(sink)
-    return 1 if reply else Monitor(environment).watch()
+    return 1 if trouble else Monitor(environment).watch()
 
 
 class Monitor:
-    """Watches one ComfyUI: health, exit codes, restarts after crashes, rotation. It talks through the state file alone.
+    """Watches one ComfyUI: health, exit codes, restarts after crashes, rotation. What is wanted the state file says.
 
-    `record` is the run it watches; `note` is what the record says of us: PID, times of restarts, and why we gave up.
+    `record` is the run it watches; `entry` is what the record says of us: PID, times of restarts, and why we gave up.
     """
 
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
         self.record = environment._read_state()
-        self.note: dict[str, Any] = dict((self.record.monitor if self.record else None) or {})
-        self.noted = ("", 0.0)  # the health that was written down last, and when
+        self.entry: dict[str, Any] = dict((self.record.monitor if self.record else None) or {})
+        self.written = ("", 0.0)  # the health that was written down last, and when
 
     def watch(self) -> int:
         """Return when ComfyUI was stopped, ended well, or crashed too often."""
@@ -9467,48 +9400,40 @@ class Monitor:
     def look_after(self, snapshot: Snapshot) -> None:
         """Write news of its health down, and rotate a log that has grown."""
         environment = self.environment
-        try:
+        with suppress(CDEnvironmentError, OSError):  # another command is at work, or the disk is full: next time
             state = environment.describe(snapshot, probe(environment.config_of(snapshot), 5.0))["state"]
             health, now = {RUNNING: HEALTHY, STARTING: STARTING}.get(state, "unhealthy"), time.monotonic()
-            if health != self.noted[0] or now - self.noted[1] > NOTE_PAUSE:
-                environment.note(seconds=0.5, last_health_check=utc_now(), health_status=health)
-                self.noted = (health, now)
+            if health != self.written[0] or now - self.written[1] > NOTE_PAUSE:
+                environment.amend_record(seconds=0.5, last_health_check=utc_now(), health_status=health)
+                self.written = (health, now)
             if os.path.getsize(environment.log_path) > LOG_LIMIT:
                 environment.rotate_log()
-        except (CDEnvironmentError, OSError):  # another command is at work, or the disk is full: next time
-            pass
 
     def goes_on(self, code: Optional[int]) -> bool:
         """Decide what to do after an end; return whether ComfyUI runs again, by itself or by us."""
-        if self._wish() == STOPPED:
+        wish = self._wish()
+        if wish == STOPPED:
             return False
-        if (
-            IS_WINDOWS
-            and self._wish() != RESTART
-            and code in (0, None)
-            and until(self._is_taken_on, REBORN_PATIENCE, 0.5)
-        ):
+        may_be_reborn = IS_WINDOWS and wish != RESTART and code in (0, None)
+        if may_be_reborn and until(self._is_taken_on, REBORN_PATIENCE, 0.5):
             return True
         while self.record is not None:
             is_asked, now = self._wish() == RESTART, time.time()
             if not is_asked:
-                self.environment.note(self.record.run_id, last_exit={"code": code, "at": utc_now()})
+                self.environment.amend_record(self.record.run_id, last_exit={"code": code, "at": utc_now()})
                 if code in (0, 2):  # a good end, or arguments that ComfyUI refuses every time
                     break
-            recent = [moment for moment in self.note.get("restarts", []) if 0 <= now - moment < CRASH_WINDOW]
+            recent = [moment for moment in self.entry.get("restarts", []) if 0 <= now - moment < CRASH_WINDOW]
             if not is_asked and len(recent) >= CRASH_LIMIT:
                 last = "an unknown code" if code is None else format_exit(code)
-                return self._give_up(
-                    f"{len(recent) + 1} crashes within {format_duration(CRASH_WINDOW)}, the last with {last}"
-                )
+                times = f"{len(recent) + 1} crashes within {format_duration(CRASH_WINDOW)}"
+                return self._give_up(f"{times}, the last with {last}")
             try:
                 return self._restarts(recent)
-            except CDEndedError as error:  # a crash like any other
-                if error.exit_code == 2:  # the record is then still that of the former run
-                    return self._give_up(f"it could not be started again: {error}")
-                code, self.record = error.exit_code, self.environment._read_state()
             except (CDEnvironmentError, OSError) as error:
-                return self._give_up(f"it could not be started again: {error}")
+                if not isinstance(error, CDEndedError) or error.exit_code == 2:  # 2: the record is the former run's
+                    return self._give_up(f"it could not be started again: {error}")
+                code, self.record = error.exit_code, self.environment._read_state()  # a crash like any other
         return False
 
     def _wish(self) -> str:
@@ -9521,7 +9446,7 @@ class Monitor:
     def _is_taken_on(self) -> bool:
         """On Windows ComfyUI-Manager's restart is a good end and another PID: find it by its marker and record it."""
         with suppress(CDEnvironmentError, OSError):  # another command is at work
-            return self.environment.take_on_as_monitor(self.note)
+            return self.environment.take_on_as_monitor(self.entry)
         return False
 
     def _restarts(self, recent: list[float]) -> bool:
@@ -9531,9 +9456,9 @@ class Monitor:
         until(lambda: self._wish() == STOPPED or not self.environment.is_held_back(), float("inf"), 0.2)
         while self._wish() != STOPPED and self.record is not None:
             if self._wish() == "running":
-                self.note["restarts"] = [*recent, time.time()]
+                self.entry["restarts"] = [*recent, time.time()]
             try:
-                return self.environment.restart_kept(self.record, self.note)
+                return self.environment.restart_kept(self.record, self.entry)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
                     raise
@@ -9542,8 +9467,8 @@ class Monitor:
 
     def _give_up(self, reason: str) -> bool:
         """Record why, and watch no longer."""
-        self.note["gave_up"] = reason
-        self.environment.note(self.record.run_id if self.record else None, monitor=self.note)
+        self.entry["gave_up"] = reason
+        self.environment.amend_record(self.record.run_id if self.record else None, monitor=self.entry)
         return False
 
 
@@ -10135,9 +10060,9 @@ def run(console: Console, args: Arguments) -> Report:
     stays = stays_in_foreground(args)
     environment = environment_to_run(console, args)
     say_what_starts(console, environment, args.comfyui_args, config.host, stays)
-    is_demo, former = environment.manifest.demo, environment.recorded_args()
-    if former and former != args.comfyui_args and not is_demo:
-        console.say(f"   Last time: {' '.join(map(quote, former))}. {console.typed('restart')} starts with these.")
+    is_demo, last = environment.manifest.demo, environment.last_record()
+    if last and last.args and last.args != args.comfyui_args and not is_demo:
+        console.say(f"   Last time: {' '.join(map(quote, last.args))}. {console.typed('restart')} starts with these.")
     asks_for_port = any(_is_flag(word.partition("=")[0], "--port", "--po") for word in args.comfyui_args)
     auto_port = args.auto_port or (is_demo or args.one_of_all) and not asks_for_port
     if not args.no_sync and not is_demo:
@@ -10150,13 +10075,11 @@ def run(console: Console, args: Arguments) -> Report:
         console.warn(f"ComfyUI-Manager is not installed here: {quote(environment.python)} -m pip install -r {file}")
     options = {"auto_port": auto_port, "set_env": args.set_env, "take_over": args.take_over}
     if stays:
-        return run_in_foreground(console, environment, args.comfyui_args, options, config.tls)
-    return run_in_background(console, args, environment, options, config.tls)
+        return run_in_foreground(console, environment, args.comfyui_args, options)
+    return run_in_background(console, args, environment, options)
 
 
-def run_in_background(
-    console: Console, args: Arguments, environment: Environment, options: dict[str, Any], tls: bool
-) -> Report:
+def run_in_background(console: Console, args: Arguments, environment: Environment, options: dict[str, Any]) -> Report:
     watched = environment.observe().process if args.monitor else None
     if watched is not None and args.comfyui_args:
         message = f"ComfyUI is already running (PID {watched.pid}), so it cannot be given other arguments."
@@ -10168,7 +10091,7 @@ def run_in_background(
         if args.wait is not None:
             show_last_lines(console, environment)
         raise
-    report = started_report(environment, tls)
+    report = started_report(environment)
     report.data["only_watched"] = watched is not None
     opens = args.open or environment.opens_browser(args.comfyui_args)
     if args.wait is not None or opens:
@@ -10248,8 +10171,7 @@ def execute(console: Console, args: Arguments) -> Report:
 
     environment = selected(console, args)
     environment.require_comfyui()
-    left_out = environment.dropped_variables()
-    kept = {name: value for name, value in os.environ.items() if name not in left_out}
+    kept = {name: value for name, value in os.environ.items() if name not in DROPPED_VARIABLES}
     variables, (program, *words) = with_interpreter(kept, environment.python), args.comfyui_args
     own = {"python": [environment.python], "pip": [environment.python, "-m", "pip"]}
     found = own.get(program, [which(program, path=variables["PATH"]) or ""])  # Windows would look along our own PATH
@@ -10303,15 +10225,13 @@ def stays_in_foreground(args: Arguments) -> bool:
     return True
 
 
-def run_in_foreground(
-    console: Console, environment: Environment, words: list[str], options: dict[str, Any], tls: bool
-) -> Report:
+def run_in_foreground(console: Console, environment: Environment, words: list[str], options: dict[str, Any]) -> Report:
     """Start and stay; from the very start a signal stops ComfyUI instead of leaving it behind."""
     environment.is_keeper = True
     with noted_signals() as received:
         try:
             environment.run(words, **options)
-            started = started_report(environment, tls)
+            started = started_report(environment)
             started.data["foreground"] = True
             console.show("run", started, format_run)
             for line in ("=" * 60, "Streaming logs (Ctrl+C to stop ComfyUI)...", "=" * 60):
@@ -10356,10 +10276,11 @@ def say_what_starts(console: Console, environment: Environment, words: list[str]
     console.say(f"🎮 Starting {what} in environment: {environment.name}")
     if words:
         console.say(f"   Arguments: {' '.join(words)}")
-    for name in environment.dropped_variables():
+    for name in filter(os.environ.__contains__, DROPPED_VARIABLES):
         console.warn(f"{name} is set here; ComfyUI starts without it.")
-    folder = environment.folder_open_to_others()
-    if folder is not None:
+    shared, own, logs = environment.workspace_paths, environment.paths, os.path.dirname(environment.log_path)
+    folders = (shared.root, shared.metadata, shared.environments, own.root, own.cec, os.path.dirname(logs), logs)
+    for folder in list(filter(is_writable_by_others, folders))[:1]:  # there every user may plant files
         console.warn(f"Other users may write into {folder}, and so change what runs here: chmod o-w '{folder}'")
     init = None if stays else non_reaping_init()
     if init is not None:
@@ -10368,7 +10289,7 @@ def say_what_starts(console: Console, environment: Environment, words: list[str]
         console.warn(f"ComfyUI has no password: whoever can reach this machine on {host or 'any address'} can use it.")
 
 
-def started_report(environment: Environment, tls: bool) -> Report:
+def started_report(environment: Environment) -> Report:
     record = environment._read_state()
     if record is None:  # another command has stopped it meanwhile
         raise CDEnvironmentError(
@@ -10377,7 +10298,7 @@ def started_report(environment: Environment, tls: bool) -> Report:
     data = {
         **{name: getattr(record, name) for name in ("pid", "host", "port", "args", "started_at")},
         "name": environment.name,
-        "url": local_url(ComfyUIConfig(record.host, record.port, tls)),
+        "url": local_url(environment.config_of(Snapshot(RUNNING, record))),
         "health": environment.report(0.5)["health"],
         "log": record.log_path,
         "demo": environment.manifest.demo,
@@ -10443,7 +10364,7 @@ class Foreground:
                 if IS_WINDOWS and code in (0, None) and until(self._is_reborn, REBORN_PATIENCE, 0.5):
                     continue
                 self._drain()
-                self.environment.note(record.run_id, last_exit={"code": code, "at": utc_now()})
+                self.environment.amend_record(record.run_id, last_exit={"code": code, "at": utc_now()})
                 self.console.say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({format_exit(code)})'}")
                 return shell_code(code)
             else:
@@ -10570,7 +10491,7 @@ def stop(console: Console, args: Arguments) -> Report:
     snapshot = environment.observe()
     if snapshot.process is not None and snapshot.note != "untracked":
         console.say(f"⏸  Stopping ComfyUI (PID {snapshot.process.pid})...")
-    crash = environment._last_words(snapshot.record) if snapshot.state == CRASHED else None
+    crash = environment.last_words(snapshot.record) if snapshot.record and snapshot.state == CRASHED else None
     pid = snapshot.process.pid if snapshot.process else None
     had_monitor = pid is None and environment.monitor_process(snapshot.record) is not None
     try:
@@ -10663,13 +10584,13 @@ def restart(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     cut_off = settle_queue(console, args, environment, "restart")
     snapshot = environment.observe()
-    words = environment.recorded_args()
-    if words is not None and snapshot.state != FOREIGN:
+    last = environment.last_record()
+    if last is not None and snapshot.state != FOREIGN:
         console.say("🔄 Restarting ComfyUI...")
         previous = f"PID {snapshot.process.pid}" if snapshot.process else "not running"
-        console.say(f"   Previous: {previous}, args: {' '.join(words) or '(none)'}")
+        console.say(f"   Previous: {previous}, args: {' '.join(last.args) or '(none)'}")
     environment.restart(args.timeout)
-    report = started_report(environment, config_told_by(environment.recorded_args() or []).tls)
+    report = started_report(environment)
     report.data["cut_off"] = cut_off
     if args.wait is not None:
         await_answer(console, environment, report, args.wait)
@@ -11843,7 +11764,7 @@ def models(console: Console, args: Arguments) -> Report:
     if changes:
         environment.set_models(args.set)
     is_running = bool(changes) and environment.is_running()
-    return Report({"models": environment.models_path, "running": is_running}, environment.name)
+    return Report({"models": environment.manifest.models_path, "running": is_running}, environment.name)
 
 
 # ====================================================================================================================
