@@ -2609,7 +2609,7 @@ QUEUE_LIMIT = 16 << 20
 
 @dataclass
 class Answer:
-    """What a probe met: healthy, refused (nobody listens), timeout, other-service, or bad-answer: our own process's.
+    """What was met: healthy, refused (nobody listens), timeout, other-service, or bad-answer: our own process's.
 
     `argv` is the command line that ComfyUI says it has, `queue` how many prompts run and wait, or None; `facts` are
     what `facts_of` reads.
@@ -2623,16 +2623,12 @@ class Answer:
 
 def facts_of(stats: Any) -> dict[str, Any]:
     """Return versions, device and VRAM (bytes) as /system_stats tells them, each only where it is what it should be."""
-    system, devices = stats.get("system"), stats.get("devices")
+    system, devices = stats["system"], stats.get("devices")
     device = devices[0] if isinstance(devices, list) and devices and isinstance(devices[0], dict) else {}
+    named = (system.get("comfyui_version"), system.get("python_version"), device.get("name"))
+    version, python, name = (printable(value) if isinstance(value, str) else None for value in named)
+    facts: dict[str, Any] = {"version": version, "python": (python or "").partition(" ")[0] or None, "device": name}
     total, free = device.get("vram_total"), device.get("vram_free")
-    named = (
-        ("version", system.get("comfyui_version")),
-        ("python", system.get("python_version")),
-        ("device", device.get("name")),
-    )
-    facts: dict[str, Any] = {key: printable(value) for key, value in named if isinstance(value, str)}
-    facts["python"] = facts.get("python", "").partition(" ")[0] or None
     if type(total) is int and type(free) is int and total >= free >= 0 and total > 1 << 20:  # a CPU has had 1 byte
         facts["vram"] = {"used": total - free, "total": total}
     return facts
@@ -2708,8 +2704,7 @@ def connected_socket(host: str, port: int, deadline: float, tls: bool = False) -
 
             connection.settimeout(remaining(deadline))
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # its certificate is self-signed, and we send no secret
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
             return context.wrap_socket(connection)
         except OSError as error:
             connection.close()
@@ -2717,17 +2712,15 @@ def connected_socket(host: str, port: int, deadline: float, tls: bool = False) -
     raise problem
 
 
-def http_get(config: ComfyUIConfig, path: str, timeout: float, limit: int = ANSWER_LIMIT) -> tuple[int, bytes]:
-    """Return (status, body) of one GET to ComfyUI, all within `timeout` seconds and `limit` bytes.
+def http_get(config: ComfyUIConfig, path: str, deadline: float, limit: int = ANSWER_LIMIT) -> tuple[int, bytes]:
+    """Return (status, body) of one GET to ComfyUI, all by a moment of the monotonic clock and within `limit` bytes.
 
     A raw exchange: urllib would follow redirects and proxies, and its timeout counts from each byte (0.5 s became 8 s
     against a dripping server). No Origin header, which ComfyUI would compare with Host. Raises OSError (refused,
     TimeoutError) or ValueError (no HTTP, too long).
     """
-    deadline = time.monotonic() + timeout
-    place = local_url(config).partition("//")[2]
+    place, answer = local_url(config).partition("//")[2], bytearray()
     request = f"GET {path} HTTP/1.0\r\nHost: {place}\r\nAccept: application/json\r\nConnection: close\r\n\r\n"
-    answer = bytearray()
     with connected_socket(connect_host(config.host), config.port, deadline, config.tls) as connection:
         connection.settimeout(remaining(deadline))
         connection.sendall(request.encode("ascii", "replace"))
@@ -2745,11 +2738,26 @@ def http_get(config: ComfyUIConfig, path: str, timeout: float, limit: int = ANSW
     return int(status[1]), body
 
 
-def probe(config: ComfyUIConfig, timeout: float) -> Answer:
-    """Return what answers where ComfyUI should: `GET /system_stats`, within `timeout` seconds. Never raises."""
+def queue_counts(config: ComfyUIConfig, timeout: float) -> Optional[tuple[int, int]]:
+    """Return (running, pending) prompts within `timeout` seconds; None when ComfyUI cannot be asked. Never raises.
+
+    `/queue` holds the whole workflows; where they are too long to read, `/prompt` at least tells their number.
+    """
+    deadline = time.monotonic() + timeout
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        waiting = json.loads(http_get(config, "/queue", deadline, QUEUE_LIMIT)[1])
+        return len(waiting["queue_running"]), len(waiting["queue_pending"])
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        count = int(json.loads(http_get(config, "/prompt", deadline)[1])["exec_info"]["queue_remaining"])
+        return min(1, count), max(0, count - 1)
+    return None
+
+
+def look_at(config: ComfyUIConfig, timeout: float, with_queue: bool = True) -> Answer:
+    """Return what answers where ComfyUI should, and of a healthy one the queue, within `timeout` s. Never raises."""
     began, answer = time.monotonic(), Answer(OTHER_SERVICE)
     try:
-        status, body = http_get(config, "/system_stats", timeout)
+        status, body = http_get(config, "/system_stats", began + timeout)
         if status == 200:
             stats = json.loads(body)
             argv = stats["system"].get("argv")
@@ -2763,34 +2771,8 @@ def probe(config: ComfyUIConfig, timeout: float) -> Answer:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     trace(f"GET {local_url(config)}/system_stats: {answer.kind} after {time.monotonic() - began:.2f} s")
-    return answer
-
-
-def queue_counts(config: ComfyUIConfig, timeout: float) -> Optional[tuple[int, int]]:
-    """Return (running, pending) prompts within `timeout` seconds; None when ComfyUI cannot be asked. Never raises.
-
-    `/queue` holds the whole workflows; where they are too long to read, `/prompt` at least tells their number.
-    """
-    deadline = time.monotonic() + timeout
-    try:
-        waiting = json.loads(http_get(config, "/queue", timeout, QUEUE_LIMIT)[1])
-        return len(waiting["queue_running"]), len(waiting["queue_pending"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    try:
-        left = max(0.0, deadline - time.monotonic())
-        count = int(json.loads(http_get(config, "/prompt", left)[1])["exec_info"]["queue_remaining"])
-        return min(1, count), max(0, count - 1)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
-
-
-def look_at(config: ComfyUIConfig, timeout: float) -> Answer:
-    """Return what `probe` does, and of a healthy ComfyUI the queue, all within `timeout` seconds. Never raises."""
-    deadline = time.monotonic() + timeout
-    answer = probe(config, timeout)
-    if answer.kind == HEALTHY and answer.argv is not None:
-        answer.queue = queue_counts(config, max(0.0, deadline - time.monotonic()))
+    if with_queue and answer.argv is not None:
+        answer.queue = queue_counts(config, began + timeout - time.monotonic())
     return answer
 
 
@@ -2802,7 +2784,7 @@ def probe_all(configs: list[ComfyUIConfig], timeout: float) -> list[Answer]:
 
 def check_http_health(host: str, port: int, timeout: float = 2.0) -> bool:
     """Tell whether a ComfyUI answers on host:port within `timeout` seconds. For display only."""
-    return probe(ComfyUIConfig(host, port), timeout).kind == HEALTHY
+    return look_at(ComfyUIConfig(host, port), timeout, with_queue=False).kind == HEALTHY
 
 
 def is_port_bound(port: int, expected_pid: Optional[int] = None, host: str = DEFAULT_HOST) -> bool:
@@ -2817,12 +2799,10 @@ def is_port_bound(port: int, expected_pid: Optional[int] = None, host: str = DEF
     if not all(_can_bind(name.strip(), port) for name in host.split(",")):
         return True
     nearby = connect_host(host)
-    try:
+    with suppress(OSError):
         if is_loopback(nearby):
             connected_socket(nearby, port, time.monotonic() + 0.2).close()
             return True
-    except OSError:
-        pass
     return False
 
 
@@ -2833,11 +2813,10 @@ def _can_bind(name: str, port: int) -> bool:
         places = addresses(name, port, time.monotonic() + 2.0)
     except (OSError, UnicodeError):
         return True  # ComfyUI itself will say that the name does not resolve
-    is_windows = hasattr(socket, "SO_EXCLUSIVEADDRUSE")
+    option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)  # the former on Windows
     for family, kind, protocol, _, address in places:
         try:
             with socket.socket(family, kind, protocol) as trial:
-                option = getattr(socket, "SO_EXCLUSIVEADDRUSE" if is_windows else "SO_REUSEADDR")
                 trial.setsockopt(socket.SOL_SOCKET, option, 1)
                 if family == socket.AF_INET6:
                     trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -6924,7 +6903,7 @@ def comfyui_on_port(port: int) -> Process:
         raise CDEnvironmentError(f"Nothing you can see is listening on port {port}.", ("list",), "stopped")
     for process in filter(lambda process: is_python(process.name), holders):
         told = config_told_by(arguments_of(process))  # its address, and whether by TLS
-        argv = probe(ComfyUIConfig(told.host, port, told.tls), 5.0).argv or []
+        argv = look_at(ComfyUIConfig(told.host, port, told.tls), 5.0, with_queue=False).argv or []
         folders = map(os.path.dirname, scripts_of(process, "main.py"))
         is_comfyui = any(is_checkout(folder) or environment_above(folder) for folder in folders)
         if is_comfyui and os.path.basename((argv or [""])[0]) == "main.py" and is_own_argv(argv, process):
@@ -7178,7 +7157,10 @@ class Environment:
         config = self.config_of(snapshot)
         deadline = time.monotonic() + timeout
         is_its_own = is_port_bound(config.port, snapshot.process.pid)  # so the answer will be, too
-        if not is_its_own and self._own_answer(snapshot, config, probe(config, timeout)).kind != HEALTHY:
+        if (
+            not is_its_own
+            and self._own_answer(snapshot, config, look_at(config, timeout, with_queue=False)).kind != HEALTHY
+        ):
             return None
         return queue_counts(config, max(0.0, deadline - time.monotonic()))
 
@@ -7224,7 +7206,8 @@ class Environment:
                 if code is not None and snapshot.record is not None:
                     self.amend_record(snapshot.record.run_id, last_exit={"code": code, "at": utc_now()})
                 raise self._ended("before it answered", code)
-            if snapshot.process and self.describe(snapshot, probe(config, 1.0))["state"] == RUNNING:
+            answer = look_at(config, 1.0, with_queue=False) if snapshot.process else Answer(REFUSED)
+            if snapshot.process and self.describe(snapshot, answer)["state"] == RUNNING:
                 return self.amend_record(seconds=0.5, last_health_check=utc_now(), health_status=HEALTHY)
             if waited > seconds:
                 message = f"Not ready after {seconds:g} s, still starting."
@@ -9401,7 +9384,8 @@ class Monitor:
         """Write news of its health down, and rotate a log that has grown."""
         environment = self.environment
         with suppress(CDEnvironmentError, OSError):  # another command is at work, or the disk is full: next time
-            state = environment.describe(snapshot, probe(environment.config_of(snapshot), 5.0))["state"]
+            answer = look_at(environment.config_of(snapshot), 5.0, with_queue=False)
+            state = environment.describe(snapshot, answer)["state"]
             health, now = {RUNNING: HEALTHY, STARTING: STARTING}.get(state, "unhealthy"), time.monotonic()
             if health != self.written[0] or now - self.written[1] > NOTE_PAUSE:
                 environment.amend_record(seconds=0.5, last_health_check=utc_now(), health_status=health)
@@ -10379,7 +10363,7 @@ class Foreground:
 
     def _tells_readiness(self, snapshot: Snapshot) -> bool:
         """Tell the engine that waits for it of ComfyUI's first healthy answer; return whether there was one."""
-        answer = probe(self.environment.config_of(snapshot), 0.3)
+        answer = look_at(self.environment.config_of(snapshot), 0.3, with_queue=False)
         is_ready = snapshot.process is not None and self.environment.describe(snapshot, answer)["state"] == RUNNING
         if is_ready:
             notify_engine("READY=1")

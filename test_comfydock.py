@@ -2391,7 +2391,7 @@ class ProbesKnowWhatAnswers(unittest.TestCase):
     def test_an_address_of_ipv6_stands_in_brackets(self):
         with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
             port = server.getsockname()[1]
-            asking = dock.begin(lambda: dock.http_get(dock.ComfyUIConfig("::", port), "/", 5))
+            asking = dock.begin(lambda: dock.http_get(dock.ComfyUIConfig("::", port), "/", time.monotonic() + 5))
             connection, _ = server.accept()
             with connection:
                 request = connection.recv(65536)
@@ -2409,14 +2409,14 @@ class ProbesKnowWhatAnswers(unittest.TestCase):
         )
         socket_getaddrinfo = socket.getaddrinfo
         with unittest.mock.patch.object(socket, "getaddrinfo", resolve):
-            self.assertEqual(dock.probe(dock.ComfyUIConfig("box.example", 8188), 0.3).kind, dock.TIMEOUT)
+            self.assertEqual(dock.look_at(dock.ComfyUIConfig("box.example", 8188), 0.3).kind, dock.TIMEOUT)
             self.assertFalse(dock.is_port_bound(8188, host="box.example"))
         self.assertLess(time.monotonic() - began, 5)
 
     def probe(self, answer, timeout=0.5):
         with listening(answer=answer) as port:
             began = time.monotonic()
-            found = dock.probe(dock.ComfyUIConfig("127.0.0.1", port), timeout)
+            found = dock.look_at(dock.ComfyUIConfig("127.0.0.1", port), timeout)
             return found, time.monotonic() - began
 
     def test_answers_of_many_kinds(self):
@@ -2449,7 +2449,7 @@ class ProbesKnowWhatAnswers(unittest.TestCase):
         self.assertIn(self.probe(endless, 5)[0].kind, (dock.OTHER_SERVICE, dock.TIMEOUT))
 
     def test_nobody_there_is_refused(self):
-        self.assertEqual(dock.probe(dock.ComfyUIConfig("127.0.0.1", free_port()), 2).kind, dock.REFUSED)
+        self.assertEqual(dock.look_at(dock.ComfyUIConfig("127.0.0.1", free_port()), 2).kind, dock.REFUSED)
 
     def test_proxies_of_the_environment_are_not_used(self):
         with (
@@ -6152,7 +6152,7 @@ def deadly(owner, name):
     setattr(owner, name, call)
 for name in ("replace", "rename", "unlink", "rmdir", "mkdir", "link", "symlink", "kill"):
     deadly(os, name)
-for name in ("run_command", "create_background_process", "write_atomic", "probe"):
+for name in ("run_command", "create_background_process", "write_atomic", "look_at"):
     deadly(dock, name)
 dock.prepare_signals()
 dock.Workspace({self.root!r}).get_environment("main").{call}()
@@ -8829,7 +8829,7 @@ class WhatUsersMet(Journey):
         if not shows_listeners():
             self.skipTest("this system does not tell who listens on a port")
         self.run_demo()
-        with unittest.mock.patch.object(dock, "probe", side_effect=AssertionError("asked twice")):
+        with unittest.mock.patch.object(dock, "look_at", side_effect=AssertionError("asked twice")):
             self.assertEqual(self.environment_of_person().queue(), (0, 0))
 
     def test_a_missing_comfyui_is_all_that_status_says_of_repairs(self):
