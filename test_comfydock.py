@@ -603,6 +603,7 @@ def raise_workshop():
     Workshop.root = os.path.realpath(tempfile.mkdtemp(prefix="nodes-test-"))
     Workshop.wheels = os.path.join(Workshop.root, "wheels")
     os.makedirs(Workshop.wheels)
+    dock.run_command, dock.make_venv = run_command, make_venv
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_", "GIT_"))]:
         del os.environ[name]
     os.environ.update(
@@ -641,6 +642,52 @@ def raise_workshop():
     commit(Workshop.comfyui, {"later.py": ""})
 
 
+FORKED_PIP = """
+import json, os, sys
+from pip._internal.cli.main import main
+for words in ("install --dry-run --ignore-installed tiny", "uninstall --yes no-such-package", "check"):  # which imports and looks up the rest
+    main(["-qqq", *words.split()])
+for line in sys.stdin:
+    words, folder, variables, said = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        for number, path in enumerate([os.devnull, *said]):
+            os.dup2(os.open(path, os.O_RDWR), number)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(variables)
+        try:
+            code = main(words)
+        except SystemExit as error:
+            code = error.code
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@functools.cache
+def pip_of(python):
+    """A process of an interpreter that has imported pip and forks for each call, as its imports take most of the time."""
+    variables = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": Workshop.wheels}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([python, "-c", FORKED_PIP], env=variables, **pipes)
+    atexit.register(lambda: (process.stdin.close(), process.stdout.close(), process.wait()))
+    return process
+
+
+def run_command(cmd, cwd=None, env=None, *options, real=dock.run_command, **named):
+    """`comfydock.run_command`, but that pip is the one of `pip_of`."""
+    if cmd[1:3] != ["-m", "pip"] or WINDOWS or not cmd[0].startswith(Workshop.root):
+        return real(cmd, cwd, env, *options, **named)
+    process = pip_of(cmd[0])
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        request = (cmd[3:], cwd, env or dict(os.environ), (out.name, err.name))
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        return subprocess.CompletedProcess(cmd, int(process.stdout.readline()), out.read(), err.read())
+
+
 def tearDownModule():
     """Take the workshop down."""
     if not Workshop.root:
@@ -648,6 +695,24 @@ def tearDownModule():
     Workshop.registry.shutdown()
     Workshop.registry.server_close()
     shutil.rmtree(Workshop.root)
+
+
+def packages_in(venv):
+    """The folder of a venv's packages."""
+    return glob.glob(os.path.join(glob.escape(venv), "[Ll]ib", "**", "site-packages"), recursive=True)[0]
+
+
+def make_venv(folder, python, real=dock.make_venv):
+    """A copy of a venv that comfydock made; pip stands not in it but beside it: a thousand files less to copy."""
+    if python != sys.executable or has("uv"):
+        return real(folder, python)
+    venv, pip = os.path.join(Workshop.root, "venv"), os.path.join(Workshop.root, "pip")
+    if not os.path.exists(venv):
+        real(venv, python)
+        packages = packages_in(venv)
+        os.rename(packages, pip)
+        write(os.path.join(packages, "pip.pth"), pip)
+    return shutil.copytree(venv, folder, symlinks=True)
 
 
 def shared_environment():
@@ -698,10 +763,8 @@ class NodeCase(InWorkshop):
 
     def freeze(self):
         """What the shared venv holds; by its folders, as pip takes half a second."""
-        site = os.path.dirname(
-            os.path.dirname(next(iter(glob.glob(f"{Workshop.paths.venv}/**/pip/__init__.py", recursive=True))))
-        )
-        return sorted(name[:-10].replace("-", "==") for name in os.listdir(site) if name.endswith(".dist-info"))
+        names = os.listdir(packages_in(Workshop.paths.venv))
+        return sorted(name[:-10].replace("-", "==") for name in names if name.endswith(".dist-info"))
 
     def snapshot(self):
         """All that a failed change must leave alone."""
@@ -4942,7 +5005,8 @@ class OneWorld(NodeCase):
         return said
 
     def pip(self, *words):
-        subprocess.run([Workshop.python, "-m", "pip", "-q", *words], check=True, capture_output=True, text=True)
+        done = dock.run_command([Workshop.python, "-m", "pip", "-q", *words], self.paths.root)
+        self.assertEqual(done.returncode, 0, done.stderr)
 
     def test_a_conflict_is_told_as_who_wants_what_with_the_ways_on(self):
         make_wheel("numpy", "1.25.0")
@@ -5829,7 +5893,6 @@ def comfyui_code(version, tiny, schema, has_models_directory=False, **more):
 class WithAComfyUI(InWorkshop):
     """Real git, real pip, a small ComfyUI that does not start with another version's packages."""
 
-    counter = 0
     template = None
 
     @classmethod
@@ -5850,8 +5913,7 @@ class WithAComfyUI(InWorkshop):
 
     def setUp(self):
         """Make a workspace with one environment, whose venv shares its files with the template's."""
-        WithAComfyUI.counter += 1
-        self.root = os.path.join(Workshop.root, "updates", f"w{WithAComfyUI.counter}")
+        self.root = os.path.join(Workshop.root, "updates", "workspace")
         self.addCleanup(shutil.rmtree, self.root, ignore_errors=True)
         self.fresh()
 
@@ -5872,9 +5934,7 @@ class WithAComfyUI(InWorkshop):
             shutil.copytree(os.path.join(source, inside, folder), os.path.join(target, inside, folder), symlinks=True)
 
     def installed(self):
-        site = glob.glob(f"{self.paths.venv}/**/pip/__init__.py", recursive=True)[0]
-        folder = os.path.dirname(os.path.dirname(site))
-        return sorted(name[:-10] for name in os.listdir(folder) if name.endswith(".dist-info"))
+        return sorted(name[:-10] for name in os.listdir(packages_in(self.paths.venv)) if name.endswith(".dist-info"))
 
     def state(self):
         """What must be the old or the new as a whole: commit, changed files, packages, and what the manifest says."""
