@@ -4205,7 +4205,7 @@ class CreateTest(InWorkshop):
                 self.make(paths, **options)
         self.assertRegex(caught.exception.message, r"^Could not reach 127\.0\.0\.1:\d+\.$")
         self.assertEqual(caught.exception.hint, "Run the same command again to go on.")
-        self.assertEqual(dock.read_text(paths.python_version), f"{sys.version_info[0]}.{sys.version_info[1]}")
+        self.assertEqual(read(paths.python_version).strip(), f"{sys.version_info[0]}.{sys.version_info[1]}")
 
     def test_torch_indexes(self):
         self.assertEqual(dock.torch_index("cu128"), "https://download.pytorch.org/whl/cu128")
