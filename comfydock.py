@@ -3850,7 +3850,7 @@ def lives_elsewhere(record: ProcessState, path: str) -> bool:
 
 # ====================================================================================================================
 # 8. Manifest, git and nodes
-# Knows nothing of processes; returns what changed.
+# Knows nothing of ComfyUI's process; who changes something holds the content lock.
 
 
 COMFYUI_REPOSITORY = "https://github.com/Comfy-Org/ComfyUI.git"
@@ -3869,26 +3869,21 @@ COMMIT = r"[0-9a-f]{7,64}"
 
 
 def read_any_text(path: str) -> str:
-    """Return a text file of unknown encoding, "" where there is none.
-
-    It is UTF-8, UTF-16 with its mark (Windows editors), else as Windows has it.
-    """
+    """Return a text file, "" for none: UTF-8, UTF-16 with its mark (Windows editors), else as Windows has it."""
     path = os.path.realpath(path)
     data = (read_small(path) if os.path.isfile(path) else None) or b""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", "replace")
-    try:
+    with suppress(UnicodeDecodeError):
         return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("cp1252", "replace")
+    return data.decode("cp1252", "replace")
 
 
 def read_json(path: str) -> dict[str, Any]:
-    try:
+    with suppress(OSError, ValueError, RecursionError):
         data = json.loads(read_small(path) or b"{}")
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
+        return data if isinstance(data, dict) else {}
+    return {}
 
 
 # The manifest as text: TOML can be read with the standard library but not written, and the file is the user's; so the
@@ -3913,10 +3908,7 @@ class Statement:
 
 
 def toml_statements(text: str) -> list[Statement]:
-    """Return the statements of a TOML text, as far as patterns see them; comments and blank lines lie between them.
-
-    A key with escapes is not read: then the draft will not be as meant.
-    """
+    """Return the statements of a TOML text, as far as patterns see them; a key with escapes is not understood."""
     plain = re.sub(TOML_STRING, lambda found: found[0].replace("\n", " "), text, flags=re.S)
     heads = list(re.finditer(TOML_LINE, plain, re.M))
     statements, table = [], Statement((), True, 0, 0)
@@ -3939,7 +3931,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(toml_lines(value)) + " }"
     if isinstance(value, list):
-        return "[" + ", ".join(toml_value(inner) for inner in value) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if hasattr(value, "isoformat"):
         return str(value.isoformat())
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -3951,43 +3943,33 @@ def toml_lines(table: dict[str, Any], *header: str) -> list[str]:
     return head + [f"{toml_key(key)} = {toml_value(value)}" for key, value in table.items() if value is not None]
 
 
-def without(text: str, name: Name) -> str:
-    """Return the text without a pair, or a table with its sub-tables; with the last pair of a table goes the table.
-
-    The blank line above a table goes with it.
-    """
-    statements = toml_statements(text)
-    own = [item for item in statements if item.name[: len(name)] == name]
-    family = [item for item in statements if item.name[: len(name) - 1] == name[:-1]]
-    if own and [item.is_table for item in family] == [True, False]:
-        own = family
-    kept, place = "", 0
-    for item in own:
-        if item.start >= place:
-            before = text[place : item.start]
-            kept += re.sub(r"(\A|\n)\r?\n\Z", r"\1", before) if item.is_table else before
-            place = item.end
-    return kept + text[place:]
-
-
 def edited(text: str, name: Name, value: Any) -> str:
-    """Return the text with a table (a dict) or a pair put in its place, or added beside its nearest relatives."""
-    is_table = isinstance(value, dict)
+    """Return the text with a table (a dict) or a pair put in its place, or added beside its nearest relatives.
+
+    None takes it out: a table with its sub-tables, and with the last pair of a table the table.
+    """
+    statements, is_table = toml_statements(text), isinstance(value, dict)
+    own = [item for item in statements if item.name[: len(name)] == name]
     lines = toml_lines(value, *name) if is_table else toml_lines({name[-1]: value})
-    own = [item for item in toml_statements(text) if item.name[: len(name)] == name]
-    if own and [item.name for item in own if item.is_table] == [name] * is_table:
-        start, end = own[0].start, own[0].end
+    if value is None:
+        family = [item for item in statements if item.name[: len(name) - 1] == name[:-1]]
+        own = family if [item.is_table for item in family] == [True, False] else own
+    elif own and [item.name for item in own if item.is_table] != [name] * is_table:
+        return edited(edited(text, name, None), name, value)  # what was there was inline, or had sub-tables
+    if own:
+        start, end = own[0].start, own[-1].end
     else:
-        text = without(text, name)  # what was there was inline, or had sub-tables
-        others = toml_statements(text)
-        home = [item.end for item in others if item.is_table and item.name == name[:-1] and not is_table]
-        others = [item for item in others if item.is_table] or others
-        kinship = [(len(os.path.commonprefix([item.name, name])), item.end) for item in others]
+        tables = [item for item in statements if item.is_table] or statements
+        home = [item.end for item in tables if item.name == name[:-1] and not is_table]
+        kinship = [(len(os.path.commonprefix([item.name, name])), item.end) for item in tables]
         start = end = home[0] if home else max(kinship, default=(0, 0))[1]
         if not home:
             lines = [""] * bool(start) + (lines if is_table else toml_lines({name[-1]: value}, *name[:-1]))
-    stop = "\r\n" if "\r\n" in text else "\n"
-    before = text[:start] + (stop if start and text[start - 1] != "\n" else "")
+    before, stop = text[:start], "\r\n" if "\r\n" in text else "\n"
+    if value is None:
+        before = re.sub(r"(\A|\n)\r?\n\Z", r"\1", before) if own[:1] and own[0].is_table else before
+    elif start and before[-1] != "\n":
+        before += stop
     return before + "".join(line + stop for line in lines) + text[end:]
 
 
@@ -4003,11 +3985,10 @@ def parse_toml(text: str, path: str, python: Optional[str] = None) -> dict[str, 
         hint = f"use Python 3.11 or later, or: {sys.executable} -m pip install --upgrade pip"
         raise CDEnvironmentError(message, hint, "no-toml")
     try:
-        data: dict[str, Any] = reader.loads(text.removeprefix("\ufeff"))
-        return data
+        return dict(reader.loads(text.removeprefix("\ufeff")))
     except (ValueError, RecursionError) as error:
         reason, _, place = str(error).partition(" (at ")
-        line = re.match(r"line (\d+),", place)
+    line = re.match(r"line (\d+),", place)
     raise broken_manifest(path, int(line[1]) if line else text.count("\n") + 1, reason)
 
 
@@ -4064,15 +4045,14 @@ class Manifest:
     def __init__(self, data: dict[str, Any], toml: str = "") -> None:
         self.toml, tools = toml, table_in(data, "tool")
         self.tool = "comfygit" if "comfygit" in tools and "comfydock" not in tools else "comfydock"
-        self.settings = table_in(tools, self.tool)
-        self.groups = table_in(data, "dependency-groups")
+        self.settings, self.groups = table_in(tools, self.tool), table_in(data, "dependency-groups")
         self.dependencies = texts_in(data.get("project"), "dependencies")
         self.constraints = texts_in(tools.get("uv"), "constraint-dependencies")
         self.comfyui_path = self.text("comfyui_path")  # the checkout of an adopted environment, else None
         self.python_path = self.text("python_path")  # the interpreter of an adopted environment
-        self.models_path = self.text("models_path")  # the models folder that it shares with others
         self.comfyui_version = self.text("comfyui_version")  # the tag, branch or commit that was asked for
         self.torch_backend = self.text("torch_backend")  # as asked for, such as "auto"
+        self.models_path = self.text("models_path")  # the models folder that it shares with others
         self.demo = self.settings.get("demo") is True
         self.found_nodes = texts_in(self.settings, "found_nodes")  # there at the adoption
         nodes = table_in(self.settings, "nodes")
@@ -4085,15 +4065,13 @@ class Manifest:
         return value if isinstance(value, str) and value and "\0" not in value else None
 
     def group_name(self, info: NodeInfo) -> str:
-        """Return the name of a node's dependency group, as 1.0.x makes it: its name and 8 hex digits of its origin.
-
-        A group that is there already counts, whatever it begins with.
-        """
+        """Return the name of a node's dependency group, as 1.0.x makes it: its name and 8 hex digits of its origin."""
         import hashlib
 
         digest = hashlib.sha256((info.repository or info.registry_id or info.name).encode()).hexdigest()[:8]
         plain = re.sub(r"[^a-z0-9]+", "-", info.name.lower()).strip("-") or "node"
-        return next((name for name in self.groups if name.endswith(f"-{digest}")), f"{plain}-{digest}")
+        there = (name for name in self.groups if name.endswith(f"-{digest}"))  # whatever it begins with
+        return next(there, f"{plain}-{digest}")
 
     def requirements(self, info: NodeInfo) -> list[str]:
         """Return the requirements that are written down for a node."""
@@ -4109,14 +4087,10 @@ def read_manifest(paths: EnvironmentPaths, python: Optional[str] = None) -> Mani
     return manifest_of(manifest_text(paths), paths.manifest, paths.cache, python)
 
 
-@lru_cache(1024)
+@lru_cache(1024)  # a command looks at it a dozen times: nobody changes it
 def manifest_of(text: str, path: str, cache_path: str, python: Optional[str]) -> Manifest:
-    """Return the manifest that reads `text`, made once, as a command looks at it a dozen times: nobody changes it.
-
-    The text is the key of the JSON: it is short, and hashlib takes longer to import than the rest of `status`.
-    """
     cached = read_json(cache_path)
-    if cached.get("toml") == text and "data" in cached:
+    if cached.get("toml") == text and "data" in cached:  # compared whole: hashlib takes longer to import than `status`
         return Manifest(table_in(cached, "data"), text)
     data = parse_toml(text, path, python)
     with suppress(OSError):  # a read-only workspace is read all the same
@@ -4133,18 +4107,16 @@ def last_known_manifest(paths: EnvironmentPaths) -> Manifest:
 
 
 def manifest_text(paths: EnvironmentPaths) -> str:
-    """Return the manifest as text. Raises CDEnvironmentError (code "manifest"), for what is not UTF-8 with the line."""
-    reason = "there is none"
     try:
         data = read_small(os.path.realpath(paths.manifest), 4 * MEGABYTE)  # the user's may be a link
-    except OSError as error:
-        data, reason = None, str(error.strerror)
-    if data is None:
-        raise CDEnvironmentError(f"{paths.manifest} cannot be read: {reason}", ("list",), "manifest")
-    try:
-        return data.decode("utf-8")
+        if data is not None:
+            return data.decode()
+        reason = "there is none"
     except UnicodeDecodeError as error:
-        raise broken_manifest(paths.manifest, data.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
+        raise broken_manifest(paths.manifest, error.object.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
+    except OSError as error:
+        reason = str(error.strerror)
+    raise CDEnvironmentError(f"{paths.manifest} cannot be read: {reason}", ("list",), "manifest")
 
 
 def change_manifest(
@@ -4163,8 +4135,7 @@ def change_manifest(
             for part in name[:-1]:
                 inner = inner.setdefault(part, {})
             if inner.get(name[-1]) != value:
-                text = without(text, name) if value is None else edited(text, name, value)
-                inner[name[-1]] = {} if value is None else value
+                text, inner[name[-1]] = edited(text, name, value), {} if value is None else value
         is_meant = without_empty(parse_toml(text, paths.manifest, python)) == without_empty(data)
     except (ValueError, TypeError, AttributeError, CDEnvironmentError):  # a number where a table is meant, for one
         is_meant = False
@@ -4186,14 +4157,13 @@ def change_node(
     """Write what the manifest says of a node and its requirements; None takes it out. Raises as change_manifest."""
 
     def plan(manifest: Manifest) -> dict[Name, Any]:
-        old, table = manifest.tables.get(key), None
+        table, nodes = None, ("tool", manifest.tool, "nodes")
         groups: dict[str, Any] = {manifest.group_name(manifest.nodes[key]): None} if key in manifest.nodes else {}
         if info:
             groups[manifest.group_name(info)] = needs or None
-            unknown = {name: value for name, value in (old or {}).items() if name not in vars(info)}
+            unknown = {name: one for name, one in manifest.tables.get(key, {}).items() if name not in vars(info)}
             table = {**{name: value for name, value in vars(info).items() if value}, **unknown}
-        changes: dict[Name, Any] = {("dependency-groups", group): lines for group, lines in groups.items()}
-        return {**changes, ("tool", manifest.tool, "nodes", key): table}
+        return {**{("dependency-groups", group): lines for group, lines in groups.items()}, (*nodes, key): table}
 
     change_manifest(paths, plan, python)
 
@@ -4202,10 +4172,10 @@ def change_settings(
     paths: EnvironmentPaths, settings: dict[str, Any], python: Optional[str] = None, needs: Optional[list[str]] = None
 ) -> None:
     """Write settings, None takes one out; `needs` are the dependencies of [project], None leaves them as they are."""
+    project: dict[Name, Any] = {} if needs is None else {("project", "dependencies"): needs}
 
     def plan(manifest: Manifest) -> dict[Name, Any]:
-        changes: dict[Name, Any] = {("tool", manifest.tool, name): value for name, value in settings.items()}
-        return changes if needs is None else {**changes, ("project", "dependencies"): needs}
+        return {**{("tool", manifest.tool, name): value for name, value in settings.items()}, **project}
 
     change_manifest(paths, plan, python)
 
