@@ -55,7 +55,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
 
@@ -9433,50 +9433,33 @@ HIDDEN_ENTRIES = {"--console-interrupt": console_interrupt_entry, "--monitor": m
 # 14. The console
 # The only section that prints or asks.
 
-JSON_SCHEMA = 2
 BEGAN = time.monotonic()
 COLOUR_CHOICES = ("auto", "always", "never")
-SIGNS = {  # sign -> (in ASCII, colour)
-    "✓": ("[ok]", 32),
-    "✗": ("[x]", 31),
-    "⚠": ("[!]", 33),
-    "\ufe0f": ("", None),
-    "•": ("*", None),
-    "…": ("~", None),
-    "🎮": (">", None),
-    "📋": (">", None),
-    "🔄": (">", None),
-    "⏸": (">", None),
-    "🧹": (">", None),
-    "🔍": (">", None),
-}
+COLOURS = {"✓": 32, "✗": 31, "⚠": 33}
+IN_ASCII = {"✓": "[ok]", "✗": "[x]", "⚠": "[!]", "\ufe0f": "", "•": "*", "…": "~", **dict.fromkeys("🎮📋🔄⏸🧹🔍", ">")}
+PLAIN = str.maketrans(IN_ASCII)
 # What can drive a terminal, begin a line, or make it show letters in another order than they stand in.
 STEERING = (*range(9), *range(10, 32), *range(127, 160), 0x61C, *range(0x200E, 0x2010), *range(0x2028, 0x202F))
 CONTROLS = dict.fromkeys((*STEERING, *range(0x2066, 0x206A)), " ")
-PLAIN = str.maketrans({sign: plain for sign, (plain, _) in SIGNS.items()})
 ONE_ENVIRONMENT = tuple("run stop restart status logs repair node open exec update history".split())
-
-
 Typed = Callable[..., str]  # the words of one of our commands -> how it must be typed here
-if TYPE_CHECKING:  # how a report reads: a text with names of values in braces, or a function that yields lines
-    Words = Union[str, Callable[[dict[str, Any], Typed], Iterator[str]]]
 
 
 @dataclass
 class Report:
-    """What a command found or did: JSON-ready `data`, the environment it is about, and the exit code.
+    """What a command found or did: JSON-ready `data`, `lines` for people, the environment it is about, the exit code.
 
-    `error` is what was not done, for JSON; people were told of it already. `already_printed` is true when the command
-    has shown all there is to show while it worked.
+    `error` is what was not done, for JSON; people were told of it already.
     """
 
     data: dict[str, Any]
     environment: Optional[str] = None
+    lines: "Iterable[str]" = ()
     code: int = 0
-    already_printed: bool = False
     error: Optional[CDEnvironmentError] = None
 
 
+@dataclass
 class Console:
     """The one who speaks: words on `out`, warnings and errors on `err`, questions on a terminal alone.
 
@@ -9484,35 +9467,26 @@ class Console:
     `--workspace DIR` and `chosen` the `-e NAME` that a command needs to mean the same again. `quiet` leaves out all
     but results, warnings and errors; `colour` is one of COLOUR_CHOICES. A line that cannot be written (a full disk, no
     reader any more) must not keep ComfyUI from being stopped: `write_error` holds the error until `flush` raises it.
-    `drawn` is what `progress` has on the terminal now; `gate` keeps a ticker (`ticking`) from writing into a line;
-    `cut` is the beginning of a colour code at the end of what `log` was given last.
+    `drawn` is what `progress` has on the terminal now, `spoke` when something was written last; `gate` keeps a ticker
+    (`ticking`) from writing into a line; `cut` is the beginning of a colour code at the end of what `log` was given.
     """
 
-    def __init__(
-        self,
-        out: "Any",
-        err: "Any",
-        source: "Any",
-        json_mode: bool = False,
-        call: "Callable[[], str]" = lambda: "comfydock",
-    ) -> None:
-        self.out = out
-        self.err = err
-        self.source = source
-        self.json_mode = json_mode
-        self.call = call
-        self.chosen: tuple[str, ...] = ()
-        self.where: tuple[str, ...] = ()
-        self.quiet = False
-        self.colour = "auto"
-        self.drawn = ""
-        self.spoke = time.monotonic()
-        self.gate: Any = nullcontext()
-        self.ticks = False
-        self.environment: Optional[str] = None
-        self.write_error: Optional[OSError] = None
-        self.log_as_it_is = False
-        self.cut = b""
+    out: Any
+    err: Any
+    source: Any
+    json_mode: bool = False
+    call: "Callable[[], str]" = lambda: "comfydock"
+    chosen: tuple[str, ...] = ()
+    where: tuple[str, ...] = ()
+    environment: Optional[str] = None
+    quiet: bool = False
+    colour: str = "auto"
+    log_as_it_is: bool = False
+    write_error: Optional[OSError] = None
+    drawn: str = ""
+    spoke: float = BEGAN
+    gate: Any = nullcontext()
+    cut: bytes = b""
 
     def say(self, line: str = "") -> None:
         """Say what goes on, in one line; nothing in JSON mode or when quiet."""
@@ -9526,9 +9500,8 @@ class Console:
 
     def work(self, line: str) -> None:
         """Be a Progress: show a line of long work, but not what pip says of things that are there already."""
-        if not line.lstrip().startswith(
-            ("Requirement already satisfied", "Looking in ", "[notice]", "WARNING: Retrying")
-        ):
+        noise = ("Requirement already satisfied", "Looking in ", "[notice]", "WARNING: Retrying")
+        if not line.lstrip().startswith(noise):
             self.say(f"   {line}")
 
     def warn(self, line: str, sign: str = "⚠ ") -> None:
@@ -9542,11 +9515,9 @@ class Console:
     def typed(self, *words: str) -> str:
         """Return one of our commands as it must be typed here."""
         where = () if words[0] in ("--workspace", "init", "help") else self.where
-        chosen = self.chosen if words[0] in ONE_ENVIRONMENT else ()
-        if words[0] == "run" and self.environment == DEMO_NAME:  # which `run` takes only by its name
+        chosen = self.chosen if words[0] in ONE_ENVIRONMENT and "--demo" not in words else ()
+        if words == ("run",) and self.environment == DEMO_NAME:  # which `run` takes only by its name
             chosen = ("-e", DEMO_NAME)
-        if "--demo" in words:
-            chosen = ()
         return " ".join([self.call(), *map(quote, (*where, *chosen, *words))])
 
     def hint(self, error: CDEnvironmentError) -> "tuple[str, Optional[str]]":
@@ -9561,29 +9532,30 @@ class Console:
     def progress(self, line: str) -> None:
         """Draw a line that the next one overwrites; only a terminal shows it, and "" takes it away."""
         self.spoke = time.monotonic()
-        if is_terminal(self.err) and not self.json_mode and not self.quiet and line != self.drawn:
+        if self._draws() and line != self.drawn:
             line = line[: columns(self.err) - 1]
             self._write(self.err, line)
             self.drawn = line
 
+    def _draws(self) -> bool:
+        return is_terminal(self.err) and not self.json_mode and not self.quiet
+
     @contextmanager
     def ticking(self, what: str) -> Iterator[None]:
         """Show on a terminal that we are still at it, whenever nothing was said for a second."""
-        if not is_terminal(self.err) or self.json_mode or self.quiet:
+        if not self._draws():
             yield
             return
         import threading
 
-        done = threading.Event()
+        self.gate, done, began = threading.RLock(), threading.Event(), time.monotonic()
 
         def tick() -> None:
-            began = time.monotonic()
-            while not done.wait(0.25) and self.ticks:
+            while not done.wait(0.25):
                 with self.gate, suppress(OSError, ValueError):  # the terminal may be gone
                     if time.monotonic() - self.spoke > 1.0 or self.drawn.startswith(f"   {what} ..."):
                         self.progress(f"   {what} ... {time.monotonic() - began:.0f} s")
 
-        self.gate, self.ticks = threading.RLock(), True
         ticker = None
         with suppress(CDEnvironmentError):  # without it, too
             ticker = start_thread(tick)
@@ -9598,12 +9570,10 @@ class Console:
     def log(self, data: bytes) -> None:
         """Show bytes of a log, without its colours where there shall be none, unless `log_as_it_is`. Raises OSError."""
         if not self.log_as_it_is and not wants_colour(self.out, self.colour):
-            data, self.cut = self.cut + data, b""
-            if b"\x1b" in data:
-                data = re.sub(rb"\x1b\[[0-9;]*m", b"", data)
-                end = re.search(rb"\x1b(\[[0-9;]{0,20})?$", data[-30:])
-                self.cut = end[0] if end else b""
-                data = data[: len(data) - len(self.cut)]
+            whole = re.sub(rb"\x1b\[[0-9;]*m", b"", self.cut + data)
+            end = re.search(rb"\x1b(\[[0-9;]{0,20})?$", whole[-30:])
+            self.cut = end[0] if end else b""
+            data = whole[: len(whole) - len(self.cut)]
         self.raw(data)
 
     def redraw(self, lines: list[str], over: int) -> None:
@@ -9616,7 +9586,6 @@ class Console:
         """Show bytes as they are. Raises OSError: who only shows a log has nothing else to do."""
         if self.out is None:
             return
-        self.ticks = False
         self.progress("")
         try:
             self.out.flush()
@@ -9657,48 +9626,33 @@ class Console:
                 answer = self.source.readline()
             finally:
                 self._write(self.out, "" if answer else "\n")  # Ctrl-C and Ctrl-D leave the cursor behind the question
-        if not answer:  # Ctrl-D is no yes
-            return False
-        return default if not answer.strip() else answer.strip().lower() in ("y", "yes")
+        if answer and not answer.strip():
+            return default
+        return answer.strip().lower() in ("y", "yes")  # Ctrl-D is no yes
 
-    def show(self, command: str, report: Report, words: "Words") -> None:
-        """Show a report in words (a function, or a text with names of values in braces), or as the one JSON object."""
+    def show(self, command: str, report: Report) -> None:
+        """Show a report in words, or as the one JSON object."""
         if self.json_mode:
-            is_said = report.environment is not None and report.data.get("name") == report.environment
-            data = {key: value for key, value in report.data.items() if key != "name" or not is_said}
-            self._object(command, report.environment, data, report.error)
-        if self.json_mode or report.already_printed:
-            return
-        for line in self.lines(report, words):
+            return self._object(command, report.environment, report.data, report.error)
+        for line in report.lines:
             if not self.quiet or line and not line.startswith("Tip:"):
                 self.result(line)
-
-    def lines(self, report: Report, words: "Words") -> Iterator[str]:
-        """Return a report in words, line by line."""
-        if not isinstance(words, str):
-            return words(report.data, self.typed)
-        own = report.data["text"] if words == "{text}" else words
-        return (line if words == "{text}" else line.format(**report.data) for line in own.split("\n"))
-
-    def problem(self, error: CDEnvironmentError) -> None:
-        """Tell of one of several things that could not be done; the command goes on."""
-        self._complain("✗", error)
 
     def fail(self, command: str, error: CDEnvironmentError) -> None:
         """Tell of an error: a sentence and a hint on the error stream, or the one JSON object."""
         if self.json_mode:
-            self._object(command, self.environment, None, error)
-        else:
-            self._complain("error:" if is_terminal(self.err) else "comfydock:", error)
+            return self._object(command, self.environment, None, error)
+        self.problem(error, "error:" if is_terminal(self.err) else "comfydock:")
 
-    def _complain(self, opening: str, error: CDEnvironmentError) -> None:
+    def problem(self, error: CDEnvironmentError, opening: str = "✗") -> None:
+        """Tell of an error; with no other opening, of one of several things that could not be done."""
         self._write(self.err, opening, "1;31")
         self._write(self.err, f" {as_sentence(error.message)}\n")
         hint, _ = self.hint(error)
-        if hint:
-            for line in hint.split("\n"):
-                self._write(self.err, line if "\n" in hint else f"  {line}", "2")
-                self._write(self.err, "\n")
+        indent = "" if "\n" in hint else "  "
+        for line in hint.split("\n") if hint else ():
+            self._write(self.err, indent + line, "2")
+            self._write(self.err, "\n")
 
     def flush(self) -> None:
         """Send what is still buffered; raises OSError (a closed pipe, a full disk), and for what went unheard."""
@@ -9715,10 +9669,10 @@ class Console:
             hint, typed = self.hint(error)
             prose = None if hint == f"Try: {typed}" else hint or None
             problem = {"message": error.message, "hint": prose, "try": typed, "code": error.code}
-        whole = {"schema": JSON_SCHEMA, "command": command, "ok": error is None, "environment": environment}
+        whole = {"schema": 2, "command": command, "ok": error is None, "environment": environment}
         self._write(self.out, json.dumps({**whole, "data": data, "error": problem}) + "\n")
 
-    def _write(self, stream: "Any", text: str, colour: str = "") -> None:
+    def _write(self, stream: Any, text: str, colour: str = "") -> None:
         """Write `text` as a stream can show it, in place of what `progress` has drawn."""
         if stream is None:  # closed by whoever started us
             return
@@ -9726,14 +9680,10 @@ class Console:
         line = text.strip("\n")  # our own line feeds stand around it; names of strangers may be in it
         text = text.replace(line, line.translate(CONTROLS), 1)
         if wants_colour(stream, self.colour) and not (self.json_mode and stream is self.out):
-            for sign, (_, number) in SIGNS.items():
-                text = text.replace(sign, f"\x1b[{number}m{sign}\x1b[0m") if number else text
+            for sign, number in COLOURS.items():
+                text = text.replace(sign, f"\x1b[{number}m{sign}\x1b[0m")
             text = f"\x1b[{colour}m{text}\x1b[0m" if colour else text
-        encoding = getattr(stream, "encoding", None) or "utf-8"
-        try:
-            text.encode(encoding)
-        except UnicodeEncodeError:
-            text = text.translate(PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+        text = written_in(text, stream)
         with self.gate:
             self.spoke = time.monotonic()
             if self.drawn:
@@ -9746,6 +9696,16 @@ class Console:
                 stream.flush()
             except OSError as error:
                 self.write_error = self.write_error or output_error(error)
+
+
+def written_in(text: str, stream: Any) -> str:
+    """Return `text` in ASCII where the encoding of a stream can do no better."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def as_sentence(text: str) -> str:
@@ -9767,30 +9727,29 @@ def forget_output() -> None:
     """Send the rest to nowhere, so that the interpreter's last flush does not fail."""
     sink = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):
-        try:
+        with suppress(OSError):
             os.dup2(sink, number)
-        except OSError:
-            pass
     os.close(sink)
 
 
 @contextmanager
-def ended_by_ctrl_c() -> Iterator[None]:
-    """Do what only watches: Ctrl-C is how one ends it, and no error."""
+def on_ctrl_c(error: Optional[Callable[[], CDEnvironmentError]] = None) -> Iterator[None]:
+    """Raise what `error` returns for Ctrl-C; without it, Ctrl-C is how one ends what only watches."""
     try:
         yield
-    except Terminated:
-        raise
-    except KeyboardInterrupt:
-        pass
+    except KeyboardInterrupt as caught:
+        if isinstance(caught, Terminated):
+            raise
+        if error is not None:
+            raise error() from None
 
 
-def is_terminal(stream: "Any") -> bool:
+def is_terminal(stream: Any) -> bool:
     """Tell whether a stream is a terminal; a closed or missing one is not."""
     return stream is not None and not stream.closed and bool(stream.isatty())
 
 
-def columns(stream: "Any") -> int:
+def columns(stream: Any) -> int:
     """Return how wide a terminal is, 80 where it does not tell."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
@@ -9800,29 +9759,24 @@ def columns(stream: "Any") -> int:
 
 def table(rows: list[dict[str, str]], dropped: tuple[str, ...], width: int) -> Iterator[str]:
     """Yield rows (title -> text) as lines below their titles; where `width` is less, columns go, then names are cut."""
-    try:
-        "✓✗⚠•…".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:  # signs of several letters need their place
-        rows = [{title: text.translate(PLAIN) for title, text in row.items()} for row in rows]
+    rows = [{title: written_in(text, sys.stdout) for title, text in row.items()} for row in rows]  # signs need places
     sizes = {title: max(len(title), *(len(row[title]) for row in rows)) for title in rows[0]}
+    excess = sum(sizes.values()) + 2 * len(sizes) - 2 - width
     for title in dropped:
-        if sum(sizes.values()) + 2 * len(sizes) - 2 > width:
-            sizes.pop(title, None)
-    sizes["NAME"] = max(6, min(sizes["NAME"], width - sum(sizes.values()) - 2 * len(sizes) + 2 + sizes["NAME"]))
+        excess -= sizes.pop(title) + 2 if excess > 0 else 0
+    sizes["NAME"] = max(6, sizes["NAME"] - max(0, excess))
     for row in [dict(zip(sizes, sizes)), *rows]:
-        name = row["NAME"] if len(row["NAME"]) <= sizes["NAME"] else row["NAME"][: sizes["NAME"] - 1] + "…"
-        yield "  ".join(
-            f"{text:{size}}" for text, size in zip(({**row, "NAME": name}[t] for t in sizes), sizes.values())
-        ).rstrip()
+        if len(row["NAME"]) > sizes["NAME"]:
+            row["NAME"] = row["NAME"][: sizes["NAME"] - 1] + written_in("…", sys.stdout)
+        yield "  ".join(f"{row[title]:{size}}" for title, size in sizes.items()).rstrip()
 
 
-def wants_colour(stream: "Any", choice: str = "auto") -> bool:
+def wants_colour(stream: Any, choice: str) -> bool:
     """Tell whether to colour; "auto": on a terminal that knows how, unless NO_COLOR asks for none (no-color.org)."""
     if choice != "auto":
         return choice == "always"
-    return (
-        is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and not IS_WINDOWS
-    )
+    is_able = is_terminal(stream) and os.environ.get("TERM") != "dumb" and not IS_WINDOWS
+    return is_able and not os.environ.get("NO_COLOR")
 
 
 def how_called(argv: list[str]) -> str:
@@ -9836,14 +9790,13 @@ def how_called(argv: list[str]) -> str:
     is_short = len(original[0]) <= 20 or IS_WINDOWS or not on_path("python3")  # a venv's path says little, and is long
     python = quote(original[0]) if is_short else "python3"
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)  # Python 3.9 has no orig_argv
-    if "-m" in original[1:3] or spec is not None and spec.name == "comfydock":
-        return f"{python} -m comfydock"
-    return f"{python} {quote(script)}"
+    is_module = "-m" in original[1:3] or spec is not None and spec.name == "comfydock"
+    return f"{python} -m comfydock" if is_module else f"{python} {quote(script)}"
 
 
 # ====================================================================================================================
 # 15. Commands
-# One short function a command: find, act, return a report. No print, no exit.
+# A function for each command: find, act, return a report. It may tell and ask through the console, and never exits.
 
 READY_SECONDS = 180.0
 FOLLOW_PAUSE = 0.05
@@ -9852,47 +9805,42 @@ SHOWN_ON_FAILURE = 20
 
 
 class Arguments:
-    """What was typed, by name: options, operands and `comfyui_args`. What the command does not have is None."""
+    """What was typed, by name: the options and operands that the command has, and what `parse` adds."""
 
+    command: str
+    typed: tuple[str, ...]
     comfyui_args: list[str]
-    set_env: dict[str, str]
     env: Optional[str]
 
     def __init__(self, values: dict[str, Any]) -> None:
         vars(self).update(values)
 
-    def __getattr__(self, name: str) -> Any:
-        return None
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def has(self, name: str) -> bool:
+        """Tell whether an option was typed, which the command need not have; a number may well be 0."""
+        value = vars(self).get(name)
+        return value is not None and value is not False
 
 
-@dataclass
+Act = Callable[[Console, Arguments], Report]
+
+
 class Command:
-    """A command: how it is typed, what runs it, its options (a line each: flags, metavar, text), examples, words.
+    """A command: its function, and what its text tells, "USAGE: SUMMARY", a line for each option, and examples.
 
-    A metavar in brackets may be left out, and a single word behind "default:" is the default.
+    An option's line has its flags, its metavar and what it does. A metavar in brackets may be left out, and a single
+    word behind "default:" is the default. The operand is what is typed behind the name: "NAME", "ID...", "[PATH]".
     """
 
-    usage: str
-    summary: str
-    options: str
-    act: Callable[[Console, Arguments], Report]
-    examples: tuple[str, ...] = ()
-    words: "Words" = "{text}"
-
-    @property
-    def name(self) -> str:
-        """Its name: one word, or two."""
-        return re.split(r" [\[A-Z]", self.usage)[0]
-
-    @property
-    def operand(self) -> str:
-        """What is typed behind it: "NAME", "ID...", "[PATH]" or ""."""
-        return self.usage[len(self.name) :].strip()
-
-    @property
-    def passes_on(self) -> bool:
-        """Whether words that are not ours are another program's."""
-        return self.name in ("run", "exec")
+    def __init__(self, text: str, act: Act) -> None:
+        head, *self.lines = text.splitlines()
+        self.usage, _, self.summary = head.partition(": ")
+        self.name = re.split(r" [\[A-Z]", self.usage)[0]
+        self.operand = self.usage[len(self.name) :].strip()
+        self.act = act
 
     @property
     def has_json(self) -> bool:
@@ -9901,73 +9849,54 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {}
-Act = Callable[[Console, Arguments], Report]
 
 
-def command(
-    usage: str,
-    summary: str,
-    options: str,
-    examples: tuple[str, ...],
-    words: "Words" = "{text}",
-) -> "Callable[[Act], Act]":
+def command(text: str) -> "Callable[[Act], Act]":
     """Make a command of the function below: see Command."""
 
     def enter(act: Act) -> Act:
-        made = Command(usage, summary, options, act, examples, words)
+        made = Command(text, act)
         COMMANDS[made.name] = made
         return act
 
     return enter
 
 
-QUEUE_OPTIONS = """
-    --timeout SECONDS     seconds until it is killed (default: 10)
-    --when-idle [SECONDS]  first wait until nothing is queued, at most this long (default: 3600)
-    --force               do not ask about queued work
-"""
-ALL_OPTION = """
-    --all                 every environment of the workspace, one after the other
-"""
-WAIT_OPTION = """
-    --wait [SECONDS]      return only when ComfyUI answers (default: 180)
-"""
-RESTART_OPTIONS = (
-    """
-    --restart             restart a running ComfyUI afterwards, without asking
+IDLE_OPTION = "--when-idle [SECONDS]  first wait until nothing is queued, at most this long (default: 3600)"
+QUEUE_OPTIONS = f"""--timeout SECONDS     seconds until it is killed (default: 10)
+    {IDLE_OPTION}
+    --force               do not ask about queued work"""
+ALL_OPTION = "--all                 every environment of the workspace, one after the other"
+WAIT_OPTION = "--wait [SECONDS]      return only when ComfyUI answers (default: 180)"
+RESTART_OPTIONS = f"""--restart             restart a running ComfyUI afterwards, without asking
     --no-restart          do not restart it, and do not ask
-"""
-    + WAIT_OPTION
-)
+    {WAIT_OPTION}"""
 
 
-def is_given(args: Arguments, name: str) -> bool:
-    """Whether an option was typed; a number may well be 0."""
-    value = getattr(args, name)
-    return value is not None and value is not False and value != []
+def workspace_of(args: Arguments, is_named: bool = True, to_make: bool = False) -> Workspace:
+    """Return the workspace that is meant, which where no environment `is_named` may be that of this folder."""
+    return select_workspace(args.workspace, is_named, current_folder(), to_make)
+
+
+def selected(console: Console, args: Arguments, name: Optional[str] = None) -> Environment:
+    """Return the environment that a command is about."""
+    name = name or args.env
+    return prepare(console, args, workspace_of(args, name is not None).select(name, current_folder()))
 
 
 def prepare(console: Console, args: Arguments, environment: Environment) -> Environment:
-    """The environment, healed and telling the console, whose own commands from now on reach the same one."""
+    """Return it, healed and telling the console, which learns whether hints need `-e` to reach it again."""
     environment.tell = console.work
     environment.finish_rotation()
     trace(f"environment '{environment.name}' at {environment.paths.root}")
     trace(f"processes are read by {type(process_table()).__name__}")
     console.environment = environment.name
-    console.chosen = ("-e", environment.name) if args.env or args.demo else ()
+    console.chosen = ("-e", environment.name) if args.env or args.has("demo") else ()
     return environment
 
 
-def selected(console: Console, args: Arguments) -> Environment:
-    """The environment a command is about; the console learns whether its commands need `-e`."""
-    folder = current_folder()
-    workspace = select_workspace(args.workspace, args.env is not None, folder)
-    environment = workspace.select(args.env, folder)
-    return prepare(console, args, environment)
-
-
 def url_line(data: dict[str, Any], typed: Typed) -> str:
-    """The line that tells where a ComfyUI that was just started answers, or will."""
+    """Return where a ComfyUI that was just started answers, or will."""
     if data.get("ready") or data["health"] == HEALTHY:
         return f"✓ Running on {data['url']}"
     waits = f"{typed('open')} or {typed('run', '--wait')}"
@@ -9988,10 +9917,7 @@ def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
         yield f"Tip: View logs with '{typed('logs')}', stop with '{typed('stop')}'"
 
 
-@command(
-    "run [NAME]",
-    "start ComfyUI in the background; its own arguments pass through",
-    """
+@command(f"""run [NAME]: start ComfyUI in the background; its own arguments pass through
     -f --foreground       stay and stream the log (without --json); Ctrl-C stops ComfyUI
     --auto-port           take the next free port when the port is in use
     --set-env KEY=VALUE   an environment variable for ComfyUI, kept for restarts (KEY: as it is here)
@@ -10001,213 +9927,46 @@ def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     --take-over           drop the record of another machine or container
     --no-sync             do not install what is missing first
     --open                wait until ComfyUI answers, then open it in the browser
-    """
-    + WAIT_OPTION
-    + ALL_OPTION,
-    ("run --demo", "run --wait -- --listen --port 8190", "-e dev run --foreground"),
-    format_run,
-)
+    {WAIT_OPTION}
+    {ALL_OPTION}
+    e.g. run --demo
+    e.g. run --wait -- --listen --port 8190
+    e.g. -e dev run --foreground""")
 def run(console: Console, args: Arguments) -> Report:
+    is_first = os.getpid() == 1  # with which a container ends
+    refused = [name for name in ("json", "monitor", "wait", "all") if is_first and args.has(name)]
+    if refused:
+        message = f"As PID 1 'run' stays in the foreground, so it has no --{refused[0]}."
+        raise CDEnvironmentError(message, ("run",), "usage")
     if args.all:
         return do_all(console, args, run, lambda environment: not environment.manifest.demo)
-    config = parse_comfyui_args(args.comfyui_args)  # before anything is made or changed
-    stays = stays_in_foreground(args)
+    config, stays = parse_comfyui_args(args.comfyui_args), args.foreground or is_first  # before anything is made
     environment = environment_to_run(console, args)
     say_what_starts(console, environment, args.comfyui_args, config.host, stays)
-    is_demo, last = environment.manifest.demo, environment.last_record()
-    if last and last.args and last.args != args.comfyui_args and not is_demo:
-        console.say(f"   Last time: {' '.join(map(quote, last.args))}. {console.typed('restart')} starts with these.")
+    is_demo = environment.manifest.demo
     asks_for_port = any(_is_flag(word.partition("=")[0], "--port", "--po") for word in args.comfyui_args)
-    auto_port = args.auto_port or (is_demo or args.one_of_all) and not asks_for_port
+    auto_port = args.auto_port or (is_demo or args.has("one_of_all")) and not asks_for_port
     if not args.no_sync and not is_demo:
         seen = environment.observe()
         if seen.state in (STOPPED, CRASHED) and not seen.relics and not auto_port:
             environment.require_free_port(config)  # before anything is installed, and once more at the start
         environment.sync()
-    if "--enable-manager" in args.comfyui_args and not (is_demo or has_module(environment.python, "comfyui_manager")):
-        file = quote(os.path.join(environment.comfyui_path, "manager_requirements.txt"))
-        console.warn(f"ComfyUI-Manager is not installed here: {quote(environment.python)} -m pip install -r {file}")
     options = {"auto_port": auto_port, "set_env": args.set_env, "take_over": args.take_over}
     if stays:
         return run_in_foreground(console, environment, args.comfyui_args, options)
     return run_in_background(console, args, environment, options)
 
 
-def run_in_background(console: Console, args: Arguments, environment: Environment, options: dict[str, Any]) -> Report:
-    watched = environment.observe().process if args.monitor else None
-    if watched is not None and args.comfyui_args:
-        message = f"ComfyUI is already running (PID {watched.pid}), so it cannot be given other arguments."
-        raise CDEnvironmentError(message, ("-e", environment.name, "run", "--monitor"), "running")
-    try:
-        starting = environment.start_monitored if args.monitor else environment.run
-        starting(args.comfyui_args, **options)
-    except CDEndedError:
-        if args.wait is not None:
-            show_last_lines(console, environment)
-        raise
-    report = started_report(environment)
-    report.data["only_watched"] = watched is not None
-    opens = args.open or environment.opens_browser(args.comfyui_args)
-    if args.wait is not None or opens:
-        await_answer(console, environment, report, READY_SECONDS if args.wait is None else args.wait)
-    if opens and report.error is None:
-        show_in_browser(console, report.data["url"])
-    return report
-
-
-def await_answer(console: Console, environment: Environment, report: Report, seconds: float) -> None:
-    """Wait for ComfyUI's first healthy answer and note in `report` whether it came; people are told by an error."""
-    began = time.monotonic()
-    try:
-        environment.wait_until_ready(seconds, console.progress)
-    except CDEnvironmentError as error:
-        if error.code == "ended":
-            show_last_lines(console, environment)
-        if not console.json_mode:
-            raise
-        report.error, report.code = error, 1  # a script needs to know the PID, too
-    except Terminated:
-        raise
-    except KeyboardInterrupt:
-        message = f"Stopped waiting. ComfyUI keeps running (PID {report.data['pid']})."
-        raise CDEnvironmentError(message, ("status",), "interrupted") from None
-    finally:
-        console.progress("")
-    report.data.update(ready=report.error is None, waited=round(time.monotonic() - began, 3))
-    record = environment._read_state() if report.error is None else None
-    if record is not None:  # what was read before the wait: a monitor may have started another process meanwhile
-        now = {**vars(record), "health": HEALTHY}
-        report.data.update({key: value for key, value in now.items() if key in report.data})
-
-
-def show_in_browser(console: Console, url: str) -> bool:
-    """Open `url`; where no browser can be seen from here, tell it, and over SSH how to reach it."""
-    if open_in_browser(url):
-        return True
-    console.result(f"Open it in your browser: {url}")
-    if os.environ.get("SSH_CONNECTION"):
-        port = url.rpartition(":")[2]
-        server = os.environ["SSH_CONNECTION"].split()[2:3]
-        console.result(f"From your own machine: ssh -L {port}:127.0.0.1:{port} {(server or ['SERVER'])[0]}")
-    return False
-
-
-@command(
-    "open [NAME]",
-    "open ComfyUI in the browser, once it answers",
-    "--wait SECONDS        how long to wait for it (default: 180)",
-    ("open", "open sdxl"),
-    "✓ {url}",
-)
-def open_it(console: Console, args: Arguments) -> Report:
-    environment = selected(console, args)
-    if environment.observe().process is None:
-        raise CDEnvironmentError(f"ComfyUI is not running in environment '{environment.name}'", ("run",), "stopped")
-    try:
-        environment.wait_until_ready(args.wait, console.progress)
-    finally:
-        console.progress("")
-    url = environment.report()["url"]
-    is_open = show_in_browser(console, url)
-    return Report({"url": url, "opened": is_open}, environment.name, already_printed=not is_open)
-
-
-@command(
-    "exec CMD...",
-    "run a program in the ComfyUI folder with the environment's Python",
-    "",
-    ("exec pip list", "-e dev exec -- python -V"),
-)
-def execute(console: Console, args: Arguments) -> Report:
-    if not args.comfyui_args:
-        raise CDEnvironmentError("'exec' needs a program to run.", ("help", "exec"), "usage")
-    from shutil import which
-
-    environment = selected(console, args)
-    environment.require_comfyui()
-    kept = {name: value for name, value in os.environ.items() if name not in DROPPED_VARIABLES}
-    variables, (program, *words) = with_interpreter(kept, environment.python), args.comfyui_args
-    own = {"python": [environment.python], "pip": [environment.python, "-m", "pip"]}
-    found = own.get(program, [which(program, path=variables["PATH"]) or ""])  # Windows would look along our own PATH
-    if not found[0]:
-        message = f"There is no program '{program}' on the PATH of environment '{environment.name}'."
-        raise CDEnvironmentError(message, "", "not-found")
-    code = run_at_terminal([*found, *words], str(environment.comfyui_path), variables)
-    return Report({}, environment.name, shell_code(code), already_printed=True)
-
-
-def do_all(console: Console, args: Arguments, act: Act, is_meant: Callable[[Environment], bool]) -> Report:
-    """Do a command to every environment, a line each; one that fails does not keep the others."""
-    workspace = select_workspace(args.workspace, True, current_folder())
-    items, first_error, was_quiet = [], None, console.quiet
-    for environment in workspace.list_environments():
-        name, error = environment.name, None
-        if not is_meant(environment):
-            continue
-        console.quiet = True
-        try:
-            report = act(console, Arguments({**vars(args), "env": name, "all": False, "one_of_all": True}))
-            said = list(console.lines(report, COMMANDS[act.__name__].words))
-            line, error = ", ".join(one.lstrip("✓ ") for one in said if one.startswith("✓")), report.error
-        except CDEnvironmentError as problem:
-            report, error, line = Report({}, name, 1), problem, ""
-        finally:
-            console.quiet = was_quiet
-        if error is not None and error.code != "running":
-            console.problem(CDEnvironmentError(f"{name}: {error.message}", error.hint))
-            first_error = first_error or error
-        else:
-            console.result(f"✓ {name}: {line or ('already running' if error else 'nothing to do')}")
-        items.append({"environment": name, "ok": error is None or error.code == "running", "data": report.data})
-    if not items:
-        console.result("Nothing is running." if is_meant is Environment.is_running else "No environment to act on.")
-    code = 1 if first_error else 0
-    return Report({"environments": items}, None, code, already_printed=True, error=first_error)
-
-
-def stays_in_foreground(args: Arguments) -> bool:
-    """Whether `run` streams the log until ComfyUI ends: when told to, and always as PID 1, with which a container ends.
-
-    Raises CDEnvironmentError when PID 1 was given what is for the background.
-    """
-    if os.getpid() != 1:
-        return bool(args.foreground)
-    for name in ("json", "monitor", "wait", "all"):
-        if is_given(args, name):
-            message = f"As PID 1 'run' stays in the foreground, so it has no --{name}."
-            raise CDEnvironmentError(message, ("run",), "usage")
-    return True
-
-
-def run_in_foreground(console: Console, environment: Environment, words: list[str], options: dict[str, Any]) -> Report:
-    """Start and stay; from the very start a signal stops ComfyUI instead of leaving it behind."""
-    environment.is_keeper = True
-    with noted_signals() as received:
-        try:
-            environment.run(words, **options)
-            started = started_report(environment)
-            started.data["foreground"] = True
-            console.show("run", started, format_run)
-            for line in ("=" * 60, "Streaming logs (Ctrl+C to stop ComfyUI)...", "=" * 60):
-                console.say(line)
-            code = Foreground(console, environment, received).watch()
-        except CDEndedError as error:
-            show_last_lines(console, environment)
-            console.problem(error)
-            code = shell_code(error.exit_code)
-        return Report({}, environment.name, code, already_printed=True)
-
-
 def environment_to_run(console: Console, args: Arguments) -> Environment:
     """As `selected`; the demo is made, and a checkout that nobody has adopted is adopted."""
-    folder = current_folder()
-    workspace = select_workspace(args.workspace, args.env is not None or args.demo, folder, to_make=True)
+    folder, is_named = current_folder(), args.env is not None
+    workspace = workspace_of(args, is_named or args.demo, to_make=True)
     checkout = workspace.checkout_of(os.path.realpath(folder))
     if args.demo:
         if args.env not in (None, DEMO_NAME):
             raise CDEnvironmentError("--demo has an environment of its own, so -e cannot name another.", "", "usage")
         environment = workspace.demo()
-    elif args.env is None and checkout and not (workspace.environment_of(folder) or workspace.environment_of(checkout)):
+    elif checkout and not (is_named or workspace.environment_of(folder) or workspace.environment_of(checkout)):
         try:
             environment = workspace.adopt(checkout, python=args.python)
         except CDEnvironmentError as error:
@@ -10226,8 +9985,8 @@ def environment_to_run(console: Console, args: Arguments) -> Environment:
 
 
 def say_what_starts(console: Console, environment: Environment, words: list[str], host: str, stays: bool) -> None:
-    what = "the built-in demo" if environment.manifest.demo else "ComfyUI"
-    console.say(f"🎮 Starting {what} in environment: {environment.name}")
+    is_demo, last, python = environment.manifest.demo, environment.last_record(), environment.python
+    console.say(f"🎮 Starting {'the built-in demo' if is_demo else 'ComfyUI'} in environment: {environment.name}")
     if words:
         console.say(f"   Arguments: {' '.join(words)}")
     for name in filter(os.environ.__contains__, DROPPED_VARIABLES):
@@ -10241,23 +10000,170 @@ def say_what_starts(console: Console, environment: Environment, words: list[str]
         console.warn(f"PID 1 ({init[:60]}) does not reap zombies; start the container with --init.")
     if not is_loopback(host):
         console.warn(f"ComfyUI has no password: whoever can reach this machine on {host or 'any address'} can use it.")
+    if last and last.args and last.args != words and not is_demo:
+        console.say(f"   Last time: {' '.join(map(quote, last.args))}. {console.typed('restart')} starts with these.")
+    if "--enable-manager" in words and not (is_demo or has_module(python, "comfyui_manager")):
+        file = quote(os.path.join(environment.comfyui_path, "manager_requirements.txt"))
+        console.warn(f"ComfyUI-Manager is not installed here: {quote(python)} -m pip install -r {file}")
 
 
-def started_report(environment: Environment) -> Report:
+def run_in_background(console: Console, args: Arguments, environment: Environment, options: dict[str, Any]) -> Report:
+    watched = environment.observe().process if args.monitor else None
+    if watched is not None and args.comfyui_args:
+        message = f"ComfyUI is already running (PID {watched.pid}), so it cannot be given other arguments."
+        raise CDEnvironmentError(message, ("-e", environment.name, "run", "--monitor"), "running")
+    try:
+        starting = environment.start_monitored if args.monitor else environment.run
+        starting(args.comfyui_args, **options)
+    except CDEndedError:
+        if args.wait is not None:
+            show_last_lines(console, environment)
+        raise
+    opens = args.open or environment.opens_browser(args.comfyui_args)
+    seconds = READY_SECONDS if opens and args.wait is None else args.wait
+    report = started_report(console, environment, format_run, seconds)
+    report.data["only_watched"] = watched is not None
+    if opens and report.error is None:
+        show_in_browser(console, report.data["url"])
+    return report
+
+
+def started_report(
+    console: Console,
+    environment: Environment,
+    words: "Callable[[dict[str, Any], Typed], Iterator[str]]",
+    seconds: Optional[float] = None,
+) -> Report:
+    """Report a ComfyUI that was just started; where `seconds` are given, wait so long for its first answer."""
+    waited: dict[str, Any] = {}
+    error = None if seconds is None else await_answer(console, environment, seconds, waited)
     record = environment._read_state()
     if record is None:  # another command has stopped it meanwhile
-        raise CDEnvironmentError(
-            f"ComfyUI of environment '{environment.name}' was stopped by another command.", ("status",)
-        )
+        message = f"ComfyUI of environment '{environment.name}' was stopped by another command."
+        raise CDEnvironmentError(message, ("status",))
     data = {
         **{name: getattr(record, name) for name in ("pid", "host", "port", "args", "started_at")},
-        "name": environment.name,
         "url": local_url(environment.config_of(Snapshot(RUNNING, record))),
-        "health": environment.report(0.5)["health"],
+        "health": HEALTHY if waited.get("ready") else environment.report(0.5)["health"],
         "log": record.log_path,
         "demo": environment.manifest.demo,
+        **waited,
     }
-    return Report(data, environment.name)
+    return Report(data, environment.name, words(data, console.typed), 1 if error else 0, error)
+
+
+def await_answer(
+    console: Console, environment: Environment, seconds: float, data: dict[str, Any]
+) -> Optional[CDEnvironmentError]:
+    """Wait for ComfyUI's first healthy answer and note in `data` whether it came; return what went wrong.
+
+    People are told by raising it; a script needs to know the PID, too.
+    """
+    began, failed = time.monotonic(), None
+    gone = CDEnvironmentError("Stopped waiting. ComfyUI keeps running.", ("status",), "interrupted")
+    try:
+        with on_ctrl_c(lambda: gone):
+            environment.wait_until_ready(seconds, console.progress)
+    except CDEnvironmentError as error:
+        if error.code == "ended":
+            show_last_lines(console, environment)
+        if not console.json_mode or error is gone:
+            raise
+        failed = error
+    data.update(ready=failed is None, waited=round(time.monotonic() - began, 3))
+    return failed
+
+
+def show_in_browser(console: Console, url: str) -> bool:
+    """Open `url`; where no browser can be seen from here, tell it, and over SSH how to reach it."""
+    if open_in_browser(url):
+        return True
+    console.result(f"Open it in your browser: {url}")
+    if os.environ.get("SSH_CONNECTION"):
+        port = url.rpartition(":")[2]
+        server = os.environ["SSH_CONNECTION"].split()[2:3]
+        console.result(f"From your own machine: ssh -L {port}:127.0.0.1:{port} {(server or ['SERVER'])[0]}")
+    return False
+
+
+@command("""open [NAME]: open ComfyUI in the browser, once it answers
+    --wait SECONDS        how long to wait for it (default: 180)
+    e.g. open
+    e.g. open sdxl""")
+def open_it(console: Console, args: Arguments) -> Report:
+    environment = selected(console, args)
+    if environment.observe().process is None:
+        raise CDEnvironmentError(f"ComfyUI is not running in environment '{environment.name}'", ("run",), "stopped")
+    environment.wait_until_ready(args.wait, console.progress)
+    url = environment.report()["url"]
+    is_open = show_in_browser(console, url)
+    return Report({"url": url, "opened": is_open}, environment.name, [f"✓ {url}"] if is_open else [])
+
+
+@command("""exec CMD...: run a program in the ComfyUI folder with the environment's Python
+    e.g. exec pip list
+    e.g. -e dev exec -- python -V""")
+def execute(console: Console, args: Arguments) -> Report:
+    if not args.comfyui_args:
+        raise CDEnvironmentError("'exec' needs a program to run.", ("help", "exec"), "usage")
+    from shutil import which
+
+    environment = selected(console, args)
+    environment.require_comfyui()
+    kept = {name: value for name, value in os.environ.items() if name not in DROPPED_VARIABLES}
+    variables, (program, *words) = with_interpreter(kept, environment.python), args.comfyui_args
+    own = {"python": [environment.python], "pip": [environment.python, "-m", "pip"]}
+    found = own.get(program, [which(program, path=variables["PATH"]) or ""])  # Windows would look along our own PATH
+    if not found[0]:
+        message = f"There is no program '{program}' on the PATH of environment '{environment.name}'."
+        raise CDEnvironmentError(message, "", "not-found")
+    code = run_at_terminal([*found, *words], str(environment.comfyui_path), variables)
+    return Report({}, environment.name, code=shell_code(code))
+
+
+def do_all(console: Console, args: Arguments, act: Act, is_meant: Callable[[Environment], bool]) -> Report:
+    """Do a command to every environment, a line each; one that fails does not keep the others."""
+    items, first_error, was_quiet = [], None, console.quiet
+    for environment in filter(is_meant, workspace_of(args).list_environments()):
+        name, report, error = environment.name, Report({}), None
+        console.quiet = True
+        try:
+            report = act(console, Arguments({**vars(args), "env": name, "all": False, "one_of_all": True}))
+            error = report.error
+        except CDEnvironmentError as problem:
+            error = problem
+        finally:
+            console.quiet = was_quiet
+        is_done = error is None or error.code == "running"
+        items.append({"environment": name, "ok": is_done, "data": report.data})
+        if is_done:
+            line = ", ".join(one.lstrip("✓ ") for one in report.lines if one.startswith("✓"))
+            console.result(f"✓ {name}: {line or ('already running' if error else 'nothing to do')}")
+        elif error is not None:
+            console.problem(CDEnvironmentError(f"{name}: {error.message}", error.hint))
+            first_error = first_error or error
+    if not items:
+        console.result("Nothing is running." if is_meant is Environment.is_running else "No environment to act on.")
+    return Report({"environments": items}, code=1 if first_error else 0, error=first_error)
+
+
+def run_in_foreground(console: Console, environment: Environment, words: list[str], options: dict[str, Any]) -> Report:
+    """Start and stay; from the very start a signal stops ComfyUI instead of leaving it behind."""
+    environment.is_keeper = True
+    with noted_signals() as received:
+        try:
+            environment.run(words, **options)
+            started = started_report(console, environment, format_run)
+            started.data["foreground"] = True
+            console.show("run", started)
+            for line in ("=" * 60, "Streaming logs (Ctrl+C to stop ComfyUI)...", "=" * 60):
+                console.say(line)
+            code = Foreground(console, environment, received).watch()
+        except CDEndedError as error:
+            show_last_lines(console, environment)
+            console.problem(error)
+            code = shell_code(error.exit_code)
+        return Report({}, environment.name, code=code)
 
 
 def show_last_lines(console: Console, environment: Environment) -> None:
@@ -10278,7 +10184,7 @@ def show_new(console: Console, follower: LogFollower) -> None:
 
 
 def shell_code(code: Optional[int]) -> int:
-    """The exit code as a shell shows it: 128+N for signal N, 1 when it is not known."""
+    """Return the exit code as a shell shows it: 128+N for signal N, 1 when it is not known."""
     return 1 if code is None else 128 - code if code < 0 else code
 
 
@@ -10298,36 +10204,33 @@ class Foreground:
         """Return the exit code of the command. What was stopped for a restart is started again; see keeper_of."""
         ours, is_ready = None, "NOTIFY_SOCKET" not in os.environ
         for snapshot, code in self.environment.watch(FOLLOW_PAUSE):
-            record = snapshot.record
+            record, process = snapshot.record, snapshot.process
             self._pump()
             is_ready = is_ready or self._tells_readiness(snapshot)
             if self.received:
                 return self._stop()
             if os.getpid() == 1:
-                reap_strangers(snapshot.process.pid if snapshot.process else 0)
+                reap_strangers(process.pid if process else 0)
             elif not self.console.has_reader():
                 self._lose_reader()
-            if snapshot.process is not None or snapshot.state == STARTING:
+            if process is not None or snapshot.state == STARTING:
                 ours = record
                 continue
-            is_ours = record is not None and record.run_id == (ours or record).run_id
-            if record is not None and is_ours and record.desired_state == RESTART:
+            if record is None or record.desired_state == STOPPED or record.run_id != (ours or record).run_id:
+                self._drain()
+                self.console.say("\nComfyUI was stopped from elsewhere.")
+                break
+            if record.desired_state == RESTART:
                 if not self.environment.is_held_back():
                     self.environment.restart_kept(record, None)
-            elif record is not None and is_ours and record.desired_state != STOPPED:
-                if IS_WINDOWS and code in (0, None) and until(self._is_reborn, REBORN_PATIENCE, 0.5):
-                    continue
+            elif not (IS_WINDOWS and code in (0, None) and until(self._is_restarted, REBORN_PATIENCE, 0.5)):
                 self._drain()
                 self.environment.amend_record(record.run_id, last_exit={"code": code, "at": utc_now()})
                 self.console.say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({format_exit(code)})'}")
                 return shell_code(code)
-            else:
-                self._drain()
-                self.console.say("\nComfyUI was stopped from elsewhere.")
-                break
         return 0
 
-    def _is_reborn(self) -> bool:
+    def _is_restarted(self) -> bool:
         """Tell whether to look again: on Windows a restart by ComfyUI-Manager goes on under another PID."""
         return bool(self.received) or self.environment.is_running()
 
@@ -10365,11 +10268,8 @@ class Foreground:
 
     def _drain(self) -> None:
         """Show what is left, up to where the log ends now: a child of ComfyUI may go on writing for ever."""
-        try:
-            end = os.path.getsize(self.environment.log_path)
-        except OSError:
-            end = 0
-        before = -1
+        path, before = self.environment.log_path, -1
+        end = os.path.getsize(path) if os.path.exists(path) else 0
         while before < self.follower.position < end:
             before = self.follower.position
             self._pump()
@@ -10385,9 +10285,7 @@ class Foreground:
         if first == "hangup" and self.console.write_error is not None:  # its terminal is closed: no fault of ours
             self.console.write_error = None
             forget_output()
-        if self._is_impatient():
-            return 130
-        return {"interrupt": 0, "terminate": 143, "hangup": 129}[first]
+        return 130 if self._is_impatient() else {"interrupt": 0, "terminate": 143, "hangup": 129}[first]
 
     def _is_impatient(self) -> bool:
         self._pump()
@@ -10403,38 +10301,14 @@ def crash_words(data: dict[str, Any]) -> str:
     return (f" ({about})" if about else "") + (f": {data['last_error']}" if data["last_error"] else "")
 
 
-def format_stop(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    if data["stopped"]:
-        yield "✓ ComfyUI stopped"
-        for left in data.get("left", []):
-            yield f"  Left alone: PID {left['pid']} ({left['command'][:80]}) still writes to its log"
-    elif data.get("called_off"):
-        yield "✓ ComfyUI was down after a crash; its monitor will not start it again"
-    elif data.get("dry_run"):
-        yield f"PID {data['pid']} is the ComfyUI on port {data['port']}; it would be ended: {data['command']}"
-    else:
-        yield f"ComfyUI is not running in environment '{data['name']}'"
-    if data.get("crash"):
-        yield f"  It had crashed{crash_words(data['crash'])}"
-
-
-def format_queue(running: int, pending: int) -> str:
-    return f"{running} running, {pending} queued"
-
-
-@command(
-    "stop [NAME]",
-    "stop ComfyUI and what it started",
-    QUEUE_OPTIONS
-    + """
+@command(f"""stop [NAME]: stop ComfyUI and what it started
+    {QUEUE_OPTIONS}
     --kill                kill it at once
     --port PORT           end the ComfyUI on this port, whoever started it
     --dry-run             with --port: only say what would be ended
-    """
-    + ALL_OPTION,
-    ("stop", "-e dev stop --timeout 60"),
-    format_stop,
-)
+    {ALL_OPTION}
+    e.g. stop
+    e.g. -e dev stop --timeout 60""")
 def stop(console: Console, args: Arguments) -> Report:
     if args.all:
         return do_all(console, args, stop, Environment.is_running)
@@ -10443,33 +10317,39 @@ def stop(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     cut_off = settle_queue(console, args, environment, "stop")
     snapshot = environment.observe()
-    if snapshot.process is not None and snapshot.note != "untracked":
-        console.say(f"⏸  Stopping ComfyUI (PID {snapshot.process.pid})...")
-    crash = environment.last_words(snapshot.record) if snapshot.record and snapshot.state == CRASHED else None
-    pid = snapshot.process.pid if snapshot.process else None
-    had_monitor = pid is None and environment.monitor_process(snapshot.record) is not None
-    try:
-        stopped = environment.stop(args.timeout, kill=args.kill)
-    except Terminated:
-        raise
-    except KeyboardInterrupt:
+    process, record = snapshot.process, snapshot.record
+    if process is not None and snapshot.note != "untracked":
+        console.say(f"⏸  Stopping ComfyUI (PID {process.pid})...")
+    crash = environment.last_words(record) if record and snapshot.state == CRASHED else None
+    had_monitor = process is None and environment.monitor_process(record) is not None
+
+    def interrupted() -> CDEnvironmentError:
         now = "keeps running" if environment.is_running() else "has stopped"
-        raise CDEnvironmentError(f"Interrupted. ComfyUI {now}.", ("status",), "interrupted") from None
+        return CDEnvironmentError(f"Interrupted. ComfyUI {now}.", ("status",), "interrupted")
+
+    with on_ctrl_c(interrupted):
+        stopped = environment.stop(args.timeout, kill=args.kill)
     left = writers_of(real_path(environment.log_path)) if stopped else []
-    data = {"name": environment.name, "stopped": stopped, "pid": pid, "cut_off": cut_off, "crash": crash}
-    data["left"] = [{"pid": process.pid, "command": process.text} for process in left]
-    return Report({**data, "called_off": had_monitor and not stopped}, environment.name)
+    lines = ["✓ ComfyUI stopped"] if stopped else []
+    lines += [f"  Left alone: PID {one.pid} ({one.text[:80]}) still writes to its log" for one in left]
+    if had_monitor and not stopped:
+        lines = ["✓ ComfyUI was down after a crash; its monitor will not start it again"]
+    lines = lines or [f"ComfyUI is not running in environment '{environment.name}'"]
+    lines += [f"  It had crashed{crash_words(crash)}"] if crash else []
+    data = {"stopped": stopped, "pid": process.pid if process else None, "cut_off": cut_off, "crash": crash}
+    named = [{"pid": one.pid, "command": one.text} for one in left]
+    return Report({**data, "called_off": had_monitor and not stopped, "left": named}, environment.name, lines)
 
 
 def stop_port(console: Console, args: Arguments) -> Report:
     """End the ComfyUI on a port, once it is proved to be one; an environment that tracks it is told."""
     process = comfyui_on_port(args.port)
-    workspace = select_workspace(args.workspace, args.env is not None, current_folder())
-    owner = workspace.tracker_of(process.pid)
+    owner = workspace_of(args, args.env is not None).tracker_of(process.pid)
     name = owner.name if owner else None
-    data = {"name": name, "stopped": False, "pid": process.pid, "port": args.port, "command": process.text}
+    data = {"stopped": False, "pid": process.pid, "port": args.port, "command": process.text}
     if args.dry_run:
-        return Report({**data, "dry_run": True}, name)
+        line = f"PID {process.pid} is the ComfyUI on port {args.port}; it would be ended: {process.text}"
+        return Report({**data, "dry_run": True}, name, [line])
     if owner is not None:
         data["cut_off"] = settle_queue(console, args, owner, f"stop --port {args.port}")
     console.say(f"⏸  Stopping ComfyUI (PID {process.pid}) on port {args.port}...")
@@ -10477,61 +10357,66 @@ def stop_port(console: Console, args: Arguments) -> Report:
         owner.stop(args.timeout, kill=args.kill)
     else:
         end_with_family(process, 0 if args.kill else args.timeout)
-    return Report({**data, "stopped": True}, name)
+    return Report({**data, "stopped": True}, name, ["✓ ComfyUI stopped"])
+
+
+def format_queue(counts: "tuple[int, int]") -> str:
+    return "{} running, {} queued".format(*counts)
+
+
+def queued_work(environment: Environment) -> "Optional[tuple[int, int]]":
+    """Return what runs and what waits in ComfyUI's queue; None where there is nothing, or nobody answers."""
+    counts = environment.queue()
+    return counts if counts is not None and any(counts) else None
 
 
 def settle_queue(console: Console, args: Arguments, environment: Environment, command: str) -> Optional[dict[str, int]]:
-    """What work a `command` that interrupts cuts off: a terminal is asked, --when-idle waits, scripts are told.
+    """Return what work a `command` that interrupts cuts off: a terminal is asked, --when-idle waits, scripts are told.
 
     A ComfyUI that does not answer, and a queue that never drains, hold nobody up for ever. Raises
     CDEnvironmentError when a terminal says no.
     """
-    counts = None if args.kill else environment.queue()
-    if counts is not None and any(counts) and args.when_idle is not None:
-        counts = wait_until_idle(console, environment, args.when_idle)
-    if counts is None or not any(counts):
+    counts = None if args.has("kill") else queued_work(environment)
+    if counts is not None and args.when_idle is not None:
+        wait_until_idle(console, environment, args.when_idle)
+        counts = queued_work(environment)
+    if counts is None:
         return None
     if not args.force and args.when_idle is None:
-        verb = command.partition(" ")[0].capitalize()
-        answer = console.ask(f"ComfyUI is busy: {format_queue(*counts)}. {verb} anyway?", False)
-        if answer is False:
-            raise CDEnvironmentError(
-                f"Nothing was done: ComfyUI is busy, {format_queue(*counts)}.",
-                (*command.split(), "--when-idle"),
-                "busy",
-            )
-    console.warn(f"This cuts off work: {format_queue(*counts)}.")
+        question = f"ComfyUI is busy: {format_queue(counts)}. {command.split()[0].capitalize()} anyway?"
+        if console.ask(question, False) is False:
+            message = f"Nothing was done: ComfyUI is busy, {format_queue(counts)}."
+            raise CDEnvironmentError(message, (*command.split(), "--when-idle"), "busy")
+    console.warn(f"This cuts off work: {format_queue(counts)}.")
     return {"running": counts[0], "pending": counts[1]}
 
 
-def wait_until_idle(console: Console, environment: Environment, seconds: float) -> "Optional[tuple[int, int]]":
-    """Wait for an empty queue, up to `seconds`; returns the last counts, None when nobody answers any more."""
+def wait_until_idle(console: Console, environment: Environment, seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    counts: "Optional[tuple[int, int]]" = None
 
     def is_idle() -> bool:
-        nonlocal counts
-        counts = environment.queue()
-        if counts is None or not any(counts):
-            return True
+        counts = queued_work(environment)
         left = format_duration(max(0.0, deadline - time.monotonic()))
-        console.progress(f"   Waiting for ComfyUI's queue: {format_queue(*counts)}, at most {left} more")
-        return False
+        if counts is not None:
+            console.progress(f"   Waiting for ComfyUI's queue: {format_queue(counts)}, at most {left} more")
+        return counts is None
 
     if not is_terminal(console.err):
         console.warn(f"Waiting until ComfyUI's queue is empty, at most {format_duration(seconds)}.")
     until(is_idle, seconds, 0.25)
-    console.progress("")
-    return counts
 
 
-@command(
-    "restart [NAME]",
-    "stop and start again with the same arguments",
-    QUEUE_OPTIONS + WAIT_OPTION + ALL_OPTION,
-    ("restart", "restart sdxl --wait"),
-    lambda data, typed: iter((f"✓ Restarted (new PID: {data['pid']})", url_line(data, typed))),
-)
+def format_restart(data: dict[str, Any], typed: Typed) -> Iterator[str]:
+    yield f"✓ Restarted (new PID: {data['pid']})"
+    yield url_line(data, typed)
+
+
+@command(f"""restart [NAME]: stop and start again with the same arguments
+    {QUEUE_OPTIONS}
+    {WAIT_OPTION}
+    {ALL_OPTION}
+    e.g. restart
+    e.g. restart sdxl --wait""")
 def restart(console: Console, args: Arguments) -> Report:
     if args.all:
         return do_all(console, args, restart, Environment.is_running)
@@ -10544,25 +10429,47 @@ def restart(console: Console, args: Arguments) -> Report:
         previous = f"PID {snapshot.process.pid}" if snapshot.process else "not running"
         console.say(f"   Previous: {previous}, args: {' '.join(last.args) or '(none)'}")
     environment.restart(args.timeout)
-    report = started_report(environment)
+    report = started_report(console, environment, format_restart, args.wait)
     report.data["cut_off"] = cut_off
-    if args.wait is not None:
-        await_answer(console, environment, report, args.wait)
     return report
 
 
 def environment_title(data: dict[str, Any]) -> str:
-    """The name of an environment as reports show it: the demo is always labelled."""
-    return f"{data['name']} (the built-in demo)" if data.get("demo") else str(data["name"])
+    """Return the name of an environment as reports show it: the demo is always labelled."""
+    return f"{data['name']} (the built-in demo)" if data["demo"] else str(data["name"])
+
+
+_NOTES = {
+    "interrupted": " (a start was interrupted before ComfyUI came up)",
+    "rebooted": " (the machine was restarted since)",
+    "damaged": " (the state file is damaged)",
+    "moved": " (it has restarted itself under another PID)",
+}
+_HEALTH_WORDS = {
+    "healthy": "✓ Healthy",
+    "starting": "not answering yet",
+    "unhealthy": "⚠ Not responding",
+    OTHER_SERVICE: "⚠ Another program answers on port {port}",
+    BAD_ANSWER: "⚠ It answers, but not as a healthy ComfyUI does",
+}
 
 
 def format_status(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    yield f"Environment: {environment_title(data)}"
-    yield ""
-    yield "📋 Process:"
-    yield f"   Status: {_status_line(data, typed)}"
+    yield from (f"Environment: {environment_title(data)}", "", "📋 Process:")
+    facts = {"Status": _status_line(data, typed)}
     if data["state"] in LIVE_STATES and data["pid"]:
-        yield from _live_lines(data)
+        version = f"{data['version'] or 'unknown version'}, Python {data['python']}"
+        facts.update({
+            "PID": data["pid"],
+            "URL": data["url"],
+            "Health": _HEALTH_WORDS[data["health"]].format(**data),
+            "Queue": format_queue(tuple(data["queue"].values())) if data["queue"] else "",
+            "Uptime": format_duration(data["uptime"]),
+            "ComfyUI": version if data["python"] else "",
+            "Device": data["device"] and data["device"] + (f", VRAM {_vram(data)}" if data["vram"] else ""),
+            "Arguments": " ".join(map(quote, data["args"])),
+        })  # fmt: skip
+    yield from (f"   {title}: {fact}" for title, fact in facts.items() if fact)
     if data["state"] == CRASHED:
         yield from _crash_lines(data, typed)
     if data["monitor"]:
@@ -10585,28 +10492,9 @@ def _status_line(data: dict[str, Any], typed: Typed) -> str:
         return f"Crashed{crash_words(data)}"
     if data["note"] == "untracked":
         return f"Running (not tracked: {typed('repair', '--orphan')})"
-    if data["state"] == STOPPED:
-        return "Stopped" + _NOTES.get(data["note"], "")
     if data["state"] == STARTING:
         return "Starting (alive, not answering yet)" if data["pid"] else "Starting"
-    return ("Running ✓" if data["state"] == RUNNING else "Running") + _NOTES.get(data["note"], "")
-
-
-_NOTES = {
-    "interrupted": " (a start was interrupted before ComfyUI came up)",
-    "rebooted": " (the machine was restarted since)",
-    "damaged": " (the state file is damaged)",
-    "moved": " (it has restarted itself under another PID)",
-}
-
-
-_HEALTH_WORDS = {
-    "healthy": "✓ Healthy",
-    "starting": "not answering yet",
-    "unhealthy": "⚠ Not responding",
-    OTHER_SERVICE: "⚠ Another program answers on port {port}",
-    BAD_ANSWER: "⚠ It answers, but not as a healthy ComfyUI does",
-}
+    return {STOPPED: "Stopped", RUNNING: "Running ✓"}.get(data["state"], "Running") + _NOTES.get(data["note"], "")
 
 
 def _monitor_line(monitor: dict[str, Any], typed: Typed) -> str:
@@ -10615,21 +10503,6 @@ def _monitor_line(monitor: dict[str, Any], typed: Typed) -> str:
     if monitor["gave_up"]:
         return f"⚠ gave up: {monitor['gave_up']}"
     return f"watching{times}" if monitor["alive"] else f"⚠ gone{times} (start a new one: {typed('run', '--monitor')})"
-
-
-def _live_lines(data: dict[str, Any]) -> Iterator[str]:
-    yield f"   PID: {data['pid']}"
-    yield f"   URL: {data['url']}"
-    yield f"   Health: {_HEALTH_WORDS[data['health']].format(**data)}"
-    if data["queue"]:
-        yield f"   Queue: {format_queue(data['queue']['running'], data['queue']['pending'])}"
-    yield f"   Uptime: {format_duration(data['uptime'])}"
-    if data["python"]:
-        yield f"   ComfyUI: {data['version'] or 'unknown version'}, Python {data['python']}"
-    if data["device"]:
-        yield f"   Device: {data['device']}" + (f", VRAM {_vram(data)}" if data["vram"] else "")
-    if data["args"]:
-        yield f"   Arguments: {' '.join(map(quote, data['args']))}"
 
 
 def _vram(data: dict[str, Any]) -> str:
@@ -10653,96 +10526,13 @@ def difference_lines(difference: dict[str, Any]) -> Iterator[str]:
     if difference.get("error"):
         yield f"   • {difference['error']}"
         return
-    if difference["missing"]:
-        missing = difference["missing"]
-        yield f"   • {len(missing)} nodes in pyproject.toml not installed: {', '.join(missing)}"
-    if difference["untracked"]:
-        yield f"   • {len(difference['untracked'])} extra nodes on filesystem: {', '.join(difference['untracked'])}"
+    for key, what in (("missing", "nodes in pyproject.toml not installed"), ("untracked", "extra nodes on filesystem")):
+        if difference[key]:
+            yield f"   • {len(difference[key])} {what}: {', '.join(difference[key])}"
     for item in difference["mismatches"]:
         yield f"   • {item['name']} is {item['actual']}, the manifest says {item['expected']}"
     if difference["interrupted"]:
         yield f"   • {difference['interrupted']} node changes were interrupted"
-
-
-@command(
-    "status [NAME]",
-    "what ComfyUI is doing (exit code 3 when it is not running)",
-    "",
-    ("status", "-e dev status --json"),
-    format_status,
-)
-def status(console: Console, args: Arguments) -> Report:
-    environment = selected(console, args)
-    data = environment.report()
-    if data["note"] == "damaged" and data["pid"] is None:
-        raise environment.damaged_state()
-    data["difference"] = None
-    if not data["missing"] and data["complete"] and not data["demo"]:
-        try:
-            data["difference"] = difference_data(environment.nodes.compare())
-        except CDEnvironmentError as error:
-            data["difference"] = {"synced": False, "error": error.message}
-        except OSError as error:
-            data["difference"] = {"synced": False, "error": f"{error.filename}: {error.strerror}"}
-    return Report(data, environment.name, 3 if data["state"] in (STOPPED, CRASHED) else 0)
-
-
-def format_list(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    if not data["environments"]:
-        yield "No environments found."
-        yield from "".join(part if isinstance(part, str) else typed(*part) for part in THREE_WAYS).split("\n")
-    else:
-        width = columns(sys.stdout) if is_terminal(sys.stdout) else 1000
-        yield from table(list(map(list_row, data["environments"])), ("VERSION", "VRAM", "UPTIME", "QUEUE"), width)
-    if data["kept"]:
-        yield f"Kept of {len(data['kept'])} deleted: {os.path.dirname(data['kept'][0])}"
-
-
-_STATE_SIGNS = {RUNNING: "✓", STARTING: "•", UNRESPONSIVE: "⚠", CRASHED: "✗", FOREIGN: "?", UNKNOWN: "?"}
-
-
-def list_row(item: dict[str, Any]) -> dict[str, str]:
-    """Return what a table shows of an environment, by column."""
-    queue, port = item["queue"], item["port"]
-    monitor = item["monitor"] if item["pid"] else None
-    remarks = [
-        "not responding" if item["state"] == UNRESPONSIVE else item["state"],
-        "monitored" if monitor and monitor["alive"] else "monitor gone" if monitor else "",
-        "" if item["complete"] else "incomplete",
-        {"damaged": "damaged record", "unreadable": "unreadable record", "untracked": "untracked"}.get(
-            item["note"], ""
-        ),
-        "ComfyUI is missing" if item["missing"] else "",
-    ]
-    return {
-        " ": _STATE_SIGNS.get(item["state"], " "),
-        "NAME": environment_title(item) + (" (active)" if item["active"] else ""),
-        "STATE": ", ".join(filter(None, remarks)),
-        "QUEUE": f"{queue['running']}+{queue['pending']}" if queue else "",
-        "VRAM": _vram(item),
-        "UPTIME": format_duration(item["uptime"]) if item["uptime"] is not None else "",
-        "PORT": str(port or ""),
-        "VERSION": item["version"] or "",
-    }
-
-
-@command(
-    "list",
-    "all environments and what runs in them",
-    """
-    --watch               redraw it every 2 seconds, with memory and CPU: the same as top (without --json)
-    """,
-    ("list", "list --json"),
-    format_list,
-)
-def list_all(console: Console, args: Arguments) -> Report:
-    if args.watch:
-        return top(console, args)
-    workspace = select_workspace(args.workspace, args.env is not None, current_folder())
-    shelf = workspace.paths.kept
-    kept = [os.path.join(shelf, name) for name in sorted(os.listdir(shelf))] if os.path.isdir(shelf) else []
-    data = {"workspace": workspace.paths.root, "environments": workspace.reports(), "kept": kept}
-    return Report(data)
 
 
 def difference_data(found: EnvironmentComparison) -> dict[str, Any]:
@@ -10756,39 +10546,103 @@ def difference_data(found: EnvironmentComparison) -> dict[str, Any]:
     }
 
 
-@command("top", "watch all environments: queue, VRAM, memory, CPU", "", ("top",))
+@command("""status [NAME]: what ComfyUI is doing (exit code 3 when it is not running)
+    e.g. status
+    e.g. -e dev status --json""")
+def status(console: Console, args: Arguments) -> Report:
+    environment = selected(console, args)
+    data = environment.report()
+    if data["note"] == "damaged" and data["pid"] is None:
+        raise environment.damaged_state()
+    data["difference"] = None
+    if not data["missing"] and data["complete"] and not data["demo"]:
+        try:
+            data["difference"] = difference_data(environment.nodes.compare())
+        except (CDEnvironmentError, OSError) as error:
+            message = error.message if isinstance(error, CDEnvironmentError) else f"{error.filename}: {error.strerror}"
+            data["difference"] = {"synced": False, "error": message}
+    lines = list(format_status(data, console.typed))
+    del data["name"]  # the report has it
+    return Report(data, environment.name, lines, 3 if data["state"] in (STOPPED, CRASHED) else 0)
+
+
+_STATE_SIGNS = {RUNNING: "✓", STARTING: "•", UNRESPONSIVE: "⚠", CRASHED: "✗", FOREIGN: "?", UNKNOWN: "?"}
+_STATE_NOTES = {"damaged": "damaged record", "unreadable": "unreadable record", "untracked": "untracked"}
+
+
+def list_row(item: dict[str, Any]) -> dict[str, str]:
+    """Return what a table shows of an environment, by column."""
+    queue, monitor = item["queue"], item["monitor"] if item["pid"] else None
+    remarks = [
+        "not responding" if item["state"] == UNRESPONSIVE else item["state"],
+        "monitored" if monitor and monitor["alive"] else "monitor gone" if monitor else "",
+        "" if item["complete"] else "incomplete",
+        _STATE_NOTES.get(item["note"]),
+        "ComfyUI is missing" if item["missing"] else "",
+    ]
+    return {
+        " ": _STATE_SIGNS.get(item["state"], " "),
+        "NAME": environment_title(item) + (" (active)" if item["active"] else ""),
+        "STATE": ", ".join(filter(None, remarks)),
+        "QUEUE": f"{queue['running']}+{queue['pending']}" if queue else "",
+        "VRAM": _vram(item),
+        "UPTIME": format_duration(item["uptime"]) if item["uptime"] is not None else "",
+        "PORT": str(item["port"] or ""),
+        "VERSION": item["version"] or "",
+    }
+
+
+@command("""list: all environments and what runs in them
+    --watch               redraw it every 2 seconds, with memory and CPU: the same as top (without --json)
+    e.g. list
+    e.g. list --json""")
+def list_all(console: Console, args: Arguments) -> Report:
+    if args.watch:
+        return top(console, args)
+    workspace = workspace_of(args, args.env is not None)
+    shelf, reports = workspace.paths.kept, workspace.reports()
+    kept = [os.path.join(shelf, name) for name in sorted(os.listdir(shelf))] if os.path.isdir(shelf) else []
+    width = columns(sys.stdout) if is_terminal(sys.stdout) else 1000
+    lines = list(table(list(map(list_row, reports)), ("VERSION", "VRAM", "UPTIME", "QUEUE"), width)) if reports else []
+    if not reports:
+        ways = "".join(part if isinstance(part, str) else console.typed(*part) for part in THREE_WAYS)
+        lines = ["No environments found.", *ways.split("\n")]
+    lines += [f"Kept of {len(kept)} deleted: {shelf}"] if kept else []
+    return Report({"workspace": workspace.paths.root, "environments": reports, "kept": kept}, None, lines)
+
+
+@command("""top: watch all environments: queue, VRAM, memory, CPU
+    e.g. top""")
 def top(console: Console, args: Arguments) -> Report:
     """Redraw a table on the normal screen; no key is read and no mode is set, so a terminal needs no repair."""
-    workspace = select_workspace(args.workspace, True, current_folder())
+    workspace = workspace_of(args)
     before, drawn = process_table().usage(), 0
     began = moment = time.monotonic()
-    with ended_by_ctrl_c():
+    with on_ctrl_c():
         time.sleep(0.3)  # CPU is the difference of two looks
         while True:
             usage, now = process_table().usage(), time.monotonic()
             rows = [top_row(item, usage, before, now - moment) for item in workspace.reports()]
-            lines = list(table(rows, TOP_DROPS, columns(console.out))) if rows else ["No environments found."]
+            dropped = ("VRAM", "UPTIME", "QUEUE")
+            lines = list(table(rows, dropped, columns(console.out))) if rows else ["No environments found."]
             if not is_terminal(console.out):
-                for line in lines:
-                    console.result(line)
-                break
+                return Report({}, None, lines)
             height = os.get_terminal_size(console.out.fileno()).lines or 24
             if len(lines) >= height:
                 lines = [*lines[: height - 2], f"... and {len(lines) - height + 2} more"]
             console.redraw(lines, drawn)
             before, moment, drawn = usage, now, len(lines)
-            time.sleep(max(0.0, began + 2.0 * (int((time.monotonic() - began) / 2.0) + 1) - time.monotonic()))
-    return Report({}, already_printed=True)
+            time.sleep(2.0 - (time.monotonic() - began) % 2.0)
+    return Report({})
 
 
-TOP_DROPS = ("VRAM", "UPTIME", "QUEUE")
 Usage = dict[int, tuple[int, float, int]]
 
 
 def top_row(item: dict[str, Any], usage: Usage, before: Usage, seconds: float) -> dict[str, str]:
     """Return what `top` shows of an environment: what `list` does, and memory and CPU of its process tree."""
     row = list_row(item)
-    del row["VERSION"]
+    port, _ = row.pop("PORT"), row.pop("VERSION")
     tree, size = {item["pid"]} & usage.keys(), 0
     while len(tree) > size:
         size = len(tree)
@@ -10796,7 +10650,6 @@ def top_row(item: dict[str, Any], usage: Usage, before: Usage, seconds: float) -
     spent = sum(usage[pid][1] - before[pid][1] for pid in tree if pid in before)
     memory = format_size(sum(usage[pid][2] for pid in tree)) if tree else ""
     share = f"{100 * spent / seconds:.0f}%" if tree else ""
-    port = row.pop("PORT")
     return {**row, "MEMORY": memory, "CPU": share, "PORT": port}
 
 
@@ -10814,34 +10667,28 @@ def format_repair(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     if data["orphan_only"]:
         yield "✓ Process repair complete (no environment changes made)"
         return
-    for what, title in (("installed", "✓ Installed"), ("corrected", "✓ Corrected"), ("tracked", "✓ Tracked")):
-        yield from (f"{title} {name}" for name in data[what])
+    for what in ("installed", "corrected", "tracked"):
+        yield from (f"✓ {what.capitalize()} {name}" for name in data[what])
     yield from (f"✗ {problem}" for problem in data["problems"])
     if data["synced"] and not data["tracked"]:
         yield "✓ No changes to apply"
 
 
-@command(
-    "repair [NAME]",
-    "install what is missing, and settle lost processes",
-    """
+@command(f"""repair [NAME]: install what is missing, and settle lost processes
     -y --yes              do not ask
     --orphan              processes and state only; no file of the environment is touched
     --adopt               take back the first orphaned process found, without asking
     --end                 end every orphaned process found, without asking
-    """
-    + RESTART_OPTIONS,
-    ("repair", "repair dev --orphan --adopt"),
-    format_repair,
-)
+    {RESTART_OPTIONS}
+    e.g. repair
+    e.g. repair dev --orphan --adopt""")
 def repair(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     console.say("🔍 Checking for process/state issues...")
-    data: dict[str, Any] = {"name": environment.name, "orphan_only": args.orphan, "cleaned": environment.clean_stale()}
+    data: dict[str, Any] = {"orphan_only": args.orphan, "cleaned": environment.clean_stale(), "orphans": []}
     orphans = environment.orphans()
     if orphans:
         console.result(f"\n⚠️  Found {len(orphans)} orphaned ComfyUI process(es):")
-    data["orphans"] = []
     for process in orphans:
         port = environment.config_of(Snapshot(RUNNING, None, process, "untracked")).port
         item = {"pid": process.pid, "age": round(process.age(), 3), "port": port, "command": process.text}
@@ -10852,7 +10699,21 @@ def repair(console: Console, args: Arguments) -> Report:
         data.update(repair_content(console, args, environment))
     problems = data.get("problems")
     error = CDEnvironmentError(" ".join(map(as_sentence, problems)), "", "repair") if problems else None
-    return Report(data, environment.name, 1 if error else 0, error=error)
+    return Report(data, environment.name, format_repair(data, console.typed), 1 if error else 0, error)
+
+
+def settle_orphan(console: Console, args: Arguments, environment: Environment, process: Process) -> str:
+    """Adopt or end an orphan as told, or as a terminal answers; return what was done."""
+    try:
+        if args.adopt or (not args.end and console.ask("    Adopt it?", True)):
+            environment.take_back(process)
+            return "adopted"
+        if args.end or console.ask("    End it?", False):
+            environment.end_orphan(process)
+            return "ended"
+    except CDEnvironmentError as error:
+        console.problem(error)
+    return "left"
 
 
 def repair_content(console: Console, args: Arguments, environment: Environment) -> dict[str, Any]:
@@ -10896,38 +10757,14 @@ def put_right(console: Console, args: Arguments, environment: Environment, done:
         offer_restart(console, args, environment, "The environment was repaired")
 
 
-def settle_orphan(console: Console, args: Arguments, environment: Environment, process: Process) -> str:
-    """Adopt or end an orphan as told, or as a terminal answers; returns what was done."""
-    try:
-        if args.adopt or (not args.end and console.ask("    Adopt it?", True)):
-            environment.take_back(process)
-            return "adopted"
-        if args.end or console.ask("    End it?", False):
-            environment.end_orphan(process)
-            return "ended"
-    except CDEnvironmentError as error:
-        console.problem(error)
-    return "left"
-
-
-@command("use NAME", "choose the active environment", "", ("use dev",), "✓ Active environment: {name}")
+@command("""use NAME: choose the active environment
+    e.g. use dev""")
 def use(console: Console, args: Arguments) -> Report:
-    environment = select_workspace(args.workspace, True, current_folder()).use(args.name)
-    return Report({"name": environment.name}, environment.name)
+    name = workspace_of(args).use(args.name).name
+    return Report({}, name, [f"✓ Active environment: {name}"])
 
 
-def format_create(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    yield f"✓ Environment '{data['name']}' " + ("is ready" if data["python"] else "has its code, but no Python yet")
-    yield f"  ComfyUI: {data['comfyui']}" + (f" ({data['version']})" if data["version"] else "")
-    yield f"  Python: {data['python'] or 'make a venv with what ComfyUI needs at ' + data['venv']}"
-    yield ""
-    yield f"{'Start it' if data['python'] else 'Then start it'} with: {typed('-e', data['name'], 'run')}"
-
-
-@command(
-    "create NAME",
-    "make an environment: with a new ComfyUI, or of a folder you have",
-    """
+@command("""create NAME: make an environment: with a new ComfyUI, or of a folder you have
     --from DIR            adopt this ComfyUI folder, which stays where it is
     --comfyui REF         the version: a tag, branch or commit (default: the newest release)
     --source URL|DIR|ARCHIVE  where ComfyUI comes from (default: the official repository)
@@ -10937,12 +10774,10 @@ def format_create(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     --no-manager          without ComfyUI-Manager's package, where ComfyUI names it
     --models DIR          use the models in this folder, beside its own
     --use                 make it the active environment
-    """,
-    ("create main --use", "create old --from ~/ComfyUI"),
-    format_create,
-)
+    e.g. create main --use
+    e.g. create old --from ~/ComfyUI""")
 def create(console: Console, args: Arguments) -> Report:
-    workspace = select_workspace(args.workspace, True, current_folder(), to_make=True)
+    workspace = workspace_of(args, to_make=True)
     require_new_name(args.name)
     if args.from_dir is not None:
         environment = workspace.adopt(args.from_dir, args.name, args.python)
@@ -10955,35 +10790,27 @@ def create(console: Console, args: Arguments) -> Report:
     if args.use:
         workspace.use(args.name)
     python = environment.python if os.path.exists(environment.python) else None
-    data = {"name": environment.name, "python": python, "venv": environment.paths.venv}
-    data.update(comfyui=str(environment.comfyui_path), version=environment.manifest.comfyui_version)
-    return Report(data, environment.name)
+    version, comfyui, venv = environment.manifest.comfyui_version, str(environment.comfyui_path), environment.paths.venv
+    call = console.typed("-e", environment.name, "run")
+    lines = [
+        f"✓ Environment '{environment.name}' " + ("is ready" if python else "has its code, but no Python yet"),
+        f"  ComfyUI: {comfyui}" + (f" ({version})" if version else ""),
+        f"  Python: {python or 'make a venv with what ComfyUI needs at ' + venv}",
+        "",
+        f"{'Start it' if python else 'Then start it'} with: {call}",
+    ]
+    return Report({"python": python, "venv": venv, "comfyui": comfyui, "version": version}, environment.name, lines)
 
 
-def format_delete(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    if not data["deleted"]:
-        yield f"Environment '{data['name']}' was left as it is"
-        return
-    yield f"✓ Environment '{data['name']}' deleted"
-    if data["kept"]:
-        yield f"  Kept: {data['kept']}"
-
-
-@command(
-    "delete NAME",
-    "delete an environment; your models, images and workflows are kept",
-    """
+@command("""delete NAME: delete an environment; your models, images and workflows are kept
     -y --yes              do not ask
     --purge               delete its models, outputs, inputs and user files, too
-    """,
-    ("delete dev",),
-    format_delete,
-)
+    e.g. delete dev""")
 def delete(console: Console, args: Arguments) -> Report:
-    workspace = select_workspace(args.workspace, True, current_folder())
+    name, workspace = args.name, workspace_of(args)
     if not workspace.list_environments():  # else it would be told how to create what it wants to delete
-        raise CDEnvironmentError(f"There is no environment '{args.name}'.", ("list",), "unknown")
-    environment = workspace.get_environment(args.name)
+        raise CDEnvironmentError(f"There is no environment '{name}'.", ("list",), "unknown")
+    environment = workspace.get_environment(name)
     environment.require_idle()
     adopted = environment.manifest.comfyui_path
     counts = {} if adopted else own_files(environment.paths.comfyui)
@@ -10994,46 +10821,32 @@ def delete(console: Console, args: Arguments) -> Report:
         console.say("   These are deleted, too." if args.purge else f"   These are kept in {workspace.paths.kept}.")
     if adopted:
         console.say(f"   Your folder {adopted} stays.")
-    answer = True if args.yes else console.ask(f"Delete environment '{args.name}' ({environment.paths.root})?", False)
+    answer = True if args.yes else console.ask(f"Delete environment '{name}' ({environment.paths.root})?", False)
     if answer is None:
-        message = f"Environment '{args.name}' was not deleted: no terminal to ask on."
-        raise CDEnvironmentError(message, ("delete", args.name, "-y"), "unsure")
-    kept = workspace.delete(args.name, purge=args.purge, tell=console.work) if answer else None
-    data = {"name": args.name, "deleted": bool(answer), "kept": kept}
-    return Report(data, args.name, 0 if answer else 1)
+        message = f"Environment '{name}' was not deleted: no terminal to ask on."
+        raise CDEnvironmentError(message, ("delete", name, "-y"), "unsure")
+    kept = workspace.delete(name, purge=args.purge, tell=console.work) if answer else None
+    lines = [f"✓ Environment '{name}' deleted" if answer else f"Environment '{name}' was left as it is"]
+    lines += [f"  Kept: {kept}"] if kept else []
+    return Report({"deleted": answer, "kept": kept}, name, lines, 0 if answer else 1)
 
 
-def format_init(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    yield f"✓ Workspace {data['workspace']}" + ("" if data["made"] else " (it was one already)")
-    yield f"Use it with: {typed('--workspace', data['workspace'], 'list')}, or set COMFYDOCK_HOME"
-
-
-@command(
-    "init [PATH]",
-    "set up a workspace elsewhere",
-    "--models-dir DIR      the models folder of environments that are created from now on",
-    ("init /data/comfy", "init --models-dir /data/models"),
-    format_init,
-)
+@command("""init [PATH]: set up a workspace elsewhere
+    --models-dir DIR      the models folder of environments that are created from now on
+    e.g. init /data/comfy
+    e.g. init --models-dir /data/models""")
 def init(console: Console, args: Arguments) -> Report:
-    workspace = select_workspace(
-        args.workspace if args.path is None else args.path, True, current_folder(), to_make=True
-    )
-    made = workspace.initialize()
+    chosen = args.workspace if args.path is None else args.path
+    workspace = select_workspace(chosen, True, current_folder(), to_make=True)
+    root, made = workspace.paths.root, workspace.initialize()
     if args.models_dir is not None:
         workspace.set_models(args.models_dir)
-    return Report({"workspace": workspace.paths.root, "made": made})
+    call = console.typed("--workspace", root, "list")
+    lines = [f"✓ Workspace {root}" + ("" if made else " (it was one already)")]
+    return Report({"workspace": root, "made": made}, None, [*lines, f"Use it with: {call}, or set COMFYDOCK_HOME"])
 
 
-def format_node(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    if data["restarted"]:
-        yield f"✓ Restarted (new PID: {data['pid']})"
-
-
-@command(
-    "node add [ID...]",
-    "add custom nodes: ID, ID@VERSION, a git address, or --dev FOLDER",
-    """
+@command(f"""node add [ID...]: add custom nodes: ID, ID@VERSION, a git address, or --dev FOLDER
     --workflow FILE       what this workflow needs: a .json file, or an image that ComfyUI saved
     --dev                 the ID is a folder with your own work
     --force               replace what is in the way; your own changes are moved aside
@@ -11041,70 +10854,52 @@ def format_node(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     --release PACKAGE     let a package move that is held, such as numpy, as long as the node is here
     --skip-bad-lines      leave out the requirements that cannot be installed
     --no-deps             without the packages that the node needs
-    """
-    + RESTART_OPTIONS,
-    (
-        "node add comfyui-kjnodes",
-        "node add https://github.com/owner/pack@v1.2 --restart",
-        "node add --workflow art.png",
-    ),
-    format_node,
-)
+    {RESTART_OPTIONS}
+    e.g. node add comfyui-kjnodes
+    e.g. node add https://github.com/owner/pack@v1.2 --restart
+    e.g. node add --workflow art.png""")
 def node_add(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     environment.require_comfyui()
     unknown: list[str] = []
+    names = args.ids
     if args.workflow:
         packs, unknown = environment.nodes.packs_of(args.workflow)
-        vars(args)["ids"] = [*args.ids, *packs]
-    elif not args.ids:
+        names = [*names, *packs]
+    elif not names:
         raise CDEnvironmentError("'node add' needs an ID, or --workflow FILE.", ("help", "node", "add"), "usage")
-    if not args.ids:
+    if not names:
         console.result("✓ All that this workflow needs is here" + ", as far as is known" * bool(unknown))
 
-    def add(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
+    def add(identifier: str) -> "tuple[str, Optional[str]]":
         more = {"no_deps": args.no_deps, "skip_bad_lines": args.skip_bad_lines}
         release = tuple((args.release or "").replace(",", " ").split())
         result = environment.add_node(identifier, args.dev, args.no_test, args.force, release=release, **more)
         return f"Added node: {result.node_info.name}", result.restart_reason
 
-    nothing = {"name": environment.name, "nodes": [], "restarted": False, "pid": None}
-    report = change_nodes_one_by_one(console, args, add) if args.ids else Report(nothing, environment.name)
+    report = change_nodes_one_by_one(console, args, environment, names, add)
     if unknown:
         console.warn(f"unknown source: {', '.join(unknown)}")
     report.data["unknown"] = unknown
     return report
 
 
-@command(
-    "node disable NODE...",
-    "keep custom nodes from being loaded",
-    RESTART_OPTIONS,
-    ("node disable kjnodes",),
-    format_node,
-)
-def node_disable(console: Console, args: Arguments) -> Report:
-    return change_nodes_one_by_one(
-        console, args, lambda one, name: (one.nodes.switch_node(name, False), "Node disabled")
-    )
+@command(f"""node disable NODE...: keep custom nodes from being loaded
+    {RESTART_OPTIONS}
+    e.g. node disable kjnodes""")
+@command(f"""node enable NODE...: have disabled nodes loaded again
+    {RESTART_OPTIONS}
+    e.g. node enable kjnodes""")
+def node_switch(console: Console, args: Arguments) -> Report:
+    environment, is_on = selected(console, args), args.command == "node enable"
+    reason = "Node enabled" if is_on else "Node disabled"
+    switch = environment.nodes.switch_node
+    return change_nodes_one_by_one(console, args, environment, args.nodes, lambda name: (switch(name, is_on), reason))
 
 
-@command(
-    "node enable NODE...", "have disabled nodes loaded again", RESTART_OPTIONS, ("node enable kjnodes",), format_node
-)
-def node_enable(console: Console, args: Arguments) -> Report:
-    return change_nodes_one_by_one(console, args, lambda one, name: (one.nodes.switch_node(name, True), "Node enabled"))
-
-
-def format_search(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    for item in data["nodes"]:
-        yield printable(f"  {item['id']} {item['version'] or ''}: {item['description']}")[:120]
-    yield f"Add one with: {typed('node', 'add', 'ID')}" if data["nodes"] else "Nothing was found in the registry"
-
-
-@command("node search WORD...", "search the registry for custom nodes", "", ("node search upscale",), format_search)
+@command("""node search WORD...: search the registry for custom nodes
+    e.g. node search upscale""")
 def node_search(console: Console, args: Arguments) -> Report:
-    found = RegistrySource().search(" ".join(args.words))
     items = [
         {
             "id": str(one["id"]),
@@ -11112,41 +10907,36 @@ def node_search(console: Console, args: Arguments) -> Report:
             "description": " ".join(str(one.get("description") or one.get("name") or "").split()),
             "repository": one.get("repository"),
         }
-        for one in found
+        for one in RegistrySource().search(" ".join(args.words))
     ]
-    return Report({"nodes": items})
+    lines = [printable(f"  {one['id']} {one['version'] or ''}: {one['description']}")[:120] for one in items]
+    add = f"Add one with: {console.typed('node', 'add', 'ID')}"
+    return Report({"nodes": items}, None, [*lines, add if items else "Nothing was found in the registry"])
 
 
-@command(
-    "node remove NODE...",
-    "remove custom nodes (development nodes are disabled, not deleted)",
-    RESTART_OPTIONS,
-    ("node remove comfyui-kjnodes",),
-    format_node,
-)
+@command(f"""node remove NODE...: remove custom nodes (development nodes are disabled, not deleted)
+    {RESTART_OPTIONS}
+    e.g. node remove comfyui-kjnodes""")
 def node_remove(console: Console, args: Arguments) -> Report:
+    environment = selected(console, args)
 
-    def remove(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
+    def remove(identifier: str) -> "tuple[str, Optional[str]]":
         result = environment.remove_node(identifier)
         what = {"none": "its folder was not there"}.get(result.filesystem_action, result.filesystem_action)
         return f"Removed node: {result.name} ({what})", result.restart_reason
 
-    return change_nodes_one_by_one(console, args, remove)
+    return change_nodes_one_by_one(console, args, environment, args.nodes, remove)
 
 
-@command(
-    "node update [NODE...]",
-    "update custom nodes, or all of them",
-    """
+@command(f"""node update [NODE...]: update custom nodes, or all of them
     -y --yes              do not ask
     --force               replace your own changes; they are moved aside
     --no-test             do not try the requirements first
-    """
-    + RESTART_OPTIONS,
-    ("node update", "node update comfyui-kjnodes -y --restart"),
-    format_node,
-)
+    {RESTART_OPTIONS}
+    e.g. node update
+    e.g. node update comfyui-kjnodes -y --restart""")
 def node_update(console: Console, args: Arguments) -> Report:
+    environment = selected(console, args)
 
     def agreed(name: str, old: str, new: str) -> bool:
         answer = True if args.yes else console.ask(f"Update {name} from {old[:12]} to {new[:12]}?", True)
@@ -11155,12 +10945,13 @@ def node_update(console: Console, args: Arguments) -> Report:
             raise CDEnvironmentError(f"{name} was not updated: no terminal to ask on", hint, "unsure")
         return answer
 
-    def update(environment: Environment, identifier: str) -> "tuple[str, Optional[str]]":
+    def update(identifier: str) -> "tuple[str, Optional[str]]":
         result = environment.update_node(identifier, agreed, args.no_test, args.force)
         return result.message, result.restart_reason if result.restart_recommended else None
 
-    report = change_nodes_one_by_one(console, args, update)
-    if not report.data["nodes"]:
+    names = args.nodes or list(environment.nodes.list_nodes())
+    report = change_nodes_one_by_one(console, args, environment, names, update)
+    if not names:
         console.result("No nodes to update.")
     return report
 
@@ -11168,59 +10959,59 @@ def node_update(console: Console, args: Arguments) -> Report:
 def change_nodes_one_by_one(
     console: Console,
     args: Arguments,
-    change: "Callable[[Environment, str], tuple[str, Optional[str]]]",
+    environment: Environment,
+    names: list[str],
+    change: "Callable[[str], tuple[str, Optional[str]]]",
 ) -> Report:
-    """Do `change` to each node that is named; one that fails does not keep the others. One restart offer at the end.
+    """Do `change` to each of `names`; one that fails does not keep the others. One restart offer at the end.
 
     On Windows a running ComfyUI locks the files of its nodes, so there the offer is to stop, change, and start.
     """
-    environment = selected(console, args)
     environment.require_comfyui()
-    names = args.ids or args.nodes or list(environment.nodes.list_nodes())
     stopped_for_it = False
-    if FILES_ARE_LOCKED_IN_USE and not args.no_restart and environment.is_running():
-        busy = is_at_work(console, environment)
+    if FILES_ARE_LOCKED_IN_USE and names and not args.no_restart and environment.is_running():
+        busy = is_busy(console, environment)
         question = "ComfyUI is running and locks its files. Stop it, make the change, and start it again?"
         if args.restart and not busy or console.ask(question, not busy):
             stopped_for_it = environment.stop_for_restart()
     items, reasons, first_error = [], [], None
     for name in names:
         try:
-            message, reason = change(environment, name)
+            message, reason = change(name)
             console.result(f"✓ {message}")
-            items.append({"node": name, "ok": True, "message": message})
             reasons += [reason] if reason else []
-        except CDEnvironmentError as error:
-            console.problem(error)
-            items.append({"node": name, "ok": False, "message": error.message})
-            first_error = first_error or error
-    restarted = (
-        environment.restart() if stopped_for_it else reasons and offer_restart(console, args, environment, reasons[0])
-    )
+            error = None
+        except CDEnvironmentError as problem:
+            console.problem(problem)
+            message, error = problem.message, problem
+        items.append({"node": name, "ok": error is None, "message": message})
+        first_error = first_error or error
+    if stopped_for_it:
+        restarted = environment.restart()
+    else:
+        restarted = bool(reasons) and offer_restart(console, args, environment, reasons[0])
+    data: dict[str, Any] = {"nodes": items, "restarted": restarted}
+    late = await_answer(console, environment, args.wait, data) if restarted and args.wait is not None else None
     record = environment._read_state() if restarted else None
-    pid = record.pid if record else None
-    data = {"name": environment.name, "nodes": items, "restarted": bool(restarted), "pid": pid}
-    report = Report(data, environment.name)
-    if restarted and args.wait is not None:
-        await_answer(console, environment, report, args.wait)
-    report.error, report.code = first_error or report.error, 1 if first_error else report.code
-    return report
+    data["pid"] = record.pid if record else None
+    lines = [f"✓ Restarted (new PID: {data['pid']})"] if restarted else []
+    error = first_error or late
+    return Report(data, environment.name, lines, 1 if error else 0, error)
 
 
-def is_at_work(console: Console, environment: Environment) -> bool:
-    """Whether ComfyUI has queued work, which is said: it is not thrown away for a change of nodes."""
-    counts = environment.queue()
-    if counts is None or not any(counts):
-        return False
-    console.say(f"\n⚠️  ComfyUI is busy: {format_queue(*counts)}.")
-    return True
+def is_busy(console: Console, environment: Environment) -> bool:
+    """Tell whether ComfyUI has queued work, and say so: it is not thrown away for a change of nodes."""
+    counts = queued_work(environment)
+    if counts is not None:
+        console.say(f"\n⚠️  ComfyUI is busy: {format_queue(counts)}.")
+    return counts is not None
 
 
 def offer_restart(console: Console, args: Arguments, environment: Environment, reason: str) -> bool:
-    """Restart a running ComfyUI for a change: as the flags say, or as a terminal answers; returns whether it was."""
+    """Restart a running ComfyUI for a change: as the flags say, or as a terminal answers; return whether it was."""
     if not environment.is_running():
         return False
-    busy = is_at_work(console, environment)
+    busy = is_busy(console, environment)
     if args.restart and not busy:
         console.say("\n🔄 ComfyUI is running. Restarting to apply changes...")
         return environment.restart()
@@ -11241,17 +11032,17 @@ def format_node_list(data: dict[str, Any], typed: Typed) -> Iterator[str]:
         yield "No custom nodes installed"
     for item in data["nodes"]:
         version = item["version"] or ""
-        shown = {"git": f"@ {version[:8]}", "development": "(dev)"}.get(
-            item["source"], f"v{version}" if version else ""
-        )
-        missing = "" if item["installed"] or item["disabled"] else f"  ⚠ not installed: {typed('repair')}"
+        ways = {"git": f"@ {version[:8]}", "development": "(dev)"}
+        shown = ways.get(item["source"], f"v{version}" if version else "")
         notes = [f"stays at {item['pin']}" if item["pin"] else "", "disabled" if item["disabled"] else ""]
         notes += ["without its packages" if item["no_deps"] else "", *(f"without {one}" for one in item["skipped"])]
         noted = "".join(f", {note}" for note in notes if note)
+        missing = "" if item["installed"] or item["disabled"] else f"  ⚠ not installed: {typed('repair')}"
         yield printable(f"  • {item['name']} ({item['source']}) {shown}{noted}") + missing
 
 
-@command("node list", "the custom nodes of an environment", "", ("node list",), format_node_list)
+@command("""node list: the custom nodes of an environment
+    e.g. node list""")
 def node_list(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     nodes = environment.nodes
@@ -11271,13 +11062,11 @@ def node_list(console: Console, args: Arguments) -> Report:
         }
         for info in nodes.list_nodes().values()
     ]
-    return Report({"name": environment.name, "nodes": items}, environment.name)
+    data = {"nodes": items}
+    return Report(data, environment.name, format_node_list(data, console.typed))
 
 
-@command(
-    "logs [NAME]",
-    "the log of this run; it is kept after a crash",
-    """
+@command("""logs [NAME]: the log of this run; it is kept after a crash
     -f --follow           the last 20 lines and what comes
     -n --tail N           the last N lines
     --all                 earlier runs too
@@ -11285,51 +11074,48 @@ def node_list(console: Console, args: Arguments) -> Report:
     --keep N              with --rotate: how many old logs stay (default: as many as there are)
     --raw                 the bytes as they are; else colours reach only a terminal that is to have them
     --path                where the log is
-    """,
-    ("logs -n 50", "logs -f"),
-)
+    e.g. logs -n 50
+    e.g. logs -f""")
 def logs(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     path, console.log_as_it_is = environment.log_path, args.raw
     if args.path:
-        return Report({"text": path}, environment.name)
+        return Report({}, environment.name, [path])
     if args.rotate:
         done = environment.rotate_log(None if args.keep is None else max(1, args.keep))
-        return Report({"text": f"✓ Rotated to {rotated(path)}" if done else "The log is empty."}, environment.name)
+        return Report({}, environment.name, [f"✓ Rotated to {rotated(path)}" if done else "The log is empty."])
     moved = environment.moved_log(environment.observe())
     if moved is not None:
-        console.warn(
-            f"ComfyUI writes to {moved}: its log was moved. To put that right: {console.typed('logs', '--rotate')}"
-        )
+        call = console.typed("logs", "--rotate")
+        console.warn(f"ComfyUI writes to {moved}: its log was moved. To put that right: {call}")
         environment.log_path = path = moved
     record, has_older = environment._read_state(), bool(old_logs(path))
+    earlier: Hint = ["Earlier runs: ", ("logs", "--all")]
     if record is not None and not record.has_log and not args.all:
         message = f"PID {record.pid} was not started by comfydock, so its output is not here."
-        raise CDEnvironmentError(message, ["Earlier runs: ", ("logs", "--all")], "no-log")
+        raise CDEnvironmentError(message, earlier, "no-log")
     if not is_there(path) and not (args.all and has_older):
-        hint: Hint = ["Earlier runs: ", ("logs", "--all")] if has_older else ["Start ComfyUI with: ", ("run",)]
+        hint: Hint = earlier if has_older else ["Start ComfyUI with: ", ("run",)]
         if environment.is_running():
             hint = ["It was removed. A new one begins with: ", ("restart",)]
         raise CDEnvironmentError("No log file found.", hint, "no-log")
     if args.follow:
-        with ended_by_ctrl_c():
+        with on_ctrl_c():
             follow_log(console, environment, 20 if args.tail is None else args.tail)
-        return Report({}, environment.name, already_printed=True)
+        return Report({}, environment.name)
     for span_path, start, end in log_spans(environment, args.all, args.tail):
         with open_regular(span_path) as log:
             log.seek(start)
             while piece := log.read(max(0, min(BLOCK, end - log.tell()))):
                 console.log(piece)
-    return Report({}, environment.name, already_printed=True)
+    return Report({}, environment.name)
 
 
 def log_spans(environment: Environment, everything: bool, tail: Optional[int]) -> "list[tuple[str, int, int]]":
-    """(path, start, end) of the parts of the log that are asked for, in the order to show them."""
+    """Return (path, start, end) of the parts of the log that are asked for, in the order to show them."""
     path = environment.log_path
-    start = 0 if everything else environment.session_offset()
-    spans = [(path, start, os.path.getsize(path))] if os.path.exists(path) else []
-    if everything:
-        spans = [(old, 0, os.path.getsize(old)) for old in old_logs(path)] + spans
+    paths = [one for one in [*(old_logs(path) if everything else ()), path] if os.path.exists(one)]
+    spans = [(one, 0 if everything else environment.session_offset(), os.path.getsize(one)) for one in paths]
     if tail is None:
         return spans
     chosen: "list[tuple[str, int, int]]" = []
@@ -11381,16 +11167,16 @@ def pack(environment: Environment, it: Description, gpu: Optional[str]) -> list[
         return left_out
     environment.require_comfyui()
     it.python = version_of_python(environment.python) or it.python
-    pack_packages(environment.python, it, left_out)
+    left_out += pack_packages(environment.python, it)
     it.gpu = gpu or ("nvidia" if any(line.startswith("nvidia-") for line in it.packages) else "none")
-    pack_code(environment, it, left_out)
-    return left_out
+    return left_out + pack_code(environment, it)
 
 
-def pack_packages(python: str, it: Description, left_out: list[str]) -> None:
+def pack_packages(python: str, it: Description) -> list[str]:
     """Take in the packages as they are; those of files and folders that are here are left out: no index has them."""
     from urllib.request import url2pathname
 
+    left_out = []
     for name, package in installed_packages(python).items():
         line, version = " ".join(package.line), f"{package.name}=={package.version}"
         path = url2pathname(line.partition("file://")[2].partition("#")[0])
@@ -11401,11 +11187,12 @@ def pack_packages(python: str, it: Description, left_out: list[str]) -> None:
         elif name not in ("pip", "setuptools", "wheel"):
             it.packages.append(version if path else line)
     it.index = held_index(it.held) or "https://pypi.org/simple"
+    return left_out
 
 
-def pack_code(environment: Environment, it: Description, left_out: list[str]) -> None:
+def pack_code(environment: Environment, it: Description) -> list[str]:
     """Take in ComfyUI and its nodes: pinned where another machine can fetch them, else copied."""
-    nodes, unsaved = environment.nodes, []
+    nodes, unsaved, left_out = environment.nodes, [], []
     development = {info.name for info in nodes.list_nodes().values() if info.source == "development"}
     it.code = [Code("", str(environment.comfyui_path))]
     it.code += [Code(f"custom_nodes/{name}", os.path.join(nodes.custom_nodes, name)) for name in nodes.folders()]
@@ -11422,6 +11209,7 @@ def pack_code(environment: Environment, it: Description, left_out: list[str]) ->
     if unsaved:
         message = f"No image can hold what only this machine has: {', '.join(unsaved)} has changes or new commits."
         raise CDEnvironmentError(message, "commit and push them; a node of your own: node add --dev", "changed")
+    return left_out
 
 
 def next_steps(engine: str, folder: str, many: list[Description], user: bool) -> list[str]:
@@ -11430,13 +11218,11 @@ def next_steps(engine: str, folder: str, many: list[Description], user: bool) ->
     if engine == "systemd":
         sudo, place = ("", "~/.config/systemd/user/") if user else ("sudo ", "/etc/systemd/system/")
         call = f"{sudo}systemctl{' --user' * user}"
-        files = [("644", "service"), *[("600", "env")] * any(it.variables for it in many)]
-        return [
-            *(["mkdir -p " + place] if user else []),
-            *(f"{sudo}install -m {mode} {here}/*.{end} {place}" for mode, end in files),
-            f"{call} daemon-reload && {call} enable --now {units}",
-            *(["loginctl enable-linger  (else it ends when you log out)"] if user else []),
-        ]
+        lines = ["mkdir -p " + place] if user else []
+        lines.append(f"{sudo}install -m 644 {here}/*.service {place}")
+        lines += [f"{sudo}install -m 600 {here}/*.env {place}"] if any(it.variables for it in many) else []
+        lines.append(f"{call} daemon-reload && {call} enable --now {units}")
+        return lines + (["loginctl enable-linger  (else it ends when you log out)"] if user else [])
     if engine == "compose":
         file = quote(os.path.join(folder, "compose.yaml"))
         return [f"docker compose -f {file} up -d --build --wait", f"docker compose -f {file} down"]
@@ -11475,7 +11261,7 @@ def written_for(
     left_out: list[str] = []
     for environment, it in zip(chosen, many):
         if engine == "systemd":
-            files[f"{it.unit}.service"] = systemd_unit(it, bool(args.user)), 0o644
+            files[f"{it.unit}.service"] = systemd_unit(it, args.user), 0o644
         else:
             left_out += pack(environment, it, args.gpu)
             if it.gpus and (it.gpu == "none" or engine == "kubernetes"):
@@ -11494,35 +11280,28 @@ def written_for(
     return files, copies, left_out
 
 
-def format_generate(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    yield f"✓ Wrote {', '.join(data['files'])} to {data['folder']}"
-    yield from (f"⚠ Not carried over: {name}" for name in data["left_out"])
-    yield "Next:"
-    yield from (f"  {line}" for line in data["next"])
+def require_known(topic: str, word: str, known: "Iterable[str]") -> None:
+    """Raise CDEnvironmentError with code "usage" for a word that a command does not know."""
+    if word not in known:
+        message = f"Unknown word '{word}': choose one of {', '.join(known)}."
+        raise CDEnvironmentError(message, ("help", topic), "usage")
 
 
-@command(
-    "generate ENGINE [NAME...]",
-    "write files for systemd, Docker, Compose or Kubernetes",
-    """
+@command("""generate ENGINE [NAME...]: write files for systemd, Docker, Compose or Kubernetes
     --out DIR             the new folder for it (comfydock-ENGINE, if you name none)
     --gpu KIND            how a container gets the card: nvidia, cdi (Podman) or none
     --user                systemd: for your own units, not for the system's
-    """,
-    ("generate systemd --user", "generate dockerfile main", "generate compose main dev --gpu nvidia"),
-    format_generate,
-)
+    e.g. generate systemd --user
+    e.g. generate dockerfile main
+    e.g. generate compose main dev --gpu nvidia""")
 def generate(console: Console, args: Arguments) -> Report:
-    engine, here = args.engine, current_folder()
-    for word, known in ((engine, ENGINES), (args.gpu or "none", COMPOSE_GPUS)):
-        if word not in known:
-            message = f"Unknown word '{word}': choose one of {', '.join(known)}."
-            raise CDEnvironmentError(message, ("help", "generate"), "usage")
+    engine = args.engine
+    require_known("generate", engine, ENGINES)
+    require_known("generate", args.gpu or "none", COMPOSE_GPUS)
     folder = os.path.abspath(args.out or f"comfydock-{engine}")
     refuse_existing(folder)
-    workspace = select_workspace(args.workspace, args.env is not None or bool(args.names), here)
-    chosen = [workspace.select(name, here) for name in dict.fromkeys(args.names or [args.env])]
-    many = [describe(prepare(console, args, environment)) for environment in chosen]
+    chosen = [selected(console, args, name) for name in dict.fromkeys(args.names or [args.env])]
+    many = [describe(environment) for environment in chosen]
     ports = [it.port for it in many]
     twice = next((it for it in many if ports.count(it.port) > 1), None) if engine != "kubernetes" else None
     if twice:
@@ -11539,9 +11318,10 @@ def generate(console: Console, args: Arguments) -> Report:
     except BaseException:
         remove_tree(folder)
         raise
-    steps = next_steps(engine, folder, many, bool(args.user))
-    data = {"engine": engine, "folder": folder, "files": [*files, *copies], "left_out": left_out, "next": steps}
-    return Report(data, chosen[0].name)
+    steps, names = next_steps(engine, folder, many, args.user), [*files, *copies]
+    data = {"engine": engine, "folder": folder, "files": names, "left_out": left_out, "next": steps}
+    lines = [f"✓ Wrote {', '.join(names)} to {folder}", *(f"⚠ Not carried over: {name}" for name in left_out), "Next:"]
+    return Report(data, chosen[0].name, [*lines, *(f"  {line}" for line in steps)])
 
 
 def autostart_files(it: Description, is_system: bool) -> "dict[str, tuple[str, int]]":
@@ -11590,76 +11370,56 @@ def switch_task(state: str, it: Description, draft: str) -> bool:
     return state != "off" and done.returncode == 0
 
 
-def format_autostart(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    yield f"{'✓' if data['on'] else '•'} Autostart of '{data['name']}' is {'on' if data['on'] else 'off'}"
-    yield from (f"  {line}" for line in [*data["files"], *data["next"]])
-    if data["on"]:
-        yield f"  undo: {typed('autostart', 'off', data['name'], *['--system'] * data['system'])}"
-
-
-@command(
-    "autostart STATE [NAME]",
-    "start ComfyUI when you log in: on, off or status",
-    "--system              when the machine starts, which takes root",
-    ("autostart on", "autostart status", "autostart off main"),
-    format_autostart,
-)
+@command("""autostart STATE [NAME]: start ComfyUI when you log in: on, off or status
+    --system              when the machine starts, which takes root
+    e.g. autostart on
+    e.g. autostart status
+    e.g. autostart off main""")
 def autostart(console: Console, args: Arguments) -> Report:
-    here, state = current_folder(), args.state
-    if state not in ("on", "off", "status"):
-        raise CDEnvironmentError(f"Unknown word '{state}': choose on, off or status.", ("help", "autostart"), "usage")
+    state = args.state
+    require_known("autostart", state, ("on", "off", "status"))
     if IS_WINDOWS and args.system:
         message = "The Task Scheduler starts ComfyUI when you log in: there is no --system on Windows."
         raise CDEnvironmentError(message, ("autostart", state), "usage")
-    workspace = select_workspace(args.workspace, (args.name or args.env) is not None, here)
-    environment = prepare(console, args, workspace.select(args.name or args.env, here))
-    it, unit = describe(environment), f"comfydock-{environment.name}"
+    environment = selected(console, args, args.name)
+    it = describe(environment)
     if IS_WINDOWS:
+        task = f"comfydock-{it.name}"
         steps = [f"set it once: setx {key} VALUE  (a task carries no variables)" for key in it.variables]
-        steps.append(f"start it now: schtasks /Run /TN {quote(unit)}")
-        it.variables, files = {}, {f"task {unit}": ("", 0)}
+        steps.append(f"start it now: schtasks /Run /TN {quote(task)}")
+        it.variables, written = {}, [f"task {task}"]
         is_on = switch_task(state, it, os.path.join(environment.paths.cec, "task.xml.tmp"))
     else:
-        files = autostart_files(it, bool(args.system))
-        first = next(iter(files))
-        target = f"{os.path.dirname(first)}/{'multi-user' if args.system else 'default'}.target.wants/{it.unit}.service"
-        is_on = switch_files(state, files, None if IS_MACOS else target)
-        user = "" if args.system else " --user"
+        files = autostart_files(it, args.system)
+        written = list(files)
+        kind, user = ("multi-user", "") if args.system else ("default", " --user")
+        link = f"{os.path.dirname(written[0])}/{kind}.target.wants/{it.unit}.service"
+        is_on = switch_files(state, files, None if IS_MACOS else link)
         steps = [f"start it now: systemctl{user} start {quote(it.unit)}"]
         if IS_MACOS:
-            steps = [f"start it now: launchctl bootstrap {'system' if args.system else 'gui/$(id -u)'} {quote(first)}"]
+            domain = "system" if args.system else "gui/$(id -u)"
+            steps = [f"start it now: launchctl bootstrap {domain} {quote(written[0])}"]
         elif user and not os.path.exists(f"/var/lib/systemd/linger/{it.owner}"):
             steps.append("also while you are logged out: loginctl enable-linger")
-    data = {"name": it.name, "on": is_on, "system": bool(args.system), "files": list(files) if is_on else []}
+    data = {"on": is_on, "system": args.system, "files": written if is_on else []}
     data["next"] = steps if is_on and state == "on" else []
-    return Report(data, it.name)
+    lines = [f"{'✓' if is_on else '•'} Autostart of '{it.name}' is {'on' if is_on else 'off'}"]
+    lines += [f"  {line}" for line in [*data["files"], *data["next"]]]
+    undo = console.typed("autostart", "off", it.name, *["--system"] * args.system)
+    return Report(data, it.name, [*lines, f"  undo: {undo}"] if is_on else lines)
 
 
-def format_update(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    if data["changed"]:
-        yield f"✓ ComfyUI is {data['new']} now (it was {data['old']})"
-        yield f"  Return to {data['old']} with: {typed('update', '--back')}" if not data["back"] else ""
-    elif data["available"]:
-        yield f"ComfyUI {data['new']} is available; this is {data['old']}. Update with: {typed('update')}"
-    else:
-        yield f"✓ ComfyUI {data['old']} is the newest"
-
-
-@command(
-    "update [NAME]",
-    "bring ComfyUI to its newest version, or back to the one before",
-    """
+@command(f"""update [NAME]: bring ComfyUI to its newest version, or back to the one before
     --to REF              to this tag, branch or commit
     --check               only tell whether there is a newer version
     --back                return to what was before the last update: code, packages and nodes
     --database            with --back: ComfyUI's database, too
     --no-try              do not start the new version once before it counts
-    --when-idle [SECONDS]  first wait until nothing is queued, at most this long (default: 3600)
+    {IDLE_OPTION}
     --force               put your own changes in ComfyUI's folder on a branch; do not ask
-    """,
-    ("update", "update main --to v0.3.64", "update --back"),
-    format_update,
-)
+    e.g. update
+    e.g. update main --to v0.3.64
+    e.g. update --back""")
 def update(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     if args.back:
@@ -11676,65 +11436,58 @@ def update(console: Console, args: Arguments) -> Report:
             no_try=args.no_try,
             confirm=lambda: settle_queue(console, args, environment, "update"),
         )
-    return Report({"back": bool(args.back), **data}, environment.name)
+    old, new = data["old"], data["new"]
+    lines = [f"✓ ComfyUI {old} is the newest"]
+    if data["changed"]:
+        back = "" if args.back else f"  Return to {old} with: {console.typed('update', '--back')}"
+        lines = [f"✓ ComfyUI is {new} now (it was {old})", back]
+    elif data["available"]:
+        lines = [f"ComfyUI {new} is available; this is {old}. Update with: {console.typed('update')}"]
+    return Report({"back": args.back, **data}, environment.name, lines)
 
 
-def format_history(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    if not data["commits"]:
-        yield "No history: git keeps it, and there is none here."
-    for item in data["commits"]:
-        yield f"  {item['at'][:16].replace('T', ' ')}  {item['commit']}  {item['message']}"
-
-
-@command("history [NAME]", "the changes of ComfyUI, nodes and settings", "", ("history",), format_history)
+@command("""history [NAME]: the changes of ComfyUI, nodes and settings
+    e.g. history""")
 def history(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
-    lines = (git_answer(["log", "--format=%h\t%cI\t%s"], environment.paths.cec) or "").splitlines()
-    commits = [dict(zip(("commit", "at", "message"), line.split("\t", 2))) for line in lines]
-    return Report({"commits": commits}, environment.name)
+    logged = (git_answer(["log", "--format=%h\t%cI\t%s"], environment.paths.cec) or "").splitlines()
+    commits = [dict(zip(("commit", "at", "message"), line.split("\t", 2))) for line in logged]
+    lines = [f"  {one['at'][:16].replace('T', ' ')}  {one['commit']}  {one['message']}" for one in commits]
+    none = "No history: git keeps it, and there is none here."
+    return Report({"commits": commits}, environment.name, lines or [none])
 
 
-def format_models(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    yield f"✓ Models in {data['models']}, and its own" if data["models"] else "✓ Its own models alone"
-    if data["running"]:
-        yield f"  ComfyUI sees this after: {typed('restart')}"
-
-
-@command(
-    "models [NAME]",
-    "one models folder for several environments: show it, or choose it",
-    """
+@command(f"""models [NAME]: one models folder for several environments: show it, or choose it
     --set DIR             use the models in this folder, beside the environment's own
     --off                 use its own models alone
-    """
-    + ALL_OPTION,
-    ("models --all", "models main --set /mnt/models", "models --off"),
-    format_models,
-)
+    {ALL_OPTION}
+    e.g. models --all
+    e.g. models main --set /mnt/models
+    e.g. models --off""")
 def models(console: Console, args: Arguments) -> Report:
     if args.all:
         return do_all(console, args, models, lambda environment: not environment.manifest.demo)
     environment, changes = selected(console, args), args.off or args.set is not None
     if changes:
         environment.set_models(args.set)
-    is_running = bool(changes) and environment.is_running()
-    return Report({"models": environment.manifest.models_path, "running": is_running}, environment.name)
+    is_running, folder = bool(changes) and environment.is_running(), environment.manifest.models_path
+    lines = [f"✓ Models in {folder}, and its own" if folder else "✓ Its own models alone"]
+    lines += [f"  ComfyUI sees this after: {console.typed('restart')}"] if is_running else []
+    return Report({"models": folder, "running": is_running}, environment.name, lines)
 
 
 # ====================================================================================================================
 # 16. The command line
 # The only section that names argparse: it reads what was typed, writes help, and completes.
 
-EVERYWHERE = """
-    -e --env NAME         the environment (default: this folder's, else the active one)
+EVERYWHERE = """-e --env NAME         the environment (default: this folder's, else the active one)
     --workspace DIR       the workspace (default: COMFYDOCK_HOME, else ~/.comfydock)
     --json                one JSON object instead of words
     -q --quiet            results, warnings and errors only
     -v                    tell what is run, where, and how long it took
     --color WHEN          auto, always or never (default: auto)
     -h --help             this help
-    --version             the version of comfydock
-"""
+    --version             the version of comfydock"""
 FLAGS = {"verbose": "-v", "from_dir": "--from"}  # those whose value has another name in Arguments
 EXCLUDE_EACH_OTHER = (
     ("quiet", "verbose"),
@@ -11742,11 +11495,9 @@ EXCLUDE_EACH_OTHER = (
     ("set", "off"),
     *(("back", other) for other in ("to", "check", "no_try")),
     ("restart", "no_restart"),
-    ("foreground", "monitor"),
-    ("foreground", "wait"),
+    *(("foreground", other) for other in ("monitor", "wait", "all")),
     ("follow", "all"),
     ("all", "port"),
-    ("foreground", "all"),
     *(("rotate", other) for other in ("path", "follow", "all", "tail")),
     *(("path", other) for other in ("follow", "all", "tail")),
     *(("from_dir", other) for other in ("comfyui", "source", "torch_backend", "no_install", "no_manager")),
@@ -11758,6 +11509,10 @@ def usage_error(message: str, topic: str = "") -> CDEnvironmentError:
     return CDEnvironmentError(message, ("help", *topic.removeprefix("help").split()), "usage")
 
 
+def flag_of(name: str) -> str:
+    return FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
 def is_number(text: str) -> bool:
     """Tell whether a word is a number, and no argument of ComfyUI (such as 1.2.3.4)."""
     try:
@@ -11767,28 +11522,36 @@ def is_number(text: str) -> bool:
     return True
 
 
-def as_variable(text: str) -> list[str]:
-    """Return key and value of KEY=VALUE, or of KEY with the value that it has here, else with none that may be."""
-    return text.split("=", 1) if "=" in text else [text, os.environ.get(text, "\0")]
-
-
-KINDS: "dict[str, tuple[Callable[[str], Any], Callable[[Any], bool]]]" = {  # metavar -> how it is read, what must hold
+# Metavar -> how it is read, what must hold. Of KEY alone the value is what it has here, else one that may not be.
+KINDS: "dict[str, tuple[Callable[[str], Any], Callable[[Any], bool]]]" = {
     "SECONDS": (float, lambda value: 0 <= value < 1e8),
     "N": (int, lambda value: value >= 0),
     "PORT": (int, is_port),
-    "KEY=VALUE": (as_variable, lambda pair: len(pair) == 2 and is_variable(*pair)),
+    "KEY=VALUE": (
+        lambda text: text.split("=", 1) if "=" in text else [text, os.environ.get(text, "\0")],
+        lambda pair: is_variable(*pair),
+    ),
     "WHEN": (str, COLOUR_CHOICES.__contains__),
 }
 
 
+def read_value(topic: str, flag: str, metavar: str, text: str) -> Any:
+    """Return the value of an option. Raises CDEnvironmentError with code "usage"."""
+    read, holds = KINDS.get(metavar, (str, lambda value: True))
+    with suppress(ValueError):
+        value = read(text)
+        if holds(value):
+            return value
+    raise usage_error(f"{flag} takes {metavar}, not '{text}'.", topic)
+
+
 def options_of(command: Optional[Command]) -> "Iterator[tuple[list[str], str, str]]":
     """Yield flags, metavar ("" for a switch) and text of each option of a command and of those valid everywhere."""
-    for line in ((command.options if command else "") + EVERYWHERE).splitlines():
+    for line in [*(command.lines if command else ()), *EVERYWHERE.splitlines()]:
         spelled, _, text = line.strip().partition("  ")
-        words = spelled.split()
-        flags = [word for word in words if word.startswith("-")]
-        if flags:
-            yield flags, "".join(words[len(flags) :]), text.strip()
+        if spelled.startswith("-"):
+            *flags, last = spelled.split()
+            yield (flags, last, text.strip()) if not last.startswith("-") else ([*flags, last], "", text.strip())
 
 
 def build_parser(command: Command, call: str = "comfydock") -> "argparse.ArgumentParser":
@@ -11804,39 +11567,33 @@ def build_parser(command: Command, call: str = "comfydock") -> "argparse.Argumen
             what = "takes no value" if "explicit" in problem else "needs a value"
             raise usage_error(f"{flags} {what}.", command.name)
 
-    def reader(flag: str, metavar: str) -> Callable[[str], Any]:
-        read, holds = KINDS.get(metavar, (str, lambda value: True))
-
-        def checked(text: str) -> Any:
-            with suppress(ValueError):
-                if holds(read(text)):
-                    return read(text)
-            raise usage_error(f"{flag} takes {metavar}, not '{text}'.", command.name)
-
-        return checked
-
+    examples = [line.replace("e.g. ", f"  {call} ").lstrip(" ") for line in command.lines if "e.g. " in line]
     parser = Parser(
         usage=f"{call} {command.usage} [options]" + (" [--] [ComfyUI's arguments]" if command.name == "run" else ""),
         description=command.summary[0].upper() + command.summary[1:] + ".",
-        epilog="\n".join(["examples:", *(f"  {call} {line}" for line in command.examples)]),
+        epilog="\n  ".join(["examples:", *examples]),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=columns(sys.stdout) - 2),
         add_help=False,
         allow_abbrev=False,
     )
     vars(parser)["color"] = False  # from 3.14 on argparse has colours of its own
+    names = {flag: name for name, flag in FLAGS.items()}
     for flags, metavar, text in options_of(command):
-        name = {flag: name for name, flag in FLAGS.items()}.get(flags[-1], flags[-1][2:].replace("-", "_"))
-        is_shown = name != "json" or command.has_json
-        named: dict[str, Any] = {"dest": name, "help": text if is_shown else argparse.SUPPRESS}
+        name = names.get(flags[-1], flags[-1][2:].replace("-", "_"))
+        shown = argparse.SUPPRESS if name == "json" and not command.has_json else text
+        if not metavar:
+            parser.add_argument(*flags, dest=name, help=shown, action="store_true")
+            continue
         default = None if metavar.startswith("[") else re.search(r"\(default: (\S+)\)", text)
-        if metavar:
-            action = "append" if metavar == "KEY=VALUE" else "store"
-            kind = reader(flags[-1], metavar.strip("[]"))
-            parser.add_argument(
-                *flags, metavar=metavar, type=kind, action=action, default=default and default[1], **named
-            )
-        else:
-            parser.add_argument(*flags, action="store_true", **named)
+        parser.add_argument(
+            *flags,
+            dest=name,
+            help=shown,
+            metavar=metavar,
+            type=partial(read_value, command.name, flags[-1], metavar.strip("[]")),
+            action="append" if metavar == "KEY=VALUE" else "store",
+            default=default and default[1],
+        )
     return parser
 
 
@@ -11871,24 +11628,23 @@ def parse(words: list[str]) -> "tuple[Command, Arguments]":
             raise unknown_command(rest)
         command = COMMANDS["help"]
     name = rest.pop(0) if command.operand == "[NAME]" and rest and not rest[0].startswith("-") else None
-    typed = tuple(rest)
-    cut = rest.index("--") if "--" in rest else len(rest)
-    cut = leading_options(rest) if command.name == "exec" else cut
+    cut = leading_options(rest) if command.name == "exec" else (rest + ["--"]).index("--")
     known, others = build_parser(command).parse_known_args(with_values(command, [*front, *rest[:cut]]))
-    args = Arguments({**vars(known), "typed": typed})
-    args.comfyui_args = [*others, *(rest[cut + 1 :] if rest[cut : cut + 1] == ["--"] else rest[cut:])]
+    args = Arguments({**vars(known), "typed": tuple(rest), "command": command.name})
+    args.comfyui_args = [*others, *rest[cut + (rest[cut : cut + 1] == ["--"]) :]]
     if args.version:
-        return Command("version", "", "", show_version), args
+        return Command("version", show_version), args
     if args.help and command.name != "help":
         args.comfyui_args = command.name.split()
         command = COMMANDS["help"]
     if name is not None and args.env not in (None, name):
         raise usage_error(f"Two environments are named: '{name}' and '{args.env}'.", command.name)
     args.env = name or args.env
-    if not command.passes_on:
+    if command.name not in ("run", "exec"):  # their other words belong to another program
         take_operands(command, args)
     check(command, args)
-    args.set_env = dict(args.set_env or ())
+    if args.command == "run":
+        vars(args)["set_env"] = dict(args.set_env or ())
     return command, args
 
 
@@ -11897,22 +11653,16 @@ def with_values(command: Command, words: list[str]) -> list[str]:
 
     Raises CDEnvironmentError for letters that share a dash: `-n5` and `-fn 5` are no words of ours, nor ComfyUI's.
     """
-    defaults = {
-        flags[0]: text.rpartition("(default: ")[2].rstrip(")")
-        for flags, metavar, text in options_of(command)
-        if metavar.startswith("[")
-    }
-    done: list[str] = []
-    for word in words:
+    optional = [(flags, text) for flags, metavar, text in options_of(command) if metavar.startswith("[")]
+    defaults = {flags[0]: text.rpartition("(default: ")[2].rstrip(")") for flags, text in optional}
+    done, rest = [], words[::-1]
+    while rest:
+        word = rest.pop()
         if word.startswith("-") and word[1:2] not in ("-", "") and len(word) > 2 and not is_number(word):
             raise usage_error(f"A single dash takes one letter, so '{word}' is not an option.", command.name)
-        if done and done[-1] in defaults:
-            done[-1] += f"={word if is_number(word) else defaults[done[-1]]}"
-            if is_number(word):
-                continue
+        if word in defaults:
+            word += f"={rest.pop() if rest and is_number(rest[-1]) else defaults[word]}"
         done.append(word)
-    if done and done[-1] in defaults:
-        done[-1] += f"={defaults[done[-1]]}"
     return done
 
 
@@ -11931,9 +11681,9 @@ def take_operands(command: Command, args: Arguments) -> None:
             raise usage_error(f"'{command.name}' needs {operand.rstrip('.')}.", command.name)
         attribute = operand.strip("[.]").lower()
         if "..." in operand:
-            setattr(args, f"{attribute}s", words)
+            vars(args)[f"{attribute}s"] = words
             return
-        setattr(args, attribute, words.pop(0) if words else None)
+        vars(args)[attribute] = words.pop(0) if words else None
     if words and command.operand == "[NAME]" and args.env is None:
         hint = ["Put the name first: ", (*command.name.split(), words[0]), ", then the options"]
         raise CDEnvironmentError(f"'{command.name}' takes no name behind its options.", hint, "usage")
@@ -11942,22 +11692,23 @@ def take_operands(command: Command, args: Arguments) -> None:
 
 
 def check(command: Command, args: Arguments) -> None:
-    """Raises CDEnvironmentError with code "usage" for what does not go together."""
-    if args.all and args.env is not None and command.name != "logs":
-        raise usage_error(f"'{command.name} --all' takes no environment.", command.name)
+    """Raise CDEnvironmentError with code "usage" for what does not go together."""
+    problem = ""
+    if args.has("all") and args.env is not None and command.name != "logs":
+        problem = f"'{command.name} --all' takes no environment."
     if args.env is not None and command.operand == "NAME":
-        raise usage_error(f"'{command.name}' takes the name without -e.", command.name)
+        problem = f"'{command.name}' takes the name without -e."
     for one, other in EXCLUDE_EACH_OTHER:
-        if is_given(args, one) and is_given(args, other):
-            flags = " and ".join(FLAGS.get(name, "--" + name.replace("_", "-")) for name in (one, other))
-            raise usage_error(f"{flags} cannot be combined.", command.name)
+        if args.has(one) and args.has(other):
+            problem = problem or f"{flag_of(one)} and {flag_of(other)} cannot be combined."
     for one, other in (("dry_run", "port"), ("keep", "rotate"), ("database", "back")):
-        if is_given(args, one) and not is_given(args, other):
-            raise usage_error(f"--{one.replace('_', '-')} needs --{other}.", command.name)
-    alive = "--foreground" if args.foreground else "--watch" if args.watch else ""
+        if args.has(one) and not args.has(other):
+            problem = f"{flag_of(one)} needs {flag_of(other)}."
+    alive = " --foreground" * args.has("foreground") + " --watch" * args.has("watch")
     if args.json and (not command.has_json or alive):
-        what = f"{command.name} {alive}".strip()
-        raise usage_error(f"'{what}' has no --json.", command.name)
+        problem = f"'{command.name}{alive}' has no --json."
+    if problem:
+        raise usage_error(problem, command.name)
 
 
 MEANT = {  # what people type -> the commands that do it
@@ -11991,13 +11742,15 @@ def unknown_command(words: list[str]) -> CDEnvironmentError:
     return CDEnvironmentError(f"Unknown command '{words[0]}'.", hint, "usage")
 
 
-@command("completion SHELL", "print what makes a shell complete our words", "", ("completion bash", "completion fish"))
+@command("""completion SHELL: print what makes a shell complete our words
+    e.g. completion bash
+    e.g. completion fish""")
 def completion(console: Console, args: Arguments) -> Report:
     """Print the script that teaches a shell our words; as it is, for a shell takes no other line ends."""
     script = completion_script(args.shell)
     if not console.json_mode:
         console.raw(script.encode())
-    return Report({"shell": args.shell, "text": script}, already_printed=True)
+    return Report({"shell": args.shell, "text": script})
 
 
 TOPICS = {
@@ -12096,64 +11849,60 @@ it.""",
 }
 
 
-@command("help [COMMAND...]", "how to use a command, or a topic", "", ("help run", "help json"))
+@command("""help [COMMAND...]: how to use a command, or a topic
+    e.g. help run
+    e.g. help json""")
 def show_help(console: Console, args: Arguments) -> Report:
-    topic = " ".join(args.commands)
-    parts = [build_parser(COMMANDS[topic], console.call()).format_help().rstrip()] if topic in COMMANDS else []
+    topic, call = " ".join(args.commands), console.call()
+    parts = [build_parser(COMMANDS[topic], call).format_help().rstrip()] if topic in COMMANDS else []
     parts += [TOPICS[topic].strip()] if topic in TOPICS else []
     if not topic:
-        parts = ["\n".join(overview(console.call()))]
+        parts = [overview(call)]
     if not parts:
         found, _, _ = find_command(args.commands)
         known = found.name if found else args.commands[0] if args.commands[0] in TOPICS else ""
         if known:
             raise usage_error(f"'help {known}' does not take '{topic[len(known) + 1 :]}'.", known)
-        below = [summary_lines(name, one.summary) for name, one in COMMANDS.items() if name.startswith(f"{topic} ")]
-        if not below:
+        parts = ["\n".join(summary(name) for name in COMMANDS if name.startswith(f"{topic} "))]
+        if not parts[0]:
             raise unknown_command(args.commands)
-        parts = ["\n".join(line for lines in below for line in lines)]
-    return Report({"text": "\n\n".join(parts)})
+    text = "\n\n".join(parts)
+    return Report({"text": text}, None, text.split("\n"))
 
 
-GROUPS = (  # of the overview; what is named in none stands in the last
-    ("every day", "run open stop restart status list top logs"),
-    ("environments", "create use delete exec update history models repair"),
-    ("more", ""),
-)
-
-
-def summary_lines(name: str, summary: str) -> list[str]:
-    """Return a command and what it does, in as many lines as it takes."""
+def summary(name: str) -> str:
+    """Return a command, or `node` for all of its kind, and what it does, in as many lines as it takes."""
     from textwrap import wrap
 
-    first, *others = wrap(summary, min(columns(sys.stdout), 100) - 15)
-    return [f"  {name:12} {first}", *(f"{'':15}{line}" for line in others)]
+    kinds = ", ".join(other[5:] for other in COMMANDS if other.startswith("node "))
+    text = COMMANDS[name].summary if name in COMMANDS else f"{kinds} custom nodes: see help node"
+    return f"  {name:12} " + f"\n{'':15}".join(wrap(text, min(columns(sys.stdout), 100) - 15))
 
 
-def overview(call: str) -> list[str]:
+def overview(call: str) -> str:
     """Return the help of the whole, on one screen."""
-    node = ", ".join(name[5:] for name in COMMANDS if name.startswith("node "))
-    summaries = {name: entry.summary for name, entry in COMMANDS.items() if " " not in name}
-    summaries["node"] = f"{node} custom nodes: see help node"
-    lines = [f"comfydock {__version__}: run ComfyUI in the background, and know the truth about it", ""]
-    lines.append(f"usage: {call} COMMAND [NAME] [options]")
-    for title, names in GROUPS:
-        lines += ["", f"{title}:"]
-        for name in [name for name in names.split() if name in summaries] or list(summaries):
-            lines += summary_lines(name, summaries.pop(name))
-    lines += ["", "examples:", f"  {call} run --demo     try everything in a second, without ComfyUI"]
-    lines += [f"  {call} run            in a ComfyUI folder: adopt it and start it"]
-    return [
-        *lines,
-        f"  {call} help run       all options of a command",
-        "",
+    rest = [name for name in COMMANDS if " " not in name] + ["node"]
+    groups = {
+        "every day": "run open stop restart status list top logs".split(),
+        "environments": "create use delete exec update history models repair".split(),
+    }
+    groups["more"] = [name for name in rest if not any(name in names for names in groups.values())]
+    listed = [f"{title}:\n" + "\n".join(map(summary, names)) + "\n" for title, names in groups.items()]
+    return "\n".join([
+        f"comfydock {__version__}: run ComfyUI in the background, and know the truth about it\n",
+        f"usage: {call} COMMAND [NAME] [options]\n",
+        *listed,
+        "examples:",
+        f"  {call} run --demo     try everything in a second, without ComfyUI",
+        f"  {call} run            in a ComfyUI folder: adopt it and start it",
+        f"  {call} help run       all options of a command\n",
         f"topics: {', '.join(TOPICS)} (help TOPIC)",
-    ]
+    ])  # fmt: skip
 
 
 def show_version(console: Console, args: Arguments) -> Report:
-    """Tell which comfydock this is."""
-    return Report({"text": f"comfydock {__version__}", "version": __version__})
+    text = f"comfydock {__version__}"
+    return Report({"text": text, "version": __version__}, None, [text])
 
 
 # Completion: a shell's script hands on the words before the cursor and, behind "=", the one at it (PowerShell drops
@@ -12220,18 +11969,17 @@ def completions(words: list[str]) -> list[str]:
     before, current = words[:-1], words[-1][1:]
     if "--" in before:
         return []
-    command, front, rest = find_command(before)
+    command, _, rest = find_command(before)
     flags = {flag: metavar for names, metavar, _ in options_of(command) for flag in names}
-    last = before[-1] if before else ""
-    if flags.get(last, "[")[:1] != "[" and flags[last]:
-        offers = values_of(flags[last], before)
+    wanted = flags.get(before[-1], "") if before else ""
+    if wanted and not wanted.startswith("["):
+        offers = values_of(wanted, before)
     elif current.startswith("-"):
         offers = [flag for flag in flags if flag != "--json" or command is None or command.has_json]
     elif command is None or command.name == "help":
         begun = "".join(f"{word} " for word in rest)
-        offers = [
-            name[len(begun) :].split()[0] for name in COMMANDS if name.startswith(begun) and name != begun.strip()
-        ]
+        names = [name for name in COMMANDS if name.startswith(begun) and name != begun.strip()]
+        offers = [name[len(begun) :].split()[0] for name in names]
     else:
         is_taken = "..." not in command.operand and any(not word.startswith("-") for word in rest)
         offers = [] if is_taken else values_of(command.operand.strip("[.]"), before)
@@ -12240,12 +11988,8 @@ def completions(words: list[str]) -> list[str]:
 
 def values_of(metavar: str, before: list[str]) -> list[str]:
     """Return the words that may stand for a metavar; names that a shell would have to quote are left out."""
-    if metavar == "SHELL":
-        return list(SCRIPTS)
-    if metavar == "WHEN":
-        return list(COLOUR_CHOICES)
     if metavar not in ("NAME", "NODE"):
-        return []
+        return list({"SHELL": SCRIPTS, "WHEN": COLOUR_CHOICES}.get(metavar, ()))
     chosen = {flag: value for flag, value in zip(before, before[1:])}
     name, folder = chosen.get("-e", chosen.get("--env")), current_folder()
     workspace = select_workspace(chosen.get("--workspace"), name is not None, folder)
@@ -12259,7 +12003,7 @@ def values_of(metavar: str, before: list[str]) -> list[str]:
 
 # ====================================================================================================================
 # 17. The front door
-# The only catch-all; turns errors into words and exit codes.
+# The only section that takes whatever may happen, and turns it into words and an exit code.
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -12269,11 +12013,9 @@ def main(argv: Optional[list[str]] = None) -> int:
     with --foreground ComfyUI's own code. Raises only with COMFYDOCK_DEBUG set.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    if words and words[0] in HIDDEN_ENTRIES:
+    if words and words[0] in (*HIDDEN_ENTRIES, "--complete"):
         return hidden(words)
-    if words[:1] == ["--complete"]:
-        return complete(words[1:])
-    own_words = words[: words.index("--")] if "--" in words else words
+    own_words = words[: [*words, "--"].index("--")]
     console = Console(sys.stdout, sys.stderr, sys.stdin, "--json" in own_words, lambda: how_called(sys.argv))
     try:
         if argv is None:
@@ -12282,44 +12024,48 @@ def main(argv: Optional[list[str]] = None) -> int:
     except BrokenPipeError:  # `logs | head`: the reader has seen enough
         forget_output()
         return 0
-    except KeyboardInterrupt as error:
-        return interrupted(console, words, None, getattr(error, "exit_code", 130), argv is None)
-    except CDEnvironmentError as error:
-        act = {"interrupted": partial(interrupted, is_program=argv is None)}.get(error.code, complain)
-        return act(console, words, error, {"usage": 2, "interrupted": 130}.get(error.code, 1))
-    except OSError as error:
-        hint = "raise the limit of open files: ulimit -n 4096" * (error.errno in NO_MORE_FILES)
-        return complain(console, words, CDEnvironmentError(os_error_sentence(error), hint, "system"), 1)
-    except Exception as error:
+    except (KeyboardInterrupt, CDEnvironmentError, OSError) as caught:
+        error, code = explained(caught, words)
+    except Exception as caught:
         if os.environ.get("COMFYDOCK_DEBUG"):
             raise
-        sentence = f"Internal error: {type(error).__name__}: {error}"
-        return complain(console, words, CDEnvironmentError(sentence, "set COMFYDOCK_DEBUG=1 to see where", "bug"), 1)
+        error, code = explained(caught, words)
     finally:
         ignore_interrupts(argv is None)
+    while True:
+        with suppress(KeyboardInterrupt):  # a second one would only break off our last words
+            return complain(console, words, error, code)
 
 
 def hidden(words: list[str]) -> int:
-    """An entry by which the file starts itself; typed by a person it says nothing and fails."""
+    """Enter where the file starts itself, or a shell completes; typed by a person it says nothing and fails."""
     try:
-        return HIDDEN_ENTRIES[words[0]](words[1:])
+        return {**HIDDEN_ENTRIES, "--complete": complete}[words[0]](words[1:])
     except Exception:
         if os.environ.get("COMFYDOCK_DEBUG"):
             raise
         return 1
 
 
+def complete(words: list[str]) -> int:
+    """Offer a completion script what may stand at the cursor; 1 where that is nothing."""
+    offers = completions(words)
+    for offer in offers:
+        Console(sys.stdout, None, None).result(offer)
+    return 0 if offers else 1
+
+
 def answer(console: Console, words: list[str]) -> int:
-    """Do what `words` ask for and show the report; returns the exit code."""
+    """Do what `words` ask for and show the report; return the exit code."""
     command, args = parse(words)
     console.quiet, console.colour, console.json_mode = args.quiet, args.color, args.json
     console.where = ("--workspace", args.workspace) if args.workspace else ()
-    console.chosen = ("-e", args.env) if args.env else ("-e", DEMO_NAME) if args.demo else ()
-    streams = args.foreground or not command.has_json and not args.rotate
+    console.chosen = ("-e", args.env) if args.env else ("-e", DEMO_NAME) if args.has("demo") else ()
+    streams = args.has("foreground") or args.has("watch") or not command.has_json and not args.has("rotate")
     with traced(console.trace) if args.verbose else nullcontext():
         with nullcontext() if streams else console.ticking(command.name):
             report = command.act(console, args)
-    console.show(command.name, report, command.words)
+    console.show(command.name, report)
     if args.verbose:
         console.trace(f"done, exit code {report.code}")
     try:
@@ -12329,33 +12075,29 @@ def answer(console: Console, words: list[str]) -> int:
     return report.code
 
 
-def interrupted(
-    console: Console, words: list[str], error: Optional[CDEnvironmentError], code: int, is_program: bool
-) -> int:
-    """Say so; a program that is about to end hears no second Ctrl-C, which would only break off its last words."""
-    while True:
-        try:
-            ignore_interrupts(is_program)
-            is_create = find_command(words)[0] is COMMANDS["create"]
-            hint: Hint = "Run the same command again to go on." if is_create else ("status",)
-            return complain(console, words, error or CDEnvironmentError("Interrupted.", hint, "interrupted"), code)
-        except KeyboardInterrupt:
-            continue
-
-
-def complete(words: list[str]) -> int:
-    """What completion scripts ask for; 1 when there is nothing to offer. Says nothing else."""
-    try:
-        offers = completions(words)
-        for offer in offers:
-            Console(sys.stdout, None, None).result(offer)
-        return 0 if offers else 1
-    except Exception:
-        return 1
+def explained(caught: BaseException, words: list[str]) -> "tuple[CDEnvironmentError, int]":
+    """Return what happened as an error with a sentence for people, and the exit code."""
+    if isinstance(caught, CDEnvironmentError):
+        return caught, {"usage": 2, "interrupted": 130}.get(caught.code, 1)
+    if isinstance(caught, KeyboardInterrupt):
+        is_create = find_command(words)[0] is COMMANDS["create"]
+        hint: Hint = "Run the same command again to go on." if is_create else ("status",)
+        return CDEnvironmentError("Interrupted.", hint, "interrupted"), getattr(caught, "exit_code", 130)
+    if isinstance(caught, OSError):
+        reason = caught.strerror or str(caught) or type(caught).__name__
+        if caught.errno == errno.ELOOP:
+            reason = "is a link, which is not followed here"
+        sentence = f"{caught.filename}: {reason}." if caught.filename else f"{reason}."
+        if caught.filename is None and caught.errno == errno.ENOENT:
+            sentence = "The current folder no longer exists. Change to another one."
+        hint = "raise the limit of open files: ulimit -n 4096" * (caught.errno in NO_MORE_FILES)
+        return CDEnvironmentError(sentence, hint, "system"), 1
+    sentence = f"Internal error: {type(caught).__name__}: {caught}"
+    return CDEnvironmentError(sentence, "set COMFYDOCK_DEBUG=1 to see where", "bug"), 1
 
 
 def complain(console: Console, words: list[str], error: CDEnvironmentError, code: int) -> int:
-    """Show an error as far as the streams allow; returns `code`."""
+    """Show an error as far as the streams allow; return `code`."""
     named, _, _ = find_command(words)
     close = closest_flag(error.message, [flags[-1] for flags, _, _ in options_of(named)])
     if close and close not in words and "did you mean" not in error.hint:
@@ -12366,16 +12108,6 @@ def complain(console: Console, words: list[str], error: CDEnvironmentError, code
     except OSError:
         forget_output()
     return code
-
-
-def os_error_sentence(error: OSError) -> str:
-    """An OSError as one sentence that names the file."""
-    reason = error.strerror or str(error) or type(error).__name__
-    if error.filename is None and error.errno == errno.ENOENT:
-        return "The current folder no longer exists. Change to another one."
-    if error.errno == errno.ELOOP:
-        reason = "is a link, which is not followed here"
-    return f"{error.filename}: {reason}." if error.filename else f"{reason}."
 
 
 if __name__ == "__main__":

@@ -7217,7 +7217,7 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
         console.work("pip talks")
         console.warn("careful")
         data = {"pid": 7, "url": "http://x", "log": "/l", "health": "starting"}
-        console.show("run", dock.Report(data), dock.format_run)
+        console.show("run", dock.Report(data, lines=dock.format_run(data, console.typed)))
         self.assertEqual(out.getvalue().splitlines()[0], "✓ ComfyUI started in background (PID 7)")
         self.assertNotIn("Tip", out.getvalue())
         self.assertEqual(err.getvalue(), "⚠ careful\n")
@@ -7475,7 +7475,8 @@ class TheFrontDoorNeverShowsATraceback(unittest.TestCase):
 
     def test_a_second_ctrl_c_does_not_break_off_the_last_words(self):
         with unittest.mock.patch.object(dock, "complain", side_effect=[KeyboardInterrupt, 130]) as complain:
-            self.assertEqual(dock.interrupted(dock.Console(None, None, None), ["status"], None, 130, False), 130)
+            with unittest.mock.patch.object(dock, "answer", side_effect=KeyboardInterrupt):
+                self.assertEqual(dock.main(["status"]), 130)
         self.assertEqual(complain.call_count, 2)
 
     def test_ctrl_c_is_130(self):
@@ -9981,9 +9982,9 @@ class QueuedWork(Journey):
     def test_where_files_are_locked_in_use_work_is_not_cut_off_for_a_change_of_nodes(self):
         data, seen = self.busy_demo(), []
         environment = dock.Workspace(self.person.workspace).get_environment("demo")
-        words = {"restart": True, "ids": ["x"], "env": "demo", "workspace": self.person.workspace}
+        args = dock.Arguments({"restart": True, "no_restart": False, "wait": None})
 
-        def change(environment, name):
+        def change(name):
             seen.append(alive(data["pid"]))
             return "changed", None
 
@@ -9994,7 +9995,8 @@ class QueuedWork(Journey):
 
         with unittest.mock.patch.object(dock, "FILES_ARE_LOCKED_IN_USE", True):
             for _ in range(2):
-                report = dock.change_nodes_one_by_one(dock.Console(None, None, None), dock.Arguments(words), change)
+                console = dock.Console(None, None, None)
+                report = dock.change_nodes_one_by_one(console, args, environment, ["x"], change)
                 self.assertEqual(report.code, 0)
                 eventually(is_idle)
         self.assertEqual(seen, [True, False])
