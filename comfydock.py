@@ -6756,27 +6756,24 @@ class Launch:
 
 
 def print_parsed_arguments() -> None:
-    """Run in the environment's Python, as a program of its own: print ComfyUI's flags, and the words as parsed."""
+    """Run in the environment's Python, as a program of its own: print what ComfyUI makes of words, a JSON a line.
+
+    That is its flags, the words as parsed, and if asked where its models are: the folder, and those of each kind.
+    """
     import json
     import sys
     from importlib import import_module
 
     sys.path.insert(0, sys.argv.pop(1))
+    asks_for_folders = sys.argv.pop(1) == "folders"
     options: Any = import_module("comfy.cli_args")
     sys.stdout.write(json.dumps(sorted(options.parser._option_string_actions)) + "\n")
     options.args = options.parser.parse_args()
     sys.stdout.write(json.dumps(vars(options.args), default=str) + "\n")
-
-
-def print_model_folders() -> None:
-    """Part two of that program: print where this ComfyUI keeps its models, and the folders of each kind of them."""
-    import json
-    import sys
-    from importlib import import_module
-
-    folders = import_module("folder_paths")
-    places = {name: list(entry[0]) for name, entry in folders.folder_names_and_paths.items()}
-    sys.stdout.write(json.dumps([folders.models_dir, places]) + "\n")
+    if asks_for_folders:
+        folders = import_module("folder_paths")
+        places = {name: list(entry[0]) for name, entry in folders.folder_names_and_paths.items()}
+        sys.stdout.write(json.dumps([folders.models_dir, places]) + "\n")
 
 
 def terminate(
@@ -6915,6 +6912,12 @@ def ourselves() -> dict[str, Any]:
     return {"pid": os.getpid(), "identity": identity_of(process_table().process(os.getpid()))}
 
 
+def as_path(text: str) -> "Path":
+    from pathlib import Path
+
+    return Path(text)
+
+
 def is_own_intent(record: ProcessState) -> bool:
     """Tell whether a record is of a start by this very process that came to nothing."""
     return record.pid is None and record.starter.get("pid") == os.getpid() and recorded_starter(record) is not None
@@ -6953,22 +6956,16 @@ class Environment:
     @property
     def cec_path(self) -> "Path":
         """The folder of the manifest and the state file."""
-        from pathlib import Path
-
-        return Path(self.paths.cec)
+        return as_path(self.paths.cec)
 
     @property
     def comfyui_path(self) -> "Path":
         """The ComfyUI checkout, which lies elsewhere when it was adopted. Raises CDEnvironmentError."""
-        from pathlib import Path
-
-        return Path(self._checkout)
+        return as_path(self._checkout)
 
     @property
     def _state_file(self) -> "Path":
-        from pathlib import Path
-
-        return Path(self.paths.state)
+        return as_path(self.paths.state)
 
     @property
     def manifest(self) -> Manifest:
@@ -7121,18 +7118,17 @@ class Environment:
 
     def queue(self, timeout: float = 2.0) -> Optional[tuple[int, int]]:
         """Return (running, pending) prompts; None when nothing runs or does not answer within `timeout` seconds."""
-        snapshot = self.observe()
+        snapshot, began = self.observe(), time.monotonic()
         if snapshot.process is None:
             return None
         config = self.config_of(snapshot)
-        deadline = time.monotonic() + timeout
         is_its_own = is_port_bound(config.port, snapshot.process.pid)  # so the answer will be, too
         if (
             not is_its_own
             and self._own_answer(snapshot, config, look_at(config, timeout, with_queue=False)).kind != HEALTHY
         ):
             return None
-        return queue_counts(config, max(0.0, deadline - time.monotonic()))
+        return queue_counts(config, max(0.0, began + timeout - time.monotonic()))
 
     def config_of(self, snapshot: Snapshot) -> ComfyUIConfig:
         """Return where the ComfyUI of a snapshot listens, by its arguments."""
@@ -7200,6 +7196,8 @@ class Environment:
         """Return a snapshot and a probe as one JSON-ready object: UTC ISO times, seconds, bytes."""
         record, process, state = snapshot.record, snapshot.process, snapshot.state
         config, is_complete = self.config_of(snapshot), self.is_complete
+        monitor: dict[str, Any] = (record.monitor if record else None) or {}
+        restarts = monitor.get("restarts")
         if process is not None:
             answer = self._own_answer(snapshot, config, answer)
             was_healthy = record is not None and record.health_status == HEALTHY
@@ -7225,7 +7223,13 @@ class Environment:
             "queue": {"running": answer.queue[0], "pending": answer.queue[1]} if answer.queue else None,
             "version": facts.get("version") or self.manifest.comfyui_version,
             **{key: facts.get(key) for key in ("python", "device", "vram")},
-            "monitor": self._monitor_data(record, record.monitor) if record and record.monitor is not None else None,
+            "monitor": {
+                "alive": self.monitor_process(record) is not None,
+                "restarts": len(restarts) if isinstance(restarts, list) else 0,
+                "gave_up": monitor.get("gave_up"),
+            }
+            if monitor
+            else None,
             "uptime": round(process.age(), 3) if process else None,
             "relics": [{"pid": one.pid, "command": one.text} for one in snapshot.relics],
             "started_at": record.started_at if record else None,
@@ -7269,11 +7273,6 @@ class Environment:
     def _machine_of(record: Optional[ProcessState]) -> str:
         identity = record.subject[1] if record else {}
         return str(identity.get("host") or identity.get("machine") or "unknown")
-
-    def _monitor_data(self, record: ProcessState, monitor: dict[str, Any]) -> dict[str, Any]:
-        restarts, is_alive = monitor.get("restarts"), self.monitor_process(record) is not None
-        count = len(restarts) if isinstance(restarts, list) else 0
-        return {"alive": is_alive, "restarts": count, "gave_up": monitor.get("gave_up")}
 
     def last_words(self, record: ProcessState) -> dict[str, Any]:
         """Return what is left of a run that ended by itself: last sign of life, last error line, exit code.
@@ -7527,9 +7526,8 @@ class Environment:
             return launch
 
         try:
-            asked = [print_parsed_arguments, *([print_model_folders] if shared else [])]
-            program = "\n\n".join([*map(inspect.getsource, asked), *(f"{one.__name__}()" for one in asked)])
-            command = [*interpreter, "-c", program, self._checkout, *args]
+            program = inspect.getsource(print_parsed_arguments) + "\n\nprint_parsed_arguments()"
+            command = [*interpreter, "-c", program, self._checkout, "folders" if shared else "", *args]
             done = run_command(command, folder, {**variables, "PYTHONDONTWRITEBYTECODE": "1"}, PARSER_SECONDS)
             flags, *told = [json.loads(line) for line in done.stdout.splitlines()]
             if done.returncode != 2:
@@ -7724,25 +7722,17 @@ class Environment:
 
     # Nodes ---------------------------------------------------------------------------
 
-    def add_node(
-        self, identifier: str, is_development: bool = False, no_test: bool = False, force: bool = False, **more: Any
-    ) -> NodeOperationResult:
-        """Add a custom node: a registry id, a git address or a folder. See `NodeManager.add_node`, also for `more`."""
-        return self.nodes.add_node(identifier, is_development, no_test, force, **more)
+    def add_node(self, identifier: str, *options: Any, **more: Any) -> NodeOperationResult:
+        """Add a custom node: a registry id, a git address or a folder. See `NodeManager.add_node` for the options."""
+        return self.nodes.add_node(identifier, *options, **more)
 
     def remove_node(self, identifier: str) -> NodeRemovalResult:
         """Remove a custom node. See `NodeManager.remove_node`."""
         return self.nodes.remove_node(identifier)
 
-    def update_node(
-        self,
-        identifier: str,
-        confirmation_strategy: "Optional[Callable[[str, str, str], bool]]" = None,
-        no_test: bool = False,
-        force: bool = False,
-    ) -> UpdateResult:
-        """Bring a custom node to its newest version. See `NodeManager.update_node`."""
-        return self.nodes.update_node(identifier, confirmation_strategy, no_test, force)
+    def update_node(self, identifier: str, *options: Any, **more: Any) -> UpdateResult:
+        """Bring a custom node to its newest version. See `NodeManager.update_node` for the options."""
+        return self.nodes.update_node(identifier, *options, **more)
 
     def sync(self) -> SyncReport:
         """Install what the manifest has and the disk lacks, before a start. Costs almost nothing when nothing changed.
@@ -8419,7 +8409,7 @@ def demo_source() -> str:
 
 # ====================================================================================================================
 # 11. Workspace
-# The only section that knows there are several environments.
+# Knows the environments of a folder: which there are, which is meant, and that their ports differ.
 
 THREE_WAYS: "Hint" = [
     "Three ways to get one:\n  ",
@@ -8443,23 +8433,21 @@ class Workspace:
 
         Raises CDEnvironmentError when the workspace is no folder, OSError when it cannot look.
         """
-
-        def holds_one(name: str) -> bool:
-            try:
-                return not name.startswith(DELETED) and is_there(self._environment(name).paths.cec)
-            except OSError:
-                return True
-
-        self._require_folder()
+        found, root = [], self.paths.root
         try:
             names = sorted(os.listdir(self.paths.environments), key=str.lower)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
+            if os.path.exists(root) and not os.path.isdir(root):
+                message = f"The workspace {root} is not a folder."
+                raise CDEnvironmentError(message, "name another --workspace") from None
             return []
-        return list(map(self._environment, filter(holds_one, names)))
-
-    def _require_folder(self) -> None:
-        if is_there(self.paths.root) and not os.path.isdir(self.paths.root):
-            raise CDEnvironmentError(f"The workspace {self.paths.root} is not a folder.", "name another --workspace")
+        for environment in map(self._environment, names):
+            try:
+                is_one = not environment.name.startswith(DELETED) and is_there(environment.paths.cec)
+            except OSError:
+                is_one = True
+            found += [environment] if is_one else []
+        return found
 
     def get_environment(self, name: str) -> Environment:
         """The environment `name`. Raises CDEnvironmentError when there is none."""
@@ -8474,8 +8462,9 @@ class Workspace:
         """Return the environment that `use` chose, None when it is not set or gone. Raises CDEnvironmentError."""
         name = self._settings().get("active_environment")
         environment = self._environment(name) if isinstance(name, str) and is_folder_name(name) else None
-        is_there = environment is not None and os.path.isdir(environment.paths.cec) and not environment.manifest.demo
-        return environment if is_there else None
+        if environment is None or not os.path.isdir(environment.paths.cec) or environment.manifest.demo:
+            return None
+        return environment
 
     def use(self, name: str) -> Environment:
         """Make `name`, which may not be the demo, the active environment. Raises CDEnvironmentError, OSError."""
@@ -8491,12 +8480,12 @@ class Workspace:
         The demo is meant only where there is no other, and `to_start` only by its name, with which it is made. Raises
         CDEnvironmentError when none of these holds.
         """
-        if name is not None:
+        if name == DEMO_NAME and to_start:
             found = self._environment(name)
-            is_demo = name == DEMO_NAME and (found.manifest.demo or not os.path.isdir(found.paths.cec))
-            return self.demo() if is_demo and to_start else self.get_environment(name)
-        checkout = self.checkout_of(folder)
-        here = self.environment_of(folder) or (self.environment_of(checkout) if checkout else None)
+            return self.demo() if found.manifest.demo or not os.path.isdir(found.paths.cec) else found
+        if name is not None:
+            return self.get_environment(name)
+        here, checkout = self.around(folder)
         if here is not None and not (to_start and here.manifest.demo):
             return here
         if here is None and checkout_at(folder) is not None:
@@ -8506,11 +8495,11 @@ class Workspace:
     def _only_one(self, to_start: bool) -> Environment:
         environments = self.list_environments()
         others = [environment for environment in environments if not environment.manifest.demo]
-        complete = [environment for environment in others if environment.is_complete]
-        if len(complete or others) == 1:
-            return (complete or others)[0]
+        likely = [environment for environment in others if environment.is_complete] or others
         if environments and not others and not to_start:
-            return environments[0]
+            likely = environments
+        if len(likely) == 1:
+            return likely[0]
         if not others:
             which = "There is no environment but the demo" if environments else "There is no environment"
             raise CDEnvironmentError(f"{which} in {self.paths.root} yet.", THREE_WAYS, "unknown")
@@ -8519,28 +8508,23 @@ class Workspace:
         hint = [("-e", first, "COMMAND"), ", or choose once: ", ("use", first)]
         raise CDEnvironmentError(f"Which environment? There are {len(others)}: {names}.", hint, "unknown")
 
-    def environment_of(self, folder: str) -> Optional[Environment]:
-        """Return the environment whose folder, or whose checkout, holds `folder` behind all links, else None."""
+    def around(self, folder: str) -> "tuple[Optional[Environment], Optional[str]]":
+        """Return the environment, and the ComfyUI checkout, that hold `folder` behind all links, each None without.
+
+        A checkout one level below counts, too, while no environment is active, and in the root of a portable build.
+        """
+        checkout, below = checkout_at(folder), os.path.join(folder, "ComfyUI")
+        if checkout is None and is_checkout(below) and self.get_active_environment() is None:
+            checkout = below
         roots = {real_path(environment.paths.root): environment for environment in self.list_environments()}
-        for here in upward(os.path.realpath(folder)):
+        for here in (*upward(os.path.realpath(folder)), *upward(os.path.realpath(checkout or folder))):
             found = roots.get(real_path(here)) or (self._owner_of(here) if os.path.isfile(main_script(here)) else None)
             if found is not None:
-                return found
-        return None
-
-    def checkout_of(self, folder: str) -> Optional[str]:
-        """Return the ComfyUI checkout that holds `folder`, or that it has one level down, else None.
-
-        The latter counts only while no environment is active, but in the root of a portable build.
-        """
-        found, below = checkout_at(folder), os.path.join(folder, "ComfyUI")
-        return found or (below if is_checkout(below) and self.get_active_environment() is None else None)
+                return found, checkout
+        return None, checkout
 
     def _owner_of(self, checkout: str) -> Optional[Environment]:
-        for environment in self.list_environments():
-            if same_path(environment._checkout, checkout):
-                return environment
-        return None
+        return next((one for one in self.list_environments() if same_path(one._checkout, checkout)), None)
 
     def adopt(self, path: str, name: Optional[str] = None, python: Optional[str] = None) -> Environment:
         """Make an environment of the ComfyUI checkout at `path`, or one level below it; nothing is written into it.
@@ -8549,58 +8533,52 @@ class Workspace:
         An environment of that checkout gets another `python`, or the new place of a checkout that has moved. Raises
         CDEnvironmentError when there is no main.py, no Python is found, or the name is taken; OSError.
         """
-        checkout = os.path.abspath(os.path.expanduser(path))
-        below = os.path.join(checkout, "ComfyUI")
-        if not is_there(main_script(checkout)):
-            if not is_there(main_script(below)):
-                raise CDEnvironmentError(f"{checkout} is not a ComfyUI folder (no main.py).", "", "missing")
-            checkout = below
+        folder = os.path.abspath(os.path.expanduser(path))
+        places = (folder, os.path.join(folder, "ComfyUI"))
+        checkout = next((place for place in places if is_there(main_script(place))), None)
+        if checkout is None:
+            raise CDEnvironmentError(f"{folder} is not a ComfyUI folder (no main.py).", "", "missing")
         present = self._owner_of(checkout)
         if present is not None and name not in (None, present.name):  # one process a checkout: they would mix theirs up
             message = f"{checkout} is environment '{present.name}' already."
             raise CDEnvironmentError(message, ("-e", present.name, "status"), "exists")
         environment = present or self._new_environment(name or self._free_name(checkout))
-        former = environment.manifest.comfyui_path
+        former, is_complete = environment.manifest.comfyui_path, environment.is_complete
         has_moved = former is None or not same_path(former, checkout)
-        if environment.is_complete and has_moved and not (former and environment.missing_script):
+        if is_complete and has_moved and not (former and environment.missing_script):
             message = f"Environment '{environment.name}' exists already."
             raise CDEnvironmentError(message, ("-e", environment.name, "status"), "exists")
-        if not environment.is_complete:
-            begun_with = environment.manifest.python_path
-            interpreter = working_python(python or begun_with or find_checkout_python(checkout, name))
-            self._change_settings()
-            adopt_environment(environment.paths, checkout, interpreter, environment.tell)
-        elif has_moved or python is not None:
-            interpreter = working_python(python or find_checkout_python(checkout, name))
-            places = {"comfyui_path": os.path.realpath(checkout), "python_path": interpreter}
+        if is_complete and not has_moved and python is None:
+            return environment
+        begun_with = None if is_complete else environment.manifest.python_path
+        interpreter = working_python(python or begun_with or find_checkout_python(checkout, name))
+        if is_complete:
             held = environment.idle("create") if has_moved else nullcontext()
             with locked(environment.paths.content_lock, LOCK_SECONDS, "create", handed_on=True), held:
-                change_settings(environment.paths, places, interpreter)
+                settings = {"comfyui_path": os.path.realpath(checkout), "python_path": interpreter}
+                change_settings(environment.paths, settings, interpreter)
+        else:
+            self._change_settings()
+            adopt_environment(environment.paths, checkout, interpreter, environment.tell)
         return environment
 
     def demo(self) -> Environment:
         """Return the environment of the built-in demo, made or updated. Raises CDEnvironmentError, OSError."""
         environment = self._environment(DEMO_NAME)
-        paths, source = environment.paths, demo_source().encode()
-        if (os.path.lexists(paths.content_lock) or environment.is_complete) and not environment.manifest.demo:
+        paths, is_complete = environment.paths, environment.is_complete
+        if (os.path.lexists(paths.content_lock) or is_complete) and not environment.manifest.demo:
             message = f"The environment '{DEMO_NAME}' is one of yours, not the demo."
             raise CDEnvironmentError(message, ("--workspace", "DIR", "run", "--demo"), "exists")
-        self._change_settings()
+        files = {main_script(paths.comfyui): demo_source()}
+        if not is_complete or environment.manifest.python_path != sys.executable:
+            self._change_settings()
+            make_folder(paths.cec)
+            files[paths.manifest] = first_manifest(paths, {"demo": True, "python_path": sys.executable}, [], [])
+            files.update({paths.gitignore: GitManager.GITIGNORE, paths.complete: ""})
         make_folder(custom_nodes_of(paths.comfyui))
         sweep_leftovers(paths.comfyui)
-        present = None
-        with suppress(OSError, ValueError):
-            present = read_small(main_script(paths.comfyui))
-        if present != source:
-            write_atomic(main_script(paths.comfyui), source, 0o644)
-        if not environment.is_complete or environment.manifest.python_path != sys.executable:
-            manifest = first_manifest(paths, {"demo": True, "python_path": sys.executable}, [], [])
-            for path, text in (
-                (paths.manifest, manifest),
-                (paths.gitignore, GitManager.GITIGNORE),
-                (paths.complete, ""),
-            ):
-                make_folder(paths.cec)
+        for path, text in files.items():
+            if read_any_text(path) != text or not os.path.exists(path):
                 write_atomic(path, text.encode(), 0o644)
         return environment
 
@@ -8644,8 +8622,9 @@ class Workspace:
         environment = self.get_environment(name)
         inside = os.path.join(os.path.realpath(environment.paths.root), "")
         for other in self.list_environments():
-            if other.name != name and os.path.realpath(other.manifest.models_path or os.sep).startswith(inside):
-                message = f"Environment '{other.name}' uses the models in {other.manifest.models_path}."
+            models = other.manifest.models_path
+            if other.name != name and models and os.path.realpath(models).startswith(inside):
+                message = f"Environment '{other.name}' uses the models in {models}."
                 raise CDEnvironmentError(message, ("models", other.name, "--off"), "in-use")
         shelf = None if purge else self.paths.kept
         kept = delete_environment(environment.paths, environment.idle("delete"), shelf, tell)
@@ -8662,8 +8641,7 @@ class Workspace:
         """Make the workspace's folder; False when it is one already. Raises CDEnvironmentError for another folder."""
         if os.path.isdir(self.paths.metadata):
             return False
-        self._require_folder()
-        if os.path.isdir(self.paths.root) and os.listdir(self.paths.root):
+        if self.list_environments() or os.path.isdir(self.paths.root) and os.listdir(self.paths.root):
             message = f"{self.paths.root} is neither empty nor a workspace."
             raise CDEnvironmentError(message, "name another folder", "exists")
         make_folder(self.paths.environments)
@@ -8672,18 +8650,18 @@ class Workspace:
 
     def reports(self, timeout: float = 0.5) -> list[dict[str, Any]]:
         """What `list` tells: each environment described, with one look at the processes and all probes at once."""
-        environments = self.list_environments()
-        scan = scan_for_comfyui()
-        sights = [observe_or_say(environment, scan) for environment in environments]
-        alive = [index for index, snapshot in enumerate(sights) if snapshot.process is not None]
-        configs = [environments[index].config_of(sights[index]) for index in alive]
-        answers = dict(zip(alive, probe_all(configs, timeout)))
-        active = self.get_active_environment()
-        described = []
-        for index, environment in enumerate(environments):
-            data = environment.describe(sights[index], answers.get(index, Answer(REFUSED)))
-            described.append({**data, "active": active is not None and environment.name == active.name})
-        return described
+        scan, active = scan_for_comfyui(), self.get_active_environment()
+        seen = [(environment, observe_or_say(environment, scan)) for environment in self.list_environments()]
+        alive = [(environment, snapshot) for environment, snapshot in seen if snapshot.process is not None]
+        answers = probe_all([environment.config_of(snapshot) for environment, snapshot in alive], timeout)
+        told = {environment.name: answer for (environment, _), answer in zip(alive, answers)}
+        return [
+            {
+                **environment.describe(snapshot, told.get(environment.name, Answer(REFUSED))),
+                "active": active is not None and environment.name == active.name,
+            }
+            for environment, snapshot in seen
+        ]
 
     def _new_environment(self, name: str) -> Environment:
         require_new_name(name)
@@ -8710,8 +8688,8 @@ class Workspace:
         parent, name = os.path.split(os.path.realpath(checkout))
         name = sanitize_name(os.path.basename(parent) or name if name.lower() == "comfyui" else name)
         taken = {environment.name.lower() for environment in self.list_environments()}
-        numbered = (f"{name}-{number}" for number in range(2, 1000))
-        return name if name.lower() not in taken else next(other for other in numbered if other.lower() not in taken)
+        names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+        return next(one for one in names if one.lower() not in taken)
 
     def _suggestion(self, name: str) -> "Hint":
         from difflib import get_close_matches
@@ -8725,8 +8703,7 @@ class Workspace:
     def _settings(self) -> dict[str, Any]:
         """workspace.json, with the keys that comfydock 1.0.x needs. Raises CDEnvironmentError when it is damaged."""
         try:
-            text = read_small(self.paths.settings)
-            settings = {} if text is None else json.loads(text.decode("utf-8"))
+            settings = json.loads((read_small(self.paths.settings) or b"{}").decode("utf-8"))
         except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict):
@@ -8737,11 +8714,10 @@ class Workspace:
     def _change_settings(self, **changes: Any) -> None:
         """Set keys of workspace.json, and those that comfydock 1.0.x needs; others may do the same meanwhile."""
         needed = {"version": 1, "active_environment": "", "created_at": utc_now(), "global_model_directory": None}
-        if not changes and needed.keys() <= self._settings().keys():
-            return
-        with workspace_lock(self.paths, "use"):
-            settings = {**needed, **self._settings(), **changes}
-            write_atomic(self.paths.settings, (json.dumps(settings, indent=2) + "\n").encode())
+        if changes or not needed.keys() <= self._settings().keys():
+            with workspace_lock(self.paths, "use"):
+                settings = {**needed, **self._settings(), **changes}
+                write_atomic(self.paths.settings, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def observe_or_say(environment: Environment, scan: Scan) -> Snapshot:
@@ -8773,7 +8749,7 @@ def find_checkout_python(checkout: str, name: Optional[str]) -> str:
     Of several of its own the first with PyTorch. `name` is that of the environment, where one was typed. Raises
     CDEnvironmentError, which names what was tried.
     """
-    import shutil
+    from shutil import which
 
     parent, conda = os.path.dirname(checkout), os.environ.get("CONDA_PREFIX")
     own = [venv_python(os.path.join(checkout, ".venv")), venv_python(os.path.join(checkout, "venv"))]
@@ -8781,7 +8757,7 @@ def find_checkout_python(checkout: str, name: Optional[str]) -> str:
     venvs = (os.path.join(parent, ".venv"), os.path.join(parent, "venv"), os.environ.get("VIRTUAL_ENV"))
     active = [venv_python(venv) for venv in venvs if venv]
     active += [os.path.join(conda, "bin", "python"), os.path.join(conda, "python.exe")] if conda else []
-    active += filter(None, map(shutil.which, ("python3", "python")))
+    active += filter(None, map(which, ("python3", "python")))
     tried = []
 
     def is_usable(python: str) -> bool:
@@ -8801,13 +8777,9 @@ def find_checkout_python(checkout: str, name: Optional[str]) -> str:
             return python
         tried.append(f"{python} has no PyTorch")
     command = ("create", name, "--from", checkout) if name else ("run",)
-    raise CDEnvironmentError(
-        f"No Python was found for {checkout}: no .venv, venv or python_embeded there"
-        + "".join(f"; {line}" for line in tried)
-        + ".",
-        (*command, "--python", active[-1] if active else sys.executable),
-        "missing",
-    )
+    missing = f"No Python was found for {checkout}: no .venv, venv or python_embeded there"
+    hint = (*command, "--python", active[-1] if active else sys.executable)
+    raise CDEnvironmentError("; ".join([missing, *tried]) + ".", hint, "missing")
 
 
 def select_workspace(chosen: Optional[str], named: bool, folder: str, to_make: bool = False) -> Workspace:
@@ -9961,12 +9933,12 @@ def environment_to_run(console: Console, args: Arguments) -> Environment:
     """As `selected`; the demo is made, and a checkout that nobody has adopted is adopted."""
     folder, is_named = current_folder(), args.env is not None
     workspace = workspace_of(args, is_named or args.demo, to_make=True)
-    checkout = workspace.checkout_of(os.path.realpath(folder))
+    here, checkout = (None, None) if args.demo or args.env else workspace.around(os.path.realpath(folder))
     if args.demo:
         if args.env not in (None, DEMO_NAME):
             raise CDEnvironmentError("--demo has an environment of its own, so -e cannot name another.", "", "usage")
         environment = workspace.demo()
-    elif checkout and not (is_named or workspace.environment_of(folder) or workspace.environment_of(checkout)):
+    elif checkout and here is None:
         try:
             environment = workspace.adopt(checkout, python=args.python)
         except CDEnvironmentError as error:
@@ -10044,7 +10016,7 @@ def started_report(
     data = {
         **{name: getattr(record, name) for name in ("pid", "host", "port", "args", "started_at")},
         "url": local_url(environment.config_of(Snapshot(RUNNING, record))),
-        "health": HEALTHY if waited.get("ready") else environment.report(0.5)["health"],
+        "health": HEALTHY if waited.get("ready") or record.health_status == HEALTHY else STARTING,
         "log": record.log_path,
         "demo": environment.manifest.demo,
         **waited,
