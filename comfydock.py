@@ -118,7 +118,7 @@ __all__ = [
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8188
 RUN_ID_VARIABLE = "COMFYDOCK_RUN_ID"
-STATE_SCHEMA = 2
+
 DEMO_NAME = "demo"
 
 STARTING, RUNNING, UNRESPONSIVE = "starting", "running", "unresponsive"
@@ -257,12 +257,12 @@ class ProcessState:
     owner: Optional[int] = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object of the state file."""
-        names = [name for name in type(self).__annotations__ if name not in ("health_status", "extra", "owner")]
-        data = {_KEYS.get(name, name): getattr(self, name) for name in names}
-        plan = {key: data.pop(key) for key in list(data)[: list(data).index("last_health_check")]}
-        health = {"last_check": data.pop("last_health_check"), "status": self.health_status}
-        return {**plan, "health": health, "schema": STATE_SCHEMA, **data, **self.extra}
+        """Return the JSON object of the state file: the keys of the plan, then ours."""
+        data = {_KEYS.get(name, name): getattr(self, name) for name in type(self).__annotations__}
+        health = {"last_check": data.pop("last_health_check"), "status": data.pop("health_status")}
+        plan = {name: data.pop(name) for name in ("pid", "host", "port", "args", "started_at", "log_path")}
+        del data["extra"], data["owner"]
+        return {**plan, "health": health, "schema": 2, **data, **self.extra}
 
     @property
     def has_log(self) -> bool:
@@ -291,27 +291,22 @@ class ProcessState:
             is_null = value is None and (key == "pid" or getattr(cls, key, 0) is None)
             if not is_null and type(value) is not getattr(kind, "__origin__", kind):
                 raise TypeError(key)
-        if not state._is_sound():
+        is_sound = (
+            (is_pid(state.pid) or state.pid is None and state.phase == STARTING)
+            and is_port(state.port)
+            and is_text_list(state.args)
+            and is_text_list(state.command)
+            and all(is_variable(*pair) for pair in state.env.items())
+            and min(state.log_offset, state.log_inode) >= 0
+            and isinstance(state.starter.get("identity", {}), dict)
+            and type((state.last_exit or {}).get("code")) in (int, type(None))
+        )
+        if not is_sound:
             raise ValueError("a value out of its bounds")
         return state
 
-    def _is_sound(self) -> bool:
-        return (
-            (is_pid(self.pid) or self.pid is None and self.phase == STARTING)
-            and is_port(self.port)
-            and is_text_list(self.args)
-            and is_text_list(self.command)
-            and all(is_variable(*pair) for pair in self.env.items())
-            and min(self.log_offset, self.log_inode) >= 0
-            and isinstance(self.starter.get("identity", {}), dict)
-            and type((self.last_exit or {}).get("code")) in (int, type(None))
-        )
-
     def get_uptime(self) -> "timedelta":
-        """Time since `started_at` by the wall clock; naive times are local. Never negative.
-
-        Raises ValueError when `started_at` is not a time.
-        """
+        """Time since `started_at` by the wall clock, never negative. Raises ValueError when that is not a time."""
         from datetime import timedelta
 
         return timedelta(seconds=max(0.0, time.time() - epoch_of(self.started_at)))
@@ -344,11 +339,11 @@ def is_variable(name: str, value: object) -> bool:
 class NodeInfo:
     """A custom node as the manifest keeps it.
 
-    `name` is its directory in custom_nodes; `version` a registry version, a commit, or "dev";
-    `source` one of registry, git, development, unknown; `branch` the one of a git repository that
-    was asked for, None for its default branch; `pin` the version, tag or commit at which it is to stay. `released` are
-    packages that are not held because of it, with the versions that they had; `skipped_lines` requirements that could
-    not be installed; `no_deps` tells that none were.
+    `name` is its directory in custom_nodes; `version` a registry version, a commit, or "dev"; `source` one of registry,
+    git, development, unknown; `branch` the one of a git repository that was asked for, None for its default branch;
+    `pin` the version, tag or commit at which it is to stay. `released` are packages that are not held because of it,
+    with the versions that they had; `skipped_lines` requirements that could not be installed; `no_deps` tells that none
+    were.
     """
 
     name: str
@@ -370,7 +365,6 @@ class NodeInfo:
         return self.name
 
     def altered(self, **fields: Any) -> "NodeInfo":
-        """The same node but for some fields."""
         return NodeInfo(**{**vars(self), **fields})
 
 
@@ -439,9 +433,8 @@ class SyncReport:
 def parse_comfyui_args(args: list[str]) -> ComfyUIConfig:
     """Host, port and TLS as ComfyUI's own argparse will read them from `args`.
 
-    Both spellings, unique prefixes (`--por 9`, `--lis`), the last one wins, a bare `--listen` is
-    "0.0.0.0,::" (all observed on ComfyUI 0.3.64). Raises CDEnvironmentError for a port that is
-    no number or outside 1-65535: ComfyUI would notice only after its whole start.
+    Both spellings, unique prefixes (`--por 9`, `--lis`), the last one wins, a bare `--listen` is "0.0.0.0,::" (all
+    observed on ComfyUI 0.3.64). Raises CDEnvironmentError for a port that ComfyUI would refuse after its whole start.
     """
     config, tls = ComfyUIConfig(), {"--tls-k": "", "--tls-c": ""}
     for word, following in zip(args, [*args[1:], "--"]):
@@ -486,8 +479,7 @@ def connect_host(host: str) -> str:
 def local_url(config: ComfyUIConfig) -> str:
     """The URL to open on this machine: IPv6 in brackets, https when TLS is on."""
     host = connect_host(config.host)
-    shown = f"[{host}]" if ":" in host else host
-    return f"{'https' if config.tls else 'http'}://{shown}:{config.port}"
+    return f"http{'s' * config.tls}://{f'[{host}]' if ':' in host else host}:{config.port}"
 
 
 def is_loopback(host: str) -> bool:
@@ -495,13 +487,9 @@ def is_loopback(host: str) -> bool:
     return all(re.fullmatch(r"localhost|::1|127[.\d]+", name.strip().lower()) for name in host.split(","))
 
 
-def utc_now() -> str:
-    """The time as the state file writes it: ISO 8601, UTC, milliseconds."""
-    return format_utc(time.time())
-
-
-def format_utc(moment: float) -> str:
-    """Seconds since 1970 in ISO 8601, UTC, milliseconds."""
+def utc_now(moment: Optional[float] = None) -> str:
+    """Return the time, or another one in seconds since 1970, as the state file has it: ISO 8601, UTC, milliseconds."""
+    moment = time.time() if moment is None else moment
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment * 1000) % 1000:03d}+00:00"
 
 
@@ -511,7 +499,7 @@ def epoch_of(stamp: Optional[str]) -> float:
 
     if not isinstance(stamp, str):
         raise ValueError("not a time")
-    return datetime.fromisoformat(stamp[:-1] + "+00:00" if stamp.endswith("Z") else stamp).timestamp()
+    return datetime.fromisoformat(re.sub("Z$", "+00:00", stamp)).timestamp()
 
 
 def format_size(count: float) -> str:
@@ -534,9 +522,7 @@ def format_duration(seconds: float) -> str:
     return f"{minutes}m" if minutes else f"{whole}s"
 
 
-NAME_RULE = (
-    "letters, digits, dot, dash and underscore, at most 63, beginning with a letter or digit, and no reserved word"
-)
+NAME_RULE = "letters, digits, dot, dash, underscore, at most 63, a letter or digit first, and no reserved word"
 NEW_NAME = re.compile(
     r"(?!(?:workspace|logs|models|con|prn|aux|nul|com[1-9]|lpt[1-9])(?:\.|$))(?!.*\.\.)"
     r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9_-])?",
@@ -555,15 +541,14 @@ def is_folder_name(name: str) -> bool:
 
 
 def require_new_name(name: str) -> None:
-    """Raises CDEnvironmentError when no environment may be made under this name."""
+    """Raise CDEnvironmentError when no environment may be made under this name."""
     if not is_new_name(name):
         raise CDEnvironmentError(f"'{name}' cannot name an environment: {NAME_RULE}.", ("create", "my-env"), "usage")
 
 
 def sanitize_name(name: str) -> str:
     """`name` bent into one that may name an environment."""
-    bent = re.sub(r"[^A-Za-z0-9._-]|\.(?=\.)", "-", name)
-    bent = bent.strip("._-")[:50].rstrip("._-") or "comfyui"
+    bent = re.sub(r"[^A-Za-z0-9._-]|\.(?=\.)", "-", name).strip("._-")[:50].rstrip("._-") or "comfyui"
     return bent if is_new_name(bent) else f"env-{bent}"
 
 
@@ -605,8 +590,8 @@ def last_error_line(text: str, code: Optional[int] = None) -> Optional[str]:
 
 def closest_flag(refusal: str, flags: list[str]) -> Optional[str]:
     """The one of `flags` that is spelled most like the first unknown one that a parser's refusal names, or None."""
-    unknown = re.findall(r"(?<=unrecognized arguments: )(--[\w-]+)", refusal)
-    if not unknown:
+    unknown = re.search(r"(?<=unrecognized arguments: )(--[\w-]+)", refusal)
+    if unknown is None:
         return None
     from difflib import get_close_matches
 
@@ -7283,7 +7268,7 @@ class Environment:
         signs = [os.stat(record.log_path).st_mtime] if is_last and os.path.exists(record.log_path) else []
         with suppress(ValueError):
             signs.append(epoch_of(record.last_health_check))
-        last_alive = format_utc(max(signs)) if signs else None
+        last_alive = utc_now(max(signs)) if signs else None
         return {"last_alive": last_alive, "last_error": last_error_line(end, code), "exit_code": code}
 
     # The log -------------------------------------------------------------------------
@@ -7707,7 +7692,7 @@ class Environment:
     def adopt(self, process: Process, record: Optional[ProcessState], run_id: str) -> ProcessState:
         """Write the record of a ComfyUI process of this checkout. The caller holds the process lock."""
         if record is None or not run_id or record.run_id != run_id:
-            began = format_utc(process.created) if process.created is not None else utc_now()
+            began = utc_now(process.created) if process.created is not None else utc_now()
             args = arguments_of(process)
             record = ProcessState(process.pid, DEFAULT_HOST, DEFAULT_PORT, args, began, self.log_path)
             record.run_id = run_id or None
