@@ -365,6 +365,7 @@ class NodeInfo:
         return self.name
 
     def altered(self, **fields: Any) -> "NodeInfo":
+        """The same node but for some fields."""
         return NodeInfo(**{**vars(self), **fields})
 
 
@@ -774,10 +775,7 @@ FILES_ARE_LOCKED_IN_USE = IS_WINDOWS  # whether files that a process has open ca
 
 
 def until(question: "Callable[[], Thing]", seconds: float, pause: float = 0.01) -> "Thing":
-    """Ask until the answer is true, for so many seconds (infinity, too), and return the last answer.
-
-    The question is asked at once, then every `pause` seconds, a last time when the time is up.
-    """
+    """Ask at once, then every `pause` seconds, until the answer is true or `seconds` (infinity, too) are over."""
     deadline = time.monotonic() + seconds
     while not (answer := question()) and (left := deadline - time.monotonic()) > 0:
         time.sleep(min(pause, left))
@@ -816,9 +814,6 @@ def mounts() -> "list[tuple[str, str]]":
     return found
 
 
-O_BINARY = getattr(os, "O_BINARY", 0)
-
-
 def open_regular(path: str, mode: str = "rb", buffering: int = -1) -> "BinaryIO":
     """Open a file that others may have planted, to read or append: no link is followed, and nothing is waited for.
 
@@ -828,21 +823,16 @@ def open_regular(path: str, mode: str = "rb", buffering: int = -1) -> "BinaryIO"
 
     if IS_WINDOWS and os.path.islink(path):  # other systems look while they open
         raise OSError(errno.ELOOP, "is a link", path)
-    refused = OSError(errno.EINVAL, "Not a regular file", path)
-    how = {"r": os.O_RDONLY, "r+": os.O_RDWR, "a": os.O_WRONLY | os.O_APPEND | os.O_CREAT}
-    how["x"] = os.O_WRONLY | os.O_EXCL | os.O_CREAT
-    flags = how[mode.rstrip("b")] | O_BINARY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        handle = os.open(path, flags, 0o600)
+        file: Any = open(path, mode, buffering, opener=lambda name, flags: os.open(name, flags | careful, 0o600))
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file  # type: ignore[no-any-return]
+        file.close()
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a pipe that nobody reads
-            raise refused from None
-        raise
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise refused
-    file: Any = os.fdopen(handle, mode.replace("x", "w"), buffering)
-    return file  # type: ignore[no-any-return]
+        if error.errno not in (errno.ENXIO, errno.ESPIPE, errno.EISDIR):  # of a pipe that nobody reads, of others
+            raise
+    raise OSError(errno.EINVAL, "Not a regular file", path)
 
 
 # The first place of sys.path is, as for a script, the folder of the file, and not the one we stand in.
@@ -856,10 +846,7 @@ def own_file() -> str:
 
 
 def own_command() -> list[str]:
-    """Return the words that start this very file, as a module: then Python need not compile it anew (0.2 s) each time.
-
-    A .pyz archive is started as a whole, and a file whose name is no module's as a script.
-    """
+    """Return the words that start this very file, as a module: then Python need not compile it anew (0.2 s)."""
     here = own_file()
     folder, file = os.path.split(here)
     name, suffix = os.path.splitext(file)
@@ -1027,8 +1014,7 @@ if sys.platform == "win32":
     def open_append(path: str) -> "BinaryIO":
         """Open a log so that every write lands at its end, whoever else writes, and others may read, truncate, rename.
 
-        Python's mode "a" on Windows only moves to the end before it writes; FILE_APPEND_DATA alone is atomic.
-        The handle is not inherited. A link raises OSError (ELOOP).
+        Python's mode "a" only moves to the end before it writes; FILE_APPEND_DATA alone is atomic. A link raises ELOOP.
         """
         import ctypes
         import msvcrt
@@ -1042,10 +1028,7 @@ if sys.platform == "win32":
         return os.fdopen(msvcrt.open_osfhandle(handle, os.O_APPEND), "ab", buffering=0)
 
     def lock_handle(fd: int, shared: bool = False) -> bool:
-        """Take the exclusive lock of an open file without waiting; it falls with the descriptor or the process.
-
-        Windows locks bytes and refuses reading them, so the byte lies far past the end.
-        """
+        """Take the exclusive lock of an open file without waiting: a byte far past the end, which none reads."""
         import msvcrt
 
         place = os.lseek(fd, 0, os.SEEK_CUR)
@@ -1076,10 +1059,7 @@ if sys.platform == "win32":
         libraries()[0].AssignProcessToJobObject(job(), int(process._handle))  # type: ignore[attr-defined]
 
     def attach_and_interrupt(pid: int) -> None:
-        """Press Ctrl-C on the console of `pid`. Only for a short-lived helper: it leaves its own console for that.
-
-        Raises OSError where the process is gone, has no console or belongs to someone else.
-        """
+        """Press Ctrl-C on the console of `pid`, in a short-lived helper: it leaves its own for that. Raises OSError."""
         import ctypes
 
         kernel, _ = libraries()
@@ -1094,8 +1074,8 @@ if sys.platform == "win32":
     def console_interrupt(pid: int) -> bool:
         """Have a helper process press Ctrl-C on the console of `pid`; True where it could.
 
-        A process can be attached to one console only, hence the helper. Should the console be ours too, or not be told,
-        we are deaf meanwhile; else not, for a second Ctrl-C of the user means something.
+        A process has one console, hence the helper. Should it be ours too, or not be told, we are deaf meanwhile; else
+        not, for a second Ctrl-C of the user means something.
         """
         import ctypes
         import subprocess
@@ -1120,8 +1100,8 @@ if sys.platform == "win32":
         """Do to a process what a signal does: "interrupt", "terminate", "kill", "pause" or "continue".
 
         `is_it` tells whether the PID is still the one that is meant, which it stays as long as it is open here. Raises
-        ProcessLookupError where it is not, PermissionError where it is refused or has no console to interrupt.
-        "terminate" and "kill" are the same here. Never os.kill: its 0 is CTRL_C, all else is the end.
+        ProcessLookupError where it is not, PermissionError where it is refused or has no console to interrupt. Never
+        os.kill: its 0 is CTRL_C, all else is the end.
         """
         import ctypes
 
@@ -1141,7 +1121,6 @@ if sys.platform == "win32":
                 raise PermissionError(f"process {pid} refuses to {how}: {ctypes.FormatError(ctypes.get_last_error())}")
 
     def owner_of(path: str) -> str:
-        """Return the user whom a path belongs to; on Windows the one who runs us."""
         return f"{os.environ.get('USERDOMAIN', '.')}\\{os.environ.get('USERNAME', '')}"
 
     def reap(pid: int) -> Optional[int]:
@@ -1166,7 +1145,6 @@ if sys.platform == "win32":
         return stack
 
     def await_end(pid: int, seconds: float) -> None:
-        """Wait for the end of a process, or so many seconds; where it may not be watched, always the latter."""
         try:
             with opened_process(pid, SYNCHRONIZE) as handle:
                 has_ended(handle, max(0, int(seconds * 1000)))
@@ -1264,8 +1242,8 @@ if sys.platform == "win32":
     def process_facts(pid: int) -> Optional[ProcessFacts]:
         """Return what Windows tells about a process, or None where it may not even be opened.
 
-        The command line, folder and environment are read from the parameter block in its own memory, which needs no
-        more than being the same user. learn.microsoft.com documents NtQueryInformationProcess, and the block in part.
+        Command line, folder and environment are read from the parameter block in its own memory (learn.microsoft.com
+        has it in part), which needs no more than being the same user.
         """
         import ctypes
 
@@ -1354,9 +1332,8 @@ else:
     def lock_handle(fd: int, shared: bool = False) -> bool:
         """Take the lock of an open file without waiting; it falls with the last copy of the descriptor.
 
-        flock, not lockf: lockf's lock falls as soon as any descriptor of that file is closed in this process. Who only
-        wants to know takes a `shared` one, for two who ask must not meet each other. Raises OSError where the file
-        system has no locks.
+        flock, not lockf: lockf's falls as soon as any descriptor of that file is closed here. Who only wants to know
+        takes a `shared` one, for two who ask must not meet each other. Raises OSError where there are no locks.
         """
         import fcntl
 
@@ -1422,7 +1399,6 @@ else:
         return prepare
 
     def unlock_handle(fd: int) -> None:
-        """Give up the lock of an open file, whoever else has the descriptor."""
         import fcntl
 
         fcntl.flock(fd, fcntl.LOCK_UN)
@@ -1455,10 +1431,7 @@ else:
         return os.waitstatus_to_exitcode(status) if ended else None
 
     def await_end(pid: int, seconds: float) -> None:
-        """Wait for the end of a process, or so many seconds; where it may not be watched, always the latter.
-
-        Linux 5.3 has pidfd_open; sandboxes and older kernels refuse it. A zombie counts as ended.
-        """
+        """Wait for the end of a process, or so many seconds; where it may not be watched, always the latter."""
         import select
 
         try:
@@ -1517,17 +1490,13 @@ else:
             return False
 
     def session_of(pid: int) -> Optional[int]:
-        """Return the session of a process, None where the system does not tell."""
         try:
             return os.getsid(pid)
         except OSError:
             return None
 
     def kernel_clock() -> tuple[float, int, int]:
-        """Return when the machine was started (seconds since 1970, by the clock as it goes now), the ticks of a second.
-
-        The third is by how many ticks those of /proc are shifted in our time namespace.
-        """
+        """Return when this boot began (s since 1970, by today's clock), ticks of a second, shift in /proc."""
         clock, ticks = getattr(time, "CLOCK_BOOTTIME", None), os.sysconf("SC_CLK_TCK")
         shift = re.search(rb"^boottime +(-?\d+) +(\d+)", read_proc("/proc/self/timens_offsets"), re.MULTILINE)
         boot = time.time() - time.clock_gettime(clock) if clock is not None else 0.0
@@ -1544,16 +1513,6 @@ def passes_interrupt_on() -> bool:
 
 
 TRACERS: list[Progress] = []  # who is told what is run, where, and how long it took; empty but for --verbose
-
-
-@contextmanager
-def traced(tell: Progress) -> Iterator[None]:
-    """Tell of every command that is run meanwhile."""
-    TRACERS.append(tell)
-    try:
-        yield
-    finally:
-        TRACERS.remove(tell)
 
 
 def trace(told: "Union[str, list[str]]", cwd: "Optional[Union[str, Path]]" = None) -> None:
@@ -1575,9 +1534,9 @@ def create_background_process(
 ) -> "subprocess.Popen[bytes]":
     """Start a process that outlives us: detached from terminal and console, all output into `log_file`, stdin empty.
 
-    `env` is the whole environment (ours if None). No descriptor but `pass_fds` is inherited; SIGINT, SIGTERM and the
-    signal mask are at their defaults when called in the main thread. The caller closes its `log_file`, and hands the
-    process to `release` when it no longer watches it. Raises CDEnvironmentError where the program cannot be started.
+    `env` is the whole environment (ours if None); no descriptor but `pass_fds` is inherited. The caller closes its
+    `log_file`, and hands the process to `release` when it no longer watches it. Raises CDEnvironmentError where the
+    program cannot be started.
     """
     import subprocess
 
@@ -1599,10 +1558,7 @@ def release(process: "subprocess.Popen[Any]") -> None:
 
 
 def run_at_terminal(cmd: list[str], cwd: str, env: dict[str, str]) -> int:
-    """Run a program that has our streams to its end; return its exit code, negative for a signal.
-
-    Ctrl-C is its own matter. Raises CDEnvironmentError where it cannot be started.
-    """
+    """Run a program that has our streams, and hears Ctrl-C itself; return its exit code, negative for a signal."""
     import signal
     import subprocess
 
@@ -1663,8 +1619,8 @@ class Terminated(KeyboardInterrupt):
 def prepare_signals() -> None:
     """Have SIGTERM and SIGHUP raise Terminated, so that what was begun is ended and undone on the way out.
 
-    For a program in its main thread. What whoever started us had us inherit is undone: SIGCHLD ignored would lose exit
-    codes, blocked signals would not be heard. A SIGHUP ignored by nohup stays so.
+    For a program in its main thread. What we were made to inherit is undone: SIGCHLD ignored would lose exit codes,
+    blocked signals would not be heard. A SIGHUP ignored by nohup stays so.
     """
     import signal
 
@@ -1689,7 +1645,7 @@ def prepare_signals() -> None:
 def noted_signals() -> Iterator[list[str]]:
     """Yield a list to which SIGINT, SIGTERM and SIGHUP add "interrupt", "terminate", "hangup" instead of acting.
 
-    Off the main thread, where handlers cannot be set, the list stays empty. A SIGHUP ignored by nohup stays so.
+    Off the main thread the list stays empty. A SIGHUP ignored by nohup stays so.
     """
     import signal
 
@@ -1766,10 +1722,10 @@ def run_command(
 ) -> "subprocess.CompletedProcess[str]":
     """Run a command to its end and return its code and output (text; bytes that are not UTF-8 are replaced).
 
-    `timeout` is in seconds; `tell` is given each line of output as it comes. A code other than 0 does not raise.
-    Raises CDEnvironmentError with code "missing" where the program is not there, "timeout" when the time is up: then,
-    as with any other exception, the command and all that it started are ended. What runs under a lock of HANDED_ON has
-    its descriptor, and ends with us where the system can see to that.
+    `timeout` is in seconds; `tell` is given each line as it comes. A code other than 0 does not raise. Raises
+    CDEnvironmentError with code "missing" where the program is not there, "timeout" when the time is up: then, as with
+    any other exception, the command and all that it started are ended. What runs under a lock of HANDED_ON has its
+    descriptor, and ends with us where the system can see to that.
     """
     import subprocess
 
@@ -2987,14 +2943,13 @@ def write_atomic(path: str, data: bytes, mode: int = 0o600, owner: Optional[int]
     """
     temporary = temporary_name(path)
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_BINARY, mode)
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             if owner is not None:
                 with suppress(OSError):  # who is not root can give nothing, and some file systems know no owners
-                    give_to(handle, owner, -1)
+                    give_to(file.fileno(), owner, -1)
             file.flush()
-            os.fsync(handle)
+            os.fsync(file.fileno())
         replace_file(temporary, path)
     except BaseException as error:
         with suppress(OSError):
@@ -12019,9 +11974,9 @@ def answer(console: Console, words: list[str]) -> int:
     console.where = ("--workspace", args.workspace) if args.workspace else ()
     console.chosen = ("-e", args.env) if args.env else ("-e", DEMO_NAME) if args.has("demo") else ()
     streams = args.has("foreground") or args.has("watch") or not command.has_json and not args.has("rotate")
-    with traced(console.trace) if args.verbose else nullcontext():
-        with nullcontext() if streams else console.ticking(command.name):
-            report = command.act(console, args)
+    TRACERS[:] = [console.trace] if args.verbose else []
+    with nullcontext() if streams else console.ticking(command.name):
+        report = command.act(console, args)
     console.show(command.name, report)
     if args.verbose:
         console.trace(f"done, exit code {report.code}")
