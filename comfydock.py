@@ -56,8 +56,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
+from itertools import islice
 
 # Importing typing and dataclasses would cost every command 1.5 times what the interpreter itself costs, so only type
 # checkers do: they take this name as true.
@@ -5182,16 +5183,16 @@ def workflow_nodes(data: Any) -> "Iterator[tuple[str, dict[str, Any]]]":
 class NodeChange:
     """One change of a node: `place` is for its folder, `new` where it is fetched to, `old` where the former one waits.
 
-    `former` is where that is now, which may be spelled otherwise; `undo` takes back what was done; `keeps` tells that
-    `old` holds somebody's work, which goes to the shelf; `goal` is what the manifest is to have of the node.
+    `former` is where that is now, which may be spelled otherwise, and `info` what the manifest has of the node; `undo`
+    takes back what was done; `keeps` tells that `old` holds somebody's work, which goes to the shelf.
     """
 
-    def __init__(self, place: str, former: str = "", undo: Any = None) -> None:
-        self.place, self.former, self.undo = place, former, undo
+    def __init__(self, place: str, former: str = "", info: Optional[NodeInfo] = None) -> None:
+        self.place, self.former, self.info = place, former, info
         self.folder = os.path.join(os.path.dirname(place), STAGING, os.path.basename(place))
         self.new, self.old = os.path.join(self.folder, "new"), os.path.join(self.folder, "old")
-        self.keeps = False
-        self.goal: Optional[tuple[Optional[NodeInfo]]] = None
+        self.keeps, self.undo = False, ExitStack()
+        self.goal: object = ""  # what the manifest is to have of the node, None for nothing
 
     def move(self, source: str, target: str) -> None:
         """Rename, so that it is taken back with the change; across disks, a part of the source may be left."""
@@ -5211,6 +5212,27 @@ def is_half_updated(paths: EnvironmentPaths) -> bool:
     return bool(read_json(paths.before_record).get("phase") == "changing")
 
 
+def node_folders(custom_nodes: str) -> list[str]:
+    """Return the names of the folders that ComfyUI loads nodes from and that are no tool's own.
+
+    Raises OSError where one may not look, or the disk is away: what is closed is not missing.
+    """
+
+    def is_folder(entry: Any) -> bool:
+        try:
+            return bool(entry.is_dir())
+        except OSError:  # a link to a disk that is away
+            return True
+
+    try:
+        with os.scandir(custom_nodes) as entries:
+            names = sorted(entry.name for entry in entries if is_folder(entry))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    hidden = re.compile(r"\.|.*\.disabled$|__pycache__$", re.S)
+    return [name for name in names if not hidden.match(name) and not has_control(name)]  # which no manifest can hold
+
+
 class NodeManager:
     """The custom nodes of one environment: in its manifest, in custom_nodes, and their packages.
 
@@ -5218,22 +5240,17 @@ class NodeManager:
     and either do all they say or leave directory, manifest and packages as they were.
     """
 
-    def __init__(
-        self, paths: EnvironmentPaths, python: Optional[str], tell: Progress, known: Optional[Manifest] = None
-    ) -> None:
-        """Take the environment's interpreter, None when it has none yet: then no packages are installed.
-
-        `known` is its manifest where it has just been read; what changes something reads it again.
-        """
-        self.paths, self.python, self.tell, self.known = paths, python, tell, known
+    def __init__(self, paths: EnvironmentPaths, python: Optional[str], tell: Progress) -> None:
+        """Take the environment's interpreter, None when it has none yet: then no packages are installed."""
+        self.paths, self.python, self.tell = paths, python, tell
         self.end_trial: Callable[[], object] = bool  # what an update of ComfyUI does before it puts the old one back
 
     # What is there
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest: the known one, else as it is now."""
-        return self.known or read_manifest(self.paths, self.python)
+        """What the manifest says now. Raises as read_manifest does."""
+        return read_manifest(self.paths, self.python)
 
     @property
     def comfyui(self) -> str:
@@ -5246,66 +5263,44 @@ class NodeManager:
         return custom_nodes_of(self.comfyui)
 
     def folder_of(self, info: NodeInfo) -> str:
-        """Return a node's folder. Raises CDEnvironmentError (code "name") when its name is none.
-
-        The case of letters does not count: on Windows and macOS the two would be one.
-        """
+        """Return a node's folder, whatever the case of its letters. Raises CDEnvironmentError (code "name")."""
         check_node_name(info.name)
-        same = [name for name in self.folders() if name.casefold() == info.name.casefold()]
-        return os.path.join(self.custom_nodes, same[0] if same else info.name)
+        same = (name for name in self.folders() if name.casefold() == info.name.casefold())
+        return os.path.join(self.custom_nodes, next(same, info.name))
 
     def source_of(self, info: NodeInfo) -> Any:
         """Return the source of a node in the manifest; None for one found at adoption or of an unknown kind."""
         sources = (RegistrySource(), GitSource(), DevelopmentSource(self.custom_nodes))
         return next((source for source in sources if source.name == info.source), None)
 
-    def list_nodes(self) -> dict[str, NodeInfo]:
-        """Return the nodes in the manifest by key."""
-        return self.manifest.nodes
-
-    def find_node(self, identifier: str) -> tuple[str, NodeInfo]:
-        """Return key and node that an identifier means: key, name or registry id in any case, or its repository.
-
-        Raises CDEnvironmentError (code "not-found") when it means none.
-        """
+    def key_of(self, identifier: str) -> Optional[str]:
+        """Return the key of what an identifier means: key, name or registry id in any case, or its repository."""
         nodes, wanted = self.manifest.nodes, identifier.casefold()
-        named = [
+        keys = [
             key for key, one in nodes.items() if wanted in map(str.casefold, (key, one.name, one.registry_id or key))
         ]
-        named += [key for key, one in nodes.items() if same_repository(identifier, one.repository)]
-        if named:
-            return named[0], nodes[named[0]]
-        raise CDEnvironmentError(f"no node {identifier!r} in the manifest", ("node", "list"), "not-found")
+        keys += [key for key, one in nodes.items() if same_repository(identifier, one.repository)]
+        return keys[0] if keys else None
+
+    def find_node(self, identifier: str) -> tuple[str, NodeInfo]:
+        """Return key and node of what an identifier means. Raises CDEnvironmentError (code "not-found")."""
+        key = self.key_of(identifier)
+        if key is None:
+            raise CDEnvironmentError(f"no node {identifier!r} in the manifest", ("node", "list"), "not-found")
+        return key, self.manifest.nodes[key]
 
     def folders(self) -> list[str]:
-        """Return the names of the folders in custom_nodes that ComfyUI loads and that are no tool's own.
-
-        Raises OSError where one may not look, or the disk is away: what is closed is not missing.
-        """
-
-        def is_folder(entry: Any) -> bool:
-            try:
-                return bool(entry.is_dir())
-            except OSError:  # a link to a disk that is away
-                return True
-
-        try:
-            with os.scandir(self.custom_nodes) as entries:
-                names = sorted(entry.name for entry in entries if is_folder(entry))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        names = [name for name in names if not re.match(r"\.|.*\.disabled$|__pycache__$", name, re.S)]
-        return [name for name in names if not has_control(name)]  # no manifest can hold such a name
+        """Return the names of the nodes' folders in custom_nodes. Raises OSError as node_folders does."""
+        return node_folders(self.custom_nodes)
 
     def disabled(self) -> dict[str, str]:
         """Return disabled nodes by name, case folded, with their folders: NAME.disabled, .disabled/NAME[@VERSION]."""
         found: dict[str, str] = {}
         for folder, end in ((self.custom_nodes, ".disabled"), (os.path.join(self.custom_nodes, ".disabled"), "")):
-            with suppress(OSError):
-                for name in sorted(os.listdir(folder)):
-                    if name.endswith(end) and not name.startswith("."):
-                        plain = name.removesuffix(".disabled").partition("@")[0]
-                        found[plain.casefold()] = os.path.join(folder, name)
+            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                if name.endswith(end) and not name.startswith("."):
+                    plain = name.removesuffix(".disabled").partition("@")[0]
+                    found[plain.casefold()] = os.path.join(folder, name)
         return found
 
     def disabled_folder(self, info: NodeInfo) -> Optional[str]:
@@ -5320,9 +5315,9 @@ class NodeManager:
         tracked = {info.name.casefold(): info for info in manifest.nodes.values()}
         found = {name.casefold() for name in manifest.found_nodes}
         extra = [name for name in folders if name.casefold() not in tracked]
-        missing = [name for name in tracked if name not in there]
+        missing = [info for name, info in tracked.items() if name not in there and not self.disabled_folder(info)]
         return EnvironmentComparison(
-            missing_nodes=[tracked[name].name for name in missing if not self.disabled_folder(tracked[name])],
+            missing_nodes=[info.name for info in missing],
             extra_nodes=[name for name in extra if name.casefold() not in found],
             found_nodes=[name for name in extra if name.casefold() in found],
             version_mismatches=[wrong for name in tracked if name in there for wrong in self.mismatch(tracked[name])],
@@ -5331,14 +5326,35 @@ class NodeManager:
 
     def mismatch(self, info: NodeInfo) -> list[dict[str, str]]:
         """Return what 1.0.x calls a version mismatch: none or one. Git nodes count when a commit is recorded."""
-        source = self.source_of(info)
-        if source is None or info.source == "development" or not info.version:
+        is_number, version = info.source == "registry", info.version or ""
+        if not version or not is_number and not (info.source == "git" and re.fullmatch("[0-9a-f]{40,64}", version)):
             return []
-        if info.source == "git" and not re.fullmatch("[0-9a-f]{40,64}", info.version):
-            return []
-        actual = source.version_in(self.folder_of(info)) or info.version
-        same = actual == info.version or info.source != "git" and version_key(actual) == version_key(info.version)
-        return [] if same else [{"name": info.name, "expected": info.version, "actual": actual}]
+        actual = self.source_of(info).version_in(self.folder_of(info)) or version
+        same = actual == version or is_number and version_key(actual) == version_key(version)
+        return [] if same else [{"name": info.name, "expected": version, "actual": actual}]
+
+    def packs_of(self, workflow: str) -> "tuple[list[str], list[str]]":
+        """Return what is to be added for a workflow file to run, as add_node takes it, and classes nobody knows."""
+        import glob
+
+        packs: dict[str, str] = {}
+        unknown: dict[str, bool] = {}
+        places = [os.path.join(glob.escape(self.comfyui), *part) for part in (["nodes.py"], ["comfy_*", "*.py"])]
+        core = "".join(read_any_text(path) for place in places for path in glob.glob(place))
+        for kind, properties in workflow_nodes(workflow_data(workflow)):
+            pack, repository, version = (str(properties.get(name) or "") for name in ("cnr_id", "aux_id", "ver"))
+            is_core = not pack and not repository and re.search(rf"""["']{re.escape(kind)}["']""", core)
+            if is_core or pack.lower() == "comfy-core":
+                continue
+            if not pack and re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+                pack = f"https://github.com/{repository}"
+            pack = pack if "://" in pack else pack.lower() or RegistrySource().pack_of(kind) or ""
+            if pack:
+                pattern = COMMIT if "://" in pack else r"\d+(\.\d+)+\S*"
+                packs.setdefault(pack, f"@{version}" if re.fullmatch(pattern, version) else "")
+            else:
+                unknown[kind] = True
+        return [pack + version for pack, version in packs.items() if self.key_of(pack) is None], [*unknown]
 
     # What changes nodes
 
@@ -5364,7 +5380,7 @@ class NodeManager:
             place = r"/|\./|\.\./|~|\.\\|\.\.\\|[A-Za-z]:[\\/]|.*://|.*::|[\w.-]+@[\w.-]+:"  # a path or an address
             source: Any = GitSource() if re.match(place, identifier) else RegistrySource()
             source = DevelopmentSource(self.custom_nodes) if is_development else source
-            key, info = self.tracked_as(source.find(identifier, self.tell), force)
+            key, info = self.key_for(source.find(identifier, self.tell), force)
             info = info.altered(no_deps=no_deps, released=[*map(package_name, release)])
             source = self.source_of(info) if info.source == "git" else source  # the registry may name a repository
             info = self.put(key, info, source, no_test, force, skip_bad_lines)
@@ -5377,15 +5393,13 @@ class NodeManager:
         """
         with self.changing(f"remove {identifier}"):
             key, info = self.find_node(identifier)
-            action = "none"
             with self.change(key, info) as change:
-                if os.path.lexists(change.former):
-                    change.keeps = self.changes_in(change, key, force=True) != []
-                    action = self.make_room(change, info)
-                change.goal = (None,)
+                self.check_former(change, True)
+                action = self.make_room(change)
+                change.goal = None
                 change_node(self.paths, key, None, [], self.python)
             self.without_failing(self.settle_packages, info)
-            self.without_failing(remove_file, self.record_path(info))
+            self.without_failing(remove_file, self.receipt_path(info))
         return NodeRemovalResult(identifier, info.name, info.source, action)
 
     def update_node(
@@ -5395,57 +5409,50 @@ class NodeManager:
         no_test: bool = False,
         force: bool = False,
     ) -> UpdateResult:
-        """Bring a node to its newest version; a development node's requirements are read again.
+        """Bring a node to its newest version, NODE@VERSION to that; a development node's requirements are read again.
 
         `confirmation_strategy` is asked with (name, old version, new version) before anything changes; no lock is held
         meanwhile. `force` replaces the node's own local changes, which are moved aside. Raises CDNodeConflictError when
         the node has local changes, CDEnvironmentError as add_node does.
         """
-        key, info, asked = self.find_version(identifier)
-
-        def left_alone(why: str) -> UpdateResult:
-            return UpdateResult(info.name, info.source, False, f"{info.name} {why}", [], [], info.version, info.version)
-
-        if not os.path.lexists(self.folder_of(info)) and self.disabled_folder(info):
-            return left_alone("is disabled, and was left as it is")
-        if info.pin and not asked:
-            return left_alone(f"stays at {info.pin}; to move it: node update {key}@latest")
-        newest = self.newest(info, asked)
-        source = self.source_of(newest)
-        if newest.version != info.version or newest.pin != info.pin:
-            confirm = confirmation_strategy
-            if confirm is not None and not confirm(info.name, str(info.version), str(newest.version or asked)):
-                return left_alone("was left as it is")
-        elif info.source != "development":
-            return left_alone("is at its newest version")
+        base, _, asked = identifier.replace("==", "@", 1).rpartition("@")
+        if self.key_of(identifier) is not None or self.key_of(base) is None:
+            base, asked = identifier, ""
+        key, info = self.find_node(base)
+        result = UpdateResult(info.name, info.source, old_version=info.version, new_version=info.version)
+        newest, why = self.newest(key, info, asked)
+        is_other = (newest.version, newest.pin) != (info.version, info.pin)
+        if is_other and confirmation_strategy is not None:
+            is_agreed = confirmation_strategy(info.name, str(info.version), str(newest.version or asked))
+            why = "" if is_agreed else "was left as it is"
+        if why:
+            result.message = f"{info.name} {why}"
+            return result
         with self.changing(f"update {info.name}"):
             now = self.manifest.nodes.get(key)
             if now is None or now.version != info.version:
-                message = f"node '{info.name}' was changed by another command"
-                raise CDEnvironmentError(message, ("node", "update", key))
+                hint = ("node", "update", key)
+                raise CDEnvironmentError(f"node '{info.name}' was changed by another command", hint)
             before = self.manifest.requirements(info)
             if newest != info or self.needs_of(info, self.folder_of(info)) != before:
+                source = self.source_of(newest)
                 newest = self.put(key, newest, source, no_test, force, bool(info.skipped_lines))
             after = self.manifest.requirements(newest)
-        changed = info.version != newest.version or before != after
-        message = f"{info.name} updated" if changed else f"{info.name} is up to date"
-        added, removed = [one for one in after if one not in before], [one for one in before if one not in after]
-        result = UpdateResult(info.name, info.source, changed, message, added, removed, info.version, newest.version)
-        if changed:
-            result.restart_recommended = True
-            result.restart_reason = f"Node '{info.name}' updated to {newest.version}"
+        result.new_version = newest.version
+        result.requirements_added = [one for one in after if one not in before]
+        result.requirements_removed = [one for one in before if one not in after]
+        result.changed = result.restart_recommended = info.version != newest.version or before != after
+        result.message = f"{info.name} " + ("updated" if result.changed else "is up to date")
+        result.restart_reason = f"Node '{info.name}' updated to {newest.version}" if result.changed else None
         return result
 
-    def find_version(self, identifier: str) -> "tuple[str, NodeInfo, str]":
-        """Return key and node that NODE or NODE@VERSION means, and the version. Raises as find_node does."""
-        base, _, asked = identifier.replace("==", "@", 1).rpartition("@")
-        if self.is_tracked(identifier) or not self.is_tracked(base):
-            return (*self.find_node(identifier), "")
-        return (*self.find_node(base), asked)
-
-    def newest(self, info: NodeInfo, asked: str) -> NodeInfo:
-        """Return a node as it is to become: at the version that was asked for, else at its newest."""
-        source = self.source_of(info)
+    def newest(self, key: str, info: NodeInfo, asked: str) -> "tuple[NodeInfo, str]":
+        """Return a node at the version that was asked for, else at its newest; and why it stays as it is, or ""."""
+        source, found = self.source_of(info), info
+        if not os.path.lexists(self.folder_of(info)) and self.disabled_folder(info):
+            return info, "is disabled, and was left as it is"
+        if info.pin and not asked:
+            return info, f"stays at {info.pin}; to move it: node update {key}@latest"
         if source is None:
             raise CDEnvironmentError(f"the source of {info.name} is not recorded", ("repair",), "not-found")
         if not asked:
@@ -5455,7 +5462,9 @@ class NodeManager:
         else:
             found = source.find(f"{info.repository}" + f"@{asked}" * (asked != "latest"), self.tell)
         kept = ("name", "registry_id", "released", "skipped_lines", "no_deps")
-        return NodeInfo(**{**vars(found), **{name: getattr(info, name) for name in kept}})
+        found = found.altered(**{name: getattr(info, name) for name in kept})
+        is_same = (found.version, found.pin) == (info.version, info.pin) and info.source != "development"
+        return found, "is at its newest version" if is_same else ""
 
     def sync(self, correct_versions: bool = False) -> SyncReport:
         """Install what the manifest has and the disk lacks; nothing is removed.
@@ -5466,28 +5475,24 @@ class NodeManager:
         """
         with self.changing("sync"):
             report, difference = SyncReport(), self.compare()
-            for name in difference.missing_nodes:
-                self.restore(name, report, report.installed)
+            wanted = dict.fromkeys(difference.missing_nodes, report.installed)
             for wrong in difference.version_mismatches if correct_versions else []:
                 if not self.taken_in(wrong, report):
-                    self.restore(wrong["name"], report, report.corrected)
+                    wanted[wrong["name"]] = report.corrected
+            for name, done in wanted.items():
+                key, info = self.find_node(name)
+                source = self.source_of(info)
+                try:
+                    if source is None or info.source == "development":
+                        lost = "it is not in custom_nodes, and only you know where it is: put it back"
+                        raise CDEnvironmentError(f"{lost}, or: node remove {quote(name)}")
+                    self.put(key, info, source)
+                    done.append(name)
+                except CDEnvironmentError as error:
+                    report.problems.append(f"{name}: {error.message}")
             if self.install_requirements() and not report.problems:
                 write_atomic(self.paths.stamp, json.dumps({"stamp": self.stamp()}).encode())
         return report
-
-    def restore(self, name: str, report: SyncReport, done: list[str]) -> None:
-        """Bring one node to what the manifest says, or note why not."""
-        key, info = self.find_node(name)
-        source = self.source_of(info)
-        if source is None or info.source == "development":
-            lost = f"{name} is not in custom_nodes, and only you know where it is: put it back"
-            report.problems.append(f"{lost}, or: node remove {quote(name)}")
-            return
-        try:
-            self.put(key, info, source)
-            done.append(name)
-        except CDEnvironmentError as error:
-            report.problems.append(f"{name}: {error.message}")
 
     def taken_in(self, wrong: dict[str, str], report: SyncReport) -> bool:
         """Write down the version of a node that somebody else, such as ComfyUI-Manager, has changed in its place.
@@ -5495,14 +5500,14 @@ class NodeManager:
         False when it is as we last saw it: then the manifest has changed, and the node is to follow.
         """
         key, info = self.find_node(wrong["name"])
-        if self.recorded(info).get("version") != info.version:
+        if not self.receipt(info).get("version"):
             return False
-        place = self.folder_of(info)
-        is_newer = {"download_url": None} if info.source == "registry" else {}
-        info = info.altered(version=wrong["actual"], pin=info.pin and wrong["actual"], **is_newer)
+        place, version = self.folder_of(info), wrong["actual"]
+        url = None if info.source == "registry" else info.download_url
+        info = info.altered(version=version, pin=info.pin and version, download_url=url)
         change_node(self.paths, key, info, self.needs_of(info, place), self.python)
-        self.without_failing(self.record, info, place)
-        report.corrected.append(f"{info.name}: {wrong['actual']}, as it is there now")
+        self.without_failing(self.write_receipt, info, place)
+        report.corrected.append(f"{info.name}: {version}, as it is there now")
         return True
 
     def switch_node(self, identifier: str, is_on: bool) -> str:
@@ -5510,46 +5515,17 @@ class NodeManager:
         with self.changing(f"{'enable' if is_on else 'disable'} {identifier}"):
             _, info = self.find_node(identifier)
             place, away = self.folder_of(info), self.disabled_folder(info)
+            state = "enabled" if is_on else "disabled"
             if os.path.lexists(place) == is_on:
-                return f"{info.name} is {'enabled' if is_on else 'disabled'} already"
+                return f"{info.name} is {state} already"
             if is_on and away is None:
                 raise CDEnvironmentError(f"{info.name} is not there", ("repair",), "not-found")
-            shelf = os.path.join(self.custom_nodes, ".disabled")
             number = "nightly" if info.source == "git" else str(info.version).replace(".", "_")
             name = f"{info.registry_id.lower()}@{number}" if info.registry_id else os.path.basename(place)
+            shelf = os.path.join(self.custom_nodes, ".disabled")
             make_folder(shelf)
             move(away or "", place) if is_on else move(place, os.path.join(shelf, name))
-            return f"{info.name} is {'enabled' if is_on else 'disabled'}"
-
-    def packs_of(self, workflow: str) -> "tuple[list[str], list[str]]":
-        """Return what is to be added for a workflow file to run, as add_node takes it, and classes nobody knows."""
-        import glob
-
-        packs: dict[str, str] = {}
-        unknown: list[str] = []
-        places = [os.path.join(glob.escape(self.comfyui), *part) for part in (["nodes.py"], ["comfy_*", "*.py"])]
-        core = "".join(read_any_text(path) for place in places for path in glob.glob(place))
-        for kind, properties in workflow_nodes(workflow_data(workflow)):
-            pack, repository = str(properties.get("cnr_id") or "").lower(), str(properties.get("aux_id") or "")
-            version = str(properties.get("ver") or "")
-            if pack == "comfy-core" or not (pack or repository) and re.search(rf"""["']{re.escape(kind)}["']""", core):
-                continue
-            if not pack and re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-                pack = f"https://github.com/{repository}"
-            pack = pack or RegistrySource().pack_of(kind) or ""
-            if pack:
-                pattern = COMMIT if "://" in pack else r"\d+(\.\d+)+\S*"
-                packs.setdefault(pack, f"@{version}" if re.fullmatch(pattern, version) else "")
-            elif kind not in unknown:
-                unknown.append(kind)
-        return [pack + version for pack, version in packs.items() if not self.is_tracked(pack)], unknown
-
-    def is_tracked(self, identifier: str) -> bool:
-        """Tell whether the manifest has a node."""
-        try:
-            return bool(self.find_node(identifier))
-        except CDEnvironmentError:
-            return False
+            return f"{info.name} is {state}"
 
     def track(self, name: str) -> NodeInfo:
         """Write a folder that is in custom_nodes into the manifest as what it looks like; nothing else changes.
@@ -5563,10 +5539,9 @@ class NodeManager:
             info = self.recognised(folder, name)
             key = info.registry_id or info.name
             if key in self.manifest.nodes:
-                hint = ("node", "remove", key)
-                raise CDNodeConflictError(f"the manifest has another {key}", hint, "conflict")
+                raise CDNodeConflictError(f"the manifest has another {key}", ("node", "remove", key), "conflict")
             change_node(self.paths, key, info, self.needs_of(info, folder), self.python)
-            self.without_failing(self.record, info, folder)
+            self.without_failing(self.write_receipt, info, folder)
         return info
 
     def recognised(self, folder: str, name: str) -> NodeInfo:
@@ -5574,21 +5549,20 @@ class NodeManager:
         check_node_name(name)
         remote, url = remote_of(folder)
         if url:
-            version, branch = (
-                GitSource().version_in(folder),
-                git_answer([*LOOK, "symbolic-ref", "--quiet", "--short", "HEAD"], folder),
+            head, usual = (
+                git_answer([*LOOK, "symbolic-ref", "--quiet", "--short", ref], folder)
+                for ref in ("HEAD", f"refs/remotes/{remote}/HEAD")
             )
-            usual = git_answer([*LOOK, "symbolic-ref", "--quiet", "--short", f"refs/remotes/{remote}/HEAD"], folder)
-            branch = None if usual == f"{remote}/{branch}" else branch
+            branch = None if usual == f"{remote}/{head}" else head
             mark = os.path.join(folder, ".git", CNR_ID)
-            identity = read_any_text(mark).strip()
-            known = identity if re.fullmatch(r"[\w.-]{1,100}", identity) else None
-            return NodeInfo(name, known, url, version, source="git", branch=branch)
-        project = project_table(folder, self.python).get("name")
+            known = read_any_text(mark).strip()
+            known = known if re.fullmatch(r"[\w.-]{1,100}", known) else ""
+            return NodeInfo(name, known or None, url, GitSource().version_in(folder), source="git", branch=branch)
         if os.path.isfile(os.path.join(folder, TRACKING)):
-            plain, _, version = name.partition("@")  # NAME@1_0_5, as ComfyUI-Manager once named them
+            plain, mark, version = name.partition("@")  # NAME@1_0_5, as ComfyUI-Manager once named them
             version = RegistrySource().version_in(folder) or version.replace("_", ".")
-            identity = project if isinstance(project, str) else plain if "@" in name else ""
+            project = project_table(folder, self.python).get("name")
+            identity = project if isinstance(project, str) else plain if mark else ""
             if identity and version:
                 return NodeInfo(name, identity.lower(), version=version, source="registry")
         return NodeInfo(name, version="dev", source="development")
@@ -5599,7 +5573,6 @@ class NodeManager:
     def changing(self, purpose: str) -> Iterator[None]:
         """Hold the content lock, on ground that no killed command left half done."""
         with locked(self.paths.content_lock, 30.0, purpose, handed_on=True):
-            self.known = None
             self.take_back_interrupted()
             if is_half_updated(self.paths):
                 ComfyUIUpdate(self).put_back()
@@ -5620,36 +5593,37 @@ class NodeManager:
             self.tell(f"an interrupted node change is undone: {name}")
             change = NodeChange(os.path.join(self.custom_nodes, name))
             move(change.old, change.place, change.folder)
-        record = read_json(self.paths.packages)
-        if record:
-            node = self.manifest.nodes.get(str(record.get("key")))
-            if self.python and (node is None or vars(node) != record.get("node")):
-                Packages(self.python, []).put_back(self.tell, record["before"])
-            remove_file(self.paths.packages)
+        self.put_packages_back()
         staged = os.path.join(self.custom_nodes, STAGING)
         for name in os.listdir(staged) if os.path.isdir(staged) and not is_link(staged) else []:
             with suppress(CDEnvironmentError, OSError):  # it was told when it happened
                 self.tidy(NodeChange(os.path.join(self.custom_nodes, name)))
 
+    def put_packages_back(self, is_failed: bool = False) -> None:
+        """Put packages back that were changed for a node which the manifest does not have, or whose change failed."""
+        kept = read_json(self.paths.packages)
+        node = self.manifest.nodes.get(str(kept.get("key"))) if kept else None
+        if kept and self.python and (is_failed or node is None or vars(node) != kept.get("node")):
+            Packages(self.python, []).put_back(self.tell, kept["before"])
+        remove_file(self.paths.packages)
+
     @contextmanager
     def change(self, key: str, info: NodeInfo) -> Iterator[NodeChange]:
         """Prepare a change of one node; it is taken back when anything goes wrong before the manifest has it."""
-        from contextlib import ExitStack
-
         if not os.path.isdir(self.comfyui) or is_link(os.path.join(self.custom_nodes, STAGING)):
             raise CDEnvironmentError(f"ComfyUI is not at {self.comfyui}", ("repair",), "not-found")
-        former, is_done = self.folder_of(info), False
-        change = NodeChange(os.path.join(self.custom_nodes, info.name), former, ExitStack())
+        place, former = os.path.join(self.custom_nodes, info.name), self.folder_of(info)
+        change, is_done = NodeChange(place, former, self.manifest.nodes.get(key)), False
         make_folder(change.folder)
         try:
             yield change
             is_done = True
         finally:
             with suppress(CDEnvironmentError):  # Ctrl-C may come when the manifest was just replaced
-                is_done = is_done or (change.goal is not None and change.goal == (self.manifest.nodes.get(key),))
+                is_done = is_done or change.goal == self.manifest.nodes.get(key)
             if not is_done:
                 self.without_failing(change.undo.close)
-            self.without_failing(remove_file, self.paths.packages)
+            self.without_failing(self.put_packages_back, not is_done)
             self.without_failing(self.tidy, change, is_done and not change.keeps)
 
     def tidy(self, change: NodeChange, is_disposable: bool = False) -> None:
@@ -5670,8 +5644,8 @@ class NodeManager:
         except (CDEnvironmentError, OSError) as error:
             self.tell(f"warning: {error}")
 
-    def tracked_as(self, info: NodeInfo, force: bool) -> tuple[str, NodeInfo]:
-        """Return the key for a node that is to be added, and its NodeInfo in the folder of the one that it replaces.
+    def key_for(self, info: NodeInfo, force: bool) -> tuple[str, NodeInfo]:
+        """Return the key for a node that is to be added, and the node in the folder of the one that it replaces.
 
         Raises CDNodeConflictError when what is there already is not to be replaced.
         """
@@ -5690,69 +5664,71 @@ class NodeManager:
     def put(
         self, key: str, info: NodeInfo, source: Any, no_test: bool = False, force: bool = False, skip_bad: bool = False
     ) -> NodeInfo:
-        """Fetch a node, install what it needs, put it in its place, and record it: all or nothing."""
-        old = self.manifest.nodes.get(key)
+        """Fetch a node, install what it needs, put it in its place, and write it down: all or nothing."""
         with self.change(key, info) as change:
             fetched = source.place_in(change.former) if info.source == "development" else ""
             if not fetched:
-                fetched, former = change.new, os.path.lexists(change.former)
-                change.keeps = former and self.changes_in(change, key, force) != []
-                self.tell(f"fetching {info.name} {info.version or ''}".rstrip())
-                info = source.fetch(info, change.new, self.tell)
-                if former:
-                    self.carry_over(change, old, force)
+                fetched, info = change.new, self.fetch(change, info, source, force)
             info, packages = self.install_needs(change, key, info, fetched, no_test, skip_bad)
-            change.goal = (info,) if info != old else None
             place = change.former if fetched == change.former else change.place
             if fetched != place:
-                if os.path.lexists(change.former):
-                    self.make_room(change, old)
+                self.make_room(change)
                 change.move(fetched, place)
             if packages and os.path.isfile(os.path.join(place, "install.py")):
                 self.tell(f"running install.py of {info.name}")
                 packages.run_install_script(place, self.comfyui, self.tell)
             needs = self.needs_of(info, place)
-            if info != old or needs != self.manifest.requirements(info):
+            if info != change.info or needs != self.manifest.requirements(info):
+                change.goal = info if info != change.info else ""
                 change_node(self.paths, key, info, needs, self.python)
-        self.without_failing(self.record, info, place, packages, True)
+        self.without_failing(self.write_receipt, info, place, packages, True)
         return info
 
-    def changes_in(self, change: NodeChange, key: str, force: bool) -> Optional[list[str]]:
-        """Return what somebody changed in a folder that has to make room; None when nobody can tell.
-
-        Raises CDNodeConflictError when it has to stay.
-        """
-        name, old = os.path.basename(change.former), self.manifest.nodes.get(key)
-        if (old is None or old.name.casefold() != name.casefold()) and not force:
-            message = f"custom_nodes has a folder {name} that the manifest does not know"
-            hint = ["To track it: ", ("repair",), ". To move it aside: --force."]
-            raise CDNodeConflictError(message, hint, "conflict")
-        if old is None or is_link(change.former) or old.source == "development" or self.source_of(old) is None:
-            return None
-        changes: Optional[list[str]] = self.source_of(old).changes(change.former, self.recorded(old))
-        if changes and not force:
-            message = f"node '{name}' has local changes ({', '.join(changes[:3])})"
-            raise CDNodeConflictError(message, "save them, or use --force (they are moved aside)", "local-changes")
-        return changes
-
-    def carry_over(self, change: NodeChange, old: Optional[NodeInfo], force: bool) -> None:
-        """Give the fetched node the files that the user put into the former one."""
-        source = self.source_of(old) if old and old.source != "development" and not is_link(change.former) else None
-        known = source.files(change.former, self.recorded(old)) if source else None
-        if known is None or is_link(change.new):
-            return
-        taken = carry_over(change.former, change.new, known)
+    def fetch(self, change: NodeChange, info: NodeInfo, source: Any, force: bool) -> NodeInfo:
+        """Fetch a node beside its place, and give it the files that the user put into the former one."""
+        known = self.check_former(change, force)
+        self.tell(f"fetching {info.name} {info.version or ''}".rstrip())
+        info = source.fetch(info, change.new, self.tell)
+        taken = [] if known is None or is_link(change.new) else carry_over(change.former, change.new, known)
         if taken and not force:
             message = f"the new {os.path.basename(change.place)} has files of its own in place of yours ({taken[0]})"
             raise CDNodeConflictError(message, "save them, or use --force (they are moved aside)", "local-changes")
         change.keeps = change.keeps or bool(taken)
+        return info
 
-    def make_room(self, change: NodeChange, old: Optional[NodeInfo]) -> str:
+    def check_former(self, change: NodeChange, force: bool) -> Optional[set[str]]:
+        """Find out whether a folder that has to make room holds somebody's work; return what in it is not the user's.
+
+        None when nobody can tell. Raises CDNodeConflictError when it has to stay.
+        """
+        name, old = os.path.basename(change.former), change.info
+        if not os.path.lexists(change.former):
+            return None
+        if (old is None or old.name.casefold() != name.casefold()) and not force:
+            message = f"custom_nodes has a folder {name} that the manifest does not know"
+            hint = ["To track it: ", ("repair",), ". To move it aside: --force."]
+            raise CDNodeConflictError(message, hint, "conflict")
+        change.keeps = True
+        source = None if old is None or is_link(change.former) else self.source_of(old)
+        if old is None or source is None or old.source == "development":
+            return None
+        receipt = self.receipt(old)
+        changes: Optional[list[str]] = source.changes(change.former, receipt)
+        if changes and not force:
+            message = f"node '{name}' has local changes ({', '.join(changes[:3])})"
+            raise CDNodeConflictError(message, "save them, or use --force (they are moved aside)", "local-changes")
+        change.keeps = changes != []
+        known: Optional[set[str]] = source.files(change.former, receipt)
+        return known
+
+    def make_room(self, change: NodeChange) -> str:
         """Move a folder from its place, a development node to NAME.disabled; tells what becomes of it.
 
         One that was disabled before gets the time into its name, as in 1.0.x; a link goes, it leads elsewhere.
         """
-        if old is None or old.source != "development":
+        if not os.path.lexists(change.former):
+            return "none"
+        if change.info is None or change.info.source != "development":
             change.move(change.former, change.old)
             return "moved" if change.keeps else "deleted"
         disabled, change.keeps = f"{change.former}.disabled", False
@@ -5778,20 +5754,17 @@ class NodeManager:
             return info, None
         if folder == change.new:  # a package that stays tied to this folder would lose it
             need.entries = [re.sub(r"^(-e|--editable)\b[ =]?\s*", "", entry) for entry in need.entries]
-        released = {package_name(line): line for one in self.manifest.nodes.values() for line in one.released}
-        packages = Packages(self.python, self.world(key), {*released, *map(package_name, info.released)})
+        names, released = [*map(package_name, info.released)], self.released()
+        packages = Packages(self.python, self.world(key), {*released, *names})
         there = {name: one.pinned for name, one in packages.before.items()}
-        names = [*map(package_name, info.released)]
         info = info.altered(released=[released.get(name) or there.get(name, name) for name in names])
         try:
             if not no_test or skip_bad:
                 self.tell(f"trying the requirements of {info.name}")
                 left_out = packages.try_install(need, skip_bad, self.tell)
                 info = info.altered(skipped_lines=[*info.skipped_lines, *map(redact, left_out)])
-            if info != self.manifest.nodes.get(key):
-                record = {"key": key, "node": vars(info), "before": packages.remembered()}
-                write_atomic(self.paths.packages, json.dumps(record).encode())
-            change.undo.callback(packages.put_back, self.tell)
+            kept = {"key": key, "node": vars(info), "before": packages.remembered()}
+            write_atomic(self.paths.packages, json.dumps(kept).encode())
             self.tell(f"installing the requirements of {info.name}")
             packages.install(need, self.tell)
         except CDEnvironmentError as error:
@@ -5799,6 +5772,10 @@ class NodeManager:
                 error.hint = self.ways_on(info, packages, error.message)
             raise
         return info, packages
+
+    def released(self) -> dict[str, str]:
+        """Return what is not held for some node: the line of what was there before by the package's name."""
+        return {package_name(line): line for one in self.manifest.nodes.values() for line in one.released}
 
     def ways_on(self, info: NodeInfo, packages: Packages, why: str) -> Any:
         """Return the hint for a node whose packages cannot be installed."""
@@ -5813,18 +5790,17 @@ class NodeManager:
 
     def settle_packages(self, info: NodeInfo) -> None:
         """Tell which packages a removed node leaves behind, and give back what was not held for it alone."""
-        brought, nodes = read_json(self.record_path(info)).get("packages"), self.manifest.nodes.values()
-        others = {package_name(line) for one in nodes for line in one.released}
+        brought, others = self.receipt(info).get("packages") or [], self.released()
         back = [line for line in info.released if package_name(line) not in others]
         if not self.python or not (brought or back):
             return
-        packages = Packages(self.python, self.world(), others | {*map(package_name, back)})
-        if back and (why := packages.ask([*packages.world, Need("what was before", back)], self.tell, is_trial=False)):
-            self.tell(f"warning: {', '.join(back)} cannot be given back: {why}")
-        elif back:
-            self.tell(f"given back: {', '.join(back)}")
+        packages = Packages(self.python, self.world(), {*others, *map(package_name, back)})
+        if back:
+            why = packages.ask([*packages.world, Need("what was before", back)], self.tell, is_trial=False)
+            lines = ", ".join(back)
+            self.tell(f"warning: {lines} cannot be given back: {why}" if why else f"given back: {lines}")
         wanted = {package_name(entry) for need in packages.world for entry in need.entries}
-        left = [name for name in brought or [] if package_name(name) in packages.before.keys() - wanted]
+        left = [name for name in brought if package_name(name) in packages.before.keys() - wanted]
         if left:
             self.tell(f"packages that {info.name} brought stay installed: {', '.join(left)}")
 
@@ -5835,7 +5811,7 @@ class NodeManager:
         return Need(info.name, [entry for entry in entries if entry])
 
     def needs_of(self, info: NodeInfo, folder: str) -> list[str]:
-        """Return the requirements of the node in a folder that the manifest records."""
+        """Return the requirements of the node in a folder as the manifest has them."""
         return requirement_lines("\n".join(self.need_of(info, folder).entries))
 
     def world(self, but: str = "", comfyui: Optional[str] = None) -> list[Need]:
@@ -5845,38 +5821,38 @@ class NodeManager:
         packages are the user's, ComfyUI's are only not to be broken.
         """
         manifest, folder = self.manifest, comfyui or self.comfyui
-        entries = [pip_entry(line, folder) for line in requirement_entries(node_requirements(folder, self.python))]
-        own = Need("ComfyUI", [entry for entry in entries if entry], bool(manifest.comfyui_path))
-        named = {package_name(entry) for entry in entries}  # the checkout's own file knows better than a copy of it
+        own = self.need_of(NodeInfo("ComfyUI"), folder)
+        own.is_limit = bool(manifest.comfyui_path)
+        named = {package_name(entry) for entry in own.entries}  # the checkout's own file knows better than a copy of it
         rest = [line for line in manifest.dependencies if package_name(line) not in named]
         others = [one for key, one in manifest.nodes.items() if key != but and self.source_of(one)]
         nodes = [self.need_of(one, self.folder_of(one)) for one in others if os.path.isdir(self.folder_of(one))]
-        bounds = [
-            Need("ComfyUI's manager", manager_requirements(folder), True),
-            Need("the manifest", manifest.constraints, True),
-        ]
-        return [own, Need("the manifest", rest), *bounds, *nodes]
+        bounds = Need("the manifest", manifest.constraints, True)
+        manager = Need("ComfyUI's manager", manager_requirements(folder), True)
+        return [own, Need("the manifest", rest), manager, bounds, *nodes]
 
-    def record_path(self, info: NodeInfo) -> str:
-        """Return where it is written down what a node's files were when they were put there."""
+    # Receipts: what was put in a node's place, in .cec/.nodes
+
+    def receipt_path(self, info: NodeInfo) -> str:
+        """Return where a node's receipt lies."""
         return os.path.join(self.paths.nodes, f"{info.name}.json")
 
-    def record(self, info: NodeInfo, place: str, packages: Optional[Packages] = None, is_ours: bool = False) -> None:
+    def write_receipt(
+        self, info: NodeInfo, place: str, packages: Optional[Packages] = None, is_ours: bool = False
+    ) -> None:
         """Write down what is in a place now: the version, the packages it brought, and of our files the digests."""
         make_folder(self.paths.nodes)
-        old = read_json(self.record_path(info)).get("packages") or []
         brought = packages.tell_changes(self.tell) if packages else []
         files = RegistrySource().digests(place) if is_ours and info.source == "registry" else None
-        record = {"version": info.version, "files": files, "packages": [*dict.fromkeys([*old, *brought])]}
-        write_atomic(self.record_path(info), json.dumps(record).encode())
+        all_brought = dict.fromkeys([*(self.receipt(info).get("packages") or []), *brought])
+        receipt = {"version": info.version, "files": files, "packages": [*all_brought]}
+        write_atomic(self.receipt_path(info), json.dumps(receipt).encode())
 
-    def recorded(self, info: Optional[NodeInfo]) -> dict[str, Any]:
-        """Return what was last put in a node's place, as far as that is what the manifest has."""
-        if info is None:
-            return {}
+    def receipt(self, info: NodeInfo) -> dict[str, Any]:
+        """Return what was last put in a node's place; of another version than the manifest has the packages alone."""
         older = os.path.join(self.folder_of(info), NODE_RECORD)  # where versions before this one wrote it
-        record = read_json(self.record_path(info)) or read_json(older)
-        return record if record.get("version") == info.version else {}
+        receipt = read_json(self.receipt_path(info)) or read_json(older)
+        return receipt if receipt.get("version") == info.version else {"packages": receipt.get("packages")}
 
     # Sync
 
@@ -5890,8 +5866,7 @@ class NodeManager:
         if not self.python or not any(need.entries for need in world if not need.is_limit):
             return True
         try:
-            released = {package_name(line) for info in self.manifest.nodes.values() for line in info.released}
-            packages = Packages(self.python, world, released)
+            packages = Packages(self.python, world, {*self.released()})
             why = packages.ask(world, self.tell, is_trial=False)
         except CDEnvironmentError as error:
             if error.code != "no-pip":
@@ -5910,25 +5885,23 @@ class NodeManager:
 
     def stamp(self) -> str:
         """Return all that sync depends on, as one text: a few dozen stat calls, no program is run."""
-        names = ("requirements.txt", "pyproject.toml")
-        folders = [
-            self.comfyui,
-            *(self.folder_of(info) for info in self.manifest.nodes.values() if self.source_of(info)),
-        ]
-        watched = [os.path.join(folder, name) for folder in folders for name in names]
+        comfyui, folders = self.comfyui, self.folders()
+        places = [comfyui, *(os.path.join(custom_nodes_of(comfyui), name) for name in folders)]
+        watched = [os.path.join(place, name) for place in places for name in ("requirements.txt", "pyproject.toml")]
         if self.python:
             venv = os.path.dirname(os.path.dirname(self.python))
             watched += [self.python, os.path.join(venv, "pyvenv.cfg")]  # the latter changes with a new venv
         marks = [f"{path} {file_mark(path)}" for path in watched]
-        facts = [self.manifest.toml, *marks, *self.folders(), *sorted(self.disabled()), *self.interrupted()]
-        return "\n".join(facts)
+        return "\n".join([self.manifest.toml, *marks, *folders, *sorted(self.disabled()), *self.interrupted()])
 
 
 # Creating and deleting an environment
 
 OWN_FOLDERS = ("models", "output", "input", "user")  # of ComfyUI: what is a user's there outlives the environment
 DELETED = ".deleted-"  # in the name of what is being deleted
-DISK_NEEDED = {"code": 500, "cpu": 4000, "other": 12000}  # MB: the code, PyTorch for the CPU, for a graphics card
+MOST_COUNTED = 20_000
+DISK_NEEDED = {"code": 500, "cpu": 4000}  # MB, measured: the code; PyTorch for the CPU (1.7 GB of packages)
+DISK_FOR_CARDS = 12000  # MB: PyTorch for a graphics card (5 to 8 GB of packages)
 
 
 def create_environment(
@@ -5952,50 +5925,54 @@ def create_environment(
         if not os.path.isdir(paths.comfyui):
             with stage("ComfyUI", tell, source or COMFYUI_REPOSITORY):
                 remove_tree(paths.partial)  # made beside its place, then renamed: a folder ComfyUI is a whole one
-                fetch_comfyui(source, comfyui, paths.partial, tell)
+                fetch_comfyui(source or COMFYUI_REPOSITORY, comfyui, paths.partial, tell)
                 move(paths.partial, paths.comfyui)
-        settings = code_facts(paths.comfyui, source, comfyui)
+        settings = {**code_facts(paths.comfyui, source, comfyui), "torch_backend": torch_backend, "models_path": models}
         make_folder(custom_nodes_of(paths.comfyui))
         frozen: list[str] = []
         if not no_install:
             settings["python_version"] = ensure_venv(paths, python, tell)
             frozen = install_packages(paths, torch_backend, not no_manager, tell)
-        settings.update(torch_backend=torch_backend, models_path=models)
-        text = first_manifest(paths, settings, requirement_lines(node_requirements(paths.comfyui)), frozen)
-        parse_toml(text, paths.manifest, None if no_install else venv_python(paths.venv))
-        write_atomic(paths.manifest, text.encode(), 0o644)
-        start_history(paths, tell)
-        write_atomic(paths.complete, b"", 0o644)
+        complete_environment(paths, tell, settings, requirement_lines(node_requirements(paths.comfyui)), frozen)
+
+
+def create_from_checkout(paths: EnvironmentPaths, checkout: str, python: str, tell: Progress) -> None:
+    """Make an environment of a checkout that is there already; nothing is written into it.
+
+    The nodes in it are noted as found: left alone until somebody has them tracked.
+    """
+    checkout = os.path.realpath(checkout)
+    if has_control(checkout + python):
+        message = f"no manifest can hold such a path: {checkout!r}, {python!r}"
+        raise CDEnvironmentError(message, "rename the folder", "path")
+    with claimed(paths, checkout):
+        found = node_folders(custom_nodes_of(checkout))
+        places = {"comfyui_path": checkout, "python_path": python, "found_nodes": found or None}
+        complete_environment(paths, tell, {**code_facts(checkout), **places}, [], [])
 
 
 @contextmanager
-def claimed(paths: EnvironmentPaths, adopts: Optional[str] = None) -> Iterator[None]:
+def claimed(paths: EnvironmentPaths, checkout: Optional[str] = None) -> Iterator[None]:
     """Hold an environment's folder while it becomes one; when nothing comes of it, nothing stays.
 
-    `adopts` is the checkout that it is to adopt. Raises CDEnvironmentError (code "exists") for one that is complete or
-    was to become another, and for a folder of somebody else: ours begins with its lock.
+    `checkout` is the one that it is made of. Raises CDEnvironmentError (code "exists") for an environment that is
+    complete or was to become another, and for a folder of somebody else: ours begins with its lock.
     """
-
-    def refuse() -> None:
-        if os.path.exists(paths.complete):
-            raise CDEnvironmentError(f"{paths.root} already holds an environment", "choose another name", "exists")
-        begun = last_known_manifest(paths).comfyui_path
-        if begun not in (None, adopts) or adopts and any(map(os.path.lexists, (paths.partial, paths.comfyui))):
-            message = f"{paths.root} is another environment, whose creation was interrupted"
-            hint = ["Go on with: ", create_command(paths), ". Or start over: ", ("delete", paths.name)]
-            raise CDEnvironmentError(message, hint, "exists")
-
-    refuse()
     is_new = not os.path.lexists(paths.root)
-    found = [] if is_new else os.listdir(paths.root) + (os.listdir(paths.cec) if os.path.isdir(paths.cec) else [])
-    if set(found) - {os.path.basename(paths.cec)} and not os.path.exists(paths.content_lock):
-        raise CDEnvironmentError(
-            f"{paths.root} exists and is not an unfinished environment", "use another name", "exists"
-        )
+    names = [] if is_new else os.listdir(paths.root) + (os.listdir(paths.cec) if os.path.isdir(paths.cec) else [])
+    if {*names} - {os.path.basename(paths.cec)} and not any(map(os.path.exists, (paths.content_lock, paths.complete))):
+        message = f"{paths.root} exists and is not an unfinished environment"
+        raise CDEnvironmentError(message, "use another name", "exists")
     make_folder(paths.cec)
     try:
         with locked(paths.content_lock, 5.0, f"create {paths.name}", handed_on=True):
-            refuse()  # another command may have completed it meanwhile
+            if os.path.exists(paths.complete):
+                raise CDEnvironmentError(f"{paths.root} already holds an environment", "choose another name", "exists")
+            begun = last_known_manifest(paths).comfyui_path
+            if begun not in (None, checkout) or checkout and any(map(os.path.lexists, (paths.partial, paths.comfyui))):
+                message = f"{paths.root} is another environment, whose creation was interrupted"
+                hint = ["Go on with: ", create_command(paths), ". Or start over: ", ("delete", paths.name)]
+                raise CDEnvironmentError(message, hint, "exists")
             yield
     except BaseException:
         kept = (paths.complete, paths.manifest, paths.comfyui)
@@ -6018,24 +5995,87 @@ def stage(title: str, tell: Progress, url: str = "") -> Iterator[None]:
     try:
         yield
     except CDEnvironmentError as error:
-        host = re.match(r"https?://([^/]+)", url)
+        host = re.match(r"https?://(?:[^/]*@)?([^/]+)", url)
         if host and error.code in ("git", "packages", "network") and not is_reachable(url):
-            message = f"Could not reach {host.group(1).rpartition('@')[2]}."
-            raise CDEnvironmentError(message, "Run the same command again to go on.", "network") from error
+            hint = "Run the same command again to go on."
+            raise CDEnvironmentError(f"Could not reach {host[1]}.", hint, "network") from error
         raise
     tell(f"{title}: done in {time.monotonic() - began:.1f} s")
 
 
 def check_space(paths: EnvironmentPaths, backend: str) -> None:
-    """Refuse to begin what cannot end. Sizes are measured: 1.7 GB of packages for the CPU, 5 to 8 GB else."""
+    """Refuse to begin what cannot end."""
     import shutil
 
-    backend = detect_torch_backend() if backend == "auto" else backend
-    needed = DISK_NEEDED.get(backend, DISK_NEEDED["other"])
+    needed = DISK_NEEDED.get(detect_torch_backend() if backend == "auto" else backend, DISK_FOR_CARDS)
     free = shutil.disk_usage(paths.root).free // MEGABYTE
     if free < needed:
         message = f"{paths.root} has {free} MB free, about {needed} MB are needed"
         raise CDEnvironmentError(message, "make room, or use another --workspace", "disk-full")
+
+
+def fetch_comfyui(source: str, reference: Optional[str], folder: str, tell: Progress) -> None:
+    """Make a new folder of ComfyUI's code: of a repository, a zip file, or a folder that is no repository."""
+    is_folder = os.path.isdir(source)
+    is_copied = is_folder and not os.path.lexists(os.path.join(source, ".git")) and not source.endswith(".git")
+    is_archive = not is_folder and source.lower().endswith(".zip")
+    if reference and (is_archive or is_copied):
+        message = f"{source} is not a repository, so it has no {reference}"
+        raise CDEnvironmentError(message, "leave --comfyui out", "usage")
+    if is_archive:
+        unpack_from(source, folder, True, tell)
+    elif not is_copied:
+        fetch_repository(os.path.abspath(source) if is_folder else source, reference, folder, tell)
+    elif os.path.isfile(main_script(source)):
+        copy_any(source, folder)
+    if not os.path.isfile(main_script(folder)):
+        raise CDEnvironmentError(f"{source} is not ComfyUI (no main.py).", "name another --source", "not-found")
+
+
+def fetch_repository(url: str, wanted: Optional[str], folder: str, tell: Progress) -> None:
+    """Fetch the version that is wanted, else the newest release: by git, else as the archive that GitHub makes."""
+    check_repository(url)
+    check_reference(wanted or "HEAD")
+    reference = wanted or newest_release(url)
+    tell(f"fetching {url} {reference or '(no release: its default branch)'}")
+    if git_path() is None:
+        archive = f"https://github.com/{github_name(url)}/archive/{reference or 'HEAD'}.zip"
+        unpack_from(archive, folder, True, tell)
+        return
+    try:
+        clone(url, reference, folder)
+    except CDEnvironmentError as error:
+        names = remote_names(url, "--tags", "--heads") if wanted and error.code == "git" else []
+        if not names or wanted in names or re.fullmatch(COMMIT, wanted or ""):
+            raise
+        hint = f"Nearest are: {', '.join(nearest_names(wanted or '', names))}"
+        raise CDEnvironmentError(f"ComfyUI at {url} has no version {wanted}.", hint, "not-found") from error
+
+
+def code_facts(folder: str, source: Optional[str] = None, reference: Optional[str] = None) -> dict[str, Any]:
+    """Return what the manifest says of a checkout, in the words of 1.0.x.
+
+    `source` and `reference` are what was asked for. Raises CDEnvironmentError when a clone is of something else.
+    """
+    path = os.path.join(folder, "comfyui_version.py")
+    found = re.search(r"""__version__\s*=\s*["']([^"']+)""", read_any_text(path))
+    tag = git_answer(["describe", "--tags", "--exact-match", "--match=v[0-9]*"], folder)
+    version = tag or (f"v{found[1]}" if found else None)
+    commit, remote = git_answer(["rev-parse", "HEAD"], folder), remote_of(folder)[1]
+    asked = os.path.abspath(source) if source and os.path.isdir(source) else source
+    named = git_answer(["rev-parse", "--verify", f"{reference}^{{commit}}"], folder) if reference else commit
+    if commit and named != commit or asked and remote and not same_repository(remote, asked):
+        found_there = (version or "another version") + (f" from {remote}" if remote else "")
+        message = f"{folder} is {found_there}, and something else is asked for now"
+        name = os.path.basename(os.path.dirname(folder))
+        raise CDEnvironmentError(message, ["To start over: ", ("delete", name)], "exists")
+    version = reference or version
+    kind = "commit" if re.fullmatch(COMMIT, version or "") else "branch" if version else None
+    return {
+        "comfyui_version": version,
+        "comfyui_version_type": "release" if re.fullmatch(r"v?\d+\.\d+\.\d+", version or "") else kind,
+        "comfyui_commit_sha": commit,
+    }
 
 
 def ensure_venv(paths: EnvironmentPaths, python: Optional[str], tell: Progress) -> str:
@@ -6056,6 +6096,25 @@ def ensure_venv(paths: EnvironmentPaths, python: Optional[str], tell: Progress) 
             raise CDEnvironmentError(f"{interpreter} does not run", "name another --python", "python")
         write_atomic(paths.python_version, f"{version}\n".encode(), 0o644)
     return version
+
+
+def make_venv(folder: str, python: Optional[str]) -> None:
+    """Make a venv by uv where it is (which also fetches Pythons), else by the Python itself."""
+    import shutil
+
+    if uv := shutil.which("uv"):
+        words = [uv, "venv", "--seed", "--quiet", *(["--python", python] if python else []), folder]
+        if run_command(words, timeout=INSTALL_SECONDS).returncode == 0:
+            return
+        remove_tree(folder)
+    interpreter = sys.executable if python is None else shutil.which(python) or shutil.which(f"python{python}")
+    if interpreter is None:
+        raise CDEnvironmentError(f"there is no Python {python!r} here", "give --python a path, or install uv", "python")
+    done = run_command([interpreter, "-m", "venv", folder], timeout=600.0)
+    if done.returncode != 0:
+        message = f"{interpreter} cannot make a venv: {last_words(done)}"
+        hint = "install python3-venv (Debian, Ubuntu) or uv, or name another --python"
+        raise CDEnvironmentError(message, hint, "python")
 
 
 def ask_python(python: str, words: str) -> str:
@@ -6080,73 +6139,22 @@ def install_packages(paths: EnvironmentPaths, backend: str, with_manager: bool, 
 
     PyTorch comes first and from its own index: else the usual index decides for which hardware.
     """
-    python = venv_python(paths.venv)
-    installer = Installer(python)
+    installer = Installer(venv_python(paths.venv))
     frozen = installer.freeze()
     is_other = backend != "auto" and held_index(frozen) not in (None, torch_index(backend))
-    if is_other or not set(map(package_name, frozen)).issuperset(TORCH_PACKAGES):
+    if is_other or not {*TORCH_PACKAGES} <= {*map(package_name, frozen)}:
         with stage("PyTorch", tell, TORCH_INDEX):
             if is_other:
                 installer.uninstall(TORCH_PACKAGES)
             installer.install_torch(backend, tell)
-    needed = node_requirements(paths.comfyui)
-    if needed.strip():
+    lines = requirement_entries(node_requirements(paths.comfyui))
+    if lines:
+        lines += manager_requirements(paths.comfyui) if with_manager else []
+        world = [Need("ComfyUI", [pip_entry(line, paths.comfyui) for line in lines])]
         with stage("requirements", tell, os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple/"):
-            lines = requirement_entries(needed) + (manager_requirements(paths.comfyui) if with_manager else [])
-            world = [Need("ComfyUI", [pip_entry(line, paths.comfyui) for line in lines])]
-            why = Packages(python, world).ask(world, tell, is_trial=False)
-            if why:
+            if why := Packages(installer.python, world).ask(world, tell, is_trial=False):
                 raise packages_error(why)
     return installer.freeze()
-
-
-def start_history(paths: EnvironmentPaths, tell: Progress) -> None:
-    """Make the manifest's git repository, where there is a git that works: the environment does without."""
-    try:
-        GitManager(paths.cec).initialize_environment_repo("Initial environment setup")
-    except CDEnvironmentError as error:
-        tell(f"warning: no history is kept of the manifest: {error.message}")
-
-
-def fetch_comfyui(source: Optional[str], reference: Optional[str], folder: str, tell: Progress) -> None:
-    source = source or COMFYUI_REPOSITORY
-    is_folder = os.path.isdir(source)
-    is_archive = source.lower().endswith(".zip") and not is_folder
-    if source.lower().endswith((".tar.gz", ".tgz")) and not is_folder:
-        raise CDEnvironmentError(f"{source} is not a zip file", "name the .zip of the same code", "usage")
-    is_plain = is_folder and not os.path.lexists(os.path.join(source, ".git")) and not source.endswith(".git")
-    no_comfyui = CDEnvironmentError(f"{source} is not ComfyUI (no main.py).", "name another --source", "not-found")
-    if is_plain and not os.path.isfile(main_script(source)):
-        raise no_comfyui
-    if reference and (is_archive or is_plain):
-        message = f"{source} is not a repository, so it has no {reference}"
-        raise CDEnvironmentError(message, "leave --comfyui out", "usage")
-    if is_archive:
-        unpack_from(source, folder, True, tell)
-    elif is_plain:
-        copy_any(source, folder)
-    else:
-        fetch_repository(os.path.abspath(source) if is_folder else source, reference, folder, tell)
-    if not os.path.isfile(main_script(folder)):
-        raise no_comfyui
-
-
-def fetch_repository(url: str, reference: Optional[str], folder: str, tell: Progress) -> None:
-    """ComfyUI by git, or without git as the archive that GitHub makes of it."""
-    check_repository(url)
-    wanted, reference = reference, reference or newest_release(url)
-    tell(f"fetching {url} {reference or '(no release: its default branch)'}")
-    if git_path() is not None:
-        try:
-            return clone(url, reference, folder)
-        except CDEnvironmentError as error:
-            names = remote_names(url, "--tags", "--heads") if wanted and error.code == "git" else []
-            if not names or wanted in names or re.fullmatch(COMMIT, wanted or ""):
-                raise
-            hint = f"Nearest are: {', '.join(nearest_names(wanted or '', names))}"
-            raise CDEnvironmentError(f"ComfyUI at {url} has no version {wanted}.", hint, "not-found") from error
-    check_reference(reference or "HEAD")
-    unpack_from(f"https://github.com/{github_name(url)}/archive/{reference or 'HEAD'}.zip", folder, True, tell)
 
 
 def models_folder(folder: Optional[str]) -> Optional[str]:
@@ -6157,68 +6165,17 @@ def models_folder(folder: Optional[str]) -> Optional[str]:
     return path
 
 
-def code_facts(folder: str, source: Optional[str] = None, reference: Optional[str] = None) -> dict[str, Any]:
-    """What the manifest says of a checkout, in the words of 1.0.x.
-
-    `source` and `reference` are what was asked for. Raises CDEnvironmentError when a clone is of something else.
-    """
-    path = os.path.join(folder, "comfyui_version.py")
-    found = re.search(r"""__version__\s*=\s*["']([^"']+)""", read_any_text(path))
-    tag = git_answer(["describe", "--tags", "--exact-match", "--match=v[0-9]*"], folder)
-    version = tag or (f"v{found.group(1)}" if found else None)
-    commit, remote = git_answer(["rev-parse", "HEAD"], folder), remote_of(folder)[1]
-    asked = os.path.abspath(source) if source and os.path.isdir(source) else source
-    named = git_answer(["rev-parse", "--verify", f"{reference}^{{commit}}"], folder) if reference else commit
-    if commit and named != commit or asked and remote and not same_repository(remote, asked):
-        found_there = (version or "another version") + (f" from {remote}" if remote else "")
-        message = f"{folder} is {found_there}, and something else is asked for now"
-        name = os.path.basename(os.path.dirname(folder))
-        raise CDEnvironmentError(message, ["To start over: ", ("delete", name)], "exists")
-    version = reference or version
-    kind = "commit" if re.fullmatch(COMMIT, version or "") else "branch" if version else None
-    return {
-        "comfyui_version": version,
-        "comfyui_version_type": "release" if re.fullmatch(r"v?\d+\.\d+\.\d+", version or "") else kind,
-        "comfyui_commit_sha": commit,
-    }
-
-
-def make_venv(folder: str, python: Optional[str]) -> None:
-    """A venv with pip: by uv where it is (which also fetches Pythons), else by the Python itself."""
-    import shutil
-
-    uv = shutil.which("uv")
-    if uv is not None:
-        wanted = ["--python", python] if python else []
-        done = run_command([uv, "venv", "--seed", "--quiet", *wanted, folder], timeout=INSTALL_SECONDS)
-        if done.returncode == 0:
-            return
-        remove_tree(folder)
-    interpreter = sys.executable if python is None else shutil.which(python) or shutil.which(f"python{python}")
-    if interpreter is None:
-        message = f"there is no Python {python!r} here"
-        raise CDEnvironmentError(message, "give --python a path, or install uv", "python")
-    done = run_command([interpreter, "-m", "venv", folder], timeout=600.0)
-    if done.returncode != 0:
-        message = f"{interpreter} cannot make a venv: {last_words(done)}"
-        hint = "install python3-venv (Debian, Ubuntu) or uv, or name another --python"
-        raise CDEnvironmentError(message, hint, "python")
-
-
-def first_manifest(
-    paths: EnvironmentPaths, settings: dict[str, Any], requirements: list[str], frozen: list[str]
-) -> str:
-    """The text of a new environment's manifest; the tables of uv are those by which it finds the same PyTorch again."""
+def first_manifest(name: str, settings: dict[str, Any], needs: list[str], frozen: list[str]) -> str:
+    """Return the text of a new environment's manifest; the tables of uv let it find the same PyTorch again."""
     project = {
-        "name": f"comfydock-env-{paths.name}",
+        "name": f"comfydock-env-{name}",
         "version": "0.1.0",
         "requires-python": f">={settings.get('python_version') or '3.9'}",
-        "dependencies": requirements,
+        "dependencies": needs,
     }
     tables: dict[str, dict[str, Any]] = {"[project]": project, "[tool.comfydock]": settings}
     torch = [line for line in held_packages(frozen) if package_name(line) in TORCH_PACKAGES]
-    index = held_index(torch)
-    if index:
+    if index := held_index(torch):
         title = "pytorch-" + index.removeprefix(TORCH_INDEX)
         tables["[[tool.uv.index]]"] = {"name": title, "url": index, "explicit": True}
         tables["[tool.uv.sources]"] = {package_name(line): {"index": title} for line in torch}
@@ -6226,44 +6183,37 @@ def first_manifest(
     return "\n".join("\n".join([header, *toml_lines(table), ""]) for header, table in tables.items())
 
 
-def adopt_environment(paths: EnvironmentPaths, comfyui: str, python: str, tell: Progress) -> None:
-    """Make an environment of a checkout that is there already; nothing is written into it.
-
-    The nodes in it are recorded as found: left alone until somebody has them tracked.
-    """
-    comfyui = os.path.realpath(comfyui)
-    if has_control(comfyui) or has_control(python):
-        message = f"no manifest can hold such a path: {comfyui!r}, {python!r}"
-        raise CDEnvironmentError(message, "rename the folder", "path")
-    with claimed(paths, comfyui):
-        settings = {**code_facts(comfyui), "comfyui_path": comfyui, "python_path": python}
-        write_atomic(paths.manifest, first_manifest(paths, settings, [], []).encode(), 0o644)
-        found = NodeManager(paths, python, tell).folders()
-        change_settings(paths, {"found_nodes": found or None}, python)
-        start_history(paths, tell)
-        write_atomic(paths.complete, b"", 0o644)
+def complete_environment(
+    paths: EnvironmentPaths, tell: Progress, settings: dict[str, Any], needs: list[str], frozen: list[str]
+) -> None:
+    """Write the manifest, begin its history where there is a git that works, and say that all is there."""
+    text = first_manifest(paths.name, settings, needs, frozen)
+    parse_toml(text, paths.manifest, settings.get("python_path") or venv_python(paths.venv))
+    write_atomic(paths.manifest, text.encode(), 0o644)
+    try:
+        GitManager(paths.cec).initialize_environment_repo("Initial environment setup")
+    except CDEnvironmentError as error:
+        tell(f"warning: no history is kept of the manifest: {error.message}")
+    write_atomic(paths.complete, b"", 0o644)
 
 
-def own_files(comfyui: str, seconds: float = 2.0) -> dict[str, tuple[int, int, bool]]:
+def own_files(comfyui: str) -> dict[str, tuple[int, int, bool]]:
     """Count what a user put into a ComfyUI: folder -> (files, bytes, whether that is all), without the empty ones.
 
-    What git tracks there came with ComfyUI. Links are not followed; what is not counted within `seconds` is not known.
+    What git tracks there came with ComfyUI. Links are not followed; of many files only the first are looked at.
     """
-    deadline, counts = time.monotonic() + seconds, {}
-    tracked = set((git_answer(["ls-files", "-z", "--", *OWN_FOLDERS], comfyui) or "").split("\0"))
+    counts = {}
+    tracked = {*(git_answer(["ls-files", "-z", "--", *OWN_FOLDERS], comfyui) or "").split("\0")}
     for name in OWN_FOLDERS:
-        number, size, is_all = 0, 0, True
         top = os.path.join(comfyui, name)
-        for folder, _, files in () if is_link(top) else os.walk(top):
-            for path in (os.path.join(folder, file) for file in files):
-                length = os.lstat(path).st_size
-                if length and os.path.relpath(path, comfyui).replace(os.sep, "/") not in tracked:
-                    number, size = number + 1, size + length
-            if time.monotonic() > deadline:
-                is_all = False
-                break
-        if number or not is_all:
-            counts[name] = number, size, is_all
+        walk = os.walk(top) if not is_link(top) else ()
+        paths = (os.path.join(folder, file) for folder, _, files in walk for file in files)
+        looked_at = [path for path in islice(paths, MOST_COUNTED)]
+        own = [path for path in looked_at if os.path.relpath(path, comfyui).replace(os.sep, "/") not in tracked]
+        sizes = [*filter(None, (os.lstat(path).st_size for path in own))]
+        is_all = next(paths, None) is None
+        if sizes or not is_all:
+            counts[name] = len(sizes), sum(sizes), is_all
     return counts
 
 
@@ -6288,14 +6238,12 @@ def delete_environment(
     doomed = os.path.join(parent, f"{DELETED}{paths.name}-{os.urandom(4).hex()}")
     with locked(paths.content_lock, 5.0, "delete the environment"), idle:
         refuse_mounts(paths.root)
-        was_complete = os.path.exists(paths.complete)
-        remove_file(paths.complete)  # what breaks off leaves nothing that looks whole
-        try:
-            kept = keep_own_files(paths, shelf) if shelf else None
-        except BaseException:
-            if was_complete:
-                write_atomic(paths.complete, b"", 0o644)
-            raise
+        with ExitStack() as undo:
+            if os.path.exists(paths.complete):  # what breaks off leaves nothing that looks whole
+                undo.callback(write_atomic, paths.complete, b"", 0o644)
+                remove_file(paths.complete)
+            kept = keep_own_files(paths, shelf, undo) if shelf else None
+            undo.pop_all()
         try:
             replace_file(paths.root, doomed, 0.0)  # gone at once: who waits for its locks finds nothing
         except OSError:  # Windows, where the locks are open files, or a layer of an image: piece by piece
@@ -6310,23 +6258,20 @@ def delete_environment(
     return kept
 
 
-def keep_own_files(paths: EnvironmentPaths, shelf: str) -> Optional[str]:
+def keep_own_files(paths: EnvironmentPaths, shelf: str, undo: "ExitStack") -> Optional[str]:
     """Move what a user put into a ComfyUI to a new folder in `shelf`, by renames alone; return it, None for nothing."""
-    names = list(own_files(paths.comfyui))
+    names = [*own_files(paths.comfyui)]
     kept = os.path.join(shelf, f"{paths.name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}")
-    done: list[str] = []
-    try:
-        for name in names:
-            make_folder(kept)
-            replace_file(os.path.join(paths.comfyui, name), os.path.join(kept, name))
-            done.append(name)
-    except BaseException as error:
-        for name in done:
-            replace_file(os.path.join(kept, name), os.path.join(paths.comfyui, name))
-        if not isinstance(error, OSError):
-            raise
-        message = f"{os.path.join(paths.comfyui, names[len(done)])} cannot be moved to {shelf}: {error.strerror}"
-        raise CDEnvironmentError(message, ["Delete it, too: ", ("delete", paths.name, "--purge")], "disk") from error
+    for name in names:
+        source, target = os.path.join(paths.comfyui, name), os.path.join(kept, name)
+        make_folder(kept)
+        try:
+            replace_file(source, target)
+        except OSError as error:
+            message = f"{source} cannot be moved to {shelf}: {error.strerror}"
+            hint = ["Delete it, too: ", ("delete", paths.name, "--purge")]
+            raise CDEnvironmentError(message, hint, "disk") from error
+        undo.callback(replace_file, target, source)
     return kept if names else None
 
 
@@ -6342,7 +6287,7 @@ def sweep_deleted(environments: str, tell: Progress) -> None:
 
 
 # Updating ComfyUI itself. What leads back is kept until the next update: the commit under refs/comfydock/before, the
-# packages in .venv.before, nodes and databases in .cec/before, the record of it all in .cec/before.json. Its phase is
+# packages in .venv.before, nodes and databases in .cec/before, the rest in .cec/before.json. Its phase is
 # "changing" until the new version has answered: who takes the content lock meanwhile puts the old one back. Then it is
 # "kept", which `go_back` alone reads.
 
@@ -6360,13 +6305,14 @@ class CodeVersion:
 class ComfyUIUpdate:
     """The code, packages and nodes of an environment's ComfyUI, which change and return together.
 
-    The content lock is held by who calls. A folder of the checkout that is a link (`models` in 1.0.x) counts as no part
-    of it: to git it is an untracked file in the way of a tracked folder, which a forced checkout would replace.
+    The content lock is held by who calls; `before` is what before.json has. A folder of the checkout that is a link
+    (`models` in 1.0.x) counts as no part of it: to git it is an untracked file in the way of a tracked folder, which a
+    forced checkout would replace.
     """
 
     def __init__(self, nodes: NodeManager) -> None:
         self.nodes, self.paths, self.tell, self.checkout = nodes, nodes.paths, nodes.tell, nodes.comfyui
-        self.manifest, self.record = nodes.manifest, read_json(nodes.paths.before_record)
+        self.manifest, self.before = nodes.manifest, read_json(nodes.paths.before_record)
         self.is_own = self.manifest.comfyui_path is None
         with os.scandir(self.checkout) as entries:
             self.linked = [entry.name for entry in entries if is_link(entry.path) and entry.is_dir()]
@@ -6379,7 +6325,10 @@ class ComfyUIUpdate:
                 make_folder(os.path.dirname(patterns))
                 write_atomic(patterns, "".join(["/*\n", *(f"!/{name}/\n" for name in self.linked)]).encode(), 0o644)
             words = ("-c", "core.sparseCheckout=true", "-c", "core.sparseCheckoutCone=false", *words)
-        return git(list(words), self.checkout, url)
+        return git([*words], self.checkout, url)
+
+    def branch(self) -> Optional[str]:
+        return git_answer(["symbolic-ref", "--quiet", "HEAD"], self.checkout)
 
     def current(self) -> CodeVersion:
         """Return the version that is there. Raises CDEnvironmentError for what cannot be updated, with the way on."""
@@ -6390,10 +6339,8 @@ class ComfyUIUpdate:
             problem = (f"{self.checkout} is not a git clone, so it cannot be updated.", "clone it again")
         if problem:
             raise CDEnvironmentError(*problem, "no-update")
-        branch = git_answer(["symbolic-ref", "--quiet", "HEAD"], self.checkout)
-        return CodeVersion(
-            code_facts(self.checkout)["comfyui_version"] or "", self.git("rev-parse", "HEAD"), "", branch
-        )
+        facts = code_facts(self.checkout)
+        return CodeVersion(facts["comfyui_version"] or "", self.git("rev-parse", "HEAD"), "", self.branch())
 
     def find(self, wanted: Optional[str]) -> CodeVersion:
         """Return the version to update to: `wanted` (tag, branch or commit), else the newest of its branch or release.
@@ -6406,9 +6353,6 @@ class ComfyUIUpdate:
             hint = f"set one: git -C {quote(self.checkout)} remote add origin {COMFYUI_REPOSITORY}"
             raise CDEnvironmentError(f"The clone {self.checkout} has no remote.", hint, "no-update")
         check_repository(url)
-        lines = self.git("ls-remote", "--tags", "--heads", "--", url, url=url).splitlines()
-        refs = {ref: commit for commit, _, ref in (line.partition("\t") for line in lines)}
-        tags = [ref[10:] for ref in refs if re.match(r"refs/tags/.*(?<!\^\{\})$", ref)]
         if wanted is None and current.branch is None:
             wanted = newest_release(url) if self.is_own else None
             if wanted is None:
@@ -6416,14 +6360,18 @@ class ComfyUIUpdate:
                 raise CDEnvironmentError(message, ["name one: ", ("update", "--to", "REF")], "detached")
             if version_key(wanted) <= version_key(current.name):
                 return current
-        names = [f"refs/tags/{wanted}", f"refs/tags/v{wanted}", f"refs/heads/{wanted}"] if wanted else [current.branch]
-        for ref in names:
+        lines = self.git("ls-remote", "--tags", "--heads", "--", url, url=url).splitlines()
+        refs = {ref: commit for commit, _, ref in (line.partition("\t") for line in lines)}
+        for ref in (
+            (f"refs/tags/{wanted}", f"refs/tags/v{wanted}", f"refs/heads/{wanted}") if wanted else [current.branch]
+        ):
             if ref in refs:
                 name, commit = re.sub("^refs/(tags|heads)/", "", ref), refs.get(f"{ref}^{{}}", refs[ref])
                 return CodeVersion(name, commit, ref, None if wanted else current.branch)
         known = git_answer(["rev-parse", "--verify", "--quiet", f"{wanted}^{{commit}}"], self.checkout)
         if wanted and (known or re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", wanted)):
             return CodeVersion(wanted, known or wanted, "" if known else wanted)
+        tags = [ref[10:] for ref in refs if re.match(r"refs/tags/.*(?<!\^\{\})$", ref)]
         hint = f"Nearest are: {', '.join(nearest_names(wanted or '', tags))}"
         raise CDEnvironmentError(f"{url} has no {wanted or current.branch}.", hint, "not-found")
 
@@ -6450,7 +6398,7 @@ class ComfyUIUpdate:
         own = self.files("--diff-filter=d", "HEAD")  # that a file was deleted loses nothing
         added = self.files("--diff-filter=A", "HEAD", version.commit)
         own += [name for name in added if os.path.lexists(os.path.join(self.checkout, name)) and name not in own]
-        if version.branch or git_answer(["symbolic-ref", "--quiet", "HEAD"], self.checkout) is None:
+        if version.branch or self.branch() is None:
             ours = ("--not", "--remotes", "--tags", "--glob=refs/comfydock")
             own += [f"commit {one[:8]}" for one in self.git("rev-list", "--max-count=9", "HEAD", *ours).split()]
         if version.ref and version.branch and not self.is_own and not own:
@@ -6472,18 +6420,20 @@ class ComfyUIUpdate:
 
     def try_packages(self, version: CodeVersion) -> None:
         """Find out whether what a version needs can be installed beside what the nodes need and what is held."""
+        if not self.nodes.python:
+            return
         with scratch_folder() as folder:
-            for name in ("requirements.txt", "manager_requirements.txt") if self.nodes.python else ():
+            for name in ("requirements.txt", "manager_requirements.txt"):
                 text = git_answer(["show", f"{version.commit}:{name}"], self.checkout)
                 if text is not None:
                     write_atomic(os.path.join(folder, name), f"{text}\n".encode())
-            needs = self.world(requirement_lines(node_requirements(self.checkout)), folder)
+            world = self.world(requirement_lines(node_requirements(self.checkout)), folder)
             self.tell(f"trying the packages of ComfyUI {version.name} and all nodes")
-            why = Packages(self.nodes.python, []).ask(needs, self.tell) if self.nodes.python else ""
+            why = Packages(self.nodes.python, []).ask(world, self.tell)
         if why:
             raise CDEnvironmentError(f"ComfyUI {version.name} does not fit: {why}", code="packages")
 
-    def set_aside(self, own: list[str]) -> str:
+    def branch_off(self, own: list[str]) -> str:
         """Put the user's own work on a branch; return a commit that has the files as they are."""
         commit, files = self.git("rev-parse", "HEAD"), [name for name in own if not name.startswith("commit ")]
         if files:
@@ -6497,55 +6447,51 @@ class ComfyUIUpdate:
         return commit
 
     def keep(self, version: CodeVersion, own: list[str], databases: list[str]) -> None:
-        """Keep the old state. Once the record is written it is put back by whoever comes next, until `confirm`."""
+        """Keep the old state. Once before.json is written it is put back by whoever comes next, until `confirm`."""
         self.forget()
-        facts, worktree = code_facts(self.checkout), self.set_aside(own)
+        facts, worktree = code_facts(self.checkout), self.branch_off(own)
         self.git("update-ref", "refs/comfydock/before", worktree)
         make_folder(self.paths.before)
         for number, path in enumerate(databases):
             copy_any(path, os.path.join(self.paths.before, f"{number}.{os.path.basename(path)}"))
-        nodes, frozen = {}, None
-        for key, info in self.manifest.nodes.items():
+        for info in self.manifest.nodes.values():
             folder = self.nodes.folder_of(info)
-            nodes[key] = [self.manifest.tables[key], self.manifest.requirements(info)]
             if info.source in ("registry", "git") and os.path.isdir(folder) and not is_link(folder):
                 link_tree(folder, os.path.join(self.paths.before, "nodes", info.name), COPIED_SIZE)
+        packages = None
         if self.is_own and os.path.isdir(self.paths.venv) and not is_link(self.paths.venv):
             self.tell("keeping the packages as they are")
             link_tree(self.paths.venv, self.paths.venv_partial)
             move(self.paths.venv_partial, self.paths.venv_before)
         elif self.nodes.python:
-            frozen = Packages(self.nodes.python, []).remembered()
+            packages = Packages(self.nodes.python, []).remembered()
+        needs, tables = self.manifest.requirements, self.manifest.tables
         self.write(
-            {
-                "phase": "changing",
-                "old": facts["comfyui_version"],
-                "new": version.name,
-                "commit": facts["comfyui_commit_sha"],
-                "worktree": worktree,
-                "branch": git_answer(["symbolic-ref", "--quiet", "HEAD"], self.checkout),
-                "goal": version.commit,
-                "settings": {name: self.manifest.settings.get(name) for name in facts},
-                "needs": project_table(self.paths.cec, self.nodes.python).get("dependencies") if self.is_own else None,
-                "nodes": nodes,
-                "databases": databases,
-                "freeze": frozen,
-            }
+            phase="changing",
+            old=facts["comfyui_version"],
+            new=version.name,
+            commit=facts["comfyui_commit_sha"],
+            worktree=worktree,
+            branch=self.branch(),
+            goal=version.commit,
+            settings={name: self.manifest.settings.get(name) for name in facts},
+            needs=project_table(self.paths.cec, self.nodes.python).get("dependencies") if self.is_own else None,
+            nodes={key: [tables[key], needs(info)] for key, info in self.manifest.nodes.items()},
+            databases=databases,
+            freeze=packages,
         )
 
-    def write(self, record: dict[str, Any]) -> None:
-        write_atomic(self.paths.before_record, json.dumps(record, default=str).encode())
-        self.record = record
+    def write(self, **changes: Any) -> None:
+        self.before.update(changes)
+        write_atomic(self.paths.before_record, json.dumps(self.before, default=str).encode())
 
     def change(self, version: CodeVersion) -> None:
         """Change code, packages and manifest."""
-        former, needs = requirement_lines(node_requirements(self.checkout)), self.record["needs"]
-        self.tell(f"changing ComfyUI from {self.record['old']} to {version.name}")
-        forced = ["--force"] * (self.record["worktree"] != self.record["commit"])
+        former, needs = requirement_lines(node_requirements(self.checkout)), self.before["needs"]
+        self.tell(f"changing ComfyUI from {self.before['old']} to {version.name}")
+        forced = ["--force"] * (self.before["worktree"] != self.before["commit"])
         self.git("checkout", "--quiet", *forced, "--detach", version.commit)
-        if version.branch:
-            self.git("update-ref", version.branch, version.commit)
-            self.git("symbolic-ref", "HEAD", version.branch)
+        self.set_branch(version.branch, version.commit)
         if self.nodes.python:
             self.tell(f"installing the packages of ComfyUI {version.name}")
             own, *others = self.world(former)
@@ -6554,73 +6500,76 @@ class ComfyUIUpdate:
             needs = [line for line in needs if line not in former] + requirement_lines(node_requirements(self.checkout))
         kind = "branch" if version.ref.startswith("refs/heads/") else "commit"
         kind = "release" if re.fullmatch(r"v?\d+\.\d+\.\d+", version.name) else kind
-        facts = zip(self.record["settings"], (version.name, kind, version.commit))
+        facts = zip(self.before["settings"], (version.name, kind, version.commit))
         change_settings(self.paths, dict(facts), self.nodes.python, needs)
+
+    def set_branch(self, branch: Optional[str], commit: str) -> None:
+        if branch:
+            self.git("update-ref", branch, commit)
+            self.git("symbolic-ref", "HEAD", branch)
 
     def confirm(self) -> None:
         """Let the new version stay: it has answered."""
-        self.write({**self.record, "phase": "kept"})
-        GitManager(self.paths.cec).commit_changes(f"Update ComfyUI from {self.record['old']} to {self.record['new']}")
+        self.write(phase="kept")
+        GitManager(self.paths.cec).commit_changes(f"Update ComfyUI from {self.before['old']} to {self.before['new']}")
 
     def go_back(self, own: list[str], with_databases: bool) -> None:
         """Return to what was before the last update; `own` goes on a branch first."""
-        self.set_aside(own)
-        goal = self.git("rev-parse", "HEAD")
-        self.write({**self.record, "phase": "changing", "goal": goal, "returns": True, "all": with_databases})
+        self.branch_off(own)
+        self.write(phase="changing", goal=self.git("rev-parse", "HEAD"), returns=True, all=with_databases)
         self.put_back()
 
     def put_back(self) -> None:
-        """Put the old state back when the record says that it is to be; when this is killed, the next one goes on."""
-        record = self.record
-        if record.get("phase") != "changing":
+        """Put the old state back when before.json says that it is to be; when this is killed, the next one goes on."""
+        before = self.before
+        if before.get("phase") != "changing":
             return
-        self.tell(f"putting ComfyUI {record['old']} back")
+        self.tell(f"putting ComfyUI {before['old']} back")
         self.nodes.end_trial()
-        self.put_code_back(record["worktree"], record["commit"], record["branch"])
+        self.put_code_back()
         if os.path.isdir(self.paths.venv_before):
             remove_tree(self.paths.venv_partial)
             if os.path.lexists(self.paths.venv):
                 move(self.paths.venv, self.paths.venv_partial)
             move(self.paths.venv_before, self.paths.venv)
-        if record["freeze"] is not None and self.nodes.python:
-            Packages(self.nodes.python, []).put_back(self.tell, record["freeze"])
+        if before["freeze"] is not None and self.nodes.python:
+            Packages(self.nodes.python, []).put_back(self.tell, before["freeze"])
         self.put_nodes_back()
-        for number, path in enumerate(record["databases"] if "returns" in record else ()):
+        for number, path in enumerate(before["databases"] if "returns" in before else ()):
             kept = os.path.join(self.paths.before, f"{number}.{os.path.basename(path)}")
-            for name in [path, f"{path}-wal", f"{path}-shm"] if record["all"] else [kept]:
-                if os.path.exists(name):
-                    self.shelve(name)
-            if record["all"] and os.path.exists(kept):
+            for name in [path, f"{path}-wal", f"{path}-shm"] if before["all"] else [kept]:
+                self.shelve(name)
+            if before["all"] and os.path.exists(kept):
                 copy_any(kept, path)
-        change_settings(self.paths, record["settings"], self.nodes.python, record["needs"])
-        GitManager(self.paths.cec).commit_changes(f"Back to ComfyUI {record['old']} from {record['new']}")
+        change_settings(self.paths, before["settings"], self.nodes.python, before["needs"])
+        GitManager(self.paths.cec).commit_changes(f"Back to ComfyUI {before['old']} from {before['new']}")
         self.forget()
 
     def shelve(self, path: str) -> None:
-        name = os.path.basename(path)
-        self.tell(f"{name} is kept: {move_aside(path, self.paths.removed, name)}")
+        if os.path.lexists(path):
+            name = os.path.basename(path)
+            self.tell(f"{name} is kept: {move_aside(path, self.paths.removed, name)}")
 
-    def put_code_back(self, worktree: str, commit: str, branch: Optional[str]) -> None:
+    def put_code_back(self) -> None:
         """Put commit, branch and files back, also where git was killed half-way."""
+        worktree, commit = self.before["worktree"], self.before["commit"]
         folder = os.path.join(self.checkout, git(["rev-parse", "--git-dir"], self.checkout))
         for name in os.listdir(folder):
             if name.endswith(".lock"):  # of a git that was killed: who has the content lock is alone here
                 remove_file(os.path.join(folder, name))
         self.git("checkout", "--quiet", "--force", "--detach", worktree)
-        for name in self.files("--diff-filter=A", "HEAD", self.record["goal"]):  # written, and not yet noted by git
+        for name in self.files("--diff-filter=A", "HEAD", self.before["goal"]):  # written, and not yet noted by git
             remove_file(os.path.join(self.checkout, name))
         if worktree != commit:
             self.git("update-ref", "--no-deref", "HEAD", commit)
-        if branch:
-            self.git("update-ref", branch, commit)
-            self.git("symbolic-ref", "HEAD", branch)
+        self.set_branch(self.before["branch"], commit)
         self.git("reset", "--quiet")
 
     def put_nodes_back(self) -> None:
         """Put nodes back that were changed, added or removed since; what stands in their place goes to the shelf."""
-        before, manifest = self.record["nodes"], self.nodes.manifest
-        for key in {**before, **manifest.nodes}:
-            table, needs = before.get(key, (None, []))
+        manifest = self.nodes.manifest
+        for key in {**self.before["nodes"], **manifest.nodes}:
+            table, needs = self.before["nodes"].get(key, (None, []))
             old, new = info_from_table(key, table) if table else None, manifest.nodes.get(key)
             infos = [info for info in (new, old) if info]
             if any(info.source not in ("registry", "git") for info in infos):
@@ -6630,19 +6579,19 @@ class ComfyUIUpdate:
             is_kept = os.path.isdir(kept)
             if old == new and not (is_kept and source.version_in(place) != source.version_in(kept)):
                 continue
-            if os.path.lexists(place) and (is_kept or old is None):
+            if is_kept or old is None:
                 self.shelve(place)
             if old and is_kept:
                 move(kept, os.path.join(self.nodes.custom_nodes, old.name))
             change_node(self.paths, key, old, needs, self.nodes.python)
 
     def forget(self) -> None:
-        """Remove all that was kept, the record first."""
+        """Remove all that was kept, before.json first."""
         remove_file(self.paths.before_record)
         for folder in (self.paths.before, self.paths.venv_partial, self.paths.venv_before):
             remove_tree(folder)
         self.git("update-ref", "-d", "refs/comfydock/before")
-        self.record = {}
+        self.before = {}
 
 
 # ====================================================================================================================
@@ -7739,15 +7688,15 @@ class Environment:
         self.require_comfyui()
         for stopped in (False, True):  # what is in the way is found before ComfyUI is stopped
             with self._updating(stopped) as update:
-                record = update.record
-                if record.get("phase") != "kept":
+                before = update.before
+                if before.get("phase") != "kept":
                     message = f"Environment '{self.name}' has no update to go back from."
                     raise CDEnvironmentError(message, ("history",), "no-way-back")
-                before = CodeVersion(record["old"], record["worktree"], "", record["branch"])
-                own = update.own_work(before, force, "--back")
+                version = CodeVersion(before["old"], before["worktree"], "", before["branch"])
+                own = update.own_work(version, force, "--back")
                 if stopped:
                     update.go_back(own, with_databases)
-        return {"old": record["new"], "new": record["old"], "changed": True, "available": False}
+        return {"old": before["new"], "new": before["old"], "changed": True, "available": False}
 
     @contextmanager
     def _updating(self, stopped: bool) -> Iterator[ComfyUIUpdate]:
@@ -8499,7 +8448,7 @@ class Workspace:
                 change_settings(environment.paths, settings, interpreter)
         else:
             self._change_settings()
-            adopt_environment(environment.paths, checkout, interpreter, environment.tell)
+            create_from_checkout(environment.paths, checkout, interpreter, environment.tell)
         return environment
 
     def demo(self) -> Environment:
@@ -8513,7 +8462,7 @@ class Workspace:
         if not is_complete or environment.manifest.python_path != sys.executable:
             self._change_settings()
             make_folder(paths.cec)
-            files[paths.manifest] = first_manifest(paths, {"demo": True, "python_path": sys.executable}, [], [])
+            files[paths.manifest] = first_manifest(DEMO_NAME, {"demo": True, "python_path": sys.executable}, [], [])
             files.update({paths.gitignore: GitManager.GITIGNORE, paths.complete: ""})
         make_folder(custom_nodes_of(paths.comfyui))
         sweep_leftovers(paths.comfyui)
@@ -10861,7 +10810,7 @@ def node_update(console: Console, args: Arguments) -> Report:
         result = environment.update_node(identifier, agreed, args.no_test, args.force)
         return result.message, result.restart_reason if result.restart_recommended else None
 
-    names = args.nodes or list(environment.nodes.list_nodes())
+    names = args.nodes or list(environment.nodes.manifest.nodes)
     report = change_nodes_one_by_one(console, args, environment, names, update)
     if not names:
         console.result("No nodes to update.")
@@ -10972,7 +10921,7 @@ def node_list(console: Console, args: Arguments) -> Report:
             "no_deps": info.no_deps,
             "skipped": info.skipped_lines,
         }
-        for info in nodes.list_nodes().values()
+        for info in nodes.manifest.nodes.values()
     ]
     data = {"nodes": items}
     return Report(data, environment.name, format_node_list(data, console.typed))
@@ -11105,7 +11054,7 @@ def pack_packages(python: str, it: Description) -> list[str]:
 def pack_code(environment: Environment, it: Description) -> list[str]:
     """Take in ComfyUI and its nodes: pinned where another machine can fetch them, else copied."""
     nodes, unsaved, left_out = environment.nodes, [], []
-    development = {info.name for info in nodes.list_nodes().values() if info.source == "development"}
+    development = {info.name for info in nodes.manifest.nodes.values() if info.source == "development"}
     it.code = [Code("", str(environment.comfyui_path))]
     it.code += [Code(f"custom_nodes/{name}", os.path.join(nodes.custom_nodes, name)) for name in nodes.folders()]
     it.scripts = any(os.path.exists(os.path.join(piece.source, "install.py")) for piece in it.code[1:])
@@ -11908,7 +11857,7 @@ def values_of(metavar: str, before: list[str]) -> list[str]:
     if metavar == "NAME":
         names = [environment.name for environment in workspace.list_environments()]
     else:
-        nodes = workspace.select(name, folder).nodes.list_nodes().values()
+        nodes = workspace.select(name, folder).nodes.manifest.nodes.values()
         names = [node.registry_id or node.name for node in nodes]
     return [name for name in names if re.fullmatch(r"[\w.@/-]+", name)]
 
