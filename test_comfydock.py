@@ -8718,7 +8718,9 @@ class AliveOrDead(Journey):
                 for held in (False, True):
                     with (
                         self.subTest(kind=kind, place=place, held=held),
-                        unittest.mock.patch.object(dock, "machine_id", lambda: "m"),
+                        unittest.mock.patch.object(
+                            dock, "this_machine", return_value={**dock.this_machine(), "machine": "m"}
+                        ),
                         unittest.mock.patch.object(dock, "mounts", lambda kind=kind: [("/", "tmpfs"), ("/", kind)]),
                         dock.take_lock(path) if held else contextlib.nullcontext(),
                     ):
@@ -8835,9 +8837,7 @@ class WhatUsersMet(Journey):
 
     def test_a_stop_between_two_starts_of_the_monitor_says_what_it_did(self):
         longer = "lambda question, seconds, *pause: until(question, 60 if seconds == 1.0 else seconds, *pause)"
-        self.person.program = installed(
-            "until = comfydock.until", f"comfydock.until = {longer}"
-        )  # the pause before a start
+        self.person.program = installed("until = comfydock.until", f"comfydock.until = {longer}")  # before a start
         self.start_demo("--monitor", COMFYDOCK_DEMO_EXIT="later:3:0.1")
         eventually(lambda: self.environment_of_person().observe().state == "crashed", 60)
         self.assertIn("its monitor will not start it again", self.person.types("stop").stdout)
@@ -8849,8 +8849,7 @@ class WhatUsersMet(Journey):
         with unittest.mock.patch.object(dock.Environment, "observe", side_effect=PermissionError(errno.EACCES, "no")):
             listed = dock.Workspace(self.person.workspace).reports()
         self.assertEqual([item["state"] for item in listed], [dock.UNKNOWN])
-        said = list(dock.format_list({"environments": listed, "kept": []}, print))
-        self.assertIn("unknown, unreadable record", said[-1])
+        self.assertIn("unknown, unreadable record", dock.list_row(listed[0])["STATE"])
         self.assertTrue(environment.is_running())
 
     def test_a_log_that_was_removed_meanwhile_is_begun_anew_by_a_restart(self):
@@ -8943,11 +8942,8 @@ class WhatUsersMet(Journey):
         words = [("--json",), ("--monitor",), ("--wait",)]
         with unittest.mock.patch.object(os, "getpid", return_value=1):
             for flags in [*words, ("--wait", "0")]:
-                _, args = dock.parse(["run", "--demo", *flags])
-                with self.subTest(flags=flags), self.assertRaises(dock.CDEnvironmentError) as caught:
-                    dock.stays_in_foreground(args)
-                self.assertEqual(caught.exception.code, "usage")
-            self.assertTrue(dock.stays_in_foreground(dock.parse(["run", "--demo"])[1]))
+                command, args = dock.parse(["run", "--demo", *flags])
+                self.assertEqual(error_of(command.act, None, args).code, "usage", flags)
 
     def test_a_checkout_is_adopted_once(self):
         self.person.environment("a")
