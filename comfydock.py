@@ -4405,59 +4405,12 @@ def packages_error(why: str) -> CDEnvironmentError:
     return CDEnvironmentError(f"packages cannot be installed: {why}", code="packages")
 
 
-class Installer:
-    """Installs packages with uv where it is, else with the environment's own pip; the words differ a little."""
-
-    def __init__(self, python: str) -> None:
-        from shutil import which
-
-        self.python, self.uv = python, which("uv")
-        # PyTorch's index holds old copies of other packages: uv must look at both
-        self.index_policy = ["--index-strategy", "unsafe-best-match"] if self.uv else []
-
-    def run(self, words: list[str], tell: Progress = no_progress) -> Any:
-        """Run a command of pip's, and return its code and output. Raises CDEnvironmentError (code "no-pip")."""
-        pip = [self.python, "-m", "pip", *words]
-        uv = [self.uv, "pip", words[0], "--python", self.python, *words[1:]] if self.uv else []
-        with scratch_folder() as empty:
-            done = run_command(uv or pip, empty, package_environment(self.python), INSTALL_SECONDS, tell)
-        if "No module named pip" in done.stderr:
-            hint = f"{quote(self.python)} -m ensurepip"
-            raise CDEnvironmentError(f"{self.python} has no pip, and uv is not installed", hint, "no-pip")
-        return done
-
-    def must(self, words: list[str], tell: Progress = no_progress) -> None:
-        done = self.run(words, tell)
-        if done.returncode != 0:
-            raise packages_error(last_words(done))
-
-    def install_torch(self, backend: str, tell: Progress) -> None:
-        """Install PyTorch; uv finds the graphics card by itself, but may be too old to have heard of a backend."""
-        if self.uv:
-            with suppress(CDEnvironmentError):
-                return self.must(["install", f"--torch-backend={backend}", *TORCH_PACKAGES], tell)
-        index = torch_index(detect_torch_backend() if backend == "auto" else backend)
-        self.must(["install", "--index-url", index, *TORCH_PACKAGES], tell)
-
-    def uninstall(self, names: list[str]) -> None:
-        self.must(["uninstall", *([] if self.uv else ["--yes"]), *names])
-
-    def conflicts(self) -> list[str]:
-        """Return the sentences in which `pip check` says what does not fit together."""
-        done = self.run(["check"])
-        lines = (done.stdout + "\n" + done.stderr).splitlines()
-        return [line.strip() for line in lines if re.search(r" requires | has requirement ", line)]
-
-    def freeze(self) -> list[str]:
-        return [one.pinned for one in installed_packages(self.python).values()]
-
-
 def with_interpreter(variables: dict[str, str], python: str) -> dict[str, str]:
     """Return variables as an activated environment has them: its folder leads PATH, VIRTUAL_ENV names a venv."""
     folder = os.path.dirname(python)
+    venv = os.path.dirname(folder)
     kept = {key: value for key, value in variables.items() if key != "VIRTUAL_ENV"}
     kept["PATH"] = os.pathsep.join([folder, kept.get("PATH", os.defpath)])
-    venv = os.path.dirname(folder)
     return {**kept, "VIRTUAL_ENV": venv} if os.path.exists(os.path.join(venv, "pyvenv.cfg")) else kept
 
 
@@ -4478,28 +4431,25 @@ def pip_settings(python: str) -> dict[str, str]:
     """Return the user's settings of pip, from its files and variables, that say where packages come from."""
     from ast import literal_eval
 
-    variables = {"PIP_" + name.upper().replace("-", "_"): name for name in PIP_SOURCES}
-    found = {variables[key]: value for key, value in os.environ.items() if key in variables}
-    kept = {
-        key: value for key, value in inherited_environment().items() if not re.match("PIP_(?!CONFIG_FILE$)|PYTHON", key)
-    }
+    ours = inherited_environment().items()
+    kept = {key: value for key, value in ours if not re.match("PIP_(?!CONFIG_FILE$)|PYTHON", key)}
     with scratch_folder() as empty:
         said = run_command([python, "-m", "pip", "config", "list"], empty, {**kept, "PIP_QUIET": "0"}, 60.0).stdout
-    for section in ("install", "global"):
-        for name, value in re.findall(rf"^{section}\.([\w-]+)=(.*)$", said, re.M):
-            if name in PIP_SOURCES:
-                found.setdefault(name, str(literal_eval(value)))
-    for name, value in found.items():  # paths were meant from where the user stands
-        found[name] = " ".join(os.path.abspath(one) if os.path.exists(one) else one for one in value.split())
-    return {key: found[name] for key, name in variables.items() if name in found}
+    lines = [line for part in ("global", "install") for line in re.findall(rf"(?m)^{part}\.([\w-]+)=(.*)$", said)]
+    found = {f"PIP_{name.upper().replace('-', '_')}": value for name, value in lines if name in PIP_SOURCES}
+    found = {key: str(literal_eval(value)) for key, value in found.items()}
+    for key in (f"PIP_{name.upper().replace('-', '_')}" for name in PIP_SOURCES):
+        if key in os.environ:
+            found[key] = os.environ[key]
+    for key, value in found.items():  # paths were meant from where the user stands
+        found[key] = " ".join(os.path.abspath(one) if os.path.exists(one) else one for one in value.split())
+    return found
 
 
 def uv_settings() -> dict[str, str]:
     """Return the indexes of the user's own uv.toml; all else in it, and any file around us, counts for nothing."""
     home = os.environ.get("APPDATA") if IS_WINDOWS else os.environ.get("XDG_CONFIG_HOME")
     path = os.path.join(home or os.path.expanduser("~/.config"), "uv", "uv.toml")
-    if not os.path.isfile(path):
-        return {}
     with suppress(CDEnvironmentError, OSError, AttributeError, TypeError, KeyError):
         data = parse_toml(read_any_text(path), path)
         data = {**data.get("pip", {}), **data}
@@ -4515,10 +4465,7 @@ def uv_settings() -> dict[str, str]:
 
 @dataclass
 class Package:
-    """One installed package: how to install it again, what it needs, and the files that it owns.
-
-    `line` is NAME==VERSION, or where it is from; `files` are relative to the folder of packages.
-    """
+    """One installed package: `line` are the words that install it again, `files` its own, relative to all packages'."""
 
     name: str
     version: str
@@ -4538,6 +4485,8 @@ def installed_packages(python: str) -> dict[str, Package]:
     words = "import sys; print('\\n'.join(sys.path[1:]))"
     with scratch_folder() as empty:
         done = run_command([python, "-c", words], empty, package_environment(python), 60.0)
+    if done.returncode != 0:
+        raise CDEnvironmentError(f"{python} does not tell its packages: {last_words(done)}", code="packages")
     found: dict[str, Package] = {}
     for one in distributions(path=done.stdout.splitlines()):
         name, version = one.metadata["Name"], one.version
@@ -4546,25 +4495,21 @@ def installed_packages(python: str) -> dict[str, Package]:
             lines = [line for line in lines if not re.search(r"\.dist-info/|__pycache__|,0$", line)]
             files = {line.rsplit(",", 2)[0] for line in lines}
             found.setdefault(package_name(name), Package(name, version, origin(name, version, one), files))
-    if done.returncode != 0:
-        raise CDEnvironmentError(f"{python} does not tell its packages: {last_words(done)}", code="packages")
     if not found:  # who took this for all that there was would remove the rest in an undo
-        hint = f"{quote(python)} -m ensurepip"
-        raise CDEnvironmentError(f"{python} has no packages, not even pip", hint, "no-pip")
+        raise CDEnvironmentError(f"{python} has no packages, not even pip", f"{quote(python)} -m ensurepip", "no-pip")
     return found
 
 
 def origin(name: str, version: str, distribution: Any) -> list[str]:
     """Return the words that install a package again: a file, folder or commit of direct_url.json, else its version."""
-    try:
+    direct: Any = {}
+    with suppress(ValueError):
         direct = json.loads(distribution.read_text("direct_url.json") or "{}")
-        url, commit = str(direct.get("url", "")), direct.get("vcs_info", {})
-        if direct.get("dir_info", {}).get("editable"):
-            from urllib.request import url2pathname
+    url, commit = direct.get("url", "") if isinstance(direct, dict) else "", table_in(direct, "vcs_info")
+    if table_in(direct, "dir_info").get("editable"):
+        from urllib.request import url2pathname
 
-            return ["-e", url2pathname(url.removeprefix("file://"))]
-    except (ValueError, AttributeError):
-        url, commit = "", {}
+        return ["-e", url2pathname(url.removeprefix("file://"))]
     if commit:
         url = f"{commit.get('vcs')}+{url}@{commit.get('commit_id')}"
     return [f"{name} @ {url}" if url else f"{name}=={version}"]
@@ -4573,7 +4518,7 @@ def origin(name: str, version: str, distribution: Any) -> list[str]:
 def package_name(line: str) -> str:
     """Return the normalised package name in a requirement line; the line itself when it has none."""
     found = re.match(r"(?:-e .*[#&]egg=)?([A-Za-z0-9][A-Za-z0-9._-]*)", line)
-    return re.sub(r"[-_.]+", "-", found.group(1)).lower() if found else line
+    return re.sub(r"[-_.]+", "-", found[1]).lower() if found else line
 
 
 def held_packages(frozen: list[str]) -> list[str]:
@@ -4582,19 +4527,15 @@ def held_packages(frozen: list[str]) -> list[str]:
 
 def held_index(frozen: list[str]) -> Optional[str]:
     """Return the index that the installed PyTorch is from, by its local version: 2.9.0+cu128 is from .../whl/cu128."""
-    for line in frozen:
-        local = re.fullmatch(r"[^+]*==[^+]*\+(cpu|cu\d+|rocm[\d.]+|xpu)", line)
-        if local and package_name(line) == "torch":
-            return torch_index(local.group(1))
-    return None
+    local = re.search(r"(?mi)^torch==[^+\n]*\+(cpu|cu\d+|rocm[\d.]+|xpu)$", "\n".join(frozen))
+    return torch_index(local[1]) if local else None
 
 
 def torch_index(backend: str) -> str:
     """Return the address of PyTorch's index for a backend. Raises CDEnvironmentError for a word that can be none."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9]+)?", backend):
-        raise CDEnvironmentError(
-            f"{backend!r} is not a PyTorch backend", "--torch-backend auto, cpu, cu128, rocm6.4, xpu"
-        )
+        hint = "--torch-backend auto, cpu, cu128, rocm6.4, xpu"
+        raise CDEnvironmentError(f"{backend!r} is not a PyTorch backend", hint)
     return TORCH_INDEX + backend
 
 
@@ -4604,14 +4545,11 @@ def detect_torch_backend() -> str:
     CUDA 13 needs driver 580 or later and CUDA 12.8 driver 570 (NVIDIA's release notes).
     """
     if on_path("nvidia-smi"):
-        question = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            answer = run_command(question, timeout=30.0)
-            driver = re.match(r"\s*(\d+)", answer.stdout) if answer.returncode == 0 else None
-        except CDEnvironmentError:  # it hangs, or is no program for this machine
-            driver = None
-        if driver:
-            return "cu130" if int(driver.group(1)) >= 580 else "cu128" if int(driver.group(1)) >= 570 else "cu126"
+        with suppress(CDEnvironmentError):  # it hangs, or is no program for this machine
+            done = run_command(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], timeout=30.0)
+            driver = re.match(r"\s*(\d+)", done.stdout)
+            if driver and done.returncode == 0:
+                return "cu130" if int(driver[1]) >= 580 else "cu128" if int(driver[1]) >= 570 else "cu126"
     return "rocm6.4" if on_path("rocminfo") else "cpu"
 
 
@@ -4658,11 +4596,9 @@ def pip_entry(entry: str, folder: str) -> str:
 
 def project_table(folder: str, python: Optional[str] = None) -> dict[str, Any]:
     path = os.path.join(folder, "pyproject.toml")
-    try:
-        project = parse_toml(read_any_text(path), path, python).get("project")
-    except (OSError, CDEnvironmentError):
-        return {}
-    return project if isinstance(project, dict) else {}
+    with suppress(OSError, CDEnvironmentError):
+        return table_in(parse_toml(read_any_text(path), path, python), "project")
+    return {}
 
 
 def node_requirements(folder: str, python: Optional[str] = None) -> str:
@@ -4675,8 +4611,7 @@ def node_requirements(folder: str, python: Optional[str] = None) -> str:
 
 def manager_requirements(comfyui: str) -> list[str]:
     """Return what the ComfyUI-Manager that a checkout names needs."""
-    path = os.path.join(comfyui, "manager_requirements.txt")
-    return requirement_entries(read_any_text(path)) if os.path.isfile(path) else []
+    return requirement_entries(read_any_text(os.path.join(comfyui, "manager_requirements.txt")))
 
 
 @dataclass
@@ -4691,20 +4626,57 @@ class Need:
 class Packages:
     """The packages of one environment, for one change: tried and installed as one world, and put back.
 
-    `world` is who needs what there; `before` what was installed when the change began, `held` lines NAME==VERSION that
-    stay as they are. `is_whole` tells whether the world fits together; `is_needed` (is there anything to install?),
-    `said` and `conflict` are of the last question, `bad` the entries that made it fail.
+    `world` is who needs what there, `is_whole` whether that fits together; `before` what was installed when the change
+    began, `held` lines NAME==VERSION that stay as they are. Of the last question there are `is_needed` (is there
+    anything to install?), `said`, `conflict`, and `bad`, the entries that made it fail.
     """
 
-    def __init__(self, python: str, world: list[Need], released: "set[str] | frozenset[str]" = frozenset()) -> None:
-        self.installer, self.python, self.world = Installer(python), python, world
+    def __init__(
+        self, python: str, world: "list[Need] | tuple[()]" = (), released: "set[str] | tuple[()]" = ()
+    ) -> None:
+        from shutil import which
+
+        self.python, self.uv, self.world = python, which("uv"), [*world]
         self.before = installed_packages(python)
         frozen = [one.pinned for one in self.before.values()]
         self.held = [line for line in held_packages(frozen) if package_name(line) not in released]
         index = held_index(frozen)
-        self.index = ["--extra-index-url", index, *self.installer.index_policy] if index else []
+        # PyTorch's index holds old copies of other packages: uv must look at both
+        policy = ["--index-strategy", "unsafe-best-match"] if self.uv else []
+        self.index = ["--extra-index-url", index, *policy] if index else []
         self.is_whole, self.is_needed, self.said, self.conflict = True, True, "", ""
         self.bad: list[str] = []
+
+    def run(self, words: list[str], tell: Progress = no_progress) -> Any:
+        """Run a command of pip's, by uv where it is, and return its code and output. Raises CDEnvironmentError."""
+        pip = [self.python, "-m", "pip", *words]
+        uv = [self.uv, "pip", words[0], "--python", self.python, *words[1:]] if self.uv else []
+        with scratch_folder() as empty:
+            done = run_command(uv or pip, empty, package_environment(self.python), INSTALL_SECONDS, tell)
+        if "No module named pip" in done.stderr:
+            hint = f"{quote(self.python)} -m ensurepip"
+            raise CDEnvironmentError(f"{self.python} has no pip, and uv is not installed", hint, "no-pip")
+        return done
+
+    def must(self, words: list[str], tell: Progress = no_progress) -> None:
+        done = self.run(words, tell)
+        if done.returncode != 0:
+            raise packages_error(last_words(done))
+
+    def uninstall(self, names: list[str]) -> None:
+        self.must(["uninstall", *([] if self.uv else ["--yes"]), *names])
+
+    def install_torch(self, backend: str, tell: Progress) -> None:
+        """Install PyTorch; uv finds the graphics card by itself, but may be too old to have heard of a backend."""
+        if self.uv:
+            with suppress(CDEnvironmentError):
+                return self.must(["install", f"--torch-backend={backend}", *TORCH_PACKAGES], tell)
+        index = torch_index(detect_torch_backend() if backend == "auto" else backend)
+        self.must(["install", "--index-url", index, *TORCH_PACKAGES], tell)
+
+    def freeze(self) -> list[str]:
+        """Return what is installed now, as lines NAME==VERSION."""
+        return [one.pinned for one in installed_packages(self.python).values()]
 
     @contextmanager
     def words(self, needs: list[Need]) -> Iterator[list[str]]:
@@ -4714,9 +4686,10 @@ class Packages:
         bounds = [line for need in needs if need.is_limit for line in need.entries if package_name(line) not in held]
         bounds = [line for line in bounds if re.fullmatch(r"[\w.-]+\s*([<>=!~;].*)?", line)]  # pip takes no extras here
         with scratch_folder() as folder:
-            for name, lines in (("requirements.txt", entries), ("constraints.txt", [*self.held, *bounds])):
-                write_atomic(os.path.join(folder, name), "".join(f"{line}\n" for line in dict.fromkeys(lines)).encode())
-            files = ["-r", os.path.join(folder, "requirements.txt"), "-c", os.path.join(folder, "constraints.txt")]
+            files = []
+            for option, name, lines in (("-r", "requirements", entries), ("-c", "constraints", [*self.held, *bounds])):
+                files += [option, os.path.join(folder, f"{name}.txt")]
+                write_atomic(files[-1], "".join(f"{line}\n" for line in dict.fromkeys(lines)).encode())
             # PyTorch's index is asked for what it has and is not here yet, not for each package of the world
             lacking = {package_name(entry) for entry in entries}.intersection(HELD_PACKAGES) - self.before.keys()
             yield [*files, *(self.index if lacking else [])]
@@ -4724,7 +4697,7 @@ class Packages:
     def ask(self, needs: list[Need], tell: Progress = no_progress, is_trial: bool = True) -> str:
         """Try or install what is needed; return why it cannot be, empty when it can."""
         with self.words(needs) as words:
-            done = self.installer.run(["install", *["--dry-run"] * is_trial, *words], tell)
+            done = self.run(["install", *["--dry-run"] * is_trial, *words], tell)
         self.said = done.stderr
         self.is_needed = not is_trial or bool(re.search("Would (?!make no)|no such option", done.stdout + done.stderr))
         if done.returncode == 0 or is_trial and "no such option" in done.stderr:  # pip before 22.2
@@ -4734,13 +4707,13 @@ class Packages:
 
     def reason(self, said: str, needs: list[Need]) -> str:
         """Return a conflict as who wants what, and what is held; empty when the text tells of none."""
-        block = said.partition("conflict is caused by")[2] or said
         if not re.search(r"conflict|unsatisfiable|No solution", said):
             return ""
-        words = {package_name(word) for word in re.findall(r"[A-Za-z0-9][A-Za-z0-9._-]*", block)}
-        wants = [f"{one.who} needs {entry}" for one in needs for entry in one.entries if package_name(entry) in words]
+        block = said.partition("conflict is caused by")[2] or said
+        named = {package_name(word) for word in re.findall(r"[A-Za-z0-9][A-Za-z0-9._-]*", block)}
+        wants = [f"{one.who} needs {entry}" for one in needs for entry in one.entries if package_name(entry) in named]
         wants += [f"{who} needs {what}" for who, what in re.findall(r"^\s+(\S+ \S+) depends on (.+)$", block, re.M)]
-        held = [line.split("==") for line in self.held if package_name(line) in words]
+        held = [line.split("==") for line in self.held if package_name(line) in named]
         wants += [f"{name} is held at {version}" + " for PyTorch" * self.is_whole for name, version in held]
         return "; ".join(dict.fromkeys(wants))
 
@@ -4753,9 +4726,8 @@ class Packages:
         left_out: list[str] = []
         while why := self.ask([*self.world, new]):
             said = self.said.replace(" ", "")
-            self.bad = [entry for entry in new.entries if not self.conflict and entry.replace(" ", "") in said]
             odd = [entry for entry in new.entries if re.match(r"\w[^/@:]*$", entry) and not is_plain(entry)]
-            self.bad = odd or self.bad
+            self.bad = odd or [one for one in new.entries if not self.conflict and one.replace(" ", "") in said]
             if skip_bad and self.bad:
                 left_out.append(max(self.bad, key=len))
                 new.entries.remove(left_out[-1])
@@ -4768,40 +4740,44 @@ class Packages:
                 raise packages_error(why)
         return left_out
 
+    def differences(self) -> "tuple[dict[str, Package], list[str], list[str]]":
+        """Return what is installed now, and the names of what is new in it and of what has another version."""
+        now, before = installed_packages(self.python), self.before
+        changed = [name for name, one in now.items() if name in before and one.version != before[name].version]
+        return now, [name for name in now if name not in before], changed
+
     def install(self, new: Need, tell: Progress) -> None:
         """Install what was tried. Raises CDEnvironmentError (code "packages"), also when something fits no more."""
         if not self.is_needed:
             return
         if why := self.ask([*self.world, new], tell, is_trial=False):
             raise packages_error(why)
-        now = installed_packages(self.python)
-        moved = {
-            one.name for one in now.values() if one.version != self.before.get(package_name(one.name), one).version
-        }
-        moved |= {one.name for name, one in now.items() if name not in self.before}
-        pattern = rf"(?i)(?<![\w.-])({'|'.join(map(re.escape, moved))})(?![\w-])"
-        broken = [line for line in self.installer.conflicts() if re.search(pattern, line)] if moved else []
-        if broken:
-            raise CDEnvironmentError(f"packages do not fit together any more: {'; '.join(broken[:3])}", code="packages")
+        now, added, changed = self.differences()
+        if added or changed:
+            done = self.run(["check"])
+            lines = f"{done.stdout}\n{done.stderr}".splitlines()
+            names = "|".join(re.escape(now[name].name) for name in added + changed)
+            said = [line.strip() for line in lines if re.search(" requires | has requirement ", line)]
+            broken = [line for line in said if re.search(rf"(?i)(?<![\w.-])({names})(?![\w-])", line)]
+            if broken:
+                message = f"packages do not fit together any more: {'; '.join(broken[:3])}"
+                raise CDEnvironmentError(message, code="packages")
 
     def tell_changes(self, tell: Progress) -> list[str]:
         """Tell what was installed and changed, and which packages share files; returns the names of the new ones."""
-        now = installed_packages(self.python)
-        new = [one for name, one in now.items() if name not in self.before]
-        moved = [name for name, one in now.items() if name in self.before and one.version != self.before[name].version]
-        changed = [f"{now[name].name} {self.before[name].version} -> {now[name].version}" for name in moved]
-        if new:
-            tell(f"new packages: {', '.join(f'{one.name} {one.version}' for one in new)}")
+        from itertools import combinations
+
+        now, added, changed = self.differences()
+        if added:
+            tell(f"new packages: {', '.join(f'{now[name].name} {now[name].version}' for name in added)}")
         if changed:
-            tell(f"changed packages: {', '.join(changed)}")
-        others = [*now.values()]
-        for one in new:
-            others.remove(one)  # so that each pair is told once
-            for other in others:
-                shared = one.files & other.files
-                if shared:
-                    tell(f"warning: {one.name} and {other.name} share files ({min(shared)}): keep or remove both")
-        return [one.name for one in new]
+            moves = [f"{now[name].name} {self.before[name].version} -> {now[name].version}" for name in changed]
+            tell(f"changed packages: {', '.join(moves)}")
+        for one, other in combinations(sorted(now, key=lambda name: name not in added), 2):
+            if one in added and (shared := now[one].files & now[other].files):
+                names = f"{now[one].name} and {now[other].name}"
+                tell(f"warning: {names} share files ({min(shared)}): keep or remove both")
+        return [now[name].name for name in added]
 
     def run_install_script(self, folder: str, comfyui: str, tell: Progress) -> None:
         """Run a node's install.py, whose own calls of pip are held to the same versions."""
@@ -4812,10 +4788,8 @@ class Packages:
         if done.returncode != 0:
             message = f"{os.path.join(folder, 'install.py')} failed: {last_words(done)}"
             raise CDEnvironmentError(message, code="install-script")
-        now = self.installer.freeze()
-        lost = [line for line in self.held if line not in now]
-        if lost:
-            raise CDEnvironmentError(f"install.py replaced {', '.join(lost)}", code="install-script")
+        if lost := {*self.held}.difference(self.freeze()):
+            raise CDEnvironmentError(f"install.py replaced {', '.join(sorted(lost))}", code="install-script")
 
     def remembered(self) -> dict[str, Any]:
         """Return what was there before as JSON keeps it, for a `put_back` by somebody else."""
@@ -4828,17 +4802,19 @@ class Packages:
         """
         now = installed_packages(self.python)
         if before is not None:
-            files = {name: now[name].files if name in now else set() for name in before}
-            self.before = {name: Package(one[0], one[1], one[2], files[name]) for name, one in before.items()}
+            files = {name: one.files for name, one in now.items()}
+            self.before = {
+                name: Package(one[0], one[1], one[2], files.get(name, set())) for name, one in before.items()
+            }
         new = [name for name in now if name not in self.before]
         gone = [name for name, one in self.before.items() if name not in now or now[name].line != one.line]
         touched = {path for name in new + gone if name in now for path in now[name].files}
         hurt = [name for name, one in self.before.items() if name not in gone and touched & one.files]
-        steps = [(f"{', '.join(new)} removed", partial(self.installer.uninstall, new))] if new else []
+        steps = [(f"{', '.join(new)} removed", partial(self.uninstall, new))] if new else []
         for name in gone + hurt:  # one by one: what no index has any more keeps no other back
-            index = self.index if name in HELD_PACKAGES else []
-            words = ["install", "--no-deps", "--force-reinstall", *self.before[name].line, *index]
-            steps.append((" ".join(self.before[name].line), partial(self.installer.must, words)))
+            words = [*self.before[name].line, *(self.index if name in HELD_PACKAGES else [])]
+            step = partial(self.must, ["install", "--no-deps", "--force-reinstall", *words])
+            steps.append((" ".join(self.before[name].line), step))
         done = []
         for what, step in steps:
             try:
@@ -4848,6 +4824,9 @@ class Packages:
                 tell(f"warning: packages could not all be put back ({what}): {error.message}")
         if done:
             tell(f"packages put back: {', '.join(done)}")
+
+
+Installer = Packages
 
 
 # Node sources: each can find a node by what was typed, fetch it into a folder, name the newest version, and tell what
