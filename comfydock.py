@@ -4830,7 +4830,7 @@ Installer = Packages
 
 
 # Node sources: each can find a node by what was typed, fetch it into a folder, name the newest version, and tell what
-# was changed in a folder since.
+# was changed in a folder since. `receipt` is what was written down when the node came.
 
 
 def check_node_name(name: str) -> None:
@@ -4871,8 +4871,8 @@ class RegistrySource:
             raise CDEnvironmentError(f"the registry answered {name!r} when asked for {identity}", code="not-found")
         check_node_name(name)
         version = "" if version == "latest" else version
+        check_reference(version or "latest")
         if version and not version[0].isdigit():
-            check_reference(version)
             if repository is None:
                 raise CDEnvironmentError(f"the registry names no repository of {identity}", code="not-found")
             check_repository(repository)
@@ -4888,17 +4888,15 @@ class RegistrySource:
 
     def release(self, identity: str, version: str) -> Any:
         """Return what the registry says of a version: of one that means the same, when it spells it otherwise."""
-        check_reference(version)
+        place = f"/nodes/{identity.lower()}/versions"
         try:
-            return self.ask(f"/nodes/{identity.lower()}/versions/{version}", f"{identity}@{version}")
+            return self.ask(f"{place}/{version}", f"{identity}@{version}")
         except CDEnvironmentError as error:
-            if error.code != "not-found":
-                raise
-            with suppress(CDEnvironmentError):
-                listed = self.ask(f"/nodes/{identity.lower()}/versions", identity, list)
-                for one in listed:
-                    if isinstance(one, dict) and version_key(str(one.get("version"))) == version_key(version):
-                        return one
+            if error.code == "not-found":
+                with suppress(CDEnvironmentError):
+                    for one in self.ask(place, identity, list):
+                        if isinstance(one, dict) and version_key(str(one.get("version"))) == version_key(version):
+                            return one
             raise
 
     def ask(self, path: str, what: str, kind: Any = dict) -> Any:
@@ -4914,23 +4912,24 @@ class RegistrySource:
                 raise CDEnvironmentError(f"the registry has no {what}", hint, "not-found") from None
             if error.code.startswith("http-"):
                 reason = f": {printable(said[1])}" if said else "; what answered may be a proxy in between"
-                raise CDEnvironmentError(f"{error.message}{reason}", code=error.code) from None
+                raise CDEnvironmentError(error.message + reason, code=error.code) from None
             raise
         if not isinstance(answer, kind):
             raise CDEnvironmentError(f"the registry answered nothing usable about {what}", code="network")
         return answer
 
-    def judge(self, what: str, record: dict[str, Any], tell: Progress) -> None:
+    def judge(self, what: str, answer: dict[str, Any], tell: Progress) -> None:
         """Refuse a banned or deleted node or version; warn of one that is deprecated, flagged or not yet checked."""
-        status = re.sub("^Node(Version)?Status", "", str(record.get("status") or ""))
+        status = re.sub("^Node(Version)?Status", "", str(answer.get("status") or ""))
         if status in ("Banned", "Deleted"):
             raise CDEnvironmentError(f"{what} is {status.lower()} in the registry", code="banned")
-        if status == "Flagged":
-            tell(f"warning: {what} was flagged by the registry's security scan: look at its code before you run it")
-        if status == "Pending":
-            tell(f"warning: {what} has not been checked by the registry yet")
-        if record.get("deprecated"):
-            tell(f"warning: {what} is deprecated by its author")
+        warnings = {
+            "Flagged": "was flagged by the registry's security scan: look at its code before you run it",
+            "Pending": "has not been checked by the registry yet",
+        }
+        for warning in (warnings.get(status), answer.get("deprecated") and "is deprecated by its author"):
+            if warning:
+                tell(f"warning: {what} {warning}")
 
     def search(self, words: str) -> list[dict[str, Any]]:
         from urllib.parse import quote_plus
@@ -4938,31 +4937,26 @@ class RegistrySource:
         found = self.ask(f"/nodes/search?search={quote_plus(words)}&limit=20", words).get("nodes")
         return [one for one in found if isinstance(one, dict) and one.get("id")] if isinstance(found, list) else []
 
-    def pack_of(self, node_class: str) -> Optional[str]:
-        """Return the id of the pack that a class of nodes is from; None when the registry knows none."""
+    def pack_of(self, node_class: str) -> str:
+        """Return the id of the pack that a class of nodes is from; empty when the registry knows none."""
         from urllib.parse import quote as quote_url
 
         try:
-            return (
-                str(self.ask(f"/comfy-nodes/{quote_url(node_class, safe='')}/node", node_class).get("id") or "") or None
-            )
+            found = self.ask(f"/comfy-nodes/{quote_url(node_class, safe='')}/node", node_class)
+            return str(found.get("id") or "")
         except CDEnvironmentError as error:
             if error.code != "not-found":
                 raise
-            return None
+            return ""
 
     def fetch(self, info: NodeInfo, folder: str, tell: Progress) -> NodeInfo:
-        """Download and unpack into a new folder, with the list of its files by which ComfyUI-Manager knows it.
-
-        An address that is written down may be out of date: then the registry is asked for the one of now.
-        """
+        """Download and unpack into a new folder, with the list of its files by which ComfyUI-Manager knows it."""
         identity, url, files = info.registry_id or info.name, info.download_url, None
-        if url:
-            try:
-                files = unpack_from(url, folder, tell=tell)
-            except CDEnvironmentError as error:
-                if error.code not in ("http-403", "http-404", "http-410"):
-                    raise
+        try:
+            files = unpack_from(url, folder, tell=tell) if url else None
+        except CDEnvironmentError as error:
+            if error.code not in ("http-403", "http-404", "http-410"):  # else it is out of date: what is it now?
+                raise
         if files is None:
             url = self.ask(f"/nodes/{identity.lower()}/install?version={info.version}", identity).get("downloadUrl")
             if not url:
@@ -4980,29 +4974,28 @@ class RegistrySource:
 
     def version_in(self, folder: str) -> Optional[str]:
         """Return the version that a folder holds, as its pyproject.toml says; no TOML reader, for `status`."""
-        path = os.path.join(folder, "pyproject.toml")
         pattern = r"""^[ \t]*\[project\]((?!^[ \t]*\[).)*?^[ \t]*version[ \t]*=[ \t]*["']([^"']+)["']"""
-        found = re.search(pattern, read_any_text(path), re.M | re.S)
-        return found.group(2) if found else None
-
-    def digests(self, folder: str) -> dict[str, str]:
-        paths = {name: os.path.join(folder, name) for name in self.tracked(folder)}
-        return {name: file_digest(path) for name, path in paths.items() if is_file(path)}
+        found = re.search(pattern, read_any_text(os.path.join(folder, "pyproject.toml")), re.M | re.S)
+        return found[2] if found else None
 
     def tracked(self, folder: str) -> list[str]:
         """Return the files that the node's archive had, as the folder lists them; it may list anything."""
         path = os.path.join(folder, TRACKING)
-        return read_any_text(path).splitlines() if is_file(path) and not is_link(path) else []
+        return [] if is_link(path) else read_any_text(path).splitlines()
 
-    def changes(self, folder: str, record: dict[str, Any]) -> Optional[list[str]]:
-        digests = record.get("files")
-        if not isinstance(digests, dict):
-            return None
-        paths = {name: os.path.join(folder, name) for name in digests}
-        return [name for name, path in paths.items() if not is_file(path) or file_digest(path) != digests[name]]
+    def digests(self, folder: str, names: Optional[Any] = None) -> dict[str, str]:
+        paths = {name: os.path.join(folder, name) for name in (self.tracked(folder) if names is None else names)}
+        return {name: file_digest(path) for name, path in paths.items() if is_file(path)}
 
-    def files(self, folder: str, record: dict[str, Any]) -> Optional[set[str]]:
-        known = record.get("files") or self.tracked(folder)
+    def changes(self, folder: str, receipt: dict[str, Any]) -> Optional[list[str]]:
+        """Return what somebody changed in a folder; None when nobody can tell."""
+        known = receipt.get("files")
+        now = self.digests(folder, known) if isinstance(known, dict) else {}
+        return [name for name in known if now.get(name) != known[name]] if isinstance(known, dict) else None
+
+    def files(self, folder: str, receipt: dict[str, Any]) -> Optional[set[str]]:
+        """Return what in a folder came with the node; None when nobody can tell."""
+        known = receipt.get("files") or self.tracked(folder)
         return {*self.lists, *known} if known else None
 
 
@@ -5015,11 +5008,10 @@ class GitSource:
         """Return the node; its version is the reference that was asked for until it is fetched."""
         url, reference = split_reference(identifier)
         check_repository(url)
-        if reference is not None:
-            check_reference(reference)
+        check_reference("HEAD" if reference is None else reference)
         if is_local(url):
             url = os.path.abspath(os.path.expanduser(url))
-        name = url.replace("\\", "/").rstrip("/").replace(":", "/").rsplit("/", 1)[-1].removesuffix(".git")
+        name = re.split(r"[/\\:]", url.rstrip("/\\"))[-1].removesuffix(".git")
         check_node_name(name)
         return NodeInfo(name=name, repository=url, version=reference, source=self.name, pin=reference)
 
@@ -5049,17 +5041,17 @@ class GitSource:
     def version_in(self, folder: str) -> Optional[str]:
         return git_answer([*LOOK, "rev-parse", "HEAD"], folder)
 
-    def changes(self, folder: str, record: dict[str, Any]) -> Optional[list[str]]:
+    def changes(self, folder: str, receipt: dict[str, Any]) -> Optional[list[str]]:
         status = git_answer(["status", "--porcelain", "--untracked-files=no"], folder)
         if status is None:
             return None
-        known = [f"^{record['version']}"] if record.get("version") == self.version_in(folder) else []
+        known = [f"^{receipt['version']}"] if receipt.get("version") == self.version_in(folder) else []
         words = ["rev-list", "--max-count=9", "HEAD", "--branches", *known, "--not", "--remotes", "--tags"]
         commits = (git_answer(words, folder) or "").split()
         stashes = (git_answer(["stash", "list"], folder) or "").splitlines()
         return [line[2:].strip() for line in status.splitlines()] + [f"commit {one[:8]}" for one in commits] + stashes
 
-    def files(self, folder: str, record: dict[str, Any]) -> Optional[set[str]]:
+    def files(self, folder: str, receipt: dict[str, Any]) -> Optional[set[str]]:
         listed = git_answer(["ls-files", "-z", "--recurse-submodules"], folder)
         return None if listed is None else {".git", *listed.split("\0")}
 
@@ -5113,9 +5105,10 @@ def workflow_data(path: str) -> Any:
     """Return the workflow in a file. Raises CDEnvironmentError (code "workflow") when it holds none."""
     import zlib
 
+    hint = "name a .json or .png file that ComfyUI saved"
     data = read_small(os.path.realpath(path), 256 * MEGABYTE)
     if data is None:
-        raise CDEnvironmentError(f"{path} is not there", "name a .json or .png file that ComfyUI saved", "workflow")
+        raise CDEnvironmentError(f"{path} is not there", hint, "workflow")
     texts: dict[bytes, bytes] = {b"workflow": data}
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         place, texts = 8, {}
@@ -5123,35 +5116,30 @@ def workflow_data(path: str) -> Any:
             size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
             key, _, text = data[place + 8 : place + 8 + size].partition(b"\0")
             place += size + 12
-            if kind == b"iTXt" and text.count(b"\0", 2) >= 2:
+            if kind == b"tEXt":
+                texts.setdefault(key, text.decode("latin-1").encode())
+            elif kind == b"iTXt" and text.count(b"\0", 2) >= 2:
                 packed, (_, _, text) = text[:1] == b"\1", text[2:].split(b"\0", 2)
                 with suppress(zlib.error):
                     text = zlib.decompressobj().decompress(text, 64 * MEGABYTE) if packed else text
-            if kind in (b"tEXt", b"iTXt"):
-                texts.setdefault(key, text if kind == b"iTXt" else text.decode("latin-1").encode())
+                texts.setdefault(key, text)
     for name in (b"workflow", b"prompt"):
         with suppress(ValueError, RecursionError):
             return json.loads(texts.get(name, b"").decode("utf-8-sig"))
-    hint = "name a .json or .png file that ComfyUI saved"
     raise CDEnvironmentError(f"{path} holds no workflow of ComfyUI", hint, "workflow")
 
 
 def workflow_nodes(data: Any) -> "Iterator[tuple[str, dict[str, Any]]]":
-    """Yield class and properties of each node of a workflow, in the format of its editor or of the API.
-
-    A node that stands for a part of the workflow has that part's id as its class.
-    """
+    """Yield class and properties of each node of a workflow, in the format of its editor or of the API."""
     data = data if isinstance(data, dict) else {}
-    parts = data.get("definitions")
-    parts = parts.get("subgraphs") if isinstance(parts, dict) else None
+    parts = table_in(data, "definitions").get("subgraphs")
     groups = [part for part in [data, *(parts if isinstance(parts, list) else [])] if isinstance(part, dict)]
-    own = [part.get("id") for part in groups[1:]]
+    own = [part.get("id") for part in groups[1:]]  # a node that stands for a part has that part's id as its class
     nodes = [node for part in groups if isinstance(part.get("nodes"), list) for node in part["nodes"]]
     for node in nodes or list(data.values()):
         kind = (node.get("type") or node.get("class_type")) if isinstance(node, dict) else None
         if isinstance(kind, str) and kind not in own and kind not in FRONTEND_NODES:
-            properties = node.get("properties")
-            yield kind, properties if isinstance(properties, dict) else {}
+            yield kind, table_in(node, "properties")
 
 
 # Changing nodes: what is fetched lies in custom_nodes/.comfydock.disabled/FOLDER/new, the folder that it replaces in

@@ -5566,12 +5566,12 @@ class OddMachines(unittest.TestCase):
         packages = object.__new__(dock.Packages)
         gone, mine = dock.Package("gone", "1", ["gone==1"], set()), dock.Package("mine", "1", ["-e", "/my code"], set())
         packages.python, packages.before, packages.index = "python", {"gone": gone, "mine": mine}, []
-        packages.installer, said = unittest.mock.Mock(), []
-        packages.installer.uninstall.side_effect = dock.CDEnvironmentError("no")
+        packages.uninstall, packages.must, said = unittest.mock.Mock(), unittest.mock.Mock(), []
+        packages.uninstall.side_effect = dock.CDEnvironmentError("no")
         now = {"new": dock.Package("new", "1", ["new==1"], set())}
         with unittest.mock.patch.object(dock, "installed_packages", return_value=now):
             packages.put_back(said.append)
-        installed = [call.args[0][3:] for call in packages.installer.must.call_args_list]
+        installed = [call.args[0][3:] for call in packages.must.call_args_list]
         self.assertEqual(installed, [["gone==1"], ["-e", "/my code"]])
         self.assertEqual(said, ["warning: packages could not all be put back (new removed): no",
                                 "packages put back: gone==1, -e /my code"])  # fmt: skip
