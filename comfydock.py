@@ -9271,6 +9271,7 @@ STEERING = (*range(9), *range(10, 32), *range(127, 160), 0x61C, *range(0x200E, 0
 CONTROLS = dict.fromkeys((*STEERING, *range(0x2066, 0x206A)), " ")
 ONE_ENVIRONMENT = tuple("run stop restart status logs repair node open exec update history".split())
 Typed = Callable[..., str]  # the words of one of our commands -> how it must be typed here
+Words = Callable[[dict[str, Any], Typed], Iterator[str]]  # the data of a report -> its lines for people
 
 
 @dataclass
@@ -9654,40 +9655,30 @@ class Arguments:
 
 
 Act = Callable[[Console, Arguments], Report]
+COMMANDS: "dict[str, Command]" = {}
 
 
 class Command:
-    """A command: its function, and what its text tells, "USAGE: SUMMARY", a line for each option, and examples.
+    """A command, made by its text and what runs it: "USAGE: SUMMARY", a line for each option, and examples.
 
     An option's line has its flags, its metavar and what it does. A metavar in brackets may be left out, and a single
     word behind "default:" is the default. The operand is what is typed behind the name: "NAME", "ID...", "[PATH]".
     """
 
-    def __init__(self, text: str, act: Act) -> None:
-        head, *self.lines = text.splitlines()
+    act: Act
+
+    def __init__(self, text: str) -> None:
+        head, *self.lines = map(str.strip, text.splitlines())
         self.usage, _, self.summary = head.partition(": ")
         self.name = re.split(r" [\[A-Z]", self.usage)[0]
         self.operand = self.usage[len(self.name) :].strip()
+        self.has_json = self.name not in ("logs", "exec", "top")  # these show bytes as they come, or are another's
+
+    def __call__(self, act: Act) -> Act:
+        """Take the function below; as a decorator."""
         self.act = act
-
-    @property
-    def has_json(self) -> bool:
-        """Whether it reports: these leave the terminal to another program, or show bytes as they come."""
-        return self.name not in ("logs", "exec", "top")
-
-
-COMMANDS: dict[str, Command] = {}
-
-
-def command(text: str) -> "Callable[[Act], Act]":
-    """Make a command of the function below: see Command."""
-
-    def enter(act: Act) -> Act:
-        made = Command(text, act)
-        COMMANDS[made.name] = made
+        COMMANDS[self.name] = self
         return act
-
-    return enter
 
 
 IDLE_OPTION = "--when-idle [SECONDS]  first wait until nothing is queued, at most this long (default: 3600)"
@@ -9723,6 +9714,34 @@ def prepare(console: Console, args: Arguments, environment: Environment) -> Envi
     return environment
 
 
+def do_all(console: Console, args: Arguments, command: Command) -> Report:
+    """Do a command to every environment, a line each; one that fails does not keep the others."""
+    items, first_error, was_quiet, needs_life = [], None, console.quiet, command.name in ("stop", "restart")
+    for environment in workspace_of(args).list_environments():
+        if not environment.is_running() if needs_life else environment.manifest.demo:
+            continue
+        name, report, error = environment.name, Report({}), None
+        console.quiet = True
+        try:
+            report = command.act(console, Arguments({**vars(args), "env": name, "all": False, "one_of_all": True}))
+            error = report.error
+        except CDEnvironmentError as problem:
+            error = problem
+        finally:
+            console.quiet = was_quiet
+        is_done = error is None or error.code == "running"
+        items.append({"environment": name, "ok": is_done, "data": report.data})
+        if is_done:
+            line = ", ".join(one.lstrip("✓ ") for one in report.lines if one.startswith("✓"))
+            console.result(f"✓ {name}: {line or ('already running' if error else 'nothing to do')}")
+        elif error is not None:
+            console.problem(CDEnvironmentError(f"{name}: {error.message}", error.hint))
+            first_error = first_error or error
+    if not items:
+        console.result("Nothing is running." if needs_life else "No environment to act on.")
+    return Report({"environments": items}, code=1 if first_error else 0, error=first_error)
+
+
 def url_line(data: dict[str, Any], typed: Typed) -> str:
     """Return where a ComfyUI that was just started answers, or will."""
     if data.get("ready") or data["health"] == HEALTHY:
@@ -9745,7 +9764,7 @@ def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
         yield f"Tip: View logs with '{typed('logs')}', stop with '{typed('stop')}'"
 
 
-@command(f"""run [NAME]: start ComfyUI in the background; its own arguments pass through
+@Command(f"""run [NAME]: start ComfyUI in the background; its own arguments pass through
     -f --foreground       stay and stream the log (without --json); Ctrl-C stops ComfyUI
     --auto-port           take the next free port when the port is in use
     --set-env KEY=VALUE   an environment variable for ComfyUI, kept for restarts (KEY: as it is here)
@@ -9757,18 +9776,10 @@ def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     --open                wait until ComfyUI answers, then open it in the browser
     {WAIT_OPTION}
     {ALL_OPTION}
-    e.g. run --demo
-    e.g. run --wait -- --listen --port 8190
-    e.g. -e dev run --foreground""")
+    e.g. run --demo; run --wait -- --listen --port 8190; -e dev run --foreground""")
 def run(console: Console, args: Arguments) -> Report:
-    is_first = os.getpid() == 1  # with which a container ends
-    refused = [name for name in ("json", "monitor", "wait", "all") if is_first and args.has(name)]
-    if refused:
-        message = f"As PID 1 'run' stays in the foreground, so it has no --{refused[0]}."
-        raise CDEnvironmentError(message, ("run",), "usage")
-    if args.all:
-        return do_all(console, args, run, lambda environment: not environment.manifest.demo)
-    config, stays = parse_comfyui_args(args.comfyui_args), args.foreground or is_first  # before anything is made
+    config = parse_comfyui_args(args.comfyui_args)  # before anything is made or changed
+    stays = args.foreground or os.getpid() == 1  # with which a container ends
     environment = environment_to_run(console, args)
     say_what_starts(console, environment, args.comfyui_args, config.host, stays)
     is_demo = environment.manifest.demo
@@ -9856,12 +9867,7 @@ def run_in_background(console: Console, args: Arguments, environment: Environmen
     return report
 
 
-def started_report(
-    console: Console,
-    environment: Environment,
-    words: "Callable[[dict[str, Any], Typed], Iterator[str]]",
-    seconds: Optional[float] = None,
-) -> Report:
+def started_report(console: Console, environment: Environment, words: Words, seconds: Optional[float] = None) -> Report:
     """Report a ComfyUI that was just started; where `seconds` are given, wait so long for its first answer."""
     waited: dict[str, Any] = {}
     error = None if seconds is None else await_answer(console, environment, seconds, waited)
@@ -9914,10 +9920,9 @@ def show_in_browser(console: Console, url: str) -> bool:
     return False
 
 
-@command("""open [NAME]: open ComfyUI in the browser, once it answers
+@Command("""open [NAME]: open ComfyUI in the browser, once it answers
     --wait SECONDS        how long to wait for it (default: 180)
-    e.g. open
-    e.g. open sdxl""")
+    e.g. open; open sdxl""")
 def open_it(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     if environment.observe().process is None:
@@ -9928,9 +9933,8 @@ def open_it(console: Console, args: Arguments) -> Report:
     return Report({"url": url, "opened": is_open}, environment.name, [f"✓ {url}"] if is_open else [])
 
 
-@command("""exec CMD...: run a program in the ComfyUI folder with the environment's Python
-    e.g. exec pip list
-    e.g. -e dev exec -- python -V""")
+@Command("""exec CMD...: run a program in the ComfyUI folder with the environment's Python
+    e.g. exec pip list; -e dev exec -- python -V""")
 def execute(console: Console, args: Arguments) -> Report:
     if not args.comfyui_args:
         raise CDEnvironmentError("'exec' needs a program to run.", ("help", "exec"), "usage")
@@ -9947,32 +9951,6 @@ def execute(console: Console, args: Arguments) -> Report:
         raise CDEnvironmentError(message, "", "not-found")
     code = run_at_terminal([*found, *words], str(environment.comfyui_path), variables)
     return Report({}, environment.name, code=shell_code(code))
-
-
-def do_all(console: Console, args: Arguments, act: Act, is_meant: Callable[[Environment], bool]) -> Report:
-    """Do a command to every environment, a line each; one that fails does not keep the others."""
-    items, first_error, was_quiet = [], None, console.quiet
-    for environment in filter(is_meant, workspace_of(args).list_environments()):
-        name, report, error = environment.name, Report({}), None
-        console.quiet = True
-        try:
-            report = act(console, Arguments({**vars(args), "env": name, "all": False, "one_of_all": True}))
-            error = report.error
-        except CDEnvironmentError as problem:
-            error = problem
-        finally:
-            console.quiet = was_quiet
-        is_done = error is None or error.code == "running"
-        items.append({"environment": name, "ok": is_done, "data": report.data})
-        if is_done:
-            line = ", ".join(one.lstrip("✓ ") for one in report.lines if one.startswith("✓"))
-            console.result(f"✓ {name}: {line or ('already running' if error else 'nothing to do')}")
-        elif error is not None:
-            console.problem(CDEnvironmentError(f"{name}: {error.message}", error.hint))
-            first_error = first_error or error
-    if not items:
-        console.result("Nothing is running." if is_meant is Environment.is_running else "No environment to act on.")
-    return Report({"environments": items}, code=1 if first_error else 0, error=first_error)
 
 
 def run_in_foreground(console: Console, environment: Environment, words: list[str], options: dict[str, Any]) -> Report:
@@ -10051,16 +10029,17 @@ class Foreground:
             if record.desired_state == RESTART:
                 if not self.environment.is_held_back():
                     self.environment.restart_kept(record, None)
-            elif not (IS_WINDOWS and code in (0, None) and until(self._is_restarted, REBORN_PATIENCE, 0.5)):
+            elif not self._is_restarted(code):
                 self._drain()
                 self.environment.amend_record(record.run_id, last_exit={"code": code, "at": utc_now()})
                 self.console.say(f"\n⚠️  ComfyUI process exited{'' if code is None else f' ({format_exit(code)})'}")
                 return shell_code(code)
         return 0
 
-    def _is_restarted(self) -> bool:
+    def _is_restarted(self, code: Optional[int]) -> bool:
         """Tell whether to look again: on Windows a restart by ComfyUI-Manager goes on under another PID."""
-        return bool(self.received) or self.environment.is_running()
+        may_be, environment = IS_WINDOWS and code in (0, None), self.environment
+        return may_be and until(lambda: bool(self.received) or environment.is_running(), REBORN_PATIENCE, 0.5)
 
     def _tells_readiness(self, snapshot: Snapshot) -> bool:
         """Tell the engine that waits for it of ComfyUI's first healthy answer; return whether there was one."""
@@ -10129,17 +10108,14 @@ def crash_words(data: dict[str, Any]) -> str:
     return (f" ({about})" if about else "") + (f": {data['last_error']}" if data["last_error"] else "")
 
 
-@command(f"""stop [NAME]: stop ComfyUI and what it started
+@Command(f"""stop [NAME]: stop ComfyUI and what it started
     {QUEUE_OPTIONS}
     --kill                kill it at once
     --port PORT           end the ComfyUI on this port, whoever started it
     --dry-run             with --port: only say what would be ended
     {ALL_OPTION}
-    e.g. stop
-    e.g. -e dev stop --timeout 60""")
+    e.g. stop; -e dev stop --timeout 60""")
 def stop(console: Console, args: Arguments) -> Report:
-    if args.all:
-        return do_all(console, args, stop, Environment.is_running)
     if args.port is not None:
         return stop_port(console, args)
     environment = selected(console, args)
@@ -10204,13 +10180,24 @@ def settle_queue(console: Console, args: Arguments, environment: Environment, co
     A ComfyUI that does not answer, and a queue that never drains, hold nobody up for ever. Raises
     CDEnvironmentError when a terminal says no.
     """
-    counts = None if args.has("kill") else queued_work(environment)
-    if counts is not None and args.when_idle is not None:
-        wait_until_idle(console, environment, args.when_idle)
+    counts, limit = None if args.has("kill") else queued_work(environment), args.when_idle
+
+    def is_idle() -> bool:
+        nonlocal counts
         counts = queued_work(environment)
+        if counts is not None:
+            left = format_duration(max(0.0, deadline - time.monotonic()))
+            console.progress(f"   Waiting for ComfyUI's queue: {format_queue(counts)}, at most {left} more")
+        return counts is None
+
+    if counts is not None and limit is not None:
+        if not is_terminal(console.err):
+            console.warn(f"Waiting until ComfyUI's queue is empty, at most {format_duration(limit)}.")
+        deadline = time.monotonic() + limit
+        until(is_idle, limit, 0.25)
     if counts is None:
         return None
-    if not args.force and args.when_idle is None:
+    if not args.force and limit is None:
         question = f"ComfyUI is busy: {format_queue(counts)}. {command.split()[0].capitalize()} anyway?"
         if console.ask(question, False) is False:
             message = f"Nothing was done: ComfyUI is busy, {format_queue(counts)}."
@@ -10219,35 +10206,17 @@ def settle_queue(console: Console, args: Arguments, environment: Environment, co
     return {"running": counts[0], "pending": counts[1]}
 
 
-def wait_until_idle(console: Console, environment: Environment, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-
-    def is_idle() -> bool:
-        counts = queued_work(environment)
-        left = format_duration(max(0.0, deadline - time.monotonic()))
-        if counts is not None:
-            console.progress(f"   Waiting for ComfyUI's queue: {format_queue(counts)}, at most {left} more")
-        return counts is None
-
-    if not is_terminal(console.err):
-        console.warn(f"Waiting until ComfyUI's queue is empty, at most {format_duration(seconds)}.")
-    until(is_idle, seconds, 0.25)
-
-
 def format_restart(data: dict[str, Any], typed: Typed) -> Iterator[str]:
     yield f"✓ Restarted (new PID: {data['pid']})"
     yield url_line(data, typed)
 
 
-@command(f"""restart [NAME]: stop and start again with the same arguments
+@Command(f"""restart [NAME]: stop and start again with the same arguments
     {QUEUE_OPTIONS}
     {WAIT_OPTION}
     {ALL_OPTION}
-    e.g. restart
-    e.g. restart sdxl --wait""")
+    e.g. restart; restart sdxl --wait""")
 def restart(console: Console, args: Arguments) -> Report:
-    if args.all:
-        return do_all(console, args, restart, Environment.is_running)
     environment = selected(console, args)
     cut_off = settle_queue(console, args, environment, "restart")
     snapshot = environment.observe()
@@ -10374,9 +10343,8 @@ def difference_data(found: EnvironmentComparison) -> dict[str, Any]:
     }
 
 
-@command("""status [NAME]: what ComfyUI is doing (exit code 3 when it is not running)
-    e.g. status
-    e.g. -e dev status --json""")
+@Command("""status [NAME]: what ComfyUI is doing (exit code 3 when it is not running)
+    e.g. status; -e dev status --json""")
 def status(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     data = environment.report()
@@ -10420,10 +10388,9 @@ def list_row(item: dict[str, Any]) -> dict[str, str]:
     }
 
 
-@command("""list: all environments and what runs in them
+@Command("""list: all environments and what runs in them
     --watch               redraw it every 2 seconds, with memory and CPU: the same as top (without --json)
-    e.g. list
-    e.g. list --json""")
+    e.g. list; list --json""")
 def list_all(console: Console, args: Arguments) -> Report:
     if args.watch:
         return top(console, args)
@@ -10439,7 +10406,7 @@ def list_all(console: Console, args: Arguments) -> Report:
     return Report({"workspace": workspace.paths.root, "environments": reports, "kept": kept}, None, lines)
 
 
-@command("""top: watch all environments: queue, VRAM, memory, CPU
+@Command("""top: watch all environments: queue, VRAM, memory, CPU
     e.g. top""")
 def top(console: Console, args: Arguments) -> Report:
     """Redraw a table on the normal screen; no key is read and no mode is set, so a terminal needs no repair."""
@@ -10502,14 +10469,13 @@ def format_repair(data: dict[str, Any], typed: Typed) -> Iterator[str]:
         yield "✓ No changes to apply"
 
 
-@command(f"""repair [NAME]: install what is missing, and settle lost processes
+@Command(f"""repair [NAME]: install what is missing, and settle lost processes
     -y --yes              do not ask
     --orphan              processes and state only; no file of the environment is touched
     --adopt               take back the first orphaned process found, without asking
     --end                 end every orphaned process found, without asking
     {RESTART_OPTIONS}
-    e.g. repair
-    e.g. repair dev --orphan --adopt""")
+    e.g. repair; repair dev --orphan --adopt""")
 def repair(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     console.say("🔍 Checking for process/state issues...")
@@ -10520,28 +10486,24 @@ def repair(console: Console, args: Arguments) -> Report:
     for process in orphans:
         port = environment.config_of(Snapshot(RUNNING, None, process, "untracked")).port
         item = {"pid": process.pid, "age": round(process.age(), 3), "port": port, "command": process.text}
+        item["action"] = "left"
         console.result(f"  • PID {process.pid}, {format_duration(process.age())} old, port {port}: {process.text}")
-        data["orphans"].append({**item, "action": settle_orphan(console, args, environment, process)})
+        data["orphans"].append(item)
+        try:
+            if args.adopt or (not args.end and console.ask("    Adopt it?", True)):
+                environment.take_back(process)
+                item["action"] = "adopted"
+            elif args.end or console.ask("    End it?", False):
+                environment.end_orphan(process)
+                item["action"] = "ended"
+        except CDEnvironmentError as refusal:
+            console.problem(refusal)
     if not args.orphan:
         environment.require_comfyui()
         data.update(repair_content(console, args, environment))
     problems = data.get("problems")
     error = CDEnvironmentError(" ".join(map(as_sentence, problems)), "", "repair") if problems else None
     return Report(data, environment.name, format_repair(data, console.typed), 1 if error else 0, error)
-
-
-def settle_orphan(console: Console, args: Arguments, environment: Environment, process: Process) -> str:
-    """Adopt or end an orphan as told, or as a terminal answers; return what was done."""
-    try:
-        if args.adopt or (not args.end and console.ask("    Adopt it?", True)):
-            environment.take_back(process)
-            return "adopted"
-        if args.end or console.ask("    End it?", False):
-            environment.end_orphan(process)
-            return "ended"
-    except CDEnvironmentError as error:
-        console.problem(error)
-    return "left"
 
 
 def repair_content(console: Console, args: Arguments, environment: Environment) -> dict[str, Any]:
@@ -10585,14 +10547,14 @@ def put_right(console: Console, args: Arguments, environment: Environment, done:
         offer_restart(console, args, environment, "The environment was repaired")
 
 
-@command("""use NAME: choose the active environment
+@Command("""use NAME: choose the active environment
     e.g. use dev""")
 def use(console: Console, args: Arguments) -> Report:
     name = workspace_of(args).use(args.name).name
     return Report({}, name, [f"✓ Active environment: {name}"])
 
 
-@command("""create NAME: make an environment: with a new ComfyUI, or of a folder you have
+@Command("""create NAME: make an environment: with a new ComfyUI, or of a folder you have
     --from DIR            adopt this ComfyUI folder, which stays where it is
     --comfyui REF         the version: a tag, branch or commit (default: the newest release)
     --source URL|DIR|ARCHIVE  where ComfyUI comes from (default: the official repository)
@@ -10602,8 +10564,7 @@ def use(console: Console, args: Arguments) -> Report:
     --no-manager          without ComfyUI-Manager's package, where ComfyUI names it
     --models DIR          use the models in this folder, beside its own
     --use                 make it the active environment
-    e.g. create main --use
-    e.g. create old --from ~/ComfyUI""")
+    e.g. create main --use; create old --from ~/ComfyUI""")
 def create(console: Console, args: Arguments) -> Report:
     workspace = workspace_of(args, to_make=True)
     require_new_name(args.name)
@@ -10630,7 +10591,7 @@ def create(console: Console, args: Arguments) -> Report:
     return Report({"python": python, "venv": venv, "comfyui": comfyui, "version": version}, environment.name, lines)
 
 
-@command("""delete NAME: delete an environment; your models, images and workflows are kept
+@Command("""delete NAME: delete an environment; your models, images and workflows are kept
     -y --yes              do not ask
     --purge               delete its models, outputs, inputs and user files, too
     e.g. delete dev""")
@@ -10644,7 +10605,7 @@ def delete(console: Console, args: Arguments) -> Report:
     counts = {} if adopted else own_files(environment.paths.comfyui)
     for folder, (number, size, is_all) in counts.items():
         more = "" if is_all else "at least "
-        console.say(f"   {folder}: {more}{number} file{'s' * (number != 1)}, {format_size(size)}")
+        console.say(f"   {folder}: {more}{number} file{'' if number == 1 else 's'}, {format_size(size)}")
     if counts:
         console.say("   These are deleted, too." if args.purge else f"   These are kept in {workspace.paths.kept}.")
     if adopted:
@@ -10659,10 +10620,9 @@ def delete(console: Console, args: Arguments) -> Report:
     return Report({"deleted": answer, "kept": kept}, name, lines, 0 if answer else 1)
 
 
-@command("""init [PATH]: set up a workspace elsewhere
+@Command("""init [PATH]: set up a workspace elsewhere
     --models-dir DIR      the models folder of environments that are created from now on
-    e.g. init /data/comfy
-    e.g. init --models-dir /data/models""")
+    e.g. init /data/comfy; init --models-dir /data/models""")
 def init(console: Console, args: Arguments) -> Report:
     chosen = args.workspace if args.path is None else args.path
     workspace = select_workspace(chosen, True, current_folder(), to_make=True)
@@ -10674,7 +10634,7 @@ def init(console: Console, args: Arguments) -> Report:
     return Report({"workspace": root, "made": made}, None, [*lines, f"Use it with: {call}, or set COMFYDOCK_HOME"])
 
 
-@command(f"""node add [ID...]: add custom nodes: ID, ID@VERSION, a git address, or --dev FOLDER
+@Command(f"""node add [ID...]: add custom nodes: ID, ID@VERSION, a git address, or --dev FOLDER
     --workflow FILE       what this workflow needs: a .json file, or an image that ComfyUI saved
     --dev                 the ID is a folder with your own work
     --force               replace what is in the way; your own changes are moved aside
@@ -10683,9 +10643,7 @@ def init(console: Console, args: Arguments) -> Report:
     --skip-bad-lines      leave out the requirements that cannot be installed
     --no-deps             without the packages that the node needs
     {RESTART_OPTIONS}
-    e.g. node add comfyui-kjnodes
-    e.g. node add https://github.com/owner/pack@v1.2 --restart
-    e.g. node add --workflow art.png""")
+    e.g. node add comfyui-kjnodes; node add https://github.com/owner/pack@v1.2; node add --workflow art.png""")
 def node_add(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     environment.require_comfyui()
@@ -10697,7 +10655,7 @@ def node_add(console: Console, args: Arguments) -> Report:
     elif not names:
         raise CDEnvironmentError("'node add' needs an ID, or --workflow FILE.", ("help", "node", "add"), "usage")
     if not names:
-        console.result("✓ All that this workflow needs is here" + ", as far as is known" * bool(unknown))
+        console.result("✓ All that this workflow needs is here" + (", as far as is known" if unknown else ""))
 
     def add(identifier: str) -> "tuple[str, Optional[str]]":
         more = {"no_deps": args.no_deps, "skip_bad_lines": args.skip_bad_lines}
@@ -10712,10 +10670,10 @@ def node_add(console: Console, args: Arguments) -> Report:
     return report
 
 
-@command(f"""node disable NODE...: keep custom nodes from being loaded
+@Command(f"""node disable NODE...: keep custom nodes from being loaded
     {RESTART_OPTIONS}
     e.g. node disable kjnodes""")
-@command(f"""node enable NODE...: have disabled nodes loaded again
+@Command(f"""node enable NODE...: have disabled nodes loaded again
     {RESTART_OPTIONS}
     e.g. node enable kjnodes""")
 def node_switch(console: Console, args: Arguments) -> Report:
@@ -10725,7 +10683,7 @@ def node_switch(console: Console, args: Arguments) -> Report:
     return change_nodes_one_by_one(console, args, environment, args.nodes, lambda name: (switch(name, is_on), reason))
 
 
-@command("""node search WORD...: search the registry for custom nodes
+@Command("""node search WORD...: search the registry for custom nodes
     e.g. node search upscale""")
 def node_search(console: Console, args: Arguments) -> Report:
     items = [
@@ -10742,7 +10700,7 @@ def node_search(console: Console, args: Arguments) -> Report:
     return Report({"nodes": items}, None, [*lines, add if items else "Nothing was found in the registry"])
 
 
-@command(f"""node remove NODE...: remove custom nodes (development nodes are disabled, not deleted)
+@Command(f"""node remove NODE...: remove custom nodes (development nodes are disabled, not deleted)
     {RESTART_OPTIONS}
     e.g. node remove comfyui-kjnodes""")
 def node_remove(console: Console, args: Arguments) -> Report:
@@ -10756,20 +10714,19 @@ def node_remove(console: Console, args: Arguments) -> Report:
     return change_nodes_one_by_one(console, args, environment, args.nodes, remove)
 
 
-@command(f"""node update [NODE...]: update custom nodes, or all of them
+@Command(f"""node update [NODE...]: update custom nodes, or all of them
     -y --yes              do not ask
     --force               replace your own changes; they are moved aside
     --no-test             do not try the requirements first
     {RESTART_OPTIONS}
-    e.g. node update
-    e.g. node update comfyui-kjnodes -y --restart""")
+    e.g. node update; node update comfyui-kjnodes -y --restart""")
 def node_update(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
 
     def agreed(name: str, old: str, new: str) -> bool:
         answer = True if args.yes else console.ask(f"Update {name} from {old[:12]} to {new[:12]}?", True)
         if answer is None:
-            hint = ("node", "update", name, "-y", *["--force"] * args.force)
+            hint = ("node", "update", name, "-y", *(["--force"] if args.force else []))
             raise CDEnvironmentError(f"{name} was not updated: no terminal to ask on", hint, "unsure")
         return answer
 
@@ -10845,7 +10802,7 @@ def offer_restart(console: Console, args: Arguments, environment: Environment, r
         return environment.restart()
     if args.no_restart or not console.can_ask():
         console.result("\n⚠️  ComfyUI is running. Changes won't take effect until restart.")
-        console.result(f"   Restart with: {console.typed('restart', *['--when-idle'] * busy)}")
+        console.result(f"   Restart with: {console.typed('restart', *(['--when-idle'] if busy else []))}")
         return False
     console.result(f"\n⚠️  ComfyUI is running. Restart to apply changes? ({reason})")
     if console.ask("  ", not busy):
@@ -10869,7 +10826,7 @@ def format_node_list(data: dict[str, Any], typed: Typed) -> Iterator[str]:
         yield printable(f"  • {item['name']} ({item['source']}) {shown}{noted}") + missing
 
 
-@command("""node list: the custom nodes of an environment
+@Command("""node list: the custom nodes of an environment
     e.g. node list""")
 def node_list(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
@@ -10894,7 +10851,7 @@ def node_list(console: Console, args: Arguments) -> Report:
     return Report(data, environment.name, format_node_list(data, console.typed))
 
 
-@command("""logs [NAME]: the log of this run; it is kept after a crash
+@Command("""logs [NAME]: the log of this run; it is kept after a crash
     -f --follow           the last 20 lines and what comes
     -n --tail N           the last N lines
     --all                 earlier runs too
@@ -10902,8 +10859,7 @@ def node_list(console: Console, args: Arguments) -> Report:
     --keep N              with --rotate: how many old logs stay (default: as many as there are)
     --raw                 the bytes as they are; else colours reach only a terminal that is to have them
     --path                where the log is
-    e.g. logs -n 50
-    e.g. logs -f""")
+    e.g. logs -n 50; logs -f""")
 def logs(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     path, console.log_as_it_is = environment.log_path, args.raw
@@ -11045,7 +11001,7 @@ def next_steps(engine: str, folder: str, many: list[Description], user: bool) ->
     here, units = quote(folder), " ".join(quote(it.unit) for it in many)
     if engine == "systemd":
         sudo, place = ("", "~/.config/systemd/user/") if user else ("sudo ", "/etc/systemd/system/")
-        call = f"{sudo}systemctl{' --user' * user}"
+        call = f"{sudo}systemctl{' --user' if user else ''}"
         lines = ["mkdir -p " + place] if user else []
         lines.append(f"{sudo}install -m 644 {here}/*.service {place}")
         lines += [f"{sudo}install -m 600 {here}/*.env {place}"] if any(it.variables for it in many) else []
@@ -11082,30 +11038,37 @@ def no_part_of_image(folder: str, names: list[str]) -> list[str]:
 
 def written_for(
     engine: str, chosen: list[Environment], many: list[Description], args: Arguments
-) -> "tuple[dict[str, tuple[str, int]], dict[str, str], list[str]]":
-    """Return path -> (text, mode), path -> what is copied to it, and what is left out. Raises as `pack` does."""
-    files: dict[str, tuple[str, int]] = {}
+) -> "tuple[dict[str, str], dict[str, str], list[str]]":
+    """Return path -> text, path -> what is copied to it, and what is left out. Raises as `pack` does."""
+    files: dict[str, str] = {}
     copies: dict[str, str] = {}
     left_out: list[str] = []
     for environment, it in zip(chosen, many):
         if engine == "systemd":
-            files[f"{it.unit}.service"] = systemd_unit(it, args.user), 0o644
+            files[f"{it.unit}.service"] = systemd_unit(it, args.user)
         else:
             left_out += pack(environment, it, args.gpu)
             if it.gpus and (it.gpu == "none" or engine == "kubernetes"):
                 left_out.append(f"the choice of card {', '.join(it.gpus)}")
             inside = "" if engine == "dockerfile" and len(many) == 1 else f"{it.label}/"
-            files.update({inside + name: (text, 0o644) for name, text in image_files(it).items()})
+            files.update({inside + name: text for name, text in image_files(it).items()})
             copies.update({inside + copied_to(piece): piece.source for piece in it.code if not piece.url})
             copies[f"{inside}comfydock.py"] = own_file()
         if engine == "kubernetes":
-            files[f"{it.label}.yaml"] = kubernetes_file(it), 0o644
+            files[f"{it.label}.yaml"] = kubernetes_file(it)
         elif it.variables and engine != "dockerfile":
             name = it.unit if engine == "systemd" else it.label
-            files[f"{name}.env"] = environment_file(it.variables), 0o600
+            files[f"{name}.env"] = environment_file(it.variables)
     if engine == "compose":
-        files["compose.yaml"] = compose_file(many), 0o644
+        files["compose.yaml"] = compose_file(many)
     return files, copies, left_out
+
+
+def write_files(files: dict[str, str]) -> None:
+    """Write path -> text; what holds values of variables for this user alone."""
+    for path, text in files.items():
+        make_folder(os.path.dirname(path))
+        write_atomic(path, text.encode(), 0o600 if path.endswith((".env", ".plist")) else 0o644)
 
 
 def require_known(topic: str, word: str, known: "Iterable[str]") -> None:
@@ -11115,13 +11078,11 @@ def require_known(topic: str, word: str, known: "Iterable[str]") -> None:
         raise CDEnvironmentError(message, ("help", topic), "usage")
 
 
-@command("""generate ENGINE [NAME...]: write files for systemd, Docker, Compose or Kubernetes
+@Command("""generate ENGINE [NAME...]: write files for systemd, Docker, Compose or Kubernetes
     --out DIR             the new folder for it (comfydock-ENGINE, if you name none)
     --gpu KIND            how a container gets the card: nvidia, cdi (Podman) or none
     --user                systemd: for your own units, not for the system's
-    e.g. generate systemd --user
-    e.g. generate dockerfile main
-    e.g. generate compose main dev --gpu nvidia""")
+    e.g. generate systemd --user; generate dockerfile main; generate compose main dev --gpu nvidia""")
 def generate(console: Console, args: Arguments) -> Report:
     engine = args.engine
     require_known("generate", engine, ENGINES)
@@ -11137,9 +11098,7 @@ def generate(console: Console, args: Arguments) -> Report:
         raise CDEnvironmentError(message, ("-e", twice.name, "run", "--port", "NUMBER"), "port")
     files, copies, left_out = written_for(engine, chosen, many, args)
     try:
-        for name, (text, mode) in files.items():
-            make_folder(os.path.dirname(os.path.join(folder, name)))
-            write_atomic(os.path.join(folder, name), text.encode(), mode)
+        write_files({os.path.join(folder, name): text for name, text in files.items()})
         for name, source in copies.items():
             make_folder(os.path.dirname(os.path.join(folder, name)))
             copy_any(source, os.path.join(folder, name), ignore=no_part_of_image)
@@ -11152,24 +11111,22 @@ def generate(console: Console, args: Arguments) -> Report:
     return Report(data, chosen[0].name, [*lines, *(f"  {line}" for line in steps)])
 
 
-def autostart_files(it: Description, is_system: bool) -> "dict[str, tuple[str, int]]":
-    """Return path -> (text, mode) of what has systemd or launchd start it; the first is the thing itself."""
+def autostart_files(it: Description, is_system: bool) -> dict[str, str]:
+    """Return path -> text of what has systemd or launchd start it; the first is the thing itself."""
     if IS_MACOS:
         folder = "/Library/LaunchDaemons" if is_system else os.path.expanduser("~/Library/LaunchAgents")
-        return {f"{folder}/comfydock-{it.name}.plist": (launchd_plist(it, is_system), 0o600)}
+        return {f"{folder}/comfydock-{it.name}.plist": launchd_plist(it, is_system)}
     config = "/etc" if is_system else os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     start = f"{config}/systemd/{'system' if is_system else 'user'}/{it.unit}"
-    files = {f"{start}.service": (systemd_unit(it, not is_system), 0o644)}
-    return {**files, f"{start}.env": (environment_file(it.variables), 0o600)} if it.variables else files
+    files = {f"{start}.service": systemd_unit(it, not is_system)}
+    return {**files, f"{start}.env": environment_file(it.variables)} if it.variables else files
 
 
-def switch_files(state: str, files: "dict[str, tuple[str, int]]", link: Optional[str]) -> bool:
+def switch_files(state: str, files: dict[str, str], link: Optional[str]) -> bool:
     """Write or remove what autostart_files names, with the link by which systemd wants it; return whether it is on."""
     first = next(iter(files))
     if state == "on":
-        for path, (text, mode) in files.items():
-            make_folder(os.path.dirname(path))
-            write_atomic(path, text.encode(), mode)
+        write_files(files)
         if link and not os.path.lexists(link):
             make_folder(os.path.dirname(link))
             link_folder(first, link)
@@ -11198,11 +11155,9 @@ def switch_task(state: str, it: Description, draft: str) -> bool:
     return state != "off" and done.returncode == 0
 
 
-@command("""autostart STATE [NAME]: start ComfyUI when you log in: on, off or status
+@Command("""autostart STATE [NAME]: start ComfyUI when you log in: on, off or status
     --system              when the machine starts, which takes root
-    e.g. autostart on
-    e.g. autostart status
-    e.g. autostart off main""")
+    e.g. autostart on; autostart status; autostart off main""")
 def autostart(console: Console, args: Arguments) -> Report:
     state = args.state
     require_known("autostart", state, ("on", "off", "status"))
@@ -11233,11 +11188,11 @@ def autostart(console: Console, args: Arguments) -> Report:
     data["next"] = steps if is_on and state == "on" else []
     lines = [f"{'✓' if is_on else '•'} Autostart of '{it.name}' is {'on' if is_on else 'off'}"]
     lines += [f"  {line}" for line in [*data["files"], *data["next"]]]
-    undo = console.typed("autostart", "off", it.name, *["--system"] * args.system)
+    undo = console.typed("autostart", "off", it.name, *(["--system"] if args.system else []))
     return Report(data, it.name, [*lines, f"  undo: {undo}"] if is_on else lines)
 
 
-@command(f"""update [NAME]: bring ComfyUI to its newest version, or back to the one before
+@Command(f"""update [NAME]: bring ComfyUI to its newest version, or back to the one before
     --to REF              to this tag, branch or commit
     --check               only tell whether there is a newer version
     --back                return to what was before the last update: code, packages and nodes
@@ -11245,9 +11200,7 @@ def autostart(console: Console, args: Arguments) -> Report:
     --no-try              do not start the new version once before it counts
     {IDLE_OPTION}
     --force               put your own changes in ComfyUI's folder on a branch; do not ask
-    e.g. update
-    e.g. update main --to v0.3.64
-    e.g. update --back""")
+    e.g. update; update main --to v0.3.64; update --back""")
 def update(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     if args.back:
@@ -11274,7 +11227,7 @@ def update(console: Console, args: Arguments) -> Report:
     return Report({"back": args.back, **data}, environment.name, lines)
 
 
-@command("""history [NAME]: the changes of ComfyUI, nodes and settings
+@Command("""history [NAME]: the changes of ComfyUI, nodes and settings
     e.g. history""")
 def history(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
@@ -11285,16 +11238,12 @@ def history(console: Console, args: Arguments) -> Report:
     return Report({"commits": commits}, environment.name, lines or [none])
 
 
-@command(f"""models [NAME]: one models folder for several environments: show it, or choose it
+@Command(f"""models [NAME]: one models folder for several environments: show it, or choose it
     --set DIR             use the models in this folder, beside the environment's own
     --off                 use its own models alone
     {ALL_OPTION}
-    e.g. models --all
-    e.g. models main --set /mnt/models
-    e.g. models --off""")
+    e.g. models --all; models main --set /mnt/models; models --off""")
 def models(console: Console, args: Arguments) -> Report:
-    if args.all:
-        return do_all(console, args, models, lambda environment: not environment.manifest.demo)
     environment, changes = selected(console, args), args.off or args.set is not None
     if changes:
         environment.set_models(args.set)
@@ -11317,19 +11266,19 @@ EVERYWHERE = """-e --env NAME         the environment (default: this folder's, e
     -h --help             this help
     --version             the version of comfydock"""
 FLAGS = {"verbose": "-v", "from_dir": "--from"}  # those whose value has another name in Arguments
-EXCLUDE_EACH_OTHER = (
-    ("quiet", "verbose"),
-    ("adopt", "end"),
-    ("set", "off"),
-    *(("back", other) for other in ("to", "check", "no_try")),
-    ("restart", "no_restart"),
-    *(("foreground", other) for other in ("monitor", "wait", "all")),
-    ("follow", "all"),
-    ("all", "port"),
-    *(("rotate", other) for other in ("path", "follow", "all", "tail")),
-    *(("path", other) for other in ("follow", "all", "tail")),
-    *(("from_dir", other) for other in ("comfyui", "source", "torch_backend", "no_install", "no_manager")),
-)
+EXCLUDE_EACH_OTHER = {
+    "quiet": "verbose",
+    "adopt": "end",
+    "set": "off",
+    "back": "to check no_try",
+    "restart": "no_restart",
+    "foreground": "monitor wait all",
+    "follow": "all",
+    "all": "port",
+    "rotate": "path follow all tail",
+    "path": "follow all tail",
+    "from_dir": "comfyui source torch_backend no_install no_manager",
+}
 
 
 def usage_error(message: str, topic: str = "") -> CDEnvironmentError:
@@ -11375,11 +11324,11 @@ def read_value(topic: str, flag: str, metavar: str, text: str) -> Any:
 
 def options_of(command: Optional[Command]) -> "Iterator[tuple[list[str], str, str]]":
     """Yield flags, metavar ("" for a switch) and text of each option of a command and of those valid everywhere."""
-    for line in [*(command.lines if command else ()), *EVERYWHERE.splitlines()]:
+    for line in [*(command.lines[:-1] if command else ()), *EVERYWHERE.splitlines()]:
         spelled, _, text = line.strip().partition("  ")
-        if spelled.startswith("-"):
-            *flags, last = spelled.split()
-            yield (flags, last, text.strip()) if not last.startswith("-") else ([*flags, last], "", text.strip())
+        words = spelled.split()
+        flags = [word for word in words if word.startswith("-")]
+        yield flags, "".join(words[len(flags) :]), text.strip()
 
 
 def build_parser(command: Command, call: str = "comfydock") -> "argparse.ArgumentParser":
@@ -11395,12 +11344,13 @@ def build_parser(command: Command, call: str = "comfydock") -> "argparse.Argumen
             what = "takes no value" if "explicit" in problem else "needs a value"
             raise usage_error(f"{flags} {what}.", command.name)
 
-    examples = [line.replace("e.g. ", f"  {call} ").lstrip(" ") for line in command.lines if "e.g. " in line]
+    examples = command.lines[-1].removeprefix("e.g. ").split("; ")
+    width = columns(sys.stdout) - 2
     parser = Parser(
         usage=f"{call} {command.usage} [options]" + (" [--] [ComfyUI's arguments]" if command.name == "run" else ""),
         description=command.summary[0].upper() + command.summary[1:] + ".",
-        epilog="\n  ".join(["examples:", *examples]),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=columns(sys.stdout) - 2),
+        epilog="\n".join(["examples:", *(f"  {call} {example}" for example in examples)]),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width),
         add_help=False,
         allow_abbrev=False,
     )
@@ -11461,7 +11411,9 @@ def parse(words: list[str]) -> "tuple[Command, Arguments]":
     args = Arguments({**vars(known), "typed": tuple(rest), "command": command.name})
     args.comfyui_args = [*others, *rest[cut + (rest[cut : cut + 1] == ["--"]) :]]
     if args.version:
-        return Command("version", show_version), args
+        command = Command("version")
+        command.act = show_version
+        return command, args
     if args.help and command.name != "help":
         args.comfyui_args = command.name.split()
         command = COMMANDS["help"]
@@ -11507,11 +11459,9 @@ def take_operands(command: Command, args: Arguments) -> None:
     for operand in command.operand.split() if command.operand != "[NAME]" else ():
         if not words and not operand.startswith("["):
             raise usage_error(f"'{command.name}' needs {operand.rstrip('.')}.", command.name)
-        attribute = operand.strip("[.]").lower()
-        if "..." in operand:
-            vars(args)[f"{attribute}s"] = words
-            return
-        vars(args)[attribute] = words.pop(0) if words else None
+        name, is_list = operand.strip("[.]").lower(), "..." in operand
+        vars(args)[name + "s" if is_list else name] = words[:] if is_list else words[0] if words else None
+        del words[: None if is_list else 1]
     if words and command.operand == "[NAME]" and args.env is None:
         hint = ["Put the name first: ", (*command.name.split(), words[0]), ", then the options"]
         raise CDEnvironmentError(f"'{command.name}' takes no name behind its options.", hint, "usage")
@@ -11521,36 +11471,31 @@ def take_operands(command: Command, args: Arguments) -> None:
 
 def check(command: Command, args: Arguments) -> None:
     """Raise CDEnvironmentError with code "usage" for what does not go together."""
-    problem = ""
-    if args.has("all") and args.env is not None and command.name != "logs":
-        problem = f"'{command.name} --all' takes no environment."
-    if args.env is not None and command.operand == "NAME":
-        problem = f"'{command.name}' takes the name without -e."
-    for one, other in EXCLUDE_EACH_OTHER:
-        if args.has(one) and args.has(other):
-            problem = problem or f"{flag_of(one)} and {flag_of(other)} cannot be combined."
-    for one, other in (("dry_run", "port"), ("keep", "rotate"), ("database", "back")):
-        if args.has(one) and not args.has(other):
-            problem = f"{flag_of(one)} needs {flag_of(other)}."
-    alive = " --foreground" * args.has("foreground") + " --watch" * args.has("watch")
-    if args.json and (not command.has_json or alive):
-        problem = f"'{command.name}{alive}' has no --json."
-    if problem:
+
+    def refuse(problem: str) -> None:
         raise usage_error(problem, command.name)
 
+    if args.has("all") and args.env is not None and command.name != "logs":
+        refuse(f"'{command.name} --all' takes no environment.")
+    if args.env is not None and command.operand == "NAME":
+        refuse(f"'{command.name}' takes the name without -e.")
+    for one, others in EXCLUDE_EACH_OTHER.items():
+        for other in others.split():
+            if args.has(one) and args.has(other):
+                refuse(f"{flag_of(one)} and {flag_of(other)} cannot be combined.")
+    for one, other in (("dry_run", "port"), ("keep", "rotate"), ("database", "back")):
+        if args.has(one) and not args.has(other):
+            refuse(f"{flag_of(one)} needs {flag_of(other)}.")
+    lively = next((f" {flag_of(name)}" for name in ("foreground", "watch") if args.has(name)), "")
+    if args.json and (lively or not command.has_json):
+        refuse(f"'{command.name}{lively}' has no --json.")
 
-MEANT = {  # what people type -> the commands that do it
-    **dict.fromkeys(("ps", "ls"), ["list"]),
-    **dict.fromkeys(("start", "up", "launch"), ["run"]),
-    **dict.fromkeys(("down", "kill"), ["stop"]),
-    **dict.fromkeys(("monit", "watch"), ["top"]),
-    **dict.fromkeys(("shell", "sh"), ["exec"]),
-    **dict.fromkeys(("log", "tail"), ["logs"]),
-    "doctor": ["repair"],
-    "upgrade": ["update"],
-    "rm": ["delete"],
-    "install": ["node add", "create"],
-}
+
+MEANT = {  # our command -> what people type instead
+    "list": "ps ls", "run": "start up launch", "stop": "down kill", "top": "monit watch", "exec": "shell sh",
+    "logs": "log tail", "repair": "doctor", "update": "upgrade", "delete": "rm", "node add": "install",
+    "create": "install",
+}  # fmt: skip
 
 
 def unknown_command(words: list[str]) -> CDEnvironmentError:
@@ -11564,15 +11509,15 @@ def unknown_command(words: list[str]) -> CDEnvironmentError:
         names = ", ".join(name[5:] for name in COMMANDS if name.startswith("node "))
         return usage_error(f"'node' needs one of: {names}.", "node")
     harmless = [name for name in COMMANDS if name not in ("delete", "node remove")]
-    meant = MEANT.get(words[0]) or get_close_matches(words[0], harmless, 1) or ["help"]
+    meant = [name for name, typed in MEANT.items() if words[0] in typed.split()]
+    meant = meant or get_close_matches(words[0], harmless, 1) or ["help"]
     first, *others = [tuple(name.split()) for name in meant]
-    hint = ["Try: ", first, *(part for other in others for part in (", or: ", other))] if others else first
+    hint = ["Try: ", first, ", or: ", *others] if others else first
     return CDEnvironmentError(f"Unknown command '{words[0]}'.", hint, "usage")
 
 
-@command("""completion SHELL: print what makes a shell complete our words
-    e.g. completion bash
-    e.g. completion fish""")
+@Command("""completion SHELL: print what makes a shell complete our words
+    e.g. completion bash; completion fish""")
 def completion(console: Console, args: Arguments) -> Report:
     """Print the script that teaches a shell our words; as it is, for a shell takes no other line ends."""
     script = completion_script(args.shell)
@@ -11677,9 +11622,8 @@ it.""",
 }
 
 
-@command("""help [COMMAND...]: how to use a command, or a topic
-    e.g. help run
-    e.g. help json""")
+@Command("""help [COMMAND...]: how to use a command, or a topic
+    e.g. help run; help json""")
 def show_help(console: Console, args: Arguments) -> Report:
     topic, call = " ".join(args.commands), console.call()
     parts = [build_parser(COMMANDS[topic], call).format_help().rstrip()] if topic in COMMANDS else []
@@ -11892,7 +11836,8 @@ def answer(console: Console, words: list[str]) -> int:
     streams = args.has("foreground") or args.has("watch") or not command.has_json and not args.has("rotate")
     TRACERS[:] = [console.trace] if args.verbose else []
     with nullcontext() if streams else console.ticking(command.name):
-        report = command.act(console, args)
+        is_for_all = args.has("all") and command.name != "logs"
+        report = do_all(console, args, command) if is_for_all else command.act(console, args)
     console.show(command.name, report)
     if args.verbose:
         console.trace(f"done, exit code {report.code}")
@@ -11918,7 +11863,7 @@ def explained(caught: BaseException, words: list[str]) -> "tuple[CDEnvironmentEr
         sentence = f"{caught.filename}: {reason}." if caught.filename else f"{reason}."
         if caught.filename is None and caught.errno == errno.ENOENT:
             sentence = "The current folder no longer exists. Change to another one."
-        hint = "raise the limit of open files: ulimit -n 4096" * (caught.errno in NO_MORE_FILES)
+        hint = "raise the limit of open files: ulimit -n 4096" if caught.errno in NO_MORE_FILES else ""
         return CDEnvironmentError(sentence, hint, "system"), 1
     sentence = f"Internal error: {type(caught).__name__}: {caught}"
     return CDEnvironmentError(sentence, "set COMFYDOCK_DEBUG=1 to see where", "bug"), 1

@@ -6952,7 +6952,7 @@ class HandOver(unittest.TestCase):
             for path in (unit, variables):
                 write(path, "")
             write(os.path.join(folder, "mine"), "")
-            self.assertFalse(dock.switch_files("off", {unit: ("", 0o644)}, None))
+            self.assertFalse(dock.switch_files("off", {unit: ""}, None))
             self.assertEqual(os.listdir(folder), ["mine"])
 
     def test_values_of_variables_are_in_no_file_but_their_own(self):
