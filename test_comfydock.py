@@ -260,17 +260,9 @@ class Person:
 
     def types(self, *words, cwd=None, seconds=60, stdin=subprocess.DEVNULL, **variables):
         """Run one command to its end; returns the CompletedProcess with text."""
-        return subprocess.run(
-            self.command(*words),
-            cwd=cwd or self.home,
-            env={**self.variables, **variables},
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            timeout=seconds,
-            encoding="utf-8",
-            errors="replace",
-        )
+        return subprocess.run(self.command(*words), cwd=cwd or self.home, env={**self.variables, **variables},
+            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=seconds, encoding="utf-8",
+            errors="replace")  # fmt: skip
 
     def starts(self, *words, cwd=None, **variables):
         """Start a command and go on; returns its Popen, whose output goes to a file `.said`."""
@@ -502,14 +494,8 @@ def make_wheel(name, version, requires=(), files=None):
 
 def git(folder, *words):
     """Run git as some user."""
-    done = subprocess.run(
-        ["git", "-c", "user.name=t", "-c", "user.email=t@t", *words],
-        cwd=folder,
-        check=True,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=folder, check=True,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
     return done.stdout.strip()
 
 
@@ -561,26 +547,12 @@ class Registry(ThreadingHTTPServer):
         """Publish one version of a node."""
         path = f"/files/{identity}/{version}/node.zip"
         self.say(path, files if isinstance(files, bytes) else zipped(files))
-        release = {
-            "version": version,
-            "downloadUrl": self.url + path,
-            "dependencies": [],
-            "deprecated": False,
-            "status": status,
-            **more,
-        }
+        release = {"version": version, "downloadUrl": self.url + path, "dependencies": [], "deprecated": False,
+            "status": status, **more}  # fmt: skip
         self.say(f"/nodes/{identity}/versions/{version}", release)
         if latest:
-            self.say(
-                f"/nodes/{identity}",
-                {
-                    "id": identity,
-                    "name": f"The {identity}",
-                    "status": "NodeStatusActive",
-                    "repository": f"https://github.com/x/{identity}",
-                    "latest_version": release,
-                },
-            )
+            self.say(f"/nodes/{identity}", {"id": identity, "name": f"The {identity}", "status": "NodeStatusActive",
+                "repository": f"https://github.com/x/{identity}", "latest_version": release})  # fmt: skip
 
 
 class RegistryHandler(BaseHTTPRequestHandler):
@@ -660,37 +632,19 @@ def raise_workshop():
     dock.run_command, dock.make_venv = run_command, make_venv
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_", "GIT_"))]:
         del os.environ[name]
-    os.environ.update(
-        PIP_NO_INDEX="1",
-        PIP_FIND_LINKS=Workshop.wheels,
-        PIP_CONFIG_FILE=os.devnull,
-        HOME=Workshop.root,
-        GIT_CONFIG_NOSYSTEM="1",
-        PIP_NO_CACHE_DIR="1",
-    )
-    for name, version in (
-        ("torch", "2.0.0+cpu"),
-        ("torchvision", "0.15.0+cpu"),
-        ("torchaudio", "2.0.0+cpu"),
-        ("numpy", "1.26.0"),
-        ("numpy", "2.0.0"),
-        ("tiny", "1.0"),
-        ("tiny", "2.0"),
-        ("brand", "1.0"),
-        ("comfyui_manager", "4.2"),
-    ):
+    os.environ.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=Workshop.wheels, PIP_CONFIG_FILE=os.devnull, HOME=Workshop.root,
+        GIT_CONFIG_NOSYSTEM="1", PIP_NO_CACHE_DIR="1")  # fmt: skip
+    for name, version in (("torch", "2.0.0+cpu"), ("torchvision", "0.15.0+cpu"), ("torchaudio", "2.0.0+cpu"),
+        ("numpy", "1.26.0"), ("numpy", "2.0.0"), ("tiny", "1.0"), ("tiny", "2.0"), ("brand", "1.0"),
+        ("comfyui_manager", "4.2")):  # fmt: skip
         make_wheel(name, version)
     make_wheel("wants-new-torch", "1.0", ["torch>=3"])
     Workshop.registry = Registry()
     os.environ["COMFYDOCK_REGISTRY_URL"] = Workshop.registry.url
     if not has("git"):  # as under Wine: tests that need repositories are skipped
         return
-    code = {
-        "main.py": "print('ComfyUI')\n",
-        "requirements.txt": "torch\ntorchvision\ntorchaudio\nnumpy<2\n",
-        "comfyui_version.py": '__version__ = "0.9.0"\n',
-        "custom_nodes/websocket_image_save.py": "",
-    }
+    code = {"main.py": "print('ComfyUI')\n", "requirements.txt": "torch\ntorchvision\ntorchaudio\nnumpy<2\n",
+        "comfyui_version.py": '__version__ = "0.9.0"\n', "custom_nodes/websocket_image_save.py": ""}  # fmt: skip
     Workshop.comfyui = make_repository("ComfyUI", code, "v0.9.0", "v0.10.0-rc1", "v1.0")
     commit(Workshop.comfyui, {"comfyui_version.py": '__version__ = "0.10.0"\n'}, "v0.10.0")
     commit(Workshop.comfyui, {"later.py": ""})
@@ -829,54 +783,33 @@ class NodeCase(InWorkshop):
 # 1. Words
 # ======================================================================================================================
 
-PLANS_STATE = {
-    "pid": 12345,
-    "host": "0.0.0.0",
-    "port": 8188,
-    "args": ["--listen"],
-    "started_at": "2026-01-02T03:04:05",
-    "log_path": "/tmp/comfyui.log",
-    "health": {"last_check": None, "status": None},
-}
+PLANS_STATE = {"pid": 12345, "host": "0.0.0.0", "port": 8188, "args": ["--listen"], "started_at": "2026-01-02T03:04:05",
+    "log_path": "/tmp/comfyui.log", "health": {"last_check": None, "status": None}}  # fmt: skip
 
 
 class ArgumentsAreReadAsComfyUIReadsThem(unittest.TestCase):
     def test_host_port_and_tls_of_many_spellings(self):
         wildcard = "0.0.0.0,::"
-        cases = [
-            ([], ("127.0.0.1", 8188, False)),
-            (["--port", "9"], ("127.0.0.1", 9, False)),
-            (["--port=9"], ("127.0.0.1", 9, False)),
-            (["--por", "9"], ("127.0.0.1", 9, False)),
-            (["--po=9"], ("127.0.0.1", 9, False)),
-            (["--port", "1", "--port", "2"], ("127.0.0.1", 2, False)),
-            (["--port", "08188"], ("127.0.0.1", 8188, False)),
-            (["--port", "+9"], ("127.0.0.1", 9, False)),
-            (["--listen"], (wildcard, 8188, False)),
-            (["--lis", "1.2.3.4"], ("1.2.3.4", 8188, False)),
+        cases = [([], ("127.0.0.1", 8188, False)), (["--port", "9"], ("127.0.0.1", 9, False)),
+            (["--port=9"], ("127.0.0.1", 9, False)), (["--por", "9"], ("127.0.0.1", 9, False)),
+            (["--po=9"], ("127.0.0.1", 9, False)), (["--port", "1", "--port", "2"], ("127.0.0.1", 2, False)),
+            (["--port", "08188"], ("127.0.0.1", 8188, False)), (["--port", "+9"], ("127.0.0.1", 9, False)),
+            (["--listen"], (wildcard, 8188, False)), (["--lis", "1.2.3.4"], ("1.2.3.4", 8188, False)),
             (["--listen", "127.0.0.1", "--listen"], (wildcard, 8188, False)),
-            (["--listen", "--port", "9"], (wildcard, 9, False)),
-            (["--listen="], ("", 8188, False)),
+            (["--listen", "--port", "9"], (wildcard, 9, False)), (["--listen="], ("", 8188, False)),
             (["--listen", "a,b"], ("a,b", 8188, False)),
             (["--tls-keyfile", "k", "--tls-certfile", "c"], ("127.0.0.1", 8188, True)),
             (["--tls-k=k", "--tls-c=c"], ("127.0.0.1", 8188, True)),
             (["--tls-keyfile", "k"], ("127.0.0.1", 8188, False)),
-            (["--preview-method", "auto", "--cpu", "--portable"], ("127.0.0.1", 8188, False)),
-        ]
+            (["--preview-method", "auto", "--cpu", "--portable"], ("127.0.0.1", 8188, False))]  # fmt: skip
         for args, wanted in cases:
             with self.subTest(args=args):
                 config = dock.parse_comfyui_args(args)
                 self.assertEqual((config.host, config.port, config.tls), wanted)
 
     def test_a_port_that_cannot_be_bound_is_refused(self):
-        for args in (
-            ["--port", "0"],
-            ["--port", "70000"],
-            ["--port", "abc"],
-            ["--port", "-1"],
-            ["--port=-1"],
-            ["--port"],
-        ):
+        for args in (["--port", "0"], ["--port", "70000"], ["--port", "abc"], ["--port", "-1"], ["--port=-1"],
+            ["--port"]):  # fmt: skip
             with self.subTest(args=args), self.assertRaises(dock.CDEnvironmentError) as caught:
                 dock.parse_comfyui_args(args)
             self.assertEqual(caught.exception.code, "usage")
@@ -885,14 +818,9 @@ class ArgumentsAreReadAsComfyUIReadsThem(unittest.TestCase):
         self.assertEqual(dock.with_port(["--port", "1", "--cpu", "--po=2"], 3), ["--cpu", "--port", "3"])
 
     def test_local_urls(self):
-        cases = [
-            ("0.0.0.0,::", False, "http://127.0.0.1:8188"),
-            ("::", False, "http://[::1]:8188"),
-            ("", False, "http://127.0.0.1:8188"),
-            ("192.168.1.5,127.0.0.1", False, "http://192.168.1.5:8188"),
-            ("fe80::1", True, "https://[fe80::1]:8188"),
-            ("localhost", True, "https://localhost:8188"),
-        ]
+        cases = [("0.0.0.0,::", False, "http://127.0.0.1:8188"), ("::", False, "http://[::1]:8188"),
+            ("", False, "http://127.0.0.1:8188"), ("192.168.1.5,127.0.0.1", False, "http://192.168.1.5:8188"),
+            ("fe80::1", True, "https://[fe80::1]:8188"), ("localhost", True, "https://localhost:8188")]  # fmt: skip
         for host, tls, url in cases:
             with self.subTest(host=host):
                 self.assertEqual(dock.local_url(dock.ComfyUIConfig(host, 8188, tls)), url)
@@ -1003,12 +931,8 @@ class WordsForPeople(unittest.TestCase):
     def test_the_last_line_of_a_traceback_is_an_error_whatever_it_is_called(self):
         begin = "Traceback (most recent call last):\n  File x\n    call()\n"
         unknown = "socket.gaierror: [Errno -2] Name or service not known"
-        cases = [
-            (f"{begin}{unknown}\n", unknown),
-            (begin + "zipfile.BadZipFile\nbye\n", "zipfile.BadZipFile"),
-            ("OSError: first\n" + begin, "OSError: first"),
-            ("all is well\n", None),
-        ]
+        cases = [(f"{begin}{unknown}\n", unknown), (begin + "zipfile.BadZipFile\nbye\n", "zipfile.BadZipFile"),
+            ("OSError: first\n" + begin, "OSError: first"), ("all is well\n", None)]  # fmt: skip
         for text, expected in cases:
             self.assertEqual(dock.last_error_line(text), expected)
 
@@ -1019,22 +943,8 @@ class WordsForPeople(unittest.TestCase):
     def test_names_of_new_environments(self):
         for name in ("a", "prod", "my-env_2.0", "A" * 63, "9lives"):
             self.assertTrue(dock.is_new_name(name), name)
-        for name in (
-            "-a",
-            ".a",
-            "a/b",
-            "..",
-            "a b",
-            "ü",
-            "A" * 64,
-            "logs",
-            "Workspace",
-            "CON",
-            "nul.txt",
-            "lpt1",
-            "a.",
-            "a\n",
-        ):
+        for name in ("-a", ".a", "a/b", "..", "a b", "ü", "A" * 64, "logs", "Workspace", "CON", "nul.txt", "lpt1", "a.",
+            "a\n"):  # fmt: skip
             self.assertFalse(dock.is_new_name(name), name)
 
     def test_made_valid_always_gives_a_valid_name(self):
@@ -1047,17 +957,11 @@ class WordsForPeople(unittest.TestCase):
                 dock.epoch_of(stamp)
 
     def test_the_line_that_says_why(self):
-        cases = [
-            (
-                "a\nTraceback\n  File\nModuleNotFoundError: No module named 'PIL'\n\nbye\n",
-                "ModuleNotFoundError: No module named 'PIL'",
-            ),
+        cases = [("a\nTraceback\n  File\nModuleNotFoundError: No module named 'PIL'\n\nbye\n",
+            "ModuleNotFoundError: No module named 'PIL'"),
             ("usage: x\nmain.py: error: unrecognized arguments: --x\n", "main.py: error: unrecognized arguments: --x"),
             ("torch.cuda.OutOfMemoryError: CUDA\nlast\n", "torch.cuda.OutOfMemoryError: CUDA"),
-            ("0%\r50%\rdone\n", None),
-            ("", None),
-            (dock.session_header("id", "e"), None),
-        ]
+            ("0%\r50%\rdone\n", None), ("", None), (dock.session_header("id", "e"), None)]  # fmt: skip
         for text, line in cases:
             with self.subTest(text=text):
                 self.assertEqual(dock.last_error_line(text), line)
@@ -1295,11 +1199,8 @@ class RunningACommand(Stage):
         self.assertEqual(done.stdout, "one\ntwo\n")
 
     def test_stdin_is_empty_and_the_folder_and_environment_are_the_given_ones(self):
-        done = self.python(
-            "import os,sys; print(repr(sys.stdin.read()), os.environ['X'], os.path.exists('here'))",
-            cwd=self.folder,
-            env={**os.environ, "X": "y"},
-        )
+        done = self.python("import os,sys; print(repr(sys.stdin.read()), os.environ['X'], os.path.exists('here'))",
+            cwd=self.folder, env={**os.environ, "X": "y"})  # fmt: skip
         self.assertEqual(done.stdout, "'' y False\n")
 
     def test_a_missing_program_or_folder_is_named(self):
@@ -1746,30 +1647,18 @@ class WhoRunsTheScript(Stage):
         with unittest.mock.patch.object(dock, "process_table", lambda: table):
             return dock.runs_script(row, script)
 
-    CASES = (
-        (["python", "/x/main.py"], True),
-        (["/usr/bin/python3.11", "-s", "-u", "/x/main.py", "--listen"], True),
+    CASES = ((["python", "/x/main.py"], True), (["/usr/bin/python3.11", "-s", "-u", "/x/main.py", "--listen"], True),
         (["python3", "-X", "utf8", "-W", "ignore", "/x/main.py"], True),
         (["python3", "-suXutf8", "-bX", "dev", "/x/main.py"], True),
-        (["python3", "--check-hash-based-pycs", "always", "/x/main.py"], True),
-        (["Python", "main.py"], True),
-        (["python3.13t", "./main.py"], True),
-        (["pypy3.10", "../x/main.py"], True),
-        (["pythonw.exe", "/x/./main.py"], True),
-        (["vim", "main.py"], False),
-        (["vim", "/usr/bin/python", "/x/main.py"], False),
-        (["tail", "-f", "/x/main.py"], False),
-        (["python", "other.py", "/x/main.py"], False),
-        (["python", "/x/other/main.py"], False),
-        (["python", "-c", "pass", "/x/main.py"], False),
-        (["python", "-m", "pdb", "/x/main.py"], False),
-        (["python", "-um", "pdb", "/x/main.py"], False),
-        (["python", "-", "/x/main.py"], False),
-        (["python-config", "/x/main.py"], False),
-        (["pythonista", "/x/main.py"], False),
-        (["python"], False),
-        (["python", "-X"], False),
-    )
+        (["python3", "--check-hash-based-pycs", "always", "/x/main.py"], True), (["Python", "main.py"], True),
+        (["python3.13t", "./main.py"], True), (["pypy3.10", "../x/main.py"], True),
+        (["pythonw.exe", "/x/./main.py"], True), (["vim", "main.py"], False),
+        (["vim", "/usr/bin/python", "/x/main.py"], False), (["tail", "-f", "/x/main.py"], False),
+        (["python", "other.py", "/x/main.py"], False), (["python", "/x/other/main.py"], False),
+        (["python", "-c", "pass", "/x/main.py"], False), (["python", "-m", "pdb", "/x/main.py"], False),
+        (["python", "-um", "pdb", "/x/main.py"], False), (["python", "-", "/x/main.py"], False),
+        (["python-config", "/x/main.py"], False), (["pythonista", "/x/main.py"], False), (["python"], False),
+        (["python", "-X"], False))  # fmt: skip
 
     @unittest.mock.patch.object(dock, "PATH_RULES", posixpath)
     def test_only_a_python_whose_script_it_is_counts(self):
@@ -1802,11 +1691,8 @@ class WhoRunsTheScript(Stage):
     def test_windows_paths_ignore_case_and_slashes(self):
         with unittest.mock.patch.object(dock, "PATH_RULES", ntpath):
             script = r"C:\Comfy UI\main.py"
-            for command, cwd in (
-                ([r"c:\py\Python.EXE", "-s", "c:/comfy ui/MAIN.py"], None),
-                (["python.exe", r".\main.py"], "C:\\Comfy UI"),
-                (["python.exe", r"Comfy UI\main.py"], "C:\\"),
-            ):
+            for command, cwd in (([r"c:\py\Python.EXE", "-s", "c:/comfy ui/MAIN.py"], None),
+                (["python.exe", r".\main.py"], "C:\\Comfy UI"), (["python.exe", r"Comfy UI\main.py"], "C:\\")):  # fmt: skip
                 with self.subTest(command=command):
                     self.assertTrue(self.runs(command, cwd=cwd, script=script))
             self.assertFalse(self.runs([r"C:\Windows\notepad.exe", script], script=script))
@@ -2068,14 +1954,8 @@ class TheSameProcess(Stage):
         compared = {"start_ticks", "boot_id", "pid_ns"} if dock.is_usable("proc") else {"created"}
         compared |= set() if dock.this_machine()["boot_id"] else {"machine", "host"}
         for field, value in self.identity.items():
-            for other in (
-                ...,
-                None,
-                "",
-                True,
-                [],
-                (value or 0) + 3 if isinstance(value, (int, float, type(None))) else "x",
-            ):
+            for other in (..., None, "", True, [],
+                (value or 0) + 3 if isinstance(value, (int, float, type(None))) else "x"):  # fmt: skip
                 with self.subTest(field=field, other=other):
                     self.assertEqual(self.find(**{field: other}) is None, field in compared)
 
@@ -2099,17 +1979,10 @@ class TheSameProcess(Stage):
     def test_another_machine_namespace_or_boot_is_not_here(self):
         boot = dock.this_machine()["boot_id"]
         others = dict.fromkeys(("machine", "host"), "other")
-        cases = [
-            ({}, "here"),
-            ({"machine": "other"}, "here" if boot else "foreign"),
-            ({"boot_id": None}, "here"),
-        ]
+        cases = [({}, "here"), ({"machine": "other"}, "here" if boot else "foreign"), ({"boot_id": None}, "here")]
         if boot:
-            cases += [
-                ({"host": "other"}, "here"),
-                ({"boot_id": "x"}, "rebooted"),
-                ({"boot_id": "x", **others}, "foreign"),
-            ]
+            cases += [({"host": "other"}, "here"), ({"boot_id": "x"}, "rebooted"),
+                ({"boot_id": "x", **others}, "foreign")]  # fmt: skip
             cases += [({"boot_id": "x", name: "other"}, "foreign") for name in others] + [
                 ({"boot_id": "x", "machine": ""}, "foreign")
             ]
@@ -2167,11 +2040,8 @@ class TheSameProcess(Stage):
         self.assertTrue(dock.is_stopped(self.process))
 
     def test_a_row_of_an_earlier_process_has_ended_already(self):
-        other = dock.Process(
-            self.pid,
-            created=self.process.created - 60,
-            start_ticks=self.process.start_ticks and self.process.start_ticks - 6000,
-        )
+        other = dock.Process(self.pid, created=self.process.created - 60,
+            start_ticks=self.process.start_ticks and self.process.start_ticks - 6000)  # fmt: skip
         self.assertTrue(dock.wait_for_exit(other, 0))
 
 
@@ -2228,14 +2098,10 @@ class TheFamily(Stage):
 
     def test_a_process_older_than_its_parent_is_not_its_child(self):
         parent = dock.Process(50, 1, created=100.0, start_ticks=1000)
-        for child, expected in (
-            (dock.Process(51, 50, created=100.0, start_ticks=1001), {50}),
-            (dock.Process(51, 50, created=100.0, start_ticks=999), set()),
-            (dock.Process(51, 50, created=90.0), set()),
-            (dock.Process(51, 50), {50}),
-            (dock.Process(51, 49, start_ticks=2000), set()),
-            (dock.Process(51, 51, start_ticks=1000), set()),
-        ):
+        for child, expected in ((dock.Process(51, 50, created=100.0, start_ticks=1001), {50}),
+            (dock.Process(51, 50, created=100.0, start_ticks=999), set()), (dock.Process(51, 50, created=90.0), set()),
+            (dock.Process(51, 50), {50}), (dock.Process(51, 49, start_ticks=2000), set()),
+            (dock.Process(51, 51, start_ticks=1000), set())):  # fmt: skip
             with self.subTest(child=child):
                 self.assertEqual(dock.ancestors_of(51, {50: parent, 51: child}), expected)
 
@@ -2244,15 +2110,8 @@ class TheFamily(Stage):
         for word in ("child", "grandchild", "marked"):
             self.addCleanup(self.end_pid, self.said(word)[0])
         row = dock.process_table().process(process.pid)
-        old = dock.Process(
-            row.pid,
-            row.ppid,
-            row.session,
-            row.uid,
-            "running",
-            row.created - 60,
-            row.start_ticks and row.start_ticks - 6000,
-        )
+        old = dock.Process(row.pid, row.ppid, row.session, row.uid, "running", row.created - 60,
+            row.start_ticks and row.start_ticks - 6000)  # fmt: skip
         self.assertEqual(dock.process_tree(old, None), [])
 
     @unittest.skipIf(WINDOWS, "fork")
@@ -2293,13 +2152,8 @@ class SomeoneElse(Stage):
         path = os.path.join(self.folder, "state")
         row = dock.process_table().process(self.start().pid)
         state = dock.ProcessState.from_dict({**PLANS_STATE, "pid": row.pid, "identity": dock.identity_of(row)})
-        for uid, owner, ours in (
-            (None, 0, True),
-            (0, 0, True),
-            (65534, 0, False),
-            (0, 65534, False),
-            (65534, 65534, False),
-        ):
+        for uid, owner, ours in ((None, 0, True), (0, 0, True), (65534, 0, False), (0, 65534, False),
+            (65534, 65534, False)):  # fmt: skip
             with self.subTest(uid=uid, owner=owner):
                 state.uid, state.owner = uid, owner
                 dock.write_state(path, state)
@@ -2338,13 +2192,8 @@ class SomeoneElse(Stage):
         def look():
             table = dock.process_table()
             seen = recorded(row, self.script)
-            facts = [
-                seen.pid == process.pid,
-                table.cwd(process.pid),
-                table.marker(process.pid),
-                table.listeners(1),
-                [one.pid for one in dock.process_tree(seen, run_id)] == [process.pid],
-            ]
+            facts = [seen.pid == process.pid, table.cwd(process.pid), table.marker(process.pid), table.listeners(1),
+                [one.pid for one in dock.process_tree(seen, run_id)] == [process.pid]]  # fmt: skip
             try:
                 dock.signal_process(process.pid, "kill")
             except PermissionError:
@@ -2378,16 +2227,11 @@ class OnlyTheRecordedProcessIsSignalled(Stage):
         chance, root = random.Random(12), self.environment.paths.root
         main = dock.main_script(str(self.environment.comfyui_path))
         sleep = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(600)"]
-        victims = [
-            dock.process_table().process(self.start(command=command, env=env).pid)
-            for command, env in (
-                (sleep, {}),
-                ([*sleep, main, "--monitor", root], {}),
-                ([*sleep, self.environment.python, main], {}),
-                ([sys.executable, self.script, main], {"COMFYDOCK_RUN_ID": "another"}),
-                ([sys.executable, self.script, "--monitor", root], {}),
-            )
-        ]
+        victims = [dock.process_table().process(self.start(command=command, env=env).pid)
+            for command, env in ((sleep, {}), ([*sleep, main, "--monitor", root], {}),
+            ([*sleep, self.environment.python, main], {}),
+            ([sys.executable, self.script, main], {"COMFYDOCK_RUN_ID": "another"}),
+            ([sys.executable, self.script, "--monitor", root], {}))]  # fmt: skip
         lies = (..., None, 1, "x", True, {})
         for number in range(1000 if "--long" in sys.argv else 100):
             victim = chance.choice(victims)
@@ -2531,19 +2375,13 @@ class ProbesKnowWhatAnswers(unittest.TestCase):
             return found, time.monotonic() - began
 
     def test_answers_of_many_kinds(self):
-        cases = [
-            (stats(), dock.HEALTHY),
-            (stats(["main.py"]), dock.HEALTHY),
-            (b"HTTP/1.0 401 No\r\n\r\n", dock.HEALTHY),
-            (b"HTTP/1.0 403 No\r\n\r\n", dock.HEALTHY),
+        cases = [(stats(), dock.HEALTHY), (stats(["main.py"]), dock.HEALTHY),
+            (b"HTTP/1.0 401 No\r\n\r\n", dock.HEALTHY), (b"HTTP/1.0 403 No\r\n\r\n", dock.HEALTHY),
             (b"HTTP/1.0 404 No\r\n\r\n", dock.OTHER_SERVICE),
             (b"HTTP/1.0 302 Go\r\nLocation: http://example.org/\r\n\r\n", dock.OTHER_SERVICE),
-            (b"HTTP/1.0 200 OK\r\n\r\n{}", dock.OTHER_SERVICE),
-            (b"HTTP/1.0 200 OK\r\n\r\n[]", dock.OTHER_SERVICE),
+            (b"HTTP/1.0 200 OK\r\n\r\n{}", dock.OTHER_SERVICE), (b"HTTP/1.0 200 OK\r\n\r\n[]", dock.OTHER_SERVICE),
             (b"HTTP/1.0 200 OK\r\n\r\n" + b"[" * 100000, dock.OTHER_SERVICE),
-            (b"SSH-2.0-OpenSSH\r\n", dock.OTHER_SERVICE),
-            (b"", dock.OTHER_SERVICE),
-        ]
+            (b"SSH-2.0-OpenSSH\r\n", dock.OTHER_SERVICE), (b"", dock.OTHER_SERVICE)]  # fmt: skip
         for text, kind in cases:
             with self.subTest(text=text[:40]):
                 self.assertEqual(self.probe(saying(text))[0].kind, kind)
@@ -2679,18 +2517,9 @@ class DownloadTest(InWorkshop):
         return b"".join(dock.download(self.registry.url + path, limit))
 
     def test_only_https_and_loopback_are_opened(self):
-        for url in (
-            "http://example.org/x",
-            "ftp://example.org/x",
-            "file:///etc/passwd",
-            "https://",
-            "http://127.evil.com/",
-            "https://user:secret@example.org/",
-            "https://[bad/",
-            "javascript:x",
-            "https://a b/",
-            "https://a/\n",
-        ):
+        for url in ("http://example.org/x", "ftp://example.org/x", "file:///etc/passwd", "https://",
+            "http://127.evil.com/", "https://user:secret@example.org/", "https://[bad/", "javascript:x", "https://a b/",
+            "https://a/\n"):  # fmt: skip
             with self.subTest(url), self.assertRaises(dock.CDEnvironmentError) as caught:
                 dock.check_url(url)
             self.assertEqual(caught.exception.code, "url")
@@ -2791,11 +2620,8 @@ class DownloadTest(InWorkshop):
         self.assertIn("check the network", error.hint)
 
     def test_a_server_that_drips_anything_meets_the_deadline(self):
-        heads = (
-            b"HTTP/1.1 200 OK\r\nX: ",
-            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;",
-            b"HTTP/1.1 200 OK\r\n\r\n",
-        )
+        heads = (b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;",
+            b"HTTP/1.1 200 OK\r\n\r\n")  # fmt: skip
 
         def drip(connection, head):
             connection.sendall(head)
@@ -3042,12 +2868,8 @@ class LocksExclude(unittest.TestCase):
                 pass
         holder.kill()
         holder.wait()
-        for lie in (
-            "x",
-            "1 x\n{}",
-            text.replace(sys.executable, "/other/python"),
-            text.replace('"start_ticks": ', '"start_ticks": 1'),
-        ):
+        for lie in ("x", "1 x\n{}", text.replace(sys.executable, "/other/python"),
+            text.replace('"start_ticks": ', '"start_ticks": 1')):  # fmt: skip
             Path(self.path).write_text(lie, encoding="utf-8")
             with self.assertRaisesRegex(
                 dock.CDEnvironmentError, f"Another program .*PID {command}" if LINUX else "is busy"
@@ -3144,11 +2966,8 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
 
     def test_last_lines_at_every_block_border(self):
         for size in (1, 7, dock.BLOCK - 1, dock.BLOCK, dock.BLOCK + 1, 3 * dock.BLOCK):
-            lines = [b"%d\n" % number + b"x" * (size % 97) for number in range(1)] + [
-                b"y" * size + b"\n",
-                b"\n",
-                b"last\n",
-            ]
+            lines = [b"%d\n" % number + b"x" * (size % 97) for number in range(1)] + [b"y" * size + b"\n", b"\n",
+                b"last\n"]  # fmt: skip
             data = b"".join(lines)
             for count in (0, 1, 2, 3, 4, 9):
                 with self.subTest(size=size, count=count):
@@ -3258,14 +3077,8 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
         Path(self.path + ".old").write_bytes(b"1\n2\n3\n")
         Path(self.path).write_bytes(b"4\n5")
         environment = types.SimpleNamespace(log_path=self.path)
-        for count, shown in (
-            (1, b"5"),
-            (2, b"4\n5"),
-            (3, b"3\n4\n5"),
-            (4, b"2\n3\n4\n5"),
-            (9, b"1\n2\n3\n4\n5"),
-            (0, b""),
-        ):
+        for count, shown in ((1, b"5"), (2, b"4\n5"), (3, b"3\n4\n5"), (4, b"2\n3\n4\n5"), (9, b"1\n2\n3\n4\n5"),
+            (0, b"")):  # fmt: skip
             parts = [read_bytes(path)[start:end] for path, start, end in dock.log_spans(environment, True, count)]
             self.assertEqual(b"".join(parts), shown, count)
 
@@ -3362,21 +3175,8 @@ class UnpackTest(InWorkshop):
         self.assertEqual(dock.unpack(self.archive(zipped(odd)), self.target, 10), ["w/a.py", "\u5168\u3000\u89d2.json"])
 
     def test_hostile_names_are_refused(self):
-        for name in (
-            "../x",
-            "a/../../x",
-            "/etc/x",
-            "C:/x",
-            "C:x",
-            "..\\x",
-            "\\x",
-            "\\\\host\\x",
-            ".. /x",
-            "a/... /x",
-            "a:b",
-            "a\nb",
-            "x/\x1b[31m",
-        ):
+        for name in ("../x", "a/../../x", "/etc/x", "C:/x", "C:x", "..\\x", "\\x", "\\\\host\\x", ".. /x", "a/... /x",
+            "a:b", "a\nb", "x/\x1b[31m"):  # fmt: skip
             with self.subTest(name):
                 self.refused(self.archive(zipped({"ok.py": "1", name: "x"})))
 
@@ -3428,11 +3228,8 @@ class UnpackTest(InWorkshop):
             dock.unpack(self.archive(whole.replace(b"print(1)", b"print(2)")), self.target, 1000)
 
     def test_only_a_folder_that_is_around_all_is_left_out(self):
-        cases = (
-            ({"./": "", "a-1/": "", "a-1/x": "1", "a-1/b/y": "2"}, {"x": b"1", "b/y": b"2"}),
-            ({"a/x": "1", "b/y": "2"}, {"a/x": b"1", "b/y": b"2"}),
-            ({"x": "1"}, {"x": b"1"}),
-        )
+        cases = (({"./": "", "a-1/": "", "a-1/x": "1", "a-1/b/y": "2"}, {"x": b"1", "b/y": b"2"}),
+            ({"a/x": "1", "b/y": "2"}, {"a/x": b"1", "b/y": b"2"}), ({"x": "1"}, {"x": b"1"}))  # fmt: skip
         for number, (files, unpacked) in enumerate(cases):
             target = self.target + str(number)
             with self.subTest(files=files):
@@ -3643,12 +3440,8 @@ class RemovalTest(InWorkshop):
             os.makedirs(os.path.join(doomed, "the volume"))
             volume, python = shlex.quote(f"{doomed}/the volume"), shlex.quote(work.format(act))
             script = f"mount {mount} {volume} && touch {volume}/model && {sys.executable} -c {python} '{doomed}'; "
-            done = subprocess.run(
-                ["unshare", "-m", "sh", "-c", script + f"ls {volume} '{doomed}/a'"],
-                cwd=HERE,
-                capture_output=True,
-                text=True,
-            )
+            done = subprocess.run(["unshare", "-m", "sh", "-c", script + f"ls {volume} '{doomed}/a'"], cwd=HERE,
+                capture_output=True, text=True)  # fmt: skip
             with self.subTest(mount=mount, act=act):
                 self.assertIn(f"{doomed}/the volume is mounted there", done.stderr)
                 self.assertIn("model", done.stdout)
@@ -3792,17 +3585,8 @@ class ManifestTest(InWorkshop):
             (manifest.comfyui_version, manifest.torch_backend, manifest.comfyui_path, manifest.python_path),
             ("v0.3.64", "auto", None, None),
         )
-        self.assertEqual(
-            manifest.nodes["comfyui-kjnodes"],
-            dock.NodeInfo(
-                "ComfyUI-KJNodes",
-                "comfyui-kjnodes",
-                "https://github.com/kijai/ComfyUI-KJNodes",
-                "1.1.5",
-                "https://cdn.comfy.org/x",
-                "registry",
-            ),
-        )
+        self.assertEqual(manifest.nodes["comfyui-kjnodes"], dock.NodeInfo("ComfyUI-KJNodes", "comfyui-kjnodes",
+            "https://github.com/kijai/ComfyUI-KJNodes", "1.1.5", "https://cdn.comfy.org/x", "registry"))  # fmt: skip
         self.assertEqual(list(manifest.nodes), ["comfyui-kjnodes", "my dev node"])
 
     def test_the_cache_is_used_for_the_very_same_bytes_only(self):
@@ -3837,15 +3621,9 @@ class ManifestTest(InWorkshop):
         self.assertRaisesRegex(dock.CDEnvironmentError, "line 2: not UTF-8", dock.read_manifest, self.paths)
 
     def test_adding_and_removing_a_node_gives_the_same_bytes_back(self):
-        variants = {
-            "old": OLD_MANIFEST,
-            "crlf": OLD_MANIFEST.replace("\n", "\r\n"),
-            "mark": "\ufeff" + OLD_MANIFEST,
-            "bare": '[project]\nname = "x"\n',
-            "empty": "",
-            "tool": "[tool.ruff]\nline-length = 1\n",
-            "indented": '[tool]\n  [tool.comfydock]\n  a = 1\n\n  [tool.comfydock.nodes.a]\n  name = "a"\n',
-        }
+        variants = {"old": OLD_MANIFEST, "crlf": OLD_MANIFEST.replace("\n", "\r\n"), "mark": "\ufeff" + OLD_MANIFEST,
+            "bare": '[project]\nname = "x"\n', "empty": "", "tool": "[tool.ruff]\nline-length = 1\n",
+            "indented": '[tool]\n  [tool.comfydock]\n  a = 1\n\n  [tool.comfydock.nodes.a]\n  name = "a"\n'}  # fmt: skip
         for name, text in variants.items():
             with self.subTest(name):
                 self.put(text)
@@ -4003,44 +3781,23 @@ class GitTest(InWorkshop):
         self.assertTrue(os.path.exists(os.path.join(self.cec, ".gitignore")))
 
     def test_hostile_addresses_are_refused(self):
-        for url in (
-            "ext::sh -c 'touch /tmp/pwned'",
-            "--upload-pack=touch /tmp/pwned",
-            "-u",
-            "http://example.org/x",
-            "git://example.org/x",
-            "ftp://x/y",
-            "https://me:secret@example.org/x",
-            "ssh://-oProxyCommand=x/y",
-            "fd::3",
-            "https://a/b\n",
-            "ssh://host/-x",
-        ):
+        for url in ("ext::sh -c 'touch /tmp/pwned'", "--upload-pack=touch /tmp/pwned", "-u", "http://example.org/x",
+            "git://example.org/x", "ftp://x/y", "https://me:secret@example.org/x", "ssh://-oProxyCommand=x/y", "fd::3",
+            "https://a/b\n", "ssh://host/-x"):  # fmt: skip
             with self.subTest(url), self.assertRaises(dock.CDEnvironmentError) as caught:
                 dock.check_repository(url)
             self.assertEqual(caught.exception.code, "url")
-        for url in (
-            "https://github.com/a/b",
-            "ssh://git@host:22/a/b",
-            "git@github.com:a/b.git",
-            "/a/b",
-            "C:\\a\\b",
-            "http://127.0.0.1:1/a",
-        ):
+        for url in ("https://github.com/a/b", "ssh://git@host:22/a/b", "git@github.com:a/b.git", "/a/b", "C:\\a\\b",
+            "http://127.0.0.1:1/a"):  # fmt: skip
             dock.check_repository(url)
         for reference in ("--help", "a..b", "a b", "", "-x", "a:b", "x" * 300):
             self.assertRaises(dock.CDEnvironmentError, dock.check_reference, reference)
 
     def test_references_are_told_from_users(self):
-        for identifier, parts in {
-            "https://h/u/r@v1": ("https://h/u/r", "v1"),
-            "git@h:u/r": ("git@h:u/r", None),
-            "git@h:u/r@a/b": ("git@h:u/r", "a/b"),
-            "ssh://git@h/u/r@x": ("ssh://git@h/u/r", "x"),
-            "https://h/u/r": ("https://h/u/r", None),
-            "./x@v2": ("./x", "v2"),
-            "file:///a/b@c": ("file:///a/b", "c"),
-        }.items():
+        for identifier, parts in {"https://h/u/r@v1": ("https://h/u/r", "v1"), "git@h:u/r": ("git@h:u/r", None),
+            "git@h:u/r@a/b": ("git@h:u/r", "a/b"), "ssh://git@h/u/r@x": ("ssh://git@h/u/r", "x"),
+            "https://h/u/r": ("https://h/u/r", None), "./x@v2": ("./x", "v2"),
+            "file:///a/b@c": ("file:///a/b", "c")}.items():  # fmt: skip
             self.assertEqual(dock.split_reference(identifier), parts)
 
     def test_git_never_asks_and_a_submodule_cannot_name_a_local_path(self):
@@ -4092,15 +3849,11 @@ class CreateTest(InWorkshop):
         copied = os.path.join(Workshop.root, "copied")
         if not os.path.exists(copied):
             shutil.copytree(Workshop.comfyui, copied, ignore=shutil.ignore_patterns(".git"))
-        for source, reference, version in (
-            (archive, None, "v0.9.0"),
-            (Workshop.registry.url + "/ComfyUI.zip", None, "v0.9.0"),
-            (copied, None, "v0.10.0"),
-            (Workshop.comfyui, "v0.9.0", "v0.9.0"),
-            (Workshop.comfyui, "main", "main"),
+        for source, reference, version in ((archive, None, "v0.9.0"),
+            (Workshop.registry.url + "/ComfyUI.zip", None, "v0.9.0"), (copied, None, "v0.10.0"),
+            (Workshop.comfyui, "v0.9.0", "v0.9.0"), (Workshop.comfyui, "main", "main"),
             ("file://" + Workshop.comfyui, None, "v0.10.0"),
-            (Workshop.comfyui, git(Workshop.comfyui, "rev-parse", "v0.9.0"), None),
-        ):
+            (Workshop.comfyui, git(Workshop.comfyui, "rev-parse", "v0.9.0"), None)):  # fmt: skip
             with self.subTest(source=source, reference=reference):
                 paths = self.paths()
                 manifest, _ = self.make(paths, source=source, comfyui=reference)
@@ -4123,13 +3876,8 @@ class CreateTest(InWorkshop):
             unittest.mock.patch.object(dock, "download", fake),
         ):
             manifest, _ = self.make(paths)
-        self.assertEqual(
-            asked,
-            [
-                "https://api.github.com/repos/Comfy-Org/ComfyUI/releases/latest",
-                "https://github.com/Comfy-Org/ComfyUI/archive/v0.10.0.zip",
-            ],
-        )
+        self.assertEqual(asked, ["https://api.github.com/repos/Comfy-Org/ComfyUI/releases/latest",
+            "https://github.com/Comfy-Org/ComfyUI/archive/v0.10.0.zip"])  # fmt: skip
         self.assertEqual(manifest.comfyui_version, "v0.10.0")
         self.assertEqual(sorted(os.listdir(paths.root)), [".cec", "ComfyUI"])
 
@@ -4190,18 +3938,14 @@ class CreateTest(InWorkshop):
 
     def test_wrong_sources_and_pythons_are_one_sentence(self):
         empty = tempfile.mkdtemp(dir=Workshop.root)
-        for options, words in (
-            ({"source": empty}, "is not ComfyUI (no main.py)"),
+        for options, words in (({"source": empty}, "is not ComfyUI (no main.py)"),
             ({"source": empty + "/x.zip"}, "is not there"),
             ({"source": Workshop.comfyui, "comfyui": "v9.9.9"}, "has no version v9.9.9"),
             ({"source": Workshop.comfyui, "comfyui": "0123456789abcdef"}, "git "),
             ({"source": "ext::sh -c x"}, "not a repository address"),
             ({"source": Workshop.comfyui, "comfyui": "--help"}, "not a branch"),
-            (
-                {"source": Workshop.comfyui, "no_install": False, "python": "9.9", "torch_backend": "cpu"},
-                "no Python '9.9'",
-            ),
-        ):
+            ({"source": Workshop.comfyui, "no_install": False, "python": "9.9", "torch_backend": "cpu"},
+            "no Python '9.9'")):  # fmt: skip
             with self.subTest(words), self.assertRaises(dock.CDEnvironmentError) as caught:
                 self.make(self.paths(), **options)
             self.assertIn(words, caught.exception.message)
@@ -4210,11 +3954,8 @@ class CreateTest(InWorkshop):
         error = error_of(self.make, self.paths(), source=Workshop.comfyui, comfyui="0.9.1")
         self.assertRegex(error.hint, r"^Nearest are: v0\.10\.0, .*v0\.9\.0")
         names = ["v0.3.9", "v0.3.64", "v0.10.0", "latest", "master", "main"]
-        for wanted, nearest in (
-            ("mastr", ["master"]),
-            ("v0.3.63", ["v0.10.0", "v0.3.64", "v0.3.9"]),
-            ("zz", ["v0.10.0"]),
-        ):
+        for wanted, nearest in (("mastr", ["master"]), ("v0.3.63", ["v0.10.0", "v0.3.64", "v0.3.9"]),
+            ("zz", ["v0.10.0"])):  # fmt: skip
             found = dock.nearest_names(wanted, names)
             self.assertEqual(found[: len(nearest)], nearest, wanted)
 
@@ -4229,12 +3970,8 @@ class CreateTest(InWorkshop):
             unittest.mock.patch.dict(os.environ, variables),
             unittest.mock.patch.object(dock, "TORCH_INDEX", nobody + "/whl/"),
         ):
-            options = {
-                "no_install": False,
-                "python": sys.executable,
-                "torch_backend": "cpu",
-                "source": Workshop.comfyui,
-            }
+            options = {"no_install": False, "python": sys.executable, "torch_backend": "cpu",
+                "source": Workshop.comfyui}  # fmt: skip
             with unittest.mock.patch.object(dock, "check_space"), self.assertRaises(dock.CDEnvironmentError) as caught:
                 self.make(paths, **options)
         self.assertRegex(caught.exception.message, r"^Could not reach 127\.0\.0\.1:\d+\.$")
@@ -4484,17 +4221,9 @@ class AddTest(NodeCase):
         Workshop.registry.say("/nodes/liar", {"id": "../../evil", "latest_version": {"version": "1.0.0"}})
         Workshop.registry.publish("no-url", "1.0.0", {"a": ""}, downloadUrl="")
         Workshop.registry.publish("plain-http", "1.0.0", {"a": ""}, downloadUrl="http://example.org/node.zip")
-        for identity, words in (
-            ("banned", "is banned"),
-            ("banned-version", "is banned"),
-            ("gone", "is deleted"),
-            ("nobody", "has no nobody"),
-            ("flagged", "offers no version"),
-            ("liar", "answered"),
-            ("no-url", "has no no-url"),
-            ("plain-http", "is not https"),
-            ("old@9.9.9", "has no old@9.9.9"),
-        ):
+        for identity, words in (("banned", "is banned"), ("banned-version", "is banned"), ("gone", "is deleted"),
+            ("nobody", "has no nobody"), ("flagged", "offers no version"), ("liar", "answered"),
+            ("no-url", "has no no-url"), ("plain-http", "is not https"), ("old@9.9.9", "has no old@9.9.9")):  # fmt: skip
             with self.subTest(identity):
                 self.failing(words, self.manager.add_node, identity)
         self.manager.add_node("flagged@1.0.0")
@@ -4505,38 +4234,12 @@ class AddTest(NodeCase):
 
     def test_names_cannot_leave_custom_nodes(self):
         before = self.snapshot()
-        for identifier in (
-            "../evil",
-            "/etc",
-            "-x",
-            "a/b",
-            "x@../1",
-            "ext::sh -c x",
-            "https://x.org/..",
-            "",
-            "nul@1",
-            "x\n",
-            "git@h:..",
-            "http://127.0.0.1:1/a/%2e%2e/.git",
-        ):
+        for identifier in ("../evil", "/etc", "-x", "a/b", "x@../1", "ext::sh -c x", "https://x.org/..", "", "nul@1",
+            "x\n", "git@h:..", "http://127.0.0.1:1/a/%2e%2e/.git"):  # fmt: skip
             with self.subTest(identifier), self.assertRaises(dock.CDEnvironmentError):
                 self.manager.add_node(identifier)
-        for name in (
-            "..",
-            ".",
-            "a/b",
-            "a\\b",
-            "C:",
-            "con",
-            "COM1.x",
-            "a.disabled",
-            ".git",
-            "a ",
-            "a.",
-            "\x00",
-            "x" * 200,
-            "-r",
-        ):
+        for name in ("..", ".", "a/b", "a\\b", "C:", "con", "COM1.x", "a.disabled", ".git", "a ", "a.", "\x00",
+            "x" * 200, "-r"):  # fmt: skip
             self.assertRaises(dock.CDEnvironmentError, dock.check_node_name, name)
         dock.check_node_name("ComfyUI Essentials \U0001f680")
         self.assertEqual(self.snapshot(), before)
@@ -4631,42 +4334,13 @@ class AddTest(NodeCase):
     def test_a_hostile_registry_is_one_clear_line_and_leaves_everything_as_it_was(self):
         before, url = self.snapshot(), Workshop.registry.url
         answers = [b"[" * 200000, b'{"id": %s}' % (b"1" * 10000), b'{"id": NaN}', b"[]", b"7", b'"x"', b"\xff"]
-        odd = (
-            "x",
-            ["1"],
-            7,
-            None,
-            {"version": ["1"]},
-            {"version": "1.0\ud800"},
-            {"version": "1\n\x1b[31m"},
-            {"version": ""},
-            {"version": {}},
-        )
-        odd += tuple(
-            {"version": "1.0.0", "downloadUrl": address}
-            for address in (
-                7,
-                ["x"],
-                "https://a..b/x",
-                "https://" + "a" * 70 + ".example/x",
-                "http://127.0.0.1:99999/",
-                "http://127.0.0.1:abc/",
-                "https://[::1/x",
-                url + "/\u00fc",
-                url + "/a b",
-                url + "/%00",
-                "file:///etc/passwd",
-                "https://u:p@x/y",
-                "x" * 100000,
-            )
-        )
-        answers += [
-            {
-                "id": "evil",
-                "repository": "https://x/\udcff",
-                "latest_version": {"version": "1.0.0", "downloadUrl": url + "/none"},
-            }
-        ]
+        odd = ("x", ["1"], 7, None, {"version": ["1"]}, {"version": "1.0\ud800"}, {"version": "1\n\x1b[31m"},
+            {"version": ""}, {"version": {}})  # fmt: skip
+        odd += tuple({"version": "1.0.0", "downloadUrl": address} for address in (7, ["x"], "https://a..b/x",
+            "https://" + "a" * 70 + ".example/x", "http://127.0.0.1:99999/", "http://127.0.0.1:abc/", "https://[::1/x",
+            url + "/\u00fc", url + "/a b", url + "/%00", "file:///etc/passwd", "https://u:p@x/y", "x" * 100000))  # fmt: skip
+        answers += [{"id": "evil", "repository": "https://x/\udcff",
+            "latest_version": {"version": "1.0.0", "downloadUrl": url + "/none"}}]  # fmt: skip
         answers += [{"id": "evil", "latest_version": latest} for latest in odd]
         answers += [
             {"id": name, "latest_version": {"version": "1"}} for name in (7, ["evil"], "EVIL\n", "evil\u202e", "ev/il")
@@ -5000,22 +4674,9 @@ class ChangeTest(NodeCase):
         lines = [line[1:] for line in git(self.paths.cec, "diff", "-U0").splitlines() if line[:1] in "+-"][2:]
         digest = hashlib.sha256(b"https://github.com/x/gained").hexdigest()[:8]
         url = f"{Workshop.registry.url}/files/gained/1.0.0/node.zip"
-        self.assertEqual(
-            sorted(lines),
-            sorted(
-                [
-                    f'gained-{digest} = ["tiny"]',
-                    "",
-                    "[tool.comfydock.nodes.gained]",
-                    'name = "gained"',
-                    'registry_id = "gained"',
-                    'repository = "https://github.com/x/gained"',
-                    'version = "1.0.0"',
-                    f'download_url = "{url}"',
-                    'source = "registry"',
-                ]
-            ),
-        )
+        self.assertEqual(sorted(lines), sorted([f'gained-{digest} = ["tiny"]', "", "[tool.comfydock.nodes.gained]",
+            'name = "gained"', 'registry_id = "gained"', 'repository = "https://github.com/x/gained"',
+            'version = "1.0.0"', f'download_url = "{url}"', 'source = "registry"']))  # fmt: skip
         self.assertNotIn("-", {line[:1] for line in git(self.paths.cec, "diff", "-U0").splitlines()[4:]})
         Workshop.registry.publish("comfyui-kjnodes", "1.2.0", {"__init__.py": "2"})
         self.manager.update_node("comfyui-kjnodes")
@@ -5157,13 +4818,8 @@ class OneWorld(NodeCase):
     def test_settings_of_pip_that_redirect_or_silence_it_change_nothing(self):
         conf, target = os.path.join(Workshop.root, f"pip{self.counter}.conf"), os.path.join(Workshop.root, "target")
         write(conf, f"[global]\ntarget = {target}\nquiet = 2\nfind-links = {Workshop.wheels}\n")
-        variables = {
-            "PIP_CONFIG_FILE": conf,
-            "PIP_DRY_RUN": "1",
-            "PIP_NO_DEPS": "1",
-            "PIP_ROOT": target,
-            "PIP_USER": "1",
-        }
+        variables = {"PIP_CONFIG_FILE": conf, "PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1", "PIP_ROOT": target,
+            "PIP_USER": "1"}  # fmt: skip
         self.pip("uninstall", "-y", "brand")
         with unittest.mock.patch.dict(os.environ, variables):
             del os.environ["PIP_FIND_LINKS"]
@@ -5175,14 +4831,8 @@ class OneWorld(NodeCase):
         self.assertFalse(os.path.exists(target))
 
     def test_a_path_means_the_nodes_folder_and_an_index_is_one_more(self):
-        lines = [
-            ".",
-            "-e ./sub",
-            "-r more.txt",
-            "--index-url https://a/simple",
-            "tiny==1.0 --hash=sha256:aa",
-            "--no-index",
-        ]
+        lines = [".", "-e ./sub", "-r more.txt", "--index-url https://a/simple", "tiny==1.0 --hash=sha256:aa",
+            "--no-index"]  # fmt: skip
         self.assertEqual([dock.pip_entry(line, "/n") for line in dock.requirement_entries("\n".join(lines))],
                          ["/n/.", "-e /n/./sub", "-r /n/more.txt", "--extra-index-url https://a/simple", "tiny==1.0", ""])  # fmt: skip
         text = "tiny==1.0 \\\n  --hash=sha256:aa\ngit+https://ghp_SECRET1@github.com/o/r\npack @ https://u:p@h/x.whl\n"
@@ -5201,11 +4851,8 @@ class TheRegistryAndTheManager(NodeCase):
 
     def test_a_version_is_asked_for_in_several_ways_and_stays_until_another_is(self):
         self.publish("many", "1.0.0", "1.0.5", "2.0.0")
-        for words, version, pin in (
-            ("many==1.0.5", "1.0.5", "1.0.5"),
-            ("many@1.0.0", "1.0.0", "1.0.0"),
-            ("many@latest", "2.0.0", None),
-        ):
+        for words, version, pin in (("many==1.0.5", "1.0.5", "1.0.5"), ("many@1.0.0", "1.0.0", "1.0.0"),
+            ("many@latest", "2.0.0", None)):  # fmt: skip
             info = self.manager.add_node(words, force=True).node_info
             self.assertEqual((info.version, info.pin), (version, pin))
         self.manager.update_node("many@1.0.5")
@@ -5355,26 +5002,17 @@ class TheRegistryAndTheManager(NodeCase):
             )
 
     def test_no_token_is_shown_or_kept(self):
-        for text, shown in {
-            "https://me:ghp_SECRET1@h/o/r": "https://h/o/r",
-            "git+https://ghp_SECRET1@github.com/o/r": "git+https://github.com/o/r",
-            "ssh://git@h/o": "ssh://git@h/o",
-            "ssh://u:pass@h/o": "ssh://u@h/o",
-            "https://h/o?private_token=abc&x=1": "https://h/o?private_token=***&x=1",
+        for text, shown in {"https://me:ghp_SECRET1@h/o/r": "https://h/o/r",
+            "git+https://ghp_SECRET1@github.com/o/r": "git+https://github.com/o/r", "ssh://git@h/o": "ssh://git@h/o",
+            "ssh://u:pass@h/o": "ssh://u@h/o", "https://h/o?private_token=abc&x=1": "https://h/o?private_token=***&x=1",
             "remote: hf_ABCDEF12 is no good": "remote: *** is no good",
             "/data/hf_models and sk-image": "/data/hf_models and sk-image",
-            '["?token=a\\"b"]': '["?token=***\\"b"]',
-        }.items():
+            '["?token=a\\"b"]': '["?token=***\\"b"]'}.items():  # fmt: skip
             self.assertEqual(dock.redact(text), shown)
         repository = make_repository("tokened", {"__init__.py": ""})
         git(self.nodes, "clone", "--quiet", repository)
-        git(
-            os.path.join(self.nodes, "tokened"),
-            "remote",
-            "set-url",
-            "origin",
-            "https://h/o/r?private_token=glpat-SECRET",
-        )
+        git(os.path.join(self.nodes, "tokened"), "remote", "set-url", "origin",
+            "https://h/o/r?private_token=glpat-SECRET")  # fmt: skip
         self.assertEqual(self.manager.track("tokened").repository, "https://h/o/r")
 
     def test_what_cannot_be_tidied_fails_nothing(self):
@@ -5474,13 +5112,8 @@ class KilledTest(NodeCase):
         body = f"dock.NodeManager(dock.EnvironmentPaths({self.paths.root!r}), {Workshop.python!r}, print).add_node('kill-pip')"
         dice = random.Random(7)
         for _ in range(2):
-            process = subprocess.Popen(
-                [sys.executable, "-c", f"import comfydock as dock; {body}"],
-                cwd=HERE,
-                start_new_session=True,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+            process = subprocess.Popen([sys.executable, "-c", f"import comfydock as dock; {body}"], cwd=HERE,
+                start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(dice.uniform(0.3, 3.0))
             with contextlib.suppress(ProcessLookupError):
@@ -5501,19 +5134,8 @@ class OddMachines(unittest.TestCase):
         self.folder = temporary_folder(self)
 
     def test_versions_are_compared_as_versions(self):
-        rising = [
-            "0.9",
-            "1.0.dev1",
-            "1.0a1",
-            "1.0.0-beta.1",
-            "1.0rc1",
-            "1.0",
-            "1.0.post1",
-            "1.2",
-            "1.10.0",
-            "2024.1",
-            "1!0.1",
-        ]
+        rising = ["0.9", "1.0.dev1", "1.0a1", "1.0.0-beta.1", "1.0rc1", "1.0", "1.0.post1", "1.2", "1.10.0", "2024.1",
+            "1!0.1"]  # fmt: skip
         self.assertEqual(sorted(reversed(rising), key=dock.version_key), rising)
         for same in (("9.1", "9.1.0"), ("1.0.0-beta.1", "1.0.0b1"), ("v1", "1.0+cpu"), ("nightly", "latest")):
             self.assertEqual(*map(dock.version_key, same), same)
@@ -5533,15 +5155,9 @@ class OddMachines(unittest.TestCase):
         done = subprocess.CompletedProcess([], 0, self.folder, "")
         with unittest.mock.patch.object(dock, "run_command", return_value=done):
             found = dock.installed_packages(sys.executable)
-        self.assertEqual(
-            {name: one.line for name, one in found.items()},
-            {
-                "a": ["a==1.0"],
-                "b": ["b @ file:///w/b.whl"],
-                "c": ["-e", urllib.request.url2pathname("/home/me/my%20code")],
-                "d": ["d @ git+https://h/o/d@abc"],
-            },
-        )
+        self.assertEqual({name: one.line for name, one in found.items()}, {"a": ["a==1.0"],
+            "b": ["b @ file:///w/b.whl"], "c": ["-e", urllib.request.url2pathname("/home/me/my%20code")],
+            "d": ["d @ git+https://h/o/d@abc"]})  # fmt: skip
         self.assertEqual(found["a"].files, {"a.py"})
 
     def test_a_list_of_no_packages_is_an_error_and_no_reason_to_remove_what_is_there(self):
@@ -5551,14 +5167,10 @@ class OddMachines(unittest.TestCase):
                 self.assertRaisesRegex(dock.CDEnvironmentError, words, dock.installed_packages, sys.executable)
 
     def test_the_index_of_pytorch_is_told_by_a_backend_alone(self):
-        for line, index in (
-            ("torch==2.9.0+cu128", "https://download.pytorch.org/whl/cu128"),
+        for line, index in (("torch==2.9.0+cu128", "https://download.pytorch.org/whl/cu128"),
             ("torch==2.9.0+rocm6.4", "https://download.pytorch.org/whl/rocm6.4"),
-            ("torch==2.9.0+cpu", "https://download.pytorch.org/whl/cpu"),
-            ("torch==2.5.0a0+872d972e41.nv24.8", None),
-            ("torch==2.9.0", None),
-            ("torch @ file:///home/me+You/x.whl", None),
-        ):
+            ("torch==2.9.0+cpu", "https://download.pytorch.org/whl/cpu"), ("torch==2.5.0a0+872d972e41.nv24.8", None),
+            ("torch==2.9.0", None), ("torch @ file:///home/me+You/x.whl", None)):  # fmt: skip
             with self.subTest(line=line):
                 self.assertEqual(dock.held_index([line]), index)
 
@@ -5624,14 +5236,8 @@ class OddMachines(unittest.TestCase):
         program = os.path.join(self.folder, "nvidia-smi")
         with unittest.mock.patch.dict(os.environ, PATH=self.folder):
             self.assertEqual(dock.detect_torch_backend(), "cpu")
-            for says, backend in (
-                ("echo 580.65.06", "cu130"),
-                ("echo 570.1", "cu128"),
-                ("echo 535.1", "cu126"),
-                ("echo 'no devices were found'", "cpu"),
-                ("echo 580; exit 9", "cpu"),
-                ("exec /nowhere/at/all", "cpu"),
-            ):
+            for says, backend in (("echo 580.65.06", "cu130"), ("echo 570.1", "cu128"), ("echo 535.1", "cu126"),
+                ("echo 'no devices were found'", "cpu"), ("echo 580; exit 9", "cpu"), ("exec /nowhere/at/all", "cpu")):  # fmt: skip
                 write(program, f"#!/bin/sh\n{says}\n")
                 os.chmod(program, 0o755)
                 with self.subTest(says=says):
@@ -5692,20 +5298,12 @@ class UvTest(InWorkshop):
             shutil.copy(wheel, Workshop.wheels)
         paths, said = dock.EnvironmentPaths(os.path.join(Workshop.root, "uv-env")), []
         make_wheel("uv-only", "1.0")
-        variables = {
-            "PATH": folder + os.pathsep + os.environ["PATH"],
-            "UV_FIND_LINKS": Workshop.wheels,
-            "UV_NO_INDEX": "1",
-            "UV_OFFLINE": "1",
-            "UV_CACHE_DIR": os.path.join(Workshop.root, "uv-cache"),
-            "UV_NO_CONFIG": "1",
-        }
+        variables = {"PATH": folder + os.pathsep + os.environ["PATH"], "UV_FIND_LINKS": Workshop.wheels,
+            "UV_NO_INDEX": "1", "UV_OFFLINE": "1", "UV_CACHE_DIR": os.path.join(Workshop.root, "uv-cache"),
+            "UV_NO_CONFIG": "1"}  # fmt: skip
         for number, script in enumerate(("", "raise SystemExit('no GPU')")):
-            Workshop.registry.publish(
-                f"uv-node{number}",
-                "1.0.0",
-                {"__init__.py": "", "requirements.txt": "uv-only\n", **({"install.py": script} if script else {})},
-            )
+            Workshop.registry.publish(f"uv-node{number}", "1.0.0",
+                {"__init__.py": "", "requirements.txt": "uv-only\n", **({"install.py": script} if script else {})})  # fmt: skip
         Workshop.registry.publish("uv-greedy", "1.0.0", {"requirements.txt": "wants-new-torch"})
         with unittest.mock.patch.dict(os.environ, variables):
             wheel = os.path.join(Workshop.wheels, "torch-3.0.0-py3-none-any.whl")
@@ -6507,12 +6105,8 @@ class TheDemo(unittest.TestCase):
         """Start it; it is ended by a signal first, that lets coverage write down what it saw."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("COMFYDOCK_", "__COMFY_CLI"))}
         command = [sys.executable, "main.py", "--port", str(self.port), *args]
-        keys = {
-            "cwd": self.folder,
-            "env": {**clean, **variables},
-            "stdin": subprocess.DEVNULL,
-            "start_new_session": True,
-        }
+        keys = {"cwd": self.folder, "env": {**clean, **variables}, "stdin": subprocess.DEVNULL,
+            "start_new_session": True}  # fmt: skip
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, **keys)
         self.addCleanup(self.process.wait)
@@ -6539,13 +6133,8 @@ class TheDemo(unittest.TestCase):
     def test_its_log_begins_each_line_with_a_coloured_level_as_comfyui_does(self):
         self.ready("--cpu", "--a-flag-that-only-comfyui-knows")
         lines = iter(self.log().split("\n"))
-        for expected in (
-            "Checkpoint files",
-            "Total VRAM",
-            "Python version: ",
-            "Starting server",
-            "To see the GUI go to: http://127.0.0.1:",
-        ):
+        for expected in ("Checkpoint files", "Total VRAM", "Python version: ", "Starting server",
+            "To see the GUI go to: http://127.0.0.1:"):  # fmt: skip
             self.assertTrue(any(line.startswith(INFO + expected) for line in lines), expected)
         self.assertEqual(self.json("/system_stats")["system"]["comfyui_version"], "0.33.0")
         self.assertIn("\nComfyUI version: 0.33.0\n", self.log())
@@ -6587,13 +6176,8 @@ class TheDemo(unittest.TestCase):
     def test_pages_from_elsewhere_are_refused(self):
         self.ready()
         here, far = f"127.0.0.1:{self.port}", "http://evil.example"
-        cases = (
-            (here, far, 403),
-            (here, f"http://{here}", 200),
-            (here, "", 200),
-            (f"localhost:{self.port}", f"http://{here}", 403),
-            ("192.0.2.1", far, 200),
-        )
+        cases = ((here, far, 403), (here, f"http://{here}", 200), (here, "", 200),
+            (f"localhost:{self.port}", f"http://{here}", 403), ("192.0.2.1", far, 200))  # fmt: skip
         for host, origin, status in cases:
             with self.subTest(host=host, origin=origin):
                 self.assertEqual(self.ask("GET", "/queue", Host=host, Origin=origin)[0], status)
@@ -6829,11 +6413,8 @@ class MakingAWorkspace(unittest.TestCase):
             write(python, f"#!/bin/sh\ntest -e '{self.folder}/torch-in-{name}' && echo found\n")
             os.chmod(python, 0o755)
         os.symlink("python", os.path.join(self.folder, "system", "bin", "python3"))
-        variables = {
-            "VIRTUAL_ENV": os.path.join(self.folder, "active"),
-            "CONDA_PREFIX": os.path.join(self.folder, "conda"),
-            "PATH": os.path.join(self.folder, "system", "bin"),
-        }
+        variables = {"VIRTUAL_ENV": os.path.join(self.folder, "active"),
+            "CONDA_PREFIX": os.path.join(self.folder, "conda"), "PATH": os.path.join(self.folder, "system", "bin")}  # fmt: skip
         with unittest.mock.patch.dict(os.environ, variables):
             error = error_of(dock.find_checkout_python, checkout, None)
             for python in pythons.values():
@@ -6925,11 +6506,8 @@ class HandOver(unittest.TestCase):
             self.assertIn("'127.0.0.1', 8188, ", health)
 
     def test_each_engine_gets_the_card_in_its_own_words(self):
-        words = {
-            "none": (None, "docker run -d -p"),
-            "nvidia": ("driver: nvidia", "--gpus all"),
-            "cdi": ("- nvidia.com/gpu=all", "--device nvidia.com/gpu=all"),
-        }
+        words = {"none": (None, "docker run -d -p"), "nvidia": ("driver: nvidia", "--gpus all"),
+            "cdi": ("- nvidia.com/gpu=all", "--device nvidia.com/gpu=all")}  # fmt: skip
         for gpu, (spelled, typed) in words.items():
             it = described(gpu=gpu)
             compose, kubernetes = dock.compose_file([it]), dock.kubernetes_file(it)
@@ -7072,11 +6650,8 @@ class AfterACrash(unittest.TestCase):
         former.args = ["--port", str(former.port)]
         dock.write_state(environment.paths.state, former)
         full = OSError(errno.ENOSPC, "No space left on device")
-        with (
-            unittest.mock.patch.object(dock, "begin_session", side_effect=full),
-            unittest.mock.patch.object(environment, "_put_back", side_effect=full),
-            self.assertRaises(OSError),
-        ):
+        with (unittest.mock.patch.object(dock, "begin_session", side_effect=full),
+            unittest.mock.patch.object(environment, "_put_back", side_effect=full), self.assertRaises(OSError)):  # fmt: skip
             environment.restart_kept(former, {})
         monitor = dock.Monitor(environment)
         self.assertIsNone(monitor.record.pid)
@@ -7171,12 +6746,8 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
         self.assertIsNone(dock.Console(Terminal(), None, None).ask("Sure?", True))
 
     def test_a_terminal_is_asked(self):
-        for typed, default, answer in (
-            ("\n", True, True),
-            ("\n", False, False),
-            ("Y\n", False, True),
-            ("no\n", True, False),
-        ):
+        for typed, default, answer in (("\n", True, True), ("\n", False, False), ("Y\n", False, True),
+            ("no\n", True, False)):  # fmt: skip
             self.assertIs(dock.Console(Terminal(), None, Terminal(typed)).ask("Sure?", default), answer)
         self.assertIs(dock.Console(Terminal(), None, Terminal("")).ask("Sure?", True), False)
 
@@ -7265,41 +6836,30 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
         return dock.parse(list(words))
 
     def test_comfyui_gets_its_own_words_untouched(self):
-        cases = [
-            (["run", "--listen", "--port", "9"], ["--listen", "--port", "9"]),
+        cases = [(["run", "--listen", "--port", "9"], ["--listen", "--port", "9"]),
             (["run", "--", "--json", "-e", "x"], ["--json", "-e", "x"]),
             (["run", "--cpu", "--", "--", "x"], ["--cpu", "--", "x"]),
             (["run", "--listen", "-e", "dev", "--cpu"], ["--listen", "--cpu"]),
-            (["run", "--wait", "--listen"], ["--listen"]),
-            (["run", "--wait", "5", "--listen"], ["--listen"]),
+            (["run", "--wait", "--listen"], ["--listen"]), (["run", "--wait", "5", "--listen"], ["--listen"]),
             (["run", "--wait=5", "1.2.3.4"], ["1.2.3.4"]),
             (["run", "--fore", "--verbose", "DEBUG"], ["--fore", "--verbose", "DEBUG"]),
             (["run", "--output-directory", "stop", "--set-env", "A=b=c"], ["--output-directory", "stop"]),
             (["run", "-v", "--verbose", "--cpu", "-v", "--verbose"], ["--verbose", "--cpu", "--verbose"]),
             (["run", "--reserve-vram", "-1", "-0.5"], ["--reserve-vram", "-1", "-0.5"]),
             (["run", "--verbose", "DEBUG"], ["--verbose", "DEBUG"]),
-            (["run", "--verbose=INFO", "-q"], ["--verbose=INFO"]),
-        ]
+            (["run", "--verbose=INFO", "-q"], ["--verbose=INFO"])]  # fmt: skip
         for words, theirs in cases:
             with self.subTest(words=words):
                 self.assertEqual(self.parse(*words)[1].comfyui_args, theirs)
 
     def test_our_options_may_stand_before_and_after_the_command(self):
-        for words in (
-            ["-e", "dev", "status"],
-            ["status", "-e", "dev"],
-            ["--env=dev", "status"],
-            ["status", "--env", "dev"],
-        ):
+        for words in (["-e", "dev", "status"], ["status", "-e", "dev"], ["--env=dev", "status"],
+            ["status", "--env", "dev"]):  # fmt: skip
             self.assertEqual(self.parse(*words)[1].env, "dev", words)
 
     def test_a_name_is_the_very_first_word_behind_a_command(self):
-        for words in (
-            ["stop", "sdxl"],
-            ["run", "sdxl", "--wait", "--", "--lowvram"],
-            ["logs", "sdxl", "-f"],
-            ["-e", "sdxl", "status", "sdxl"],
-        ):
+        for words in (["stop", "sdxl"], ["run", "sdxl", "--wait", "--", "--lowvram"], ["logs", "sdxl", "-f"],
+            ["-e", "sdxl", "status", "sdxl"]):  # fmt: skip
             self.assertEqual(self.parse(*words)[1].env, "sdxl", words)
         _, args = self.parse("run", "--port", "8190", "x")
         self.assertEqual((args.env, args.comfyui_args), (None, ["--port", "8190", "x"]))
@@ -7315,13 +6875,8 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
             self.assertEqual((args.env, args.comfyui_args), (env, theirs))
 
     def test_words_that_people_type_lead_to_the_command_that_does_it(self):
-        for word, hint in (
-            ("ps", ("list",)),
-            ("up", ("run",)),
-            ("sh", ("exec",)),
-            ("rm", ("delete",)),
-            ("deleet", ("help",)),
-        ):
+        for word, hint in (("ps", ("list",)), ("up", ("run",)), ("sh", ("exec",)), ("rm", ("delete",)),
+            ("deleet", ("help",))):  # fmt: skip
             error = error_of(self.parse, word)
             self.assertEqual((error.message, error.hint), (f"Unknown command '{word}'.", hint))
         with self.assertRaises(dock.CDEnvironmentError) as caught:
@@ -7368,13 +6923,8 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
             self.assertEqual((caught.exception.message, caught.exception.code), (message, "usage"))
 
     def test_help_is_ours_wherever_it_stands_before_two_dashes(self):
-        for words in (
-            ["use", "dev", "--help"],
-            ["run", "--cpu", "-h"],
-            ["--help", "run"],
-            ["node", "add", "-h"],
-            ["use", "-h"],
-        ):
+        for words in (["use", "dev", "--help"], ["run", "--cpu", "-h"], ["--help", "run"], ["node", "add", "-h"],
+            ["use", "-h"]):  # fmt: skip
             command, args = self.parse(*words)
             self.assertIn("[options]", command.act(dock.Console(None, None, None), args).data["text"], words)
         self.assertEqual(self.parse("run", "--", "--help")[1].comfyui_args, ["--help"])
@@ -7752,15 +7302,8 @@ class FirstContact(Journey):
         read, write = os.pipe()
         self.addCleanup(os.close, write)
         self.addCleanup(os.close, read)
-        for words in (
-            ["run", "--demo", "--port", str(free_port())],
-            ["status"],
-            ["list"],
-            ["restart"],
-            ["logs"],
-            ["stop"],
-            [],
-        ):
+        for words in (["run", "--demo", "--port", str(free_port())], ["status"], ["list"], ["restart"], ["logs"],
+            ["stop"], []):  # fmt: skip
             with self.subTest(words=words):
                 self.assertIn(self.person.types(*words, stdin=read, seconds=30).returncode, (0, 3))
 
@@ -7800,15 +7343,8 @@ class Running(Journey):
         self.assertEqual(data["pid"], self.person.state()["pid"])
 
     def test_wait_shows_the_last_lines_when_it_dies_first(self):
-        done = self.person.types(
-            "run",
-            "--demo",
-            "--port",
-            str(free_port()),
-            "--wait",
-            COMFYDOCK_DEMO_START_SECONDS="1",
-            COMFYDOCK_DEMO_EXIT="bind:3",
-        )
+        done = self.person.types("run", "--demo", "--port", str(free_port()), "--wait",
+            COMFYDOCK_DEMO_START_SECONDS="1", COMFYDOCK_DEMO_EXIT="bind:3")  # fmt: skip
         self.assertClear(done, 1, "ComfyUI ended before it answered", "Starting server")
 
     def test_wait_gives_up_in_time_and_leaves_it_running(self):
@@ -7887,12 +7423,9 @@ class HandingOver(Journey):
 
     def test_a_folder_is_written_and_what_to_type_is_said(self):
         self.run_demo("--set-env", "TOKEN=se cret")
-        for engine, files in {
-            "systemd": ["comfydock-demo.env", "comfydock-demo.service"],
-            "dockerfile": ["Dockerfile", "comfydock.py"],
-            "compose": ["compose.yaml", "demo", "demo.env"],
-            "kubernetes": ["demo", "demo.yaml"],
-        }.items():
+        for engine, files in {"systemd": ["comfydock-demo.env", "comfydock-demo.service"],
+            "dockerfile": ["Dockerfile", "comfydock.py"], "compose": ["compose.yaml", "demo", "demo.env"],
+            "kubernetes": ["demo", "demo.yaml"]}.items():  # fmt: skip
             said = self.generated(engine, "demo")
             folder = os.path.join(self.person.home, f"comfydock-{engine}")
             self.assertEqual(sorted(os.listdir(folder)), files)
@@ -7984,14 +7517,8 @@ class HandingOver(Journey):
             words = f'"{told["Command"]}" {told["Arguments"]}'
         else:
             words = plistlib.loads(dock.launchd_plist(it, False).encode())["ProgramArguments"]
-        child = subprocess.Popen(
-            words,
-            env=self.person.variables,
-            cwd=self.person.home,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        child = subprocess.Popen(words, env=self.person.variables, cwd=self.person.home, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         self.addCleanup(child.wait)
         self.addCleanup(child.kill)
         self.comes_to_be("running")
@@ -8285,12 +7812,8 @@ class TellingTheTruth(Journey):
 
     def test_a_narrow_table_loses_columns_and_then_letters(self):
         row = {" ": "✓", "NAME": "a-long-name", "STATE": "running", "QUEUE": "1+2", "VERSION": "0.33.0"}
-        for width, line in (
-            (80, "✓  a-long-name  running  1+2    0.33.0"),
-            (32, "✓  a-long-name  running  1+2"),
-            (24, "✓  a-long-name  running"),
-            (21, "✓  a-long-n…  running"),
-        ):
+        for width, line in ((80, "✓  a-long-name  running  1+2    0.33.0"), (32, "✓  a-long-name  running  1+2"),
+            (24, "✓  a-long-name  running"), (21, "✓  a-long-n…  running")):  # fmt: skip
             with contextlib.redirect_stdout(io.StringIO()):  # which takes every sign
                 shown = list(dock.table([row], ("VERSION", "QUEUE"), width))
             self.assertEqual(shown[1], line)
@@ -8369,12 +7892,8 @@ class StoppingAndNothingElse(Journey):
     def test_damaged_state_files_are_one_clear_line_and_stay(self):
         self.person.environment("a")
         path = Path(self.person.state_file("a"))
-        for content in (
-            b"",
-            os.urandom(100),
-            b"[1]",
-            *(json.dumps({**PLANS_STATE, "pid": pid}).encode() for pid in (-1, 0, 1)),
-        ):
+        for content in (b"", os.urandom(100), b"[1]",
+            *(json.dumps({**PLANS_STATE, "pid": pid}).encode() for pid in (-1, 0, 1))):  # fmt: skip
             with self.subTest(content=content[:20]):
                 path.write_bytes(content)
                 for command in ("status", "stop", "restart"):
@@ -8471,13 +7990,8 @@ class NobodyGetsLost(Journey):
         return child
 
     def intent(self, name, run_id):
-        state = {
-            **PLANS_STATE,
-            "pid": None,
-            "phase": "starting",
-            "run_id": run_id,
-            "starter": {"pid": 2**22 - 3, "identity": {}},
-        }
+        state = {**PLANS_STATE, "pid": None, "phase": "starting", "run_id": run_id,
+            "starter": {"pid": 2**22 - 3, "identity": {}}}  # fmt: skip
         Path(self.person.state_file(name)).write_text(json.dumps(state), encoding="utf-8")
 
     def test_what_an_interrupted_start_left_is_adopted_and_can_be_stopped(self):
@@ -8638,14 +8152,8 @@ class AliveOrDead(Journey):
     def container(self):
         """Start ComfyUI as `run --demo` in a container of its own, which lives until it is killed."""
         port = str(free_port())
-        words = [
-            "unshare",
-            "--fork",
-            "--pid",
-            "--mount-proc",
-            "--kill-child=KILL",
-            *self.person.command("run", "--demo", "--port", port),
-        ]
+        words = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child=KILL",
+            *self.person.command("run", "--demo", "--port", port)]  # fmt: skip
         said = open(os.path.join(self.person.home, f"said-{port}"), "w+")
         self.addCleanup(said.close)
         child = subprocess.Popen(
@@ -8706,12 +8214,8 @@ class AliveOrDead(Journey):
         record = dock.ProcessState.from_dict({**PLANS_STATE, "alive": {"dev": 1, "ino": os.stat(path).st_ino}})
         here = dock.identity_of(None)
         here["machine"] = "m"
-        places = {
-            "here": {},
-            "beside": {"pid_ns": "1"},
-            "rebooted": {"boot_id": "x"},
-            "foreign": {"boot_id": "x", "host": "x"},
-        }
+        places = {"here": {}, "beside": {"pid_ns": "1"}, "rebooted": {"boot_id": "x"},
+            "foreign": {"boot_id": "x", "host": "x"}}  # fmt: skip
         for kind in ("ext4", "nfs4"):
             for place, other in places.items():
                 record.identity = {**here, **other}
@@ -9027,12 +8531,8 @@ class Logs(Journey):
         whole = read_bytes(data["log"])[self.person.state()["log_offset"] :].decode().replace("\r\n", "\n")
         self.assertIn("\x1b[32m[INFO]\x1b[0m To see the GUI go to", whole)
         plain = re.sub(r"\x1b\[\d+m", "", whole)
-        for words, shown in (
-            ([], plain),
-            (["--color", "never"], plain),
-            (["--raw"], whole),
-            (["--color", "always"], whole),
-        ):
+        for words, shown in (([], plain), (["--color", "never"], plain), (["--raw"], whole),
+            (["--color", "always"], whole)):  # fmt: skip
             with self.subTest(words=words):
                 self.assertEqual(self.person.types("logs", *words).stdout, shown)
         if not WINDOWS:
@@ -9220,12 +8720,8 @@ class WhichEnvironment(Journey):
         shutil.rmtree(os.path.join(checkout, ".venv"))
         self.does("run", "--python", sys.executable, "--port", str(free_port()), cwd=checkout)
         self.assertEqual(dock.Workspace(person.workspace).get_environment("code").python, sys.executable)
-        self.assertClear(
-            person.types("run", "--python", "/nowhere", cwd=checkout),
-            1,
-            f"There is no Python at {'' if WINDOWS else '/nowhere'}",
-            "not a version",
-        )
+        self.assertClear(person.types("run", "--python", "/nowhere", cwd=checkout), 1,
+            f"There is no Python at {'' if WINDOWS else '/nowhere'}", "not a version")  # fmt: skip
 
     @unittest.skipIf(WINDOWS, "there the folder of a lock that is held cannot be deleted")
     def test_who_waits_while_an_environment_is_deleted_starts_nothing(self):
@@ -9345,11 +8841,8 @@ class TheCommandLine(Journey):
 
     def test_color_is_obeyed_by_a_real_command(self):
         self.run_demo()
-        for words, variables, coloured in (
-            (["--color", "always"], {"NO_COLOR": "1"}, True),
-            (["--color=never"], {}, False),
-            ([], {}, False),
-        ):
+        for words, variables, coloured in ((["--color", "always"], {"NO_COLOR": "1"}, True),
+            (["--color=never"], {}, False), ([], {}, False)):  # fmt: skip
             done = self.person.types("status", *words, **variables)
             self.assertEqual("\x1b[32m✓\x1b[0m Healthy" in done.stdout, coloured, done)
 
@@ -9408,16 +8901,12 @@ class SmallCommands(Journey):
         for shell, script in dock.SCRIPTS.items():
             self.assertIn(f"comfydock completion {shell}", text)
             self.assertIn(re.search(rf"comfydock completion {shell}[^\n]*", text)[0], script)
-        for words, said in (
-            (
-                ("help", "completion", "zsh"),
-                "'help completion' does not take 'zsh'.\n  Try: comfydock help completion\n",
-            ),
+        for words, said in ((("help", "completion", "zsh"),
+            "'help completion' does not take 'zsh'.\n  Try: comfydock help completion\n"),
             (("help", "json", "files"), "'help json' does not take 'files'.\n  Try: comfydock help json\n"),
             (("help", "node", "add", "x"), "'help node add' does not take 'x'.\n  Try: comfydock help node add\n"),
             (("--foo",), "has no option --foo.\n  Try: comfydock help\n"),
-            (("-e",), "needs a value.\n  Try: comfydock help\n"),
-        ):
+            (("-e",), "needs a value.\n  Try: comfydock help\n")):  # fmt: skip
             self.assertClear(self.person.types(*words), 2, said)
 
     def test_nothing_to_do_is_said(self):
@@ -9639,14 +9128,8 @@ class CompletionInRealShells(Journey):
         script = self.script("bash")
         os.makedirs(os.path.join(self.person.workspace, "environments", "$(touch planted)", ".cec"))
         code = f"source '{script}'; COMP_WORDS=(comfydock use ''); COMP_CWORD=2; _comfydock; printf '%s\n' \"${{COMPREPLY[@]}}\""
-        done = subprocess.run(
-            ["bash", "-c", code],
-            cwd=self.person.home,
-            env=self.person.variables,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = subprocess.run(["bash", "-c", code], cwd=self.person.home, env=self.person.variables,
+            capture_output=True, text=True, timeout=60)  # fmt: skip
         self.assertEqual(sorted(done.stdout.splitlines()), ["alpha", "beta"])
         self.assertFalse(os.path.exists(os.path.join(self.person.home, "planted")))
 
@@ -10140,11 +9623,8 @@ class Monitored(Journey):
 
     def test_what_cannot_start_is_told_by_the_one_who_asked(self):
         with listening() as port:
-            self.assertClear(
-                self.person.types("run", "--demo", "--monitor", "--port", str(port)),
-                1,
-                f"Port {port} is already in use",
-            )
+            self.assertClear(self.person.types("run", "--demo", "--monitor", "--port", str(port)), 1,
+                f"Port {port} is already in use")  # fmt: skip
         eventually(lambda: not self.person.processes())  # it has answered, and ends
 
     def test_a_second_monitor_is_refused(self):
@@ -10381,15 +9861,8 @@ print(environment.is_running(), comfydock.is_process_alive(environment._read_sta
         for how, load in self.LOADS.items():
             with self.subTest(how=how):
                 folder = os.path.dirname(package) if "package" in how else package
-                done = self.calls(
-                    "-W",
-                    "error",
-                    "-c",
-                    self.VENDORED.format(load=load),
-                    self.person.workspace,
-                    str(free_port()),
-                    folder,
-                )
+                done = self.calls("-W", "error", "-c", self.VENDORED.format(load=load), self.person.workspace,
+                    str(free_port()), folder)  # fmt: skip
                 self.assertEqual((done.stdout, done.stderr), ("True True True\n", ""))
 
 
@@ -10457,12 +9930,8 @@ class Readme(Journey):
     def test_each_command_in_it_does_what_it_says(self):
         checkout, folder = self.person.checkout, self.person.home
         places = {"~/ComfyUI": checkout(parent="me"), "/workspace/ComfyUI": checkout(parent="pod")}
-        here = {
-            "~/sdxl/ComfyUI": checkout(parent="sdxl"),
-            "/usr/bin/python3": sys.executable,
-            "8190": free_port(),
-            "8191": free_port(),
-        }
+        here = {"~/sdxl/ComfyUI": checkout(parent="sdxl"), "/usr/bin/python3": sys.executable, "8190": free_port(),
+            "8191": free_port()}  # fmt: skip
         for line in self.commands():
             words = [str(here.get(word, word)) for word in shlex.split(line)]
             if words[0] == "cd":
@@ -10512,16 +9981,8 @@ class Trouble(Journey):
 
     def own_mounts(self, script, *options):
         """Have all commands of the person run where the shell `script` was run first; returns a PID inside."""
-        command = [
-            "unshare",
-            "--mount",
-            *options,
-            "sh",
-            "-ec",
-            f"{script}\necho ready\nexec cat",
-            "sh",
-            self.person.home,
-        ]
+        command = ["unshare", "--mount", *options, "sh", "-ec", f"{script}\necho ready\nexec cat", "sh",
+            self.person.home]  # fmt: skip
         keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.addCleanup(self.end_keeper, keeper)
         self.assertEqual(keeper.stdout.readline(), b"ready\n")
@@ -10847,15 +10308,8 @@ class DisksAndFolders(Trouble):
         copy = os.path.join(person.home, "comfydock.py")
         shutil.copy(MODULE, copy)
         os.chown(person.home, 65534, 65534)
-        person.command = lambda *words: [
-            "setpriv",
-            "--reuid=65534",
-            "--regid=65534",
-            "--clear-groups",
-            plain,
-            copy,
-            *words,
-        ]
+        person.command = lambda *words: ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", plain, copy,
+            *words]  # fmt: skip
         self.assertQuiet(person.types("run", "--demo", "--port", port), 0)
         [row] = self.servers()
         cec, logs = os.path.dirname(person.state_file()), os.path.join(person.workspace, "logs", "demo")
@@ -10905,18 +10359,8 @@ class DisksAndFolders(Trouble):
         code = "import sys; sys.path.insert(0, sys.argv.pop()); import comfydock; sys.exit(comfydock.main())"
         shutil.copy(MODULE, os.path.join(self.person.home, "comfydock.py"))
         os.chmod(self.person.home, 0o755)
-        command = [
-            "setpriv",
-            "--reuid=54321",
-            "--regid=54321",
-            "--clear-groups",
-            plain,
-            "-B",
-            "-c",
-            code,
-            "list",
-            self.person.home,
-        ]
+        command = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", plain, "-B", "-c", code, "list",
+            self.person.home]  # fmt: skip
         done = subprocess.run(
             command, env={"PATH": os.environ["PATH"]}, cwd="/", capture_output=True, text=True, timeout=60
         )
@@ -11073,17 +10517,8 @@ class Exhausted(Trouble):
         if not strace_works():
             self.skipTest("needs strace")
         self.run_demo()
-        self.person.prefix = [
-            "strace",
-            "-f",
-            "-qq",
-            "-o",
-            os.devnull,
-            "-e",
-            "trace=clone,clone3",
-            "-e",
-            "inject=clone,clone3:error=EAGAIN",
-        ]
+        self.person.prefix = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "trace=clone,clone3", "-e",
+            "inject=clone,clone3:error=EAGAIN"]  # fmt: skip
         for words, code in ((("status",), 0), (("list",), 0), (("stop",), 0), (("node", "add", HERE, "--dev"), 1)):
             done = self.person.types("-e", "demo", *words)
             self.assertEqual(done.returncode, code, done.stderr)
@@ -11258,12 +10693,8 @@ class PlantedByOthers(Trouble):
         self.start_demo()
         cec, metadata = os.path.dirname(person.state_file()), os.path.join(person.workspace, ".metadata")
         log = os.path.join(person.workspace, "logs", "demo", "comfyui.log")
-        places = [
-            person.state_file(),
-            log,
-            os.path.join(cec, "pyproject.toml"),
-            os.path.join(metadata, "workspace.json"),
-        ]
+        places = [person.state_file(), log, os.path.join(cec, "pyproject.toml"),
+            os.path.join(metadata, "workspace.json")]  # fmt: skip
         places += [os.path.join(cec, name) for name in (".comfyui.lock", ".comfyui.last", ".manifest.json")]
         commands = [["run", "--demo", "--port", port], ["logs", "-n", "5"], ["status"], ["stop", "--timeout", "3"]]
         commands += [["logs", "--rotate"], ["list"], ["repair"], ["restart"]]
@@ -11298,26 +10729,13 @@ class PlantedByOthers(Trouble):
     def test_names_of_others_neither_drive_a_terminal_nor_forge_a_line(self):
         self.run_demo()
         environments = os.path.join(self.person.workspace, "environments")
-        signs = (
-            "\n✓ ComfyUI stopped",
-            "\r✓ ComfyUI stopped",
-            "\x1b]0;owned\a",
-            "\u202etxt.exe",
-            "\u2066x",
-            "\x9b31m",
-            "\u2028✓ ComfyUI stopped",
-            "\udcff",
-        )
+        signs = ("\n✓ ComfyUI stopped", "\r✓ ComfyUI stopped", "\x1b]0;owned\a", "\u202etxt.exe", "\u2066x", "\x9b31m",
+            "\u2028✓ ComfyUI stopped", "\udcff")  # fmt: skip
         for number, sign in enumerate(signs):
             os.makedirs(os.path.join(environments, f"e{number}{sign}", ".cec"))
             os.makedirs(os.path.join(environments, "demo", "ComfyUI", "custom_nodes", f"n{number}{sign}"))
-        for words in (
-            ["list"],
-            ["-e", "demo", "status"],
-            ["-e", "demo", "repair"],
-            ["-e", "demo", "node", "list"],
-            ["-e", "demo", "node", "track", *(f"n{number}{sign}" for number, sign in enumerate(signs))],
-        ):
+        for words in (["list"], ["-e", "demo", "status"], ["-e", "demo", "repair"], ["-e", "demo", "node", "list"],
+            ["-e", "demo", "node", "track", *(f"n{number}{sign}" for number, sign in enumerate(signs))]):  # fmt: skip
             with self.subTest(words=words[:3]):
                 done = self.person.types(*words)
                 said = done.stdout + done.stderr
@@ -11339,11 +10757,8 @@ class PlantedByOthers(Trouble):
         person, port = self.person, str(free_port())
         self.assertEqual(person.types("run", "--demo", "--port", port).stderr, "")
         self.assertQuiet(person.types("stop"), 0)
-        for folder in (
-            person.workspace,
-            os.path.dirname(person.state_file()),
-            os.path.join(person.workspace, "logs", "demo"),
-        ):
+        for folder in (person.workspace, os.path.dirname(person.state_file()),
+            os.path.join(person.workspace, "logs", "demo")):  # fmt: skip
             with self.subTest(folder=folder):
                 os.chmod(folder, 0o777)
                 done = person.types("run", "--demo", "--port", port)
@@ -11417,15 +10832,8 @@ class TerminalsAndPipes(Trouble):
     def test_ctrl_c_twice_is_130_without_a_traceback_and_comfyui_lives(self):
         self.person.prefix = [] if WINDOWS else [sys.executable, "-c", self.HEARING]
         port = str(free_port())
-        waiting = self.person.starts(
-            "run",
-            "--demo",
-            "--port",
-            port,
-            "--wait",
-            COMFYDOCK_DEMO_START_SECONDS="300",
-            COMFYDOCK_DEMO_IGNORE="INT,TERM",
-        )
+        waiting = self.person.starts("run", "--demo", "--port", port, "--wait", COMFYDOCK_DEMO_START_SECONDS="300",
+            COMFYDOCK_DEMO_IGNORE="INT,TERM")  # fmt: skip
         pid = eventually(lambda: (self.person.state() or {}).get("pid"))
         follower = self.person.starts("-e", "demo", "logs", "-f")
         read_until(follower, "=== comfydock session")
@@ -11478,13 +10886,8 @@ class TerminalsAndPipes(Trouble):
             return subprocess.run(self.person.command(*words), cwd=self.person.home, env=self.person.variables, stdin=subprocess.DEVNULL,
                                   stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)  # fmt: skip
 
-        for words, code in (
-            (["run", "--demo", "--port", port], 0),
-            (["status"], 0),
-            (["logs"], 0),
-            (["stop"], 0),
-            (["status"], 3),
-        ):
+        for words, code in ((["run", "--demo", "--port", port], 0), (["status"], 0), (["logs"], 0), (["stop"], 0),
+            (["status"], 3)):  # fmt: skip
             with self.subTest(words=words):
                 done = types(*words)
                 self.assertEqual((done.returncode, done.stderr), (code, ""))
@@ -11518,11 +10921,8 @@ class DamagedFiles(Trouble):
     def say(self, *words):
         """One command in this process; returns (exit code, all that it says)."""
         out, err = io.StringIO(), io.StringIO()
-        with (
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            unittest.mock.patch.dict(os.environ, {"HOME": self.person.home}),
-        ):
+        with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+            unittest.mock.patch.dict(os.environ, {"HOME": self.person.home})):  # fmt: skip
             code = dock.main(["--workspace", self.person.workspace, *words])
         return code, out.getvalue() + err.getvalue()
 
@@ -11585,12 +10985,8 @@ class DamagedFiles(Trouble):
             {**PLANS_STATE, "pid": os.getpid(), "identity": {**here, "start_ticks": 1, "created": 1.0}}
         )
         record.command, record.run_id, record.cwd, record.env = ["python", "main.py"], "run", "/tmp", {"A": "b"}
-        intent = {
-            **record.to_dict(),
-            "pid": None,
-            "phase": "starting",
-            "starter": {"pid": os.getpid(), "identity": here},
-        }
+        intent = {**record.to_dict(), "pid": None, "phase": "starting",
+            "starter": {"pid": os.getpid(), "identity": here}}  # fmt: skip
         texts = [json.dumps(one, indent=2).encode() for one in (record.to_dict(), PLANS_STATE, intent)]
         path = self.person.state_file("a")
         commands = [[*words, "-e", "a"] for words in (["status"], ["status", "--json"], ["list"], ["stop"], ["logs"], ["restart"],
