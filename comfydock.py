@@ -1800,8 +1800,8 @@ def interpreter_width(words: list[str], joined: bool) -> int:
 
     Words that ps joined may be parts of one absolute path with spaces; a word that begins a path or an option is not.
     """
-    for width in range(1, len(words) + 1 if joined and words[:1] and words[0][:1] == "/" else min(2, len(words) + 1)):
-        if width > 1 and words[width - 1].startswith(("/", "-")):
+    for width in range(1, len(words) + 1):
+        if width > 1 and (not joined or words[0][:1] != "/" or words[width - 1].startswith(("/", "-"))):
             return 0
         if is_python(PATH_RULES.basename(" ".join(words[:width]))):
             return width
@@ -1844,11 +1844,7 @@ class Process:
 
 
 def parse_stat(data: bytes, boot: float, ticks: int, shift: int = 0) -> Optional[Process]:
-    """Read one /proc/PID/stat (man 5 proc_pid_stat); None where it is none. The command is the program's name alone.
-
-    The name stands in parentheses and may hold spaces and parentheses itself, hence the search from the right. For the
-    others see `kernel_clock`.
-    """
+    """Read one /proc/PID/stat (man 5 proc_pid_stat); None where it is none. The command is the program's name alone."""
     head, _, tail = data.rpartition(b")")
     fields = tail.split(None, 20)
     if len(fields) < 20:
@@ -1862,20 +1858,13 @@ def parse_stat(data: bytes, boot: float, ticks: int, shift: int = 0) -> Optional
 
 
 def parse_proc_net(text: str, port: int) -> set[int]:
-    """Return the inodes of the sockets that listen on `port`, from the text of /proc/net/tcp or tcp6.
-
-    Columns: number, local address:port (hex), remote, state (0A = LISTEN), ..., the tenth is the inode.
-    """
+    """Return the inodes of the sockets that listen on `port` (state 0A), from the text of /proc/net/tcp or tcp6."""
     rows = (line.split() for line in text.splitlines()[1:])
     return {int(row[9]) for row in rows if len(row) > 9 and row[3] == "0A" and row[1].endswith(f":{port:04X}")}
 
 
 def parse_ps(text: str) -> list[Process]:
-    """Read what ps prints for PS_COLUMNS under PS_LOCALE.
-
-    The date takes 24 columns (macOS pads it to 28): `Wed Jul 29 15:37:10 2026` (UTC). A zombie's command is <defunct>
-    or ends with it; macOS prints (name) where the command line may not be read.
-    """
+    """Read what ps prints for PS_COLUMNS under PS_LOCALE; its dates take 24 columns, on macOS padded to 28."""
     from calendar import timegm
 
     processes = []
@@ -1909,26 +1898,20 @@ def parse_markers(text: str) -> dict[int, str]:
 
 
 def parse_tasklist(text: str) -> list[tuple[int, str]]:
-    """Return (pid, program) from `tasklist /FO CSV /NH`: "python.exe","288","Console","1","25,940 K".
-
-    Where nothing matches Windows prints a line of words (INFO: ...) instead, in its own language.
-    """
+    """Return (pid, program) from `tasklist /FO CSV /NH`: "python.exe","288","Console","1","25,940 K"."""
     rows = (line.strip().strip('"').split('","') for line in text.splitlines() if line.startswith('"'))
     return [(int(row[1]), row[0]) for row in rows if len(row) >= 2 and row[1].isdigit()]
 
 
 def parse_netstat(text: str, port: int) -> list[int]:
-    """Return who listens on `port`, from Windows' `netstat -ano`.
-
-    The word for LISTENING is translated (ABHÖREN, ECOUTE); that the foreign port is 0 is not.
-    """
+    """Return who listens on `port`, from `netstat -ano`: LISTENING is translated, that the foreign port is 0 is not."""
     rows = (line.split() for line in text.splitlines())
     tcp = (row for row in rows if len(row) > 3 and row[0] == "TCP" and row[-1].isdigit())
     return sorted({int(row[-1]) for row in tcp if row[1].endswith(f":{port}") and row[2].endswith(":0")})
 
 
-# What the families of sockets are called on Windows (AF_INET, AF_INET6), how many numbers of 32 bits a row of their
-# tables has, and which one is the port, in the network's order; the last is the PID.
+# Windows' numbers for AF_INET and AF_INET6, how many numbers of 32 bits a row of their tables has, and which one is the
+# port, in the network's order; the last is the PID.
 TCP_TABLES = ((2, 6, 2), (23, 14, 5))
 
 
@@ -2043,7 +2026,6 @@ class ProcTable(ProcessTable):
         return list(filter(None, map(proc_process, found)))
 
     def marker(self, pid: int) -> str:
-        """Return what /proc/PID/environ has (our own user's processes; all for root)."""
         block = b"\0" + read_proc(f"/proc/{pid}/environ")
         return os.fsdecode(block.partition(f"\0{RUN_ID_VARIABLE}=".encode())[2].partition(b"\0")[0])
 
@@ -2101,26 +2083,24 @@ class PsutilTable(ProcessTable):
         return Process(facts["pid"], facts["ppid"] or 0, session_of(pid), uid, state, created, start, words)
 
     def usage(self) -> "dict[int, tuple[int, float, int]]":
-        asked = psutil_module().process_iter(["ppid", "cpu_times", "memory_info"])
-        told = [(one.pid, one.info["ppid"], one.info["cpu_times"], one.info["memory_info"]) for one in asked]
-        return {
-            pid: (ppid, times.user + times.system, memory.rss) for pid, ppid, times, memory in told if times and memory
-        }
+        found = {}
+        for one in psutil_module().process_iter(["ppid", "cpu_times", "memory_info"]):
+            times, memory = one.info["cpu_times"], one.info["memory_info"]
+            if times and memory:
+                found[one.pid] = one.info["ppid"], times.user + times.system, memory.rss
+        return found
 
     def marker(self, pid: int) -> str:
         psutil = psutil_module()
-        try:
+        with suppress(psutil.Error, OSError, ValueError):
             return str(psutil.Process(pid).environ().get(RUN_ID_VARIABLE, ""))
-        except (psutil.Error, OSError, ValueError):
-            return ""
+        return ""
 
     def cwd(self, pid: int) -> Optional[str]:
-        """Return the folder a process stands in; psutil says "" of a zombie."""
         psutil = psutil_module()
-        try:
-            return psutil.Process(pid).cwd() or None
-        except (psutil.Error, OSError, ValueError):
-            return None
+        with suppress(psutil.Error, OSError, ValueError):
+            return psutil.Process(pid).cwd() or None  # "" of a zombie
+        return None
 
     def listeners(self, port: int) -> list[int]:
         """Return who listens on `port`; macOS lets only root ask for all connections, lsof asks for ours."""
@@ -2134,10 +2114,9 @@ class PsutilTable(ProcessTable):
 
 def printed(cmd: list[str], env: Optional[dict[str, str]] = None) -> str:
     """Return what a system tool prints, "" where it is missing or hangs: then this source knows nothing."""
-    try:
+    with suppress(CDEnvironmentError):
         return run_command(cmd, env=env, timeout=20).stdout
-    except CDEnvironmentError:
-        return ""
+    return ""
 
 
 def parse_usage(text: str) -> "dict[int, tuple[int, float, int]]":
@@ -2145,9 +2124,8 @@ def parse_usage(text: str) -> "dict[int, tuple[int, float, int]]":
     found = {}
     for pid, ppid, spent, size in (line.split() for line in text.splitlines() if len(line.split()) == 4):
         days, _, clock = spent.rpartition("-")
-        seconds = float(days or 0) * 86400
-        for power, part in enumerate(reversed(clock.split(":"))):
-            seconds += float(part) * 60**power
+        hours = [float(part) for part in ["0", "0", *clock.split(":")][-3:]]
+        seconds = float(days or 0) * 86400 + hours[0] * 3600 + hours[1] * 60 + hours[2]
         found[int(pid)] = int(ppid), seconds, int(size) * 1024
     return found
 
@@ -2202,10 +2180,7 @@ class WindowsTable(ProcessTable):
         return listed_processes() or parse_tasklist(printed(["tasklist", "/FO", "CSV", "/NH"]))
 
     def process(self, pid: int, program: str = "") -> Optional[Process]:
-        """Return one process, none where it is dead and somebody still holds it open.
-
-        Unless `program` is told, the list is asked where the process itself does not tell its command line.
-        """
+        """Return one process, unless it is dead and held open; `program` is what the list has, where it was read."""
         facts = process_facts(pid) or ProcessFacts(pid)
         command = facts.command or [program or dict(self.listed()).get(pid, "")] if facts.alive else []
         return Process(pid, facts.ppid or 0, created=facts.created, command=command) if any(command) else None
@@ -2383,10 +2358,7 @@ def is_process_alive(pid: int) -> bool:
 
 
 def is_same_process(process: Process, folder: Optional[int] = None) -> bool:
-    """Tell whether the very process of `process` runs, and is neither a zombie nor another one with its PID.
-
-    `folder` is a descriptor of /proc/PID; without it the process table is asked.
-    """
+    """Tell whether the very process of `process` runs, by a descriptor of /proc/PID or the table; a zombie does not."""
     now = proc_process(process.pid, folder) if folder is not None else process_table().process(process.pid)
     is_alive = now is not None and now.state != "zombie" and now.uid == process.uid
     return now is not None and is_alive and is_identity_of(now, identity_of(process))
@@ -2429,8 +2401,7 @@ def wait_for_exit(
 ) -> bool:
     """Wait up to `seconds` for the end of a process; True when it has ended (a zombie has).
 
-    `meanwhile` is called every `pause` seconds at most; when it returns True the wait is broken off, and the answer is
-    False.
+    `meanwhile` is called every `pause` seconds at most; when it returns True the wait is broken off.
     """
     began = time.monotonic()
 
@@ -2553,8 +2524,7 @@ QUEUE_LIMIT = 16 << 20
 class Answer:
     """What was met: healthy, refused (nobody listens), timeout, other-service, or bad-answer: our own process's.
 
-    `argv` is the command line that ComfyUI says it has, `queue` how many prompts run and wait, or None; `facts` are
-    what `facts_of` reads.
+    `argv` is the command line that ComfyUI says it has, `queue` how many prompts run and wait, or None.
     """
 
     kind: str
@@ -2577,10 +2547,10 @@ def facts_of(stats: Any) -> dict[str, Any]:
 
 
 def begin(work: "Callable[[], Thing]") -> "Callable[[float], Thing]":
-    """Begin work in a thread; return what waits for its result until a moment of the monotonic clock.
+    """Begin work in a thread; return what waits for its result until a moment of the monotonic clock (or TimeoutError).
 
     For what heeds no deadline: a silent name server takes seconds, and a server that drips its headers takes what it
-    likes. TimeoutError is raised at the deadline, and the work is left to itself: no program waits for it at its end.
+    likes. The work is then left to itself: no program waits for it at its end.
     """
     import threading
 
@@ -2628,10 +2598,7 @@ def addresses(host: str, port: int, deadline: float) -> list[Any]:
 
 
 def connected_socket(host: str, port: int, deadline: float, tls: bool = False) -> Any:
-    """Return a connection to the first address of a host that takes one. Raises OSError; TimeoutError at the deadline.
-
-    socket.create_connection would give each address the whole time.
-    """
+    """Return a connection to the first address of a host that takes one, by the deadline. Raises OSError."""
     import socket
 
     problem: OSError = ConnectionRefusedError(f"{host} has no address")
@@ -2681,10 +2648,7 @@ def http_get(config: ComfyUIConfig, path: str, deadline: float, limit: int = ANS
 
 
 def queue_counts(config: ComfyUIConfig, timeout: float) -> Optional[tuple[int, int]]:
-    """Return (running, pending) prompts within `timeout` seconds; None when ComfyUI cannot be asked. Never raises.
-
-    `/queue` holds the whole workflows; where they are too long to read, `/prompt` at least tells their number.
-    """
+    """Return (running, pending) prompts within `timeout` seconds; None when ComfyUI cannot be asked. Never raises."""
     deadline = time.monotonic() + timeout
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         waiting = json.loads(http_get(config, "/queue", deadline, QUEUE_LIMIT)[1])
@@ -2933,15 +2897,11 @@ IN_USE = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.ENOTEMPTY)  # may be gon
 
 
 def make_folder(path: str) -> None:
-    """Make a folder and those above it, if they are not there."""
     os.makedirs(path, exist_ok=True)
 
 
 def write_atomic(path: str, data: bytes, mode: int = 0o600, owner: Optional[int] = None) -> None:
-    """Replace the file at `path` by `data`, whole or not at all, also through a power cut. Raises OSError.
-
-    What a killed writer left of its temporary file is removed by `sweep_leftovers`.
-    """
+    """Replace the file at `path` by `data`, whole or not at all, also through a power cut. Raises OSError."""
     temporary = temporary_name(path)
     try:
         with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
@@ -3001,10 +2961,7 @@ def sweep_leftovers(path: str) -> None:
 
 
 def again_while_busy(action: Callable[[], object], seconds: float) -> None:
-    """Do something with files, again while the system says that they are in use. Raises the OSError of the last try.
-
-    Virus scanners, readers and dying processes hold files of Windows for a moment.
-    """
+    """Do something with files, again while they are in use (by Windows' virus scanners). Raises the last OSError."""
     for tries_left in range(int(seconds * 20), -1, -1):
         try:
             action()
@@ -3045,11 +3002,8 @@ def set_aside(path: str) -> None:
     replace_file(path, path + ".damaged")
 
 
-def read_small(path: str, limit: int = 16 * MEGABYTE) -> Optional[bytes]:
-    """Return the content of a small regular file, None when it is not there.
-
-    Raises OSError, also when it is a link, no regular file, or (EFBIG) larger than `limit` bytes.
-    """
+def read_file(path: str, limit: int = 16 * MEGABYTE) -> Optional[bytes]:
+    """Return a small file, None where there is none. Raises OSError, for a link and a large one (EFBIG), too."""
     try:
         with open_regular(path) as file:
             data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)  # so much memory is asked for
@@ -3124,7 +3078,7 @@ def _sign(lock: "BinaryIO", purpose: str, pid: int = 0, cmd: Optional[list[str]]
 def _signed(path: str) -> tuple[int, str, str]:
     """Return PID and purpose of who signed a lock file, and what it says of the command that it runs."""
     try:
-        line, _, command = (read_small(path) or b"").decode("utf-8", "replace").partition("\n")
+        line, _, command = (read_file(path) or b"").decode("utf-8", "replace").partition("\n")
     except (OSError, ValueError):
         line = command = ""
     pid, _, purpose = line.partition(" ")
@@ -3160,11 +3114,9 @@ def end_orphan_at(path: str) -> bool:
 
 def is_held(path: str) -> bool:
     """Tell whether somebody holds the lock file at `path` now."""
-    try:
-        with open_regular(path, "r+b") as lock:
-            return not lock_handle(lock.fileno())
-    except OSError:
-        return False
+    with suppress(OSError), open_regular(path, "r+b") as lock:
+        return not lock_handle(lock.fileno())
+    return False
 
 
 def take_lock(path: str) -> "Optional[BinaryIO]":
@@ -3211,24 +3163,20 @@ def rotate_at_start(path: str, limit: int = LOG_LIMIT) -> None:
 
 def old_logs(path: str) -> list[str]:
     """Return the rotated logs that are there, oldest first."""
-    return [rotated(path, number) for number in _old_numbers(path)]
-
-
-def _old_numbers(path: str) -> list[int]:
     first, folder = os.path.basename(rotated(path)), os.path.dirname(path)
     ends = [name[len(first) :] for name in os.listdir(folder) if name.startswith(first)] if is_there(folder) else []
     numbers = [int(end[1:] or 1) for end in ends if re.fullmatch(r"(\.([2-9]|[1-9]\d+))?", end, re.ASCII)]
-    return sorted(numbers, reverse=True)
+    return [rotated(path, number) for number in sorted(numbers, reverse=True)]
 
 
 def shift_old_logs(path: str, keep: Optional[int]) -> None:
     """Make room for a new `.old`: each older log moves one place on, and all but `keep` go (None: as many stay)."""
-    present = _old_numbers(path)
+    present = old_logs(path)
     surplus = max(0, len(present) - (max(1, len(present)) if keep is None else keep) + 1)
-    for number in present[:surplus]:
-        remove_file(rotated(path, number))
-    for number in present[surplus:]:
-        replace_file(rotated(path, number), rotated(path, number + 1))
+    for old in present[:surplus]:
+        remove_file(old)
+    for old in present[surplus:]:
+        replace_file(old, rotated(path, int(old[len(rotated(path)) + 1 :] or 1) + 1))
 
 
 def copy_log(path: str, target: str, start: int, spare: int) -> int:
@@ -3244,11 +3192,9 @@ def copy_log(path: str, target: str, start: int, spare: int) -> int:
 
 def same_beginning(one: str, other: str) -> bool:
     """Tell whether two logs begin with the same header."""
-    try:
-        with open_regular(one, "rb") as first, open_regular(other, "rb") as second:
-            return first.read(LOG_HEAD) == second.read(LOG_HEAD)
-    except FileNotFoundError:
-        return False
+    with suppress(FileNotFoundError), open_regular(one, "rb") as first, open_regular(other, "rb") as second:
+        return first.read(LOG_HEAD) == second.read(LOG_HEAD)
+    return False
 
 
 def start_log_anew(path: str, header: str) -> int:
@@ -3302,10 +3248,7 @@ def blocks_from_end(file: "BinaryIO", end: int, floor: int = 0) -> "Iterator[tup
 
 
 def last_lines_offset(file: "BinaryIO", count: int, floor: int, end: int) -> tuple[int, int]:
-    """Return where the last `count` lines before `end` begin, not before `floor`, and how many lines that are.
-
-    A line feed alone ends a line.
-    """
+    """Return where the last `count` lines before `end` begin, not before `floor`, and how many lines that are."""
     if count <= 0 or end <= floor:
         return end, 0
     found = 0
@@ -3336,11 +3279,10 @@ def log_size(path: str) -> int:
 
 def file_mark(path: str) -> str:
     """Return size and time of a file, which change with its content; "" where there is none."""
-    try:
+    with suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return ""
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+        return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+    return ""
 
 
 class LogFollower:
@@ -3413,11 +3355,10 @@ class LogFollower:
 
 def is_link(path: str) -> bool:
     """Tell whether a path is a symbolic link, or a Windows junction, which os.path.islink does not know."""
-    try:
+    with suppress(OSError):
         mount_point = 0xA0000003  # IO_REPARSE_TAG_MOUNT_POINT, what a junction carries
         return os.path.islink(path) or getattr(os.lstat(path), "st_reparse_tag", 0) == mount_point
-    except OSError:
-        return False
+    return False
 
 
 def remove_empty(path: str) -> None:
@@ -3516,16 +3457,13 @@ def move_aside(path: str, shelf: str, name: str) -> str:
 
 
 def link_folder(folder: str, link: str) -> None:
-    """Make `link` show what is in `folder`: a symbolic link, on Windows without the right to make one a junction.
-
-    Raises CDEnvironmentError when something is there already, or the system makes no link.
-    """
+    """Make `link` show what is in `folder`, as a link or a junction. Raises CDEnvironmentError where it cannot."""
     from importlib import import_module
 
     refuse_existing(link)
     try:
         os.symlink(folder, link, target_is_directory=True)
-    except OSError as error:
+    except OSError as error:  # Windows without the right to make one
         try:
             import_module("_winapi").CreateJunction(folder, link)
         except (ImportError, OSError):
@@ -3533,10 +3471,7 @@ def link_folder(folder: str, link: str) -> None:
 
 
 def copy_any(source: str, target: str, **options: Any) -> None:
-    """Copy a file, or a folder with all in it, as it is: links stay links. Raises CDEnvironmentError, OSError.
-
-    `options` are those that shutil.copytree has for a folder: `ignore`, `copy_function`.
-    """
+    """Copy a file, or a folder (by shutil.copytree's `options`), links as links. Raises CDEnvironmentError, OSError."""
     import shutil
 
     if is_link(source) or not os.path.isdir(source):
@@ -3554,8 +3489,7 @@ def copy_any(source: str, target: str, **options: Any) -> None:
 def link_tree(source: str, target: str, copied: int = 0) -> None:
     """Make a folder a second time out of hard links, and of copies for files of up to `copied` bytes.
 
-    Where the disk has no hard links all is copied. Raises CDEnvironmentError, with code "disk-full" when there is no
-    room for that, OSError.
+    Where the disk has no hard links all is copied. Raises CDEnvironmentError ("disk-full" before it is), OSError.
     """
     import shutil
 
@@ -3653,8 +3587,7 @@ def unpack(archive: str, folder: str, limit: int, strip: bool = False) -> list[s
     """Unpack a zip file into a new folder and return the relative paths of the files, with /.
 
     All members are judged before a byte is written; together they may have `limit` bytes. `strip` leaves out the one
-    folder that all are in, as in GitHub's archives. Raises CDEnvironmentError (code "archive") when a member would
-    leave the folder, is a link or a device, or the archive is too big, encrypted, damaged or of another kind.
+    folder that all are in, as in GitHub's archives. Raises CDEnvironmentError (code "archive") for what is refused.
     """
     import shutil
     import struct
@@ -3710,14 +3643,16 @@ def member_parts(name: str) -> list[str]:
     Backslashes separate on Windows, a colon names a drive or a stream there, and trailing dots and spaces are dropped
     there, so that "..  " is "..": refused everywhere, so that an archive does the same on every machine.
     """
-    path, shown = name.replace("\\", "/"), f"{name[:120]!a}"
+    path, refusal = name.replace("\\", "/"), ""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if path.startswith("/") or any(not part.rstrip(" .") for part in parts):
-        raise ValueError(f"{shown} would be written outside of its folder")
-    if ":" in path or has_control(path):
-        raise ValueError(f"{shown} has a drive letter or a control character")
-    if len(path) > 4096 or any(len(part.encode()) > 255 for part in parts):  # PATH_MAX and NAME_MAX of Linux
-        raise ValueError(f"{shown} is too long a name for every file system")
+        refusal = "would be written outside of its folder"
+    elif ":" in path or has_control(path):
+        refusal = "has a drive letter or a control character"
+    elif len(path) > 4096 or any(len(part.encode()) > 255 for part in parts):  # PATH_MAX and NAME_MAX of Linux
+        refusal = "is too long a name for every file system"
+    if refusal:
+        raise ValueError(f"{name[:120]!a} {refusal}")
     return parts
 
 
@@ -3812,7 +3747,7 @@ COMMIT = r"[0-9a-f]{7,64}"
 def read_any_text(path: str) -> str:
     """Return a text file, "" for none: UTF-8, UTF-16 with its mark (Windows editors), else as Windows has it."""
     path = os.path.realpath(path)
-    data = (read_small(path) if os.path.isfile(path) else None) or b""
+    data = (read_file(path) if os.path.isfile(path) else None) or b""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", "replace")
     with suppress(UnicodeDecodeError):
@@ -3822,7 +3757,7 @@ def read_any_text(path: str) -> str:
 
 def read_json(path: str) -> dict[str, Any]:
     with suppress(OSError, ValueError, RecursionError):
-        data = json.loads(read_small(path) or b"{}")
+        data = json.loads(read_file(path) or b"{}")
         return data if isinstance(data, dict) else {}
     return {}
 
@@ -4049,7 +3984,7 @@ def last_known_manifest(paths: EnvironmentPaths) -> Manifest:
 
 def manifest_text(paths: EnvironmentPaths) -> str:
     try:
-        data = read_small(os.path.realpath(paths.manifest), 4 * MEGABYTE)  # the user's may be a link
+        data = read_file(os.path.realpath(paths.manifest), 4 * MEGABYTE)  # the user's may be a link
         if data is not None:
             return data.decode()
         reason = "there is none"
@@ -5106,7 +5041,7 @@ def workflow_data(path: str) -> Any:
     import zlib
 
     hint = "name a .json or .png file that ComfyUI saved"
-    data = read_small(os.path.realpath(path), 256 * MEGABYTE)
+    data = read_file(os.path.realpath(path), 256 * MEGABYTE)
     if data is None:
         raise CDEnvironmentError(f"{path} is not there", hint, "workflow")
     texts: dict[bytes, bytes] = {b"workflow": data}
@@ -8559,7 +8494,7 @@ class Workspace:
     def _settings(self) -> dict[str, Any]:
         """workspace.json, with the keys that comfydock 1.0.x needs. Raises CDEnvironmentError when it is damaged."""
         try:
-            settings = json.loads((read_small(self.paths.settings) or b"{}").decode("utf-8"))
+            settings = json.loads((read_file(self.paths.settings) or b"{}").decode("utf-8"))
         except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict):

@@ -2689,7 +2689,7 @@ class WritingIsAllOrNothing(unittest.TestCase):
         folder = temporary_folder(self)
         before = os.listdir("/proc/self/fd")
         for _ in range(5):
-            self.assertRaises(OSError, dock.read_small, folder)
+            self.assertRaises(OSError, dock.read_file, folder)
         self.assertEqual(len(os.listdir("/proc/self/fd")), len(before))
 
     def setUp(self):
@@ -2723,7 +2723,7 @@ class WritingIsAllOrNothing(unittest.TestCase):
             dock.write_atomic(path, b"x")
         self.assertEqual(caught.exception.filename, path)
         with self.assertRaises(OSError) as caught:
-            dock.read_small(self.folder)
+            dock.read_file(self.folder)
         self.assertEqual(caught.exception.filename, self.folder)
 
     @unittest.skipIf(WINDOWS, "folders are not opened there")
@@ -2775,7 +2775,7 @@ class WritingIsAllOrNothing(unittest.TestCase):
         Path(target).write_text("keep", encoding="utf-8")
         os.symlink(target, self.path)
         with self.assertRaises(OSError):
-            dock.read_small(self.path)
+            dock.read_file(self.path)
         with self.assertRaises(OSError):
             dock.open_append(self.path)
         dock.write_atomic(self.path, b"new")
