@@ -5138,8 +5138,8 @@ def node_folders(custom_nodes: str) -> list[str]:
 class NodeManager:
     """The custom nodes of one environment: in its manifest, in custom_nodes, and their packages.
 
-    Methods that change something hold the environment's content lock, take back what a killed command left half done,
-    and either do all they say or leave directory, manifest and packages as they were.
+    Methods that change something hold the content lock, take back what a killed command left half done, and either do
+    all they say or leave folders, manifest and packages as they were.
     """
 
     def __init__(self, paths: EnvironmentPaths, python: Optional[str], tell: Progress) -> None:
@@ -5161,7 +5161,7 @@ class NodeManager:
 
     @property
     def custom_nodes(self) -> str:
-        """The folder that ComfyUI loads nodes from."""
+        """Where ComfyUI loads nodes from."""
         return custom_nodes_of(self.comfyui)
 
     def folder_of(self, info: NodeInfo) -> str:
@@ -5195,20 +5195,14 @@ class NodeManager:
         """Return the names of the nodes' folders in custom_nodes. Raises OSError as node_folders does."""
         return node_folders(self.custom_nodes)
 
-    def disabled(self) -> dict[str, str]:
-        """Return disabled nodes by name, case folded, with their folders: NAME.disabled, .disabled/NAME[@VERSION]."""
-        found: dict[str, str] = {}
-        for folder, end in ((self.custom_nodes, ".disabled"), (os.path.join(self.custom_nodes, ".disabled"), "")):
-            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-                if name.endswith(end) and not name.startswith("."):
-                    plain = name.removesuffix(".disabled").partition("@")[0]
-                    found[plain.casefold()] = os.path.join(folder, name)
-        return found
-
     def disabled_folder(self, info: NodeInfo) -> Optional[str]:
-        """Return where a disabled node lies, under its name or its registry id; None when it is not disabled."""
-        away = self.disabled()
-        return away.get(info.name.casefold()) or away.get((info.registry_id or info.name).casefold())
+        """Return where a disabled node lies: NAME.disabled or .disabled/NAME[@VERSION], by its name or registry id."""
+        names, shelf = {info.name.casefold(), (info.registry_id or info.name).casefold()}, ".disabled"
+        for folder, end in ((self.custom_nodes, shelf), (os.path.join(self.custom_nodes, shelf), "")):
+            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+                if name.endswith(end) and name.removesuffix(shelf).partition("@")[0].casefold() in names:
+                    return os.path.join(folder, name)
+        return None
 
     def compare(self) -> EnvironmentComparison:
         """Return how custom_nodes differs from the manifest. Changes nothing."""
@@ -5240,22 +5234,21 @@ class NodeManager:
         import glob
 
         packs: dict[str, str] = {}
-        unknown: dict[str, bool] = {}
+        unknown: dict[str, str] = {}
         places = [os.path.join(glob.escape(self.comfyui), *part) for part in (["nodes.py"], ["comfy_*", "*.py"])]
         core = "".join(read_any_text(path) for place in places for path in glob.glob(place))
         for kind, properties in workflow_nodes(workflow_data(workflow)):
             pack, repository, version = (str(properties.get(name) or "") for name in ("cnr_id", "aux_id", "ver"))
-            is_core = not pack and not repository and re.search(rf"""["']{re.escape(kind)}["']""", core)
-            if is_core or pack.lower() == "comfy-core":
+            is_named, pattern = pack or repository, r"\d+(\.\d+)+\S*"
+            if pack.lower() == "comfy-core" or not is_named and re.search(rf"""["']{re.escape(kind)}["']""", core):
                 continue
             if not pack and re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-                pack = f"https://github.com/{repository}"
-            pack = pack if "://" in pack else pack.lower() or RegistrySource().pack_of(kind) or ""
-            if pack:
-                pattern = COMMIT if "://" in pack else r"\d+(\.\d+)+\S*"
-                packs.setdefault(pack, f"@{version}" if re.fullmatch(pattern, version) else "")
+                pack, pattern = f"https://github.com/{repository}", COMMIT
             else:
-                unknown[kind] = True
+                pack = pack.lower() or RegistrySource().pack_of(kind) or ""
+            (packs if pack else unknown).setdefault(
+                pack or kind, f"@{version}" if re.fullmatch(pattern, version) else ""
+            )
         return [pack + version for pack, version in packs.items() if self.key_of(pack) is None], [*unknown]
 
     # What changes nodes
@@ -5371,9 +5364,8 @@ class NodeManager:
     def sync(self, correct_versions: bool = False) -> SyncReport:
         """Install what the manifest has and the disk lacks; nothing is removed.
 
-        `correct_versions` also replaces nodes whose version is not the recorded one (repair). Raises CDEnvironmentError
-        when packages cannot be installed or the manifest cannot be read; what fails for single nodes is in the report's
-        `problems` instead.
+        `correct_versions` also replaces nodes of another version than the manifest has. Raises CDEnvironmentError when
+        packages cannot be installed or the manifest cannot be read; what fails for single nodes is in `problems`.
         """
         with self.changing("sync"):
             report, difference = SyncReport(), self.compare()
@@ -5397,10 +5389,7 @@ class NodeManager:
         return report
 
     def taken_in(self, wrong: dict[str, str], report: SyncReport) -> bool:
-        """Write down the version of a node that somebody else, such as ComfyUI-Manager, has changed in its place.
-
-        False when it is as we last saw it: then the manifest has changed, and the node is to follow.
-        """
+        """Write down a version that somebody else has put there; False when it is the manifest that has changed."""
         key, info = self.find_node(wrong["name"])
         if not self.receipt(info).get("version"):
             return False
@@ -5424,9 +5413,9 @@ class NodeManager:
                 raise CDEnvironmentError(f"{info.name} is not there", ("repair",), "not-found")
             number = "nightly" if info.source == "git" else str(info.version).replace(".", "_")
             name = f"{info.registry_id.lower()}@{number}" if info.registry_id else os.path.basename(place)
-            shelf = os.path.join(self.custom_nodes, ".disabled")
-            make_folder(shelf)
-            move(away or "", place) if is_on else move(place, os.path.join(shelf, name))
+            target = place if is_on else os.path.join(self.custom_nodes, ".disabled", name)
+            make_folder(os.path.dirname(target))
+            move(away if is_on and away else place, target)
             return f"{info.name} is {state}"
 
     def track(self, name: str) -> NodeInfo:
@@ -5451,20 +5440,17 @@ class NodeManager:
         check_node_name(name)
         remote, url = remote_of(folder)
         if url:
-            head, usual = (
-                git_answer([*LOOK, "symbolic-ref", "--quiet", "--short", ref], folder)
-                for ref in ("HEAD", f"refs/remotes/{remote}/HEAD")
-            )
+            look = [*LOOK, "symbolic-ref", "--quiet", "--short"]
+            head, usual = (git_answer([*look, ref], folder) for ref in ("HEAD", f"refs/remotes/{remote}/HEAD"))
             branch = None if usual == f"{remote}/{head}" else head
-            mark = os.path.join(folder, ".git", CNR_ID)
-            known = read_any_text(mark).strip()
-            known = known if re.fullmatch(r"[\w.-]{1,100}", known) else ""
-            return NodeInfo(name, known or None, url, GitSource().version_in(folder), source="git", branch=branch)
+            mark = re.fullmatch(r"\s*([\w.-]{1,100})\s*", read_any_text(os.path.join(folder, ".git", CNR_ID)))
+            version, identity = GitSource().version_in(folder), mark[1] if mark else None
+            return NodeInfo(name, identity, url, version, source="git", branch=branch)
         if os.path.isfile(os.path.join(folder, TRACKING)):
-            plain, mark, version = name.partition("@")  # NAME@1_0_5, as ComfyUI-Manager once named them
-            version = RegistrySource().version_in(folder) or version.replace("_", ".")
+            plain, _, number = name.rpartition("@")  # NAME@1_0_5, as ComfyUI-Manager once named them
+            version = RegistrySource().version_in(folder) or plain and number.replace("_", ".")
             project = project_table(folder, self.python).get("name")
-            identity = project if isinstance(project, str) else plain if mark else ""
+            identity = project if isinstance(project, str) else plain
             if identity and version:
                 return NodeInfo(name, identity.lower(), version=version, source="registry")
         return NodeInfo(name, version="dev", source="development")
@@ -5525,19 +5511,22 @@ class NodeManager:
                 is_done = is_done or change.goal == self.manifest.nodes.get(key)
             if not is_done:
                 self.without_failing(change.undo.close)
+            elif not change.keeps:
+                with suppress(CDEnvironmentError):  # somebody else's files in it: then as a whole to the shelf
+                    remove_tree(change.old)
             self.without_failing(self.put_packages_back, not is_done)
-            self.without_failing(self.tidy, change, is_done and not change.keeps)
+            self.without_failing(self.tidy, change)
 
-    def tidy(self, change: NodeChange, is_disposable: bool = False) -> None:
-        """Remove a staging folder; the former node in it goes to the shelf when it is not disposable."""
-        if os.path.lexists(change.old) and is_disposable:
-            with suppress(CDEnvironmentError):  # somebody else's files in it: then as a whole to the shelf
-                remove_tree(change.old)
-        if os.path.lexists(change.old):
-            kept = move_aside(change.old, self.paths.removed, os.path.basename(change.place))
-            self.tell(f"the former {os.path.basename(change.place)} is kept: {kept}")
+    def tidy(self, change: NodeChange) -> None:
+        """Remove a staging folder; a former node in it goes to the shelf."""
+        self.shelve(change.old, os.path.basename(change.place))
         remove_tree(change.folder)
         remove_empty(os.path.dirname(change.folder))
+
+    def shelve(self, path: str, name: str) -> None:
+        """Move what nobody is to lose out of the way, if it is there, and tell where it is."""
+        if os.path.lexists(path):
+            self.tell(f"the former {name} is kept: {move_aside(path, self.paths.removed, name)}")
 
     def without_failing(self, action: Callable[..., object], *words: Any) -> None:
         """Do what must not keep a command from its end: what goes wrong is told."""
@@ -5547,10 +5536,7 @@ class NodeManager:
             self.tell(f"warning: {error}")
 
     def key_for(self, info: NodeInfo, force: bool) -> tuple[str, NodeInfo]:
-        """Return the key for a node that is to be added, and the node in the folder of the one that it replaces.
-
-        Raises CDNodeConflictError when what is there already is not to be replaced.
-        """
+        """Return the key for a node that is to be added, and it, named as what it replaces; refuse what has to stay."""
         for key, old in self.manifest.nodes.items():
             same_name = (info.registry_id or info.name).casefold() in (key.casefold(), old.name.casefold())
             if not same_name and not same_repository(info.repository, old.repository):
@@ -5599,10 +5585,7 @@ class NodeManager:
         return info
 
     def check_former(self, change: NodeChange, force: bool) -> Optional[set[str]]:
-        """Find out whether a folder that has to make room holds somebody's work; return what in it is not the user's.
-
-        None when nobody can tell. Raises CDNodeConflictError when it has to stay.
-        """
+        """Find out whether a folder that makes room holds somebody's work; return what is not, if anybody can tell."""
         name, old = os.path.basename(change.former), change.info
         if not os.path.lexists(change.former):
             return None
@@ -5624,17 +5607,14 @@ class NodeManager:
         return known
 
     def make_room(self, change: NodeChange) -> str:
-        """Move a folder from its place, a development node to NAME.disabled; tells what becomes of it.
-
-        One that was disabled before gets the time into its name, as in 1.0.x; a link goes, it leads elsewhere.
-        """
+        """Move a folder from its place, a development node to NAME.disabled; tells what becomes of it."""
         if not os.path.lexists(change.former):
             return "none"
         if change.info is None or change.info.source != "development":
             change.move(change.former, change.old)
             return "moved" if change.keeps else "deleted"
         disabled, change.keeps = f"{change.former}.disabled", False
-        if os.path.lexists(disabled):
+        if os.path.lexists(disabled):  # of the last time: a link leads elsewhere, a folder is named as in 1.0.x
             aside = change.old if is_link(disabled) else f"{change.former}.{time.time_ns() // 10**6}.disabled"
             change.move(disabled, aside)
         change.move(change.former, disabled)
@@ -5643,10 +5623,7 @@ class NodeManager:
     def install_needs(
         self, change: NodeChange, key: str, info: NodeInfo, folder: str, no_test: bool, skip_bad: bool
     ) -> "tuple[NodeInfo, Optional[Packages]]":
-        """Install what a fetched node needs; no Packages when it needs nothing, or there is no Python to install for.
-
-        The node comes back with what could not be installed, and with the versions of what is not held for it.
-        """
+        """Install what a fetched node needs, if anything; it comes back with what was left out and what is not held."""
         need = self.need_of(info, folder)
         if not need.entries and not os.path.isfile(os.path.join(folder, "install.py")):
             return info, None
@@ -5717,10 +5694,9 @@ class NodeManager:
         return requirement_lines("\n".join(self.need_of(info, folder).entries))
 
     def world(self, but: str = "", comfyui: Optional[str] = None) -> list[Need]:
-        """Return who needs what here: ComfyUI, the manifest, and every node but one that is about to change.
+        """Return who needs what here: ComfyUI, by the files in its folder or in another, the manifest, and the nodes.
 
-        `comfyui` is a folder with other files of requirements than the checkout's. In an adopted environment, whose
-        packages are the user's, ComfyUI's are only not to be broken.
+        In an adopted environment, whose packages are the user's, ComfyUI's are only not to be broken.
         """
         manifest, folder = self.manifest, comfyui or self.comfyui
         own = self.need_of(NodeInfo("ComfyUI"), folder)
@@ -5759,10 +5735,9 @@ class NodeManager:
     # Sync
 
     def install_requirements(self) -> bool:
-        """Install what ComfyUI and the nodes need and is not there; False where neither pip nor uv is there to do it.
+        """Install what ComfyUI and the nodes need; what cannot be installed together is told, and left as it is.
 
-        1.0.x made venvs by uv, without pip. Such an environment is taken as it is: it ran before. What cannot be
-        installed together is told, and left as it is.
+        False without pip and uv: 1.0.x made venvs without pip, and such an environment ran before.
         """
         world = self.world()
         if not self.python or not any(need.entries for need in world if not need.is_limit):
@@ -5787,14 +5762,14 @@ class NodeManager:
 
     def stamp(self) -> str:
         """Return all that sync depends on, as one text: a few dozen stat calls, no program is run."""
-        comfyui, folders = self.comfyui, self.folders()
-        places = [comfyui, *(os.path.join(custom_nodes_of(comfyui), name) for name in folders)]
+        places, custom_nodes = [self.comfyui], self.custom_nodes
+        for folder in (custom_nodes, os.path.join(custom_nodes, ".disabled"), os.path.join(custom_nodes, STAGING)):
+            names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+            places += [os.path.join(folder, name) for name in names if name != "__pycache__"]
         watched = [os.path.join(place, name) for place in places for name in ("requirements.txt", "pyproject.toml")]
-        if self.python:
-            venv = os.path.dirname(os.path.dirname(self.python))
-            watched += [self.python, os.path.join(venv, "pyvenv.cfg")]  # the latter changes with a new venv
-        marks = [f"{path} {file_mark(path)}" for path in watched]
-        return "\n".join([self.manifest.toml, *marks, *folders, *sorted(self.disabled()), *self.interrupted()])
+        if self.python:  # the latter changes with a new venv
+            watched += [self.python, os.path.join(os.path.dirname(os.path.dirname(self.python)), "pyvenv.cfg")]
+        return "\n".join([self.manifest.toml, *(f"{path} {file_mark(path)}" for path in watched)])
 
 
 # Creating and deleting an environment
@@ -5839,10 +5814,7 @@ def create_environment(
 
 
 def create_from_checkout(paths: EnvironmentPaths, checkout: str, python: str, tell: Progress) -> None:
-    """Make an environment of a checkout that is there already; nothing is written into it.
-
-    The nodes in it are noted as found: left alone until somebody has them tracked.
-    """
+    """Make an environment of a checkout that is there already; nothing is written into it, its nodes are left alone."""
     checkout = os.path.realpath(checkout)
     if has_control(checkout + python):
         message = f"no manifest can hold such a path: {checkout!r}, {python!r}"
@@ -5955,10 +5927,7 @@ def fetch_repository(url: str, wanted: Optional[str], folder: str, tell: Progres
 
 
 def code_facts(folder: str, source: Optional[str] = None, reference: Optional[str] = None) -> dict[str, Any]:
-    """Return what the manifest says of a checkout, in the words of 1.0.x.
-
-    `source` and `reference` are what was asked for. Raises CDEnvironmentError when a clone is of something else.
-    """
+    """Return what the manifest says of a checkout, in the words of 1.0.x; refuse a clone of what is not asked for."""
     path = os.path.join(folder, "comfyui_version.py")
     found = re.search(r"""__version__\s*=\s*["']([^"']+)""", read_any_text(path))
     tag = git_answer(["describe", "--tags", "--exact-match", "--match=v[0-9]*"], folder)
@@ -5981,17 +5950,13 @@ def code_facts(folder: str, source: Optional[str] = None, reference: Optional[st
 
 
 def ensure_venv(paths: EnvironmentPaths, python: Optional[str], tell: Progress) -> str:
-    """Make the venv, with pip in it as ComfyUI-Manager needs it, unless it is there; return its Python's version.
-
-    `.python-version` is written when the venv is whole.
-    """
+    """Make the venv unless it is there, whole as `.python-version` tells; return its Python's version."""
     interpreter, version = venv_python(paths.venv), read_any_text(paths.python_version).strip()
     wanted = version if python is None else python if python[:1].isdigit() else version_of_python(python)
     if version and os.path.exists(interpreter) and wanted.startswith(version):
         return version
     with stage("Python", tell):
         remove_file(paths.python_version)
-        remove_tree(paths.venv)
         make_venv(paths.venv, python)
         version = version_of_python(interpreter)
         if not version:
@@ -6001,22 +5966,25 @@ def ensure_venv(paths: EnvironmentPaths, python: Optional[str], tell: Progress) 
 
 
 def make_venv(folder: str, python: Optional[str]) -> None:
-    """Make a venv by uv where it is (which also fetches Pythons), else by the Python itself."""
+    """Make a venv with pip: by uv where it is (which also fetches Pythons), else by the Python itself."""
     import shutil
 
-    if uv := shutil.which("uv"):
-        words = [uv, "venv", "--seed", "--quiet", *(["--python", python] if python else []), folder]
-        if run_command(words, timeout=INSTALL_SECONDS).returncode == 0:
-            return
+    uv, interpreter = shutil.which("uv"), sys.executable
+    if python is not None:
+        interpreter = shutil.which(python) or shutil.which(f"python{python}") or ""
+    ways = [[uv, "venv", "--seed", "--quiet", *(["--python", python] if python else []), folder]] if uv else []
+    for words in [*ways, [interpreter, "-m", "venv", folder]]:
+        if not words[0]:
+            raise CDEnvironmentError(
+                f"there is no Python {python!r} here", "give --python a path, or install uv", "python"
+            )
         remove_tree(folder)
-    interpreter = sys.executable if python is None else shutil.which(python) or shutil.which(f"python{python}")
-    if interpreter is None:
-        raise CDEnvironmentError(f"there is no Python {python!r} here", "give --python a path, or install uv", "python")
-    done = run_command([interpreter, "-m", "venv", folder], timeout=600.0)
-    if done.returncode != 0:
-        message = f"{interpreter} cannot make a venv: {last_words(done)}"
-        hint = "install python3-venv (Debian, Ubuntu) or uv, or name another --python"
-        raise CDEnvironmentError(message, hint, "python")
+        done = run_command(words, timeout=INSTALL_SECONDS)
+        if done.returncode == 0:
+            return
+    message = f"{interpreter} cannot make a venv: {last_words(done)}"
+    hint = "install python3-venv (Debian, Ubuntu) or uv, or name another --python"
+    raise CDEnvironmentError(message, hint, "python")
 
 
 def ask_python(python: str, words: str) -> str:
@@ -6037,10 +6005,7 @@ def has_module(python: str, name: str) -> bool:
 
 
 def install_packages(paths: EnvironmentPaths, backend: str, with_manager: bool, tell: Progress) -> list[str]:
-    """Install PyTorch and what ComfyUI needs; return what is installed then.
-
-    PyTorch comes first and from its own index: else the usual index decides for which hardware.
-    """
+    """Install PyTorch, first and from its own index, which knows the hardware, and what ComfyUI needs; return all."""
     installer = Installer(venv_python(paths.venv))
     frozen = installer.freeze()
     is_other = backend != "auto" and held_index(frozen) not in (None, torch_index(backend))
@@ -6245,10 +6210,7 @@ class ComfyUIUpdate:
         return CodeVersion(facts["comfyui_version"] or "", self.git("rev-parse", "HEAD"), "", self.branch())
 
     def find(self, wanted: Optional[str]) -> CodeVersion:
-        """Return the version to update to: `wanted` (tag, branch or commit), else the newest of its branch or release.
-
-        It is the current one when there is nothing newer. Raises CDEnvironmentError (code "not-found").
-        """
+        """Return the version `wanted` (tag, branch or commit), else the newest release or one of its branch."""
         check_reference(wanted or "HEAD")
         current, url = self.current(), remote_of(self.checkout)[1] or ""
         if not url:
@@ -6264,9 +6226,8 @@ class ComfyUIUpdate:
                 return current
         lines = self.git("ls-remote", "--tags", "--heads", "--", url, url=url).splitlines()
         refs = {ref: commit for commit, _, ref in (line.partition("\t") for line in lines)}
-        for ref in (
-            (f"refs/tags/{wanted}", f"refs/tags/v{wanted}", f"refs/heads/{wanted}") if wanted else [current.branch]
-        ):
+        names = [f"refs/{name}{wanted}" for name in ("tags/", "tags/v", "heads/")] if wanted else [current.branch]
+        for ref in names:
             if ref in refs:
                 name, commit = re.sub("^refs/(tags|heads)/", "", ref), refs.get(f"{ref}^{{}}", refs[ref])
                 return CodeVersion(name, commit, ref, None if wanted else current.branch)
@@ -6292,10 +6253,9 @@ class ComfyUIUpdate:
         return [name for name in names if name and name.partition("/")[0] not in self.linked]
 
     def own_work(self, version: CodeVersion, force: bool, *words: str) -> list[str]:
-        """Return what is the user's own in the checkout: changed files, files in the way, commits.
+        """Return the user's changed files, files in the way, and commits; refuse them unless `force`.
 
-        Raises CDEnvironmentError (code "local-changes") that names it, unless `force`; `words` were typed behind
-        `update`.
+        `words` were typed behind `update`.
         """
         own = self.files("--diff-filter=d", "HEAD")  # that a file was deleted loses nothing
         added = self.files("--diff-filter=A", "HEAD", version.commit)
@@ -6428,7 +6388,7 @@ class ComfyUIUpdate:
             return
         self.tell(f"putting ComfyUI {before['old']} back")
         self.nodes.end_trial()
-        self.put_code_back()
+        self.put_code_back(*(before[name] for name in ("worktree", "commit", "branch", "goal")))
         if os.path.isdir(self.paths.venv_before):
             remove_tree(self.paths.venv_partial)
             if os.path.lexists(self.paths.venv):
@@ -6440,31 +6400,25 @@ class ComfyUIUpdate:
         for number, path in enumerate(before["databases"] if "returns" in before else ()):
             kept = os.path.join(self.paths.before, f"{number}.{os.path.basename(path)}")
             for name in [path, f"{path}-wal", f"{path}-shm"] if before["all"] else [kept]:
-                self.shelve(name)
+                self.nodes.shelve(name, os.path.basename(name))
             if before["all"] and os.path.exists(kept):
                 copy_any(kept, path)
         change_settings(self.paths, before["settings"], self.nodes.python, before["needs"])
         GitManager(self.paths.cec).commit_changes(f"Back to ComfyUI {before['old']} from {before['new']}")
         self.forget()
 
-    def shelve(self, path: str) -> None:
-        if os.path.lexists(path):
-            name = os.path.basename(path)
-            self.tell(f"{name} is kept: {move_aside(path, self.paths.removed, name)}")
-
-    def put_code_back(self) -> None:
+    def put_code_back(self, worktree: str, commit: str, branch: Optional[str], goal: str) -> None:
         """Put commit, branch and files back, also where git was killed half-way."""
-        worktree, commit = self.before["worktree"], self.before["commit"]
         folder = os.path.join(self.checkout, git(["rev-parse", "--git-dir"], self.checkout))
         for name in os.listdir(folder):
             if name.endswith(".lock"):  # of a git that was killed: who has the content lock is alone here
                 remove_file(os.path.join(folder, name))
         self.git("checkout", "--quiet", "--force", "--detach", worktree)
-        for name in self.files("--diff-filter=A", "HEAD", self.before["goal"]):  # written, and not yet noted by git
+        for name in self.files("--diff-filter=A", "HEAD", goal):  # written, and not yet noted by git
             remove_file(os.path.join(self.checkout, name))
         if worktree != commit:
             self.git("update-ref", "--no-deref", "HEAD", commit)
-        self.set_branch(self.before["branch"], commit)
+        self.set_branch(branch, commit)
         self.git("reset", "--quiet")
 
     def put_nodes_back(self) -> None:
@@ -6482,7 +6436,7 @@ class ComfyUIUpdate:
             if old == new and not (is_kept and source.version_in(place) != source.version_in(kept)):
                 continue
             if is_kept or old is None:
-                self.shelve(place)
+                self.nodes.shelve(place, infos[0].name)
             if old and is_kept:
                 move(kept, os.path.join(self.nodes.custom_nodes, old.name))
             change_node(self.paths, key, old, needs, self.nodes.python)
