@@ -6470,10 +6470,9 @@ KEEPER_PATIENCE = 30.0  # it waits for the port to be free, and a virus scanner 
 class Snapshot:
     """What there is to see of an environment's ComfyUI without asking it anything.
 
-    `state` is starting (an intent whose starter lives), running, stopped, crashed, foreign or unknown. `process`
-    is its process, if it has one here; `note` says what is special: untracked, moved (Windows: the recorded run goes
-    on, and `record` has its new PID, which the file has not yet), interrupted, rebooted, damaged, or nothing. `relics`
-    are what is left of a recorded run whose ComfyUI is gone.
+    `state` is starting (an intent whose starter lives), running, stopped, crashed, foreign or unknown; `note` says what
+    is special: untracked, moved (Windows: the recorded run goes on; its new PID is in `record`, not yet in the file),
+    interrupted, rebooted, damaged, or nothing. `relics` are what is left of a recorded run whose ComfyUI is gone.
     """
 
     state: str
@@ -6501,10 +6500,7 @@ class Launch:
 
 
 def print_parsed_arguments() -> None:
-    """Run in the environment's Python, as a program of its own: print what ComfyUI makes of words, a JSON a line.
-
-    That is its flags, the words as parsed, and if asked where its models are: the folder, and those of each kind.
-    """
+    """Run in the environment's Python, as a program of its own: print ComfyUI's flags, the words as parsed, folders."""
     import json
     import sys
     from importlib import import_module
@@ -6572,10 +6568,7 @@ def resume(process: Process) -> None:
 
 
 def signal_process_of(process: Process, how: str) -> bool:
-    """Signal a process that is still `process`, and resume it should it be stopped; that it is gone is no error.
-
-    Returns whether it is worth waiting for the effect: a Windows process without a console cannot be interrupted.
-    """
+    """Signal this very process, and resume it; False where that has no effect (Windows, an interrupt, no console)."""
     try:
         signal_same(process, how)
         resume(process)
@@ -6657,6 +6650,10 @@ def ourselves() -> dict[str, Any]:
     return {"pid": os.getpid(), "identity": identity_of(process_table().process(os.getpid()))}
 
 
+def own_monitor() -> dict[str, Any]:
+    return {**ourselves(), "restarts": [], "gave_up": None}
+
+
 def as_path(text: str) -> "Path":
     from pathlib import Path
 
@@ -6680,18 +6677,18 @@ def workspace_lock(paths: WorkspacePaths, purpose: str) -> Iterator[None]:
 class Environment:
     """One ComfyUI environment of a workspace: its checkout, its Python, its one ComfyUI process.
 
-    `taken_ports` tells which ports other environments have recorded (port -> words for who).
+    `taken_ports` tells, of a name, which ports other environments have recorded (port -> words for who).
     """
 
     def __init__(
-        self, name: str, paths: WorkspacePaths, taken_ports: "Optional[Callable[[], dict[int, str]]]" = None
+        self, name: str, paths: WorkspacePaths, taken_ports: "Callable[[str], dict[int, str]]" = lambda name: {}
     ) -> None:
         self.name = name
         self.workspace_paths = paths
         self.paths = EnvironmentPaths(os.path.join(paths.environments, name))
         self.log_path = paths.log_file(name)  # the log of this environment's runs
         self.tell: Progress = no_progress  # long work (nodes, sync) tells its progress here
-        self._taken_ports = taken_ports or dict
+        self._taken_ports = partial(taken_ports, name)
         self.is_keeper = False  # whether this process stays, and starts ComfyUI again when it is told to
         self._process: "Optional[subprocess.Popen[bytes]]" = None  # Windows forgets an exit code with the last handle
         self._manifest: "tuple[str, Manifest]" = ("", Manifest({}))  # as it was read last, and the mark of its file
@@ -6714,10 +6711,7 @@ class Environment:
 
     @property
     def manifest(self) -> Manifest:
-        """What the manifest says, or while it is broken what it last said (`nodes.manifest` reads strictly).
-
-        It is read again when its file has changed.
-        """
+        """What the manifest says, or while it is broken what it last said (`nodes.manifest` reads strictly)."""
         mark = file_mark(self.paths.manifest)
         if not mark or mark != self._manifest[0]:
             self._manifest = mark, last_known_manifest(self.paths)
@@ -6753,23 +6747,17 @@ class Environment:
     def _read_state(self) -> Optional[ProcessState]:
         return read_state(self.paths.state)
 
-    def _write_state(self, state: ProcessState) -> None:
-        write_state(self.paths.state, state)
+    def _write_state(self, state: Optional[ProcessState]) -> None:
+        if state is not None:
+            write_state(self.paths.state, state)
+        else:
+            self._clear_state()
 
     def _clear_state(self) -> None:
         remove_file(self.paths.state)
 
-    def _put_back(self, state: Optional[ProcessState]) -> None:
-        if state is None:
-            self._clear_state()
-        else:
-            self._write_state(state)
-
     def amend_record(self, run_id: Optional[str] = None, seconds: float = LOCK_SECONDS, **fields: Any) -> None:
-        """Set fields of the record, of that run if one is named; `seconds` is the patience for the lock.
-
-        Left undone where another command is at work or the disk is full: nothing depends on it.
-        """
+        """Set fields of the record (of that run), unless another command is at work or the disk is full."""
         with suppress(CDEnvironmentError, OSError), self._process_lock("note", seconds):
             record = self._read_state()
             if record is not None and record.pid is not None and run_id in (None, record.run_id):
@@ -6790,9 +6778,8 @@ class Environment:
     def observe(self, scan: Optional[Scan] = None, lock_held: bool = False) -> Snapshot:
         """Return what is there now; change nothing. Raises CDEnvironmentError where no process table works, OSError.
 
-        `scan` is one `scan_for_comfyui` for all, when many environments are looked at.
-        Whoever holds the process lock says so: then no starter can be at work. For others the
-        record may change between the look at it and the look at the processes: then they look again.
+        `scan` is one `scan_for_comfyui` for many environments. While the process lock is held no starter can be at
+        work; for others the record may change between the look at it and that at the processes: they look again.
         """
         for _ in range(10):
             record = self._read_state()
@@ -7020,10 +7007,7 @@ class Environment:
         return str(identity.get("host") or identity.get("machine") or "unknown")
 
     def last_words(self, record: ProcessState) -> dict[str, Any]:
-        """Return what is left of a run that ended by itself: last sign of life, last error line, exit code.
-
-        A sign of life is a health check or (of the log's last run) a line in it; an ISO time in UTC.
-        """
+        """Return of a run that ended by itself the exit code, last error line, last health check or line (UTC)."""
         code, (end, is_last) = (record.last_exit or {}).get("code"), self._end_of_session()
         signs = [os.stat(record.log_path).st_mtime] if is_last and os.path.exists(record.log_path) else []
         with suppress(ValueError):
@@ -7168,17 +7152,12 @@ class Environment:
             if leaving and record and record.desired_state == STOPPED and wait_for_exit(leaving, LEAVING_SECONDS):
                 snapshot = self.observe(lock_held=True)  # told so by a stop that was broken off then
             self._require_not_running(snapshot, take_over)
-            launch, monitor = self._launch(words), self.own_monitor() if monitored else None
+            launch, monitor = self._launch(words), own_monitor() if monitored else None
             self._end_relics(snapshot.relics)
             done = self._start(launch, set_env or {}, monitor=monitor, auto_port=auto_port)
         if wait is not None:
             self.wait_until_ready(wait)
         return done
-
-    @staticmethod
-    def own_monitor() -> dict[str, Any]:
-        """Return what the record says of its monitor, where that is this very process."""
-        return {**ourselves(), "restarts": [], "gave_up": None}
 
     @property
     def missing_script(self) -> Optional[str]:
@@ -7252,10 +7231,7 @@ class Environment:
         return is_asked and other not in args and other in self._parser_text()
 
     def _launch(self, args: list[str]) -> Launch:
-        """Return what `args` mean, by ComfyUI's own parser where it can be asked.
-
-        Raises CDEnvironmentError (code "usage") when it refuses them.
-        """
+        """Return what `args` mean, by ComfyUI's own parser where it can be asked. Raises CDEnvironmentError."""
         import inspect
 
         interpreter, folder, own = [self.python], self._checkout, os.path.dirname(self.python)
@@ -7323,7 +7299,7 @@ class Environment:
                 if process is not None:
                     end_all([process, *process_tree(process, None)])
                     reap(process.pid)
-                self._put_back(previous)
+                self._write_state(previous)
                 raise
         if not launch.told:
             self._watch_first_moments(child, record, previous)
@@ -7332,10 +7308,7 @@ class Environment:
         return CompletedProcess(record.command, 0, f"Started on {record.host}:{record.port}", "")
 
     def _alive_lock(self) -> "Optional[BinaryIO]":
-        """Return, for a start, the lock that ComfyUI will hold while it lives; None where there is no need or no lock.
-
-        It is to be closed, not unlocked: that would free it for ComfyUI, too.
-        """
+        """Return the lock that ComfyUI will hold while it lives; to unlock it here would free it for ComfyUI, too."""
         if this_machine()["pid_ns"] is None:
             return None
         with suppress(OSError):
@@ -7404,10 +7377,7 @@ class Environment:
     def _watch_first_moments(
         self, child: "subprocess.Popen[bytes]", record: ProcessState, previous: Optional[ProcessState]
     ) -> None:
-        """Raise CDEndedError when ComfyUI ends before it says anything: a usage text stands in the log before the end.
-
-        The run is then recorded as a crash; but when it refused its arguments (code 2), nothing has changed.
-        """
+        """Raise CDEndedError when ComfyUI ends before it says anything but a usage text; of code 2 nothing stays."""
 
         def is_decided() -> bool:
             said = self._end_of_session()[0].partition("\n")[2]  # behind the header
@@ -7420,7 +7390,7 @@ class Environment:
         error, flags = self._ended("at once", code), re.findall(r"--[\w-]+", self._end_of_session()[0])
         record.last_exit = {"code": code, "at": utc_now()}
         with suppress(OSError):  # on a full disk it is told all the same
-            self._put_back(previous if code == 2 else record)
+            self._write_state(previous if code == 2 else record)
         close = closest_flag(error.message, flags)
         raise CDEndedError(error.message, f"did you mean {close}?" if close else error.hint, code)
 
@@ -7430,10 +7400,9 @@ class Environment:
             end_all(relics)
 
     def _own_record(self, snapshot: Snapshot, process: Process) -> ProcessState:
-        """Return the record of the process of a snapshot; where the file has none yet, it is written.
+        """Return the record of a process; it is written where there is none, and the marker is of a run of ours.
 
-        Its marker must then be of a run of this environment: the record or the log's last header has it. Raises
-        CDEnvironmentError when it is somebody else's.
+        Such a marker is in the old record, or in the log's last header. Raises CDEnvironmentError for another's.
         """
         record = snapshot.record
         if record is not None and snapshot.note not in ("untracked", "moved"):
@@ -7584,7 +7553,8 @@ class Environment:
 
     def _trial(self) -> "Environment":
         """Return this environment with a record, a lock and a log of its own."""
-        trial = Environment(os.path.join(self.name, "update"), self.workspace_paths, self._taken_ports)
+        trial = Environment(os.path.join(self.name, "update"), self.workspace_paths)
+        trial._taken_ports = self._taken_ports
         trial.paths, apart = EnvironmentPaths(self.paths.root), EnvironmentPaths(os.path.join(self.paths.before, "try"))
         for name in ("state", "last_run", "lock", "alive", "before_record"):
             setattr(trial.paths, name, getattr(apart, name))
@@ -7596,10 +7566,7 @@ class Environment:
             trial.stop()
 
     def _try_start(self) -> None:
-        """Start ComfyUI with folders and a port of its own until it answers. Raises CDEnvironmentError if it does not.
-
-        Where it could reach them, it would empty the user's temp folder and change the schema of the user's database.
-        """
+        """Start ComfyUI until it answers, away from the user's temp folder and database. Raises CDEnvironmentError."""
         last, trial = self.last_record(), self._trial()
         folder = os.path.dirname(trial.paths.state)
         make_folder(os.path.join(folder, "user"))
@@ -7629,10 +7596,10 @@ class Environment:
             change_settings(self.paths, {"models_path": path}, self.python)
 
     def _words_for_models(self, shared: Optional[str], told: dict[str, Any], folders: list[Any]) -> list[str]:
-        """Return what ComfyUI's arguments need for a shared models folder; our file of more model paths is written.
+        """Return what to add for a shared models folder, after our file of more model paths is written (JSON is YAML).
 
-        Where it takes `--models-directory`, our file adds the environment's own models back; else it adds the shared
-        ones as the first of all (is_default), so in reverse order. JSON is YAML, too.
+        Where ComfyUI takes `--models-directory` the file adds its own models back; else the shared ones, as the first
+        of all (is_default), so in reverse order.
         """
         if shared is None or told.get("models_directory") or same_path(folders[0][0], shared):
             return []
@@ -7767,10 +7734,7 @@ class Environment:
         meanwhile: Optional[Callable[[], bool]] = None,
         wanted: str = STOPPED,
     ) -> None:
-        """End a recorded process and its family, and have its monitor go. The caller holds the process lock.
-
-        With `wanted` RESTART its keeper stays and starts it again.
-        """
+        """End a recorded process and its family; its monitor goes, or a keeper starts it again if RESTART is wanted."""
         if record.desired_state != wanted:
             record.desired_state = wanted
             with suppress(OSError):  # a full disk must not keep anyone from stopping ComfyUI
@@ -7794,10 +7758,7 @@ class Environment:
         return self._read_state() or read_state(self.paths.last_run)
 
     def stop_for_restart(self) -> bool:
-        """Stop ComfyUI but keep its record, so that `restart` starts it again; return whether it ran.
-
-        Its keeper waits for that `restart`, as long as this process lives.
-        """
+        """Stop ComfyUI for a `restart` by this process, for which its keeper waits; tell whether it ran."""
         with self._process_lock("stop"):
             snapshot = self.observe(lock_held=True)
             if snapshot.process is None:
@@ -7891,7 +7852,7 @@ class Environment:
                 message = f"ComfyUI is already running (PID {process.pid}), and {who} watches it (PID {present.pid})."
                 raise CDEnvironmentError(message, ("-e", self.name, "restart"), "running")
             record = self._own_record(snapshot, process)
-            record.monitor = monitor or self.own_monitor()
+            record.monitor = monitor or own_monitor()
             self._write_state(record)
             return True
 
@@ -7931,15 +7892,13 @@ class Environment:
             raise CDEnvironmentError(error["message"], error["hint"], error["code"])
 
     def restart_kept(self, former: ProcessState, monitor: Optional[dict[str, Any]]) -> bool:
-        """Start again, for its keeper, what crashed or was stopped for a restart.
+        """Start again, for its keeper, what crashed or was stopped for a restart; False when that is not wanted.
 
-        Return False when that is not wanted, or another run has begun. `monitor` is what the record says of a monitor.
-
-        On a full disk not even a start that failed can be taken back: its intent is replaced by the `former` record.
+        Nor when another run has begun. `monitor` is what the record says of a monitor.
         """
         with self._about_to_start("restart") as snapshot:
             record = snapshot.record
-            if record is not None and is_own_intent(record):
+            if record is not None and is_own_intent(record):  # of a start that a full disk kept from being taken back
                 self._write_state(former)
                 record = former
             is_same = record is not None and record.run_id == former.run_id and record.desired_state != STOPPED
@@ -8186,7 +8145,7 @@ class Workspace:
                 message = f"The workspace {root} is not a folder."
                 raise CDEnvironmentError(message, "name another --workspace") from None
             return []
-        for environment in map(self._environment, names):
+        for environment in (Environment(name, self.paths, self._ports_of_others) for name in names):
             try:
                 is_one = not environment.name.startswith(DELETED) and is_there(environment.paths.cec)
             except OSError:
@@ -8198,7 +8157,7 @@ class Workspace:
         """The environment `name`. Raises CDEnvironmentError when there is none."""
         if not is_folder_name(name):
             raise CDEnvironmentError(f"'{name}' cannot name an environment: {NAME_RULE}.", ("list",), "usage")
-        environment = self._environment(name)
+        environment = Environment(name, self.paths, self._ports_of_others)
         if not is_there(environment.paths.cec):
             raise CDEnvironmentError(f"There is no environment '{name}'.", self._suggestion(name), "unknown")
         return environment
@@ -8206,10 +8165,10 @@ class Workspace:
     def get_active_environment(self) -> Optional[Environment]:
         """Return the environment that `use` chose, None when it is not set or gone. Raises CDEnvironmentError."""
         name = self._settings().get("active_environment")
-        environment = self._environment(name) if isinstance(name, str) and is_folder_name(name) else None
-        if environment is None or not os.path.isdir(environment.paths.cec) or environment.manifest.demo:
+        if not isinstance(name, str) or not is_folder_name(name):
             return None
-        return environment
+        environment = Environment(name, self.paths, self._ports_of_others)
+        return environment if os.path.isdir(environment.paths.cec) and not environment.manifest.demo else None
 
     def use(self, name: str) -> Environment:
         """Make `name`, which may not be the demo, the active environment. Raises CDEnvironmentError, OSError."""
@@ -8226,7 +8185,7 @@ class Workspace:
         CDEnvironmentError when none of these holds.
         """
         if name == DEMO_NAME and to_start:
-            found = self._environment(name)
+            found = Environment(name, self.paths, self._ports_of_others)
             return self.demo() if found.manifest.demo or not os.path.isdir(found.paths.cec) else found
         if name is not None:
             return self.get_environment(name)
@@ -8287,7 +8246,10 @@ class Workspace:
         if present is not None and name not in (None, present.name):  # one process a checkout: they would mix theirs up
             message = f"{checkout} is environment '{present.name}' already."
             raise CDEnvironmentError(message, ("-e", present.name, "status"), "exists")
-        environment = present or self._new_environment(name or self._free_name(checkout))
+        chosen = present.name if present else name or self._free_name(checkout)
+        if present is None:
+            require_new_name(chosen)
+        environment = Environment(chosen, self.paths, self._ports_of_others)
         former, is_complete = environment.manifest.comfyui_path, environment.is_complete
         has_moved = former is None or not same_path(former, checkout)
         if is_complete and has_moved and not (former and environment.missing_script):
@@ -8309,7 +8271,7 @@ class Workspace:
 
     def demo(self) -> Environment:
         """Return the environment of the built-in demo, made or updated. Raises CDEnvironmentError, OSError."""
-        environment = self._environment(DEMO_NAME)
+        environment = Environment(DEMO_NAME, self.paths, self._ports_of_others)
         paths, is_complete = environment.paths, environment.is_complete
         if (os.path.lexists(paths.content_lock) or is_complete) and not environment.manifest.demo:
             message = f"The environment '{DEMO_NAME}' is one of yours, not the demo."
@@ -8347,7 +8309,8 @@ class Workspace:
         `models` a folder that it shares with others (None: the workspace's, if it has one).
         Raises CDEnvironmentError when the name is taken or a stage fails, OSError.
         """
-        environment = self._new_environment(name)
+        require_new_name(name)
+        environment = Environment(name, self.paths, self._ports_of_others)
         self._change_settings()
         default = self._settings().get("global_model_directory")
         folder = models_folder(models or (default.get("path") if isinstance(default, dict) else None))
@@ -8407,13 +8370,6 @@ class Workspace:
             }
             for environment, snapshot in seen
         ]
-
-    def _new_environment(self, name: str) -> Environment:
-        require_new_name(name)
-        return self._environment(name)
-
-    def _environment(self, name: str) -> Environment:
-        return Environment(name, self.paths, lambda: self._ports_of_others(name))
 
     def _ports_of_others(self, name: str) -> dict[int, str]:
         """Port -> who has it, of every other environment that runs or is starting."""

@@ -5988,8 +5988,8 @@ class OneModelsFolderForMany(WithAComfyUI):
         workspace = dock.Workspace(self.root)
         workspace.set_models(self.shared)
         other = workspace.create("other", source=self.upstream, comfyui="v1.0.0", no_install=True)
-        self.assertEqual(other.models_path, self.shared)
-        self.assertIsNone(self.environment.models_path)
+        self.assertEqual(other.manifest.models_path, self.shared)
+        self.assertIsNone(self.environment.manifest.models_path)
         before = tree(self.shared)
         workspace.delete("other")
         self.assertEqual(tree(self.shared), before)
@@ -6649,9 +6649,18 @@ class AfterACrash(unittest.TestCase):
         former.identity = {"created": 1.0}
         former.args = ["--port", str(former.port)]
         dock.write_state(environment.paths.state, former)
-        full = OSError(errno.ENOSPC, "No space left on device")
-        with (unittest.mock.patch.object(dock, "begin_session", side_effect=full),
-            unittest.mock.patch.object(environment, "_put_back", side_effect=full), self.assertRaises(OSError)):  # fmt: skip
+        full, real = OSError(errno.ENOSPC, "No space left on device"), dock.write_state
+
+        def intents_only(path, state):
+            if state.pid is not None:
+                raise full
+            real(path, state)
+
+        with (
+            unittest.mock.patch.object(dock, "begin_session", side_effect=full),
+            unittest.mock.patch.object(dock, "write_state", intents_only),
+            self.assertRaises(OSError),
+        ):
             environment.restart_kept(former, {})
         monitor = dock.Monitor(environment)
         self.assertIsNone(monitor.record.pid)
