@@ -53,6 +53,7 @@ import io
 import json
 import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -119,7 +120,6 @@ __all__ = [
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8188
 RUN_ID_VARIABLE = "COMFYDOCK_RUN_ID"
-
 DEMO_NAME = "demo"
 
 STARTING, RUNNING, UNRESPONSIVE = "starting", "running", "unresponsive"
@@ -820,8 +820,6 @@ def open_regular(path: str, mode: str = "rb", buffering: int = -1) -> "BinaryIO"
 
     A new one is its owner's alone. Raises OSError, also for a link (ELOOP), a pipe, a device and a folder.
     """
-    import stat
-
     if IS_WINDOWS and os.path.islink(path):  # other systems look while they open
         raise OSError(errno.ELOOP, "is a link", path)
     careful = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -928,6 +926,11 @@ give_to: Callable[[int, int, int], None] = getattr(os, "fchown", unknown)  # an 
 
 
 if sys.platform == "win32":
+    import ctypes
+    import msvcrt
+    import winreg
+    from ctypes import wintypes
+
     PROCESS_TERMINATE, PROCESS_VM_READ, PROCESS_SUSPEND_RESUME = 0x0001, 0x0010, 0x0800
     PROCESS_QUERY_INFORMATION, PROCESS_QUERY_LIMITED_INFORMATION, SYNCHRONIZE = 0x0400, 0x1000, 0x00100000
     CTRL_C_EVENT = 0
@@ -936,17 +939,13 @@ if sys.platform == "win32":
 
     # Offsets in the PEB and in RTL_USER_PROCESS_PARAMETERS (winternl.h names them in part, Wine's winternl.h in full).
     # They have not moved since Windows Vista: parameters, current folder, command line, environment block.
-    if sys.maxsize > 2**32:
-        PEB_PARAMETERS, AT_FOLDER, AT_COMMAND_LINE, AT_ENVIRONMENT = 0x20, 0x38, 0x70, 0x80
-    else:
-        PEB_PARAMETERS, AT_FOLDER, AT_COMMAND_LINE, AT_ENVIRONMENT = 0x10, 0x24, 0x40, 0x48
+    POINTER_SIZE = ctypes.sizeof(ctypes.c_void_p)
+    OFFSETS = (0x20, 0x38, 0x70, 0x80) if POINTER_SIZE == 8 else (0x10, 0x24, 0x40, 0x48)
+    PEB_PARAMETERS, AT_FOLDER, AT_COMMAND_LINE, AT_ENVIRONMENT = OFFSETS
 
     @cache
     def libraries() -> tuple[Any, Any]:
         """Return kernel32 and ntdll; handles are pointers, so every function that takes or gives one says so."""
-        import ctypes
-        from ctypes import wintypes
-
         kernel, ntdll = ctypes.WinDLL("kernel32", use_last_error=True), ctypes.WinDLL("ntdll")
         handle, dword = wintypes.HANDLE, wintypes.DWORD
         kernel.OpenProcess.restype = kernel.CreateFileW.restype = kernel.CreateToolhelp32Snapshot.restype = handle
@@ -973,8 +972,6 @@ if sys.platform == "win32":
     @contextmanager
     def opened_process(pid: int, rights: int) -> Iterator[Any]:
         """Open a process for `rights`; ProcessLookupError where there is none, PermissionError where it is refused."""
-        import ctypes
-
         kernel, _ = libraries()
         handle = kernel.OpenProcess(rights, False, pid) if is_pid(pid) else None
         if not handle:
@@ -1017,9 +1014,6 @@ if sys.platform == "win32":
 
         Python's mode "a" only moves to the end before it writes; FILE_APPEND_DATA alone is atomic. A link raises ELOOP.
         """
-        import ctypes
-        import msvcrt
-
         if os.path.islink(path):
             raise OSError(errno.ELOOP, "is a link", path)
         append_data, share_all, open_always, normal = 0x0004, 0x7, 4, 0x80
@@ -1030,8 +1024,6 @@ if sys.platform == "win32":
 
     def lock_handle(fd: int, shared: bool = False) -> bool:
         """Take the exclusive lock of an open file without waiting: a byte far past the end, which none reads."""
-        import msvcrt
-
         place = os.lseek(fd, 0, os.SEEK_CUR)
         os.lseek(fd, LOCK_OFFSET, os.SEEK_SET)
         try:
@@ -1045,11 +1037,8 @@ if sys.platform == "win32":
     @cache
     def job() -> Any:
         """Return a job whose processes end with us: the system closes its only handle then."""
-        import ctypes
-
-        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, whose flags stand behind two numbers of 64 bits; 0x2000:
-        # KILL_ON_JOB_CLOSE
-        kernel, limits = libraries()[0], ctypes.create_string_buffer(144 if sys.maxsize > 2**32 else 112)
+        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, whose flags (0x2000: KILL_ON_JOB_CLOSE) stand behind two of 64 bits
+        kernel, limits = libraries()[0], ctypes.create_string_buffer(144 if POINTER_SIZE == 8 else 112)
         limits[17] = b"\x20"
         handle = kernel.CreateJobObjectW(None, None)
         kernel.SetInformationJobObject(handle, 9, limits, len(limits))
@@ -1061,8 +1050,6 @@ if sys.platform == "win32":
 
     def attach_and_interrupt(pid: int) -> None:
         """Press Ctrl-C on the console of `pid`, in a short-lived helper: it leaves its own for that. Raises OSError."""
-        import ctypes
-
         kernel, _ = libraries()
         kernel.FreeConsole()
         if not kernel.AttachConsole(pid):
@@ -1078,7 +1065,6 @@ if sys.platform == "win32":
         A process has one console, hence the helper. Should it be ours too, or not be told, we are deaf meanwhile; else
         not, for a second Ctrl-C of the user means something.
         """
-        import ctypes
         import subprocess
 
         kernel, _ = libraries()
@@ -1104,8 +1090,6 @@ if sys.platform == "win32":
         ProcessLookupError where it is not, PermissionError where it is refused or has no console to interrupt. Never
         os.kill: its 0 is CTRL_C, all else is the end.
         """
-        import ctypes
-
         kernel, ntdll = libraries()
         rights = {"interrupt": PROCESS_QUERY_LIMITED_INFORMATION, "pause": PROCESS_SUSPEND_RESUME}
         rights["continue"], ends = PROCESS_SUSPEND_RESUME, how in ("terminate", "kill")
@@ -1126,15 +1110,11 @@ if sys.platform == "win32":
 
     def reap(pid: int) -> Optional[int]:
         """Return the exit code of a process that has ended and that somebody still holds open, else None."""
-        import ctypes
-
-        try:
-            with opened_process(pid, PROCESS_QUERY_LIMITED_INFORMATION | SYNCHRONIZE) as handle:
-                code = ctypes.c_ulong()
-                known = has_ended(handle) and libraries()[0].GetExitCodeProcess(handle, ctypes.byref(code))
-                return code.value if known else None
-        except OSError:
-            return None
+        code = ctypes.c_ulong()
+        with suppress(OSError), opened_process(pid, PROCESS_QUERY_LIMITED_INFORMATION | SYNCHRONIZE) as handle:
+            if has_ended(handle) and libraries()[0].GetExitCodeProcess(handle, ctypes.byref(code)):
+                return code.value
+        return None
 
     def exit_code_kept(pid: int) -> "AbstractContextManager[Any]":
         """Have `reap` tell the exit code of a process that is no child: it is known while somebody has it open."""
@@ -1155,29 +1135,20 @@ if sys.platform == "win32":
             pass
 
     def read_memory(handle: Any, address: int, size: int) -> bytes:
-        import ctypes
-
         buffer = ctypes.create_string_buffer(size)
         return buffer.raw if libraries()[0].ReadProcessMemory(handle, address, buffer, size, None) else b""
 
     def read_pointer(handle: Any, address: int) -> int:
-        import struct
-
-        return int.from_bytes(read_memory(handle, address, struct.calcsize("P")), "little")
+        return int.from_bytes(read_memory(handle, address, POINTER_SIZE), "little")
 
     def read_string(handle: Any, address: int) -> str:
         """Read the text of a UNICODE_STRING (length in bytes, capacity, pointer) at `address`."""
-        import struct
-
         length = int.from_bytes(read_memory(handle, address, 2), "little")
-        text = read_memory(handle, read_pointer(handle, address + struct.calcsize("P")), length) if length else b""
+        text = read_memory(handle, read_pointer(handle, address + POINTER_SIZE), length) if length else b""
         return text.decode("utf-16-le", "replace")
 
     def split_command_line(line: str) -> list[str]:
         """Split a command line into words, as programs that Microsoft's C runtime starts do; of none, no words."""
-        import ctypes
-        from ctypes import wintypes
-
         split, count = ctypes.WinDLL("shell32").CommandLineToArgvW, ctypes.c_int()
         split.argtypes, split.restype = [wintypes.LPCWSTR, ctypes.c_void_p], ctypes.POINTER(wintypes.LPWSTR)
         words = split(line, ctypes.byref(count)) if line.strip() else None
@@ -1202,20 +1173,12 @@ if sys.platform == "win32":
 
     def listed_processes() -> list[tuple[int, str]]:
         """Return (pid, program) of every process from one snapshot of the system, [] where that is refused."""
-        import ctypes
-        from ctypes import wintypes
 
         class Entry(ctypes.Structure):
             """PROCESSENTRY32W."""
 
-            _fields_ = [
-                ("size", wintypes.DWORD),
-                ("usage", wintypes.DWORD),
-                ("pid", wintypes.DWORD),
-                ("heap", ctypes.c_size_t),
-                ("counts", wintypes.DWORD * 5),  # module, threads, parent, priority, flags
-                ("program", wintypes.WCHAR * 260),
-            ]
+            _fields_ = [(name, wintypes.DWORD) for name in ("size", "usage", "pid")]
+            _fields_ += [("heap", ctypes.c_size_t), ("counts", wintypes.DWORD * 5), ("program", wintypes.WCHAR * 260)]
 
         kernel, entry, found = libraries()[0], Entry(), []
         entry.size = ctypes.sizeof(entry)
@@ -1231,8 +1194,6 @@ if sys.platform == "win32":
 
     def tcp_listeners(family: int) -> bytes:
         """Return Windows' table of the TCP sockets that listen (MIB_TCPTABLE_OWNER_PID), b"" where it is refused."""
-        import ctypes
-
         too_small, listeners = 122, 3  # ERROR_INSUFFICIENT_BUFFER, TCP_TABLE_OWNER_PID_LISTENER
         library, size, answer = ctypes.WinDLL("iphlpapi"), ctypes.c_ulong(4096), too_small
         while answer == too_small:
@@ -1246,8 +1207,6 @@ if sys.platform == "win32":
         Command line, folder and environment are read from the parameter block in its own memory (learn.microsoft.com
         has it in part), which needs no more than being the same user.
         """
-        import ctypes
-
         kernel, ntdll = libraries()
         facts = ProcessFacts(pid)
         for rights in (PROCESS_QUERY_INFORMATION | PROCESS_VM_READ, PROCESS_QUERY_LIMITED_INFORMATION):
@@ -1272,8 +1231,6 @@ if sys.platform == "win32":
     @cache
     def this_machine() -> dict[str, Optional[str]]:
         """Return what machine this is; creation times are absolute here, so that a boot needs no name."""
-        import winreg
-
         machine = ""
         with suppress(OSError), winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SOFTWARE\Microsoft\Cryptography") as key:
             machine = str(winreg.QueryValueEx(key, "MachineGuid")[0])
@@ -1327,8 +1284,7 @@ else:
         with suppress(ProcessLookupError, PermissionError):  # macOS says EPERM of a group that has only zombies left
             os.killpg(process.pid, signal.SIGKILL)
 
-    def open_append(path: str) -> "BinaryIO":
-        return open_regular(path, "ab", buffering=0)
+    open_append = partial(open_regular, mode="ab", buffering=0)
 
     def lock_handle(fd: int, shared: bool = False) -> bool:
         """Take the lock of an open file without waiting; it falls with the last copy of the descriptor.
@@ -1348,13 +1304,9 @@ else:
         """Reap, as PID 1 of a container must, every ended process but `own`, whose exit code somebody waits for."""
         if not hasattr(os, "waitid"):  # macOS, where nothing runs as PID 1 of a container
             return
-        try:
-            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                if ended.si_pid == own:
-                    return
+        with suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != own:
                 os.waitpid(ended.si_pid, os.WNOHANG)
-        except ChildProcessError:
-            pass
 
     def signal_process(pid: int, how: str, is_it: "Optional[Callable[[Optional[int]], bool]]" = None) -> None:
         """Send a signal to one process: "interrupt", "terminate", "kill", "pause" or "continue".
@@ -1485,16 +1437,14 @@ else:
 
     def is_writable_by_others(path: str) -> bool:
         """Tell whether everybody may write there. A group may be the user's own, so it does not count."""
-        try:
+        with suppress(OSError):
             return bool(os.stat(path).st_mode & 0o002)
-        except OSError:
-            return False
+        return False
 
     def session_of(pid: int) -> Optional[int]:
-        try:
+        with suppress(OSError):
             return os.getsid(pid)
-        except OSError:
-            return None
+        return None
 
     def kernel_clock() -> tuple[float, int, int]:
         """Return when this boot began (s since 1970, by today's clock), ticks of a second, shift in /proc."""
@@ -1596,10 +1546,9 @@ def format_exit(code: int) -> str:
 
     if code >= 0:
         return f"code {code}"
-    try:
+    with suppress(ValueError):
         return f"signal {-code} ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"signal {-code}"
+    return f"signal {-code}"
 
 
 def ignore_interrupts(is_program: bool) -> None:
@@ -3420,8 +3369,6 @@ def remove_tree(path: str) -> None:
 
 def unlock_and_retry(top: str, function: Callable[..., Any], path: str, trouble: BaseException) -> None:
     """For shutil.rmtree of `top`: Windows deletes no read-only file (git's objects); others look at its folder."""
-    import stat
-
     if isinstance(trouble, FileNotFoundError):
         return
     if is_link(path) or not isinstance(trouble, PermissionError):
@@ -3619,8 +3566,6 @@ def unpack(archive: str, folder: str, limit: int, strip: bool = False) -> list[s
 
 def judged(infos: list[Any], limit: int) -> "list[tuple[list[str], bool, Any]]":
     """Return (path as parts, whether it is a folder, ZipInfo) of each member. Raises ValueError for what is refused."""
-    import stat
-
     members = []
     for info in infos:
         parts, kind = member_parts(info.orig_filename), stat.S_IFMT(info.external_attr >> 16)
