@@ -8472,7 +8472,7 @@ class Description:
     `program` starts comfydock, `args` are ComfyUI's arguments, `variables` those of --set-env, `places` what of this
     machine it needs, `owner` whom it belongs to. The rest is for images: `gpu` is nvidia, cdi or none, `gpus` the cards
     (all when empty), `python` its version, `index` that of PyTorch, `held` and `packages` are requirement lines. The
-    demo has no `code`; `scripts` tells whether nodes have an install.py.
+    demo has no `code`; `scripts` tells whether nodes have an install.py; `left_out` is what no image can hold.
     """
 
     name: str
@@ -8491,6 +8491,7 @@ class Description:
     packages: list[str] = field(default_factory=list)
     code: list[Code] = field(default_factory=list)
     scripts: bool = False
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -9061,7 +9062,6 @@ STEERING = (*range(9), *range(10, 32), *range(127, 160), 0x61C, *range(0x200E, 0
 CONTROLS = dict.fromkeys((*STEERING, *range(0x2066, 0x206A)), " ")
 ONE_ENVIRONMENT = tuple("run stop restart status logs repair node open exec update history".split())
 Typed = Callable[..., str]  # the words of one of our commands -> how it must be typed here
-Words = Callable[[dict[str, Any], Typed], Iterator[str]]  # the data of a report -> its lines for people
 
 
 @dataclass
@@ -9083,11 +9083,10 @@ class Console:
     """The one who speaks: words on `out`, warnings and errors on `err`, questions on a terminal alone.
 
     In JSON mode nothing is said but the one object at the end. `call` tells how comfydock was called; `where` is the
-    `--workspace DIR` and `chosen` the `-e NAME` that a command needs to mean the same again. `quiet` leaves out all
-    but results, warnings and errors; `colour` is one of COLOUR_CHOICES. A line that cannot be written (a full disk, no
-    reader any more) must not keep ComfyUI from being stopped: `write_error` holds the error until `flush` raises it.
-    `drawn` is what `progress` has on the terminal now, `spoke` when something was written last; `gate` keeps a ticker
-    (`ticking`) from writing into a line; `cut` is the beginning of a colour code at the end of what `log` was given.
+    `--workspace DIR` and `chosen` the `-e NAME` that a command needs to mean the same again. A line that cannot be
+    written (a full disk, no reader any more) must not keep ComfyUI from being stopped: `write_error` holds the error
+    until `flush` raises it. `drawn` is what `progress` has on the terminal, `spoke` when something was written last,
+    `gate` keeps a ticker from writing into a line, `cut` is the beginning of a colour code at the end of a log.
     """
 
     out: Any
@@ -9135,7 +9134,7 @@ class Console:
         """Return one of our commands as it must be typed here."""
         where = () if words[0] in ("--workspace", "init", "help") else self.where
         chosen = self.chosen if words[0] in ONE_ENVIRONMENT and "--demo" not in words else ()
-        if words == ("run",) and self.environment == DEMO_NAME:  # which `run` takes only by its name
+        if words[0] == "run" and "--demo" not in words and self.environment == DEMO_NAME:  # taken only by its name
             chosen = ("-e", DEMO_NAME)
         return " ".join([self.call(), *map(quote, (*where, *chosen, *words))])
 
@@ -9532,28 +9531,6 @@ def do_all(console: Console, args: Arguments, command: Command) -> Report:
     return Report({"environments": items}, code=1 if first_error else 0, error=first_error)
 
 
-def url_line(data: dict[str, Any], typed: Typed) -> str:
-    """Return where a ComfyUI that was just started answers, or will."""
-    if data.get("ready") or data["health"] == HEALTHY:
-        return f"✓ Running on {data['url']}"
-    waits = f"{typed('open')} or {typed('run', '--wait')}"
-    return f"✓ Starting on {data['url']} (answers when ComfyUI has loaded; {waits} waits)"
-
-
-def format_run(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    if data.get("ready"):
-        yield f"✓ ComfyUI is ready ({data['waited']:.1f} s)"
-    if data.get("only_watched"):
-        yield f"✓ A monitor now watches ComfyUI (PID {data['pid']})"
-    else:
-        yield f"✓ ComfyUI started{'' if data.get('foreground') else ' in background'} (PID {data['pid']})"
-    yield url_line(data, typed)
-    yield f"  Log: {data['log']}"
-    if not data.get("foreground"):
-        yield ""
-        yield f"Tip: View logs with '{typed('logs')}', stop with '{typed('stop')}'"
-
-
 @Command(f"""run [NAME]: start ComfyUI in the background; its own arguments pass through
     -f --foreground       stay and stream the log (without --json); Ctrl-C stops ComfyUI
     --auto-port           take the next free port when the port is in use
@@ -9650,30 +9627,38 @@ def run_in_background(console: Console, args: Arguments, environment: Environmen
         raise
     opens = args.open or environment.opens_browser(args.comfyui_args)
     seconds = READY_SECONDS if opens and args.wait is None else args.wait
-    report = started_report(console, environment, format_run, seconds)
+    what = "A monitor now watches ComfyUI (PID {pid})" if watched else "ComfyUI started in background (PID {pid})"
+    report = started_report(console, environment, what, seconds)
     report.data["only_watched"] = watched is not None
+    tip = f"Tip: View logs with '{console.typed('logs')}', stop with '{console.typed('stop')}'"
+    report.lines = [*report.lines, f"  Log: {report.data['log']}", "", tip]
     if opens and report.error is None:
         show_in_browser(console, report.data["url"])
     return report
 
 
-def started_report(console: Console, environment: Environment, words: Words, seconds: Optional[float] = None) -> Report:
-    """Report a ComfyUI that was just started; where `seconds` are given, wait so long for its first answer."""
+def started_report(console: Console, environment: Environment, what: str, seconds: Optional[float] = None) -> Report:
+    """Report that `what` was started; where `seconds` are given, wait so long for ComfyUI's first answer."""
     waited: dict[str, Any] = {}
     error = None if seconds is None else await_answer(console, environment, seconds, waited)
     record = environment._read_state()
     if record is None:  # another command has stopped it meanwhile
         message = f"ComfyUI of environment '{environment.name}' was stopped by another command."
         raise CDEnvironmentError(message, ("status",))
+    is_ready, url = waited.get("ready", False), local_url(environment.config_of(Snapshot(RUNNING, record)))
     data = {
         **{name: getattr(record, name) for name in ("pid", "host", "port", "args", "started_at")},
-        "url": local_url(environment.config_of(Snapshot(RUNNING, record))),
-        "health": HEALTHY if waited.get("ready") or record.health_status == HEALTHY else STARTING,
+        "url": url,
+        "health": HEALTHY if is_ready or record.health_status == HEALTHY else STARTING,
         "log": record.log_path,
         "demo": environment.manifest.demo,
         **waited,
     }
-    return Report(data, environment.name, words(data, console.typed), 1 if error else 0, error)
+    lines = [f"✓ ComfyUI is ready ({waited['waited']:.1f} s)"] if is_ready else []
+    waits = f"{console.typed('open')} or {console.typed('run', '--wait')}"
+    where = f"✓ Starting on {url} (answers when ComfyUI has loaded; {waits} waits)"
+    lines += [f"✓ {what.format(**data)}", f"✓ Running on {url}" if data["health"] == HEALTHY else where]
+    return Report(data, environment.name, lines, 1 if error else 0, error)
 
 
 def await_answer(
@@ -9749,9 +9734,9 @@ def run_in_foreground(console: Console, environment: Environment, words: list[st
     with noted_signals() as received:
         try:
             environment.run(words, **options)
-            started = started_report(console, environment, format_run)
-            started.data["foreground"] = True
-            console.show("run", started)
+            started = started_report(console, environment, "ComfyUI started (PID {pid})")
+            for line in (*started.lines, f"  Log: {started.data['log']}"):
+                console.result(line)
             for line in ("=" * 60, "Streaming logs (Ctrl+C to stop ComfyUI)...", "=" * 60):
                 console.say(line)
             code = Foreground(console, environment, received).watch()
@@ -9996,11 +9981,6 @@ def settle_queue(console: Console, args: Arguments, environment: Environment, co
     return {"running": counts[0], "pending": counts[1]}
 
 
-def format_restart(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    yield f"✓ Restarted (new PID: {data['pid']})"
-    yield url_line(data, typed)
-
-
 @Command(f"""restart [NAME]: stop and start again with the same arguments
     {QUEUE_OPTIONS}
     {WAIT_OPTION}
@@ -10016,7 +9996,7 @@ def restart(console: Console, args: Arguments) -> Report:
         previous = f"PID {snapshot.process.pid}" if snapshot.process else "not running"
         console.say(f"   Previous: {previous}, args: {' '.join(last.args) or '(none)'}")
     environment.restart(args.timeout)
-    report = started_report(console, environment, format_restart, args.wait)
+    report = started_report(console, environment, "Restarted (new PID: {pid})", args.wait)
     report.data["cut_off"] = cut_off
     return report
 
@@ -10042,26 +10022,32 @@ _HEALTH_WORDS = {
 
 
 def format_status(data: dict[str, Any], typed: Typed) -> Iterator[str]:
+    live, monitor, alive, vram = data["pid"] is not None, data["monitor"], data["last_alive"], _vram(data)
+    refused = "unrecognized arguments:" in (data["last_error"] or "")
+    again = typed("run") + " with other arguments" if refused else typed("restart")
+    if monitor and monitor["alive"] and not monitor["gave_up"]:
+        again = "its monitor does so in a moment"
+    facts = [
+        ("Status", _status_line(data, typed)),
+        ("PID", data["pid"]),
+        ("URL", data["url"]),
+        ("Health", live and _HEALTH_WORDS[data["health"]].format(**data)),
+        ("Queue", data["queue"] and format_queue(tuple(data["queue"].values()))),
+        ("Uptime", live and format_duration(data["uptime"])),
+        ("ComfyUI", data["python"] and f"{data['version'] or 'unknown version'}, Python {data['python']}"),
+        ("Device", data["device"] and data["device"] + (f", VRAM {vram}" if vram else "")),
+        ("Arguments", live and " ".join(map(quote, data["args"]))),
+        ("Last known alive", alive and time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(epoch_of(alive)))),
+        *(
+            ("Left over", f"PID {one['pid']} ({one['command'][:80]}); the next start or stop ends it")
+            for one in data["relics"]
+        ),
+        ("Start it again", data["state"] == CRASHED and again),
+        ("Monitor", monitor and _monitor_line(monitor, typed)),
+        ("Log", data["log"] or "none, for comfydock has not started it"),
+    ]
     yield from (f"Environment: {environment_title(data)}", "", "📋 Process:")
-    facts = {"Status": _status_line(data, typed)}
-    if data["state"] in LIVE_STATES and data["pid"]:
-        version = f"{data['version'] or 'unknown version'}, Python {data['python']}"
-        facts.update({
-            "PID": data["pid"],
-            "URL": data["url"],
-            "Health": _HEALTH_WORDS[data["health"]].format(**data),
-            "Queue": format_queue(tuple(data["queue"].values())) if data["queue"] else "",
-            "Uptime": format_duration(data["uptime"]),
-            "ComfyUI": version if data["python"] else "",
-            "Device": data["device"] and data["device"] + (f", VRAM {_vram(data)}" if data["vram"] else ""),
-            "Arguments": " ".join(map(quote, data["args"])),
-        })  # fmt: skip
-    yield from (f"   {title}: {fact}" for title, fact in facts.items() if fact)
-    if data["state"] == CRASHED:
-        yield from _crash_lines(data, typed)
-    if data["monitor"]:
-        yield f"   Monitor: {_monitor_line(data['monitor'], typed)}"
-    yield f"   Log: {data['log'] or 'none, for comfydock has not started it'}"
+    yield from (f"   {title}: {fact}" for title, fact in facts if fact)
     if data["difference"] is not None and not data["difference"]["synced"]:
         yield ""
         yield f"⚠️  Environment needs repair: {typed('repair')}"
@@ -10094,19 +10080,6 @@ def _monitor_line(monitor: dict[str, Any], typed: Typed) -> str:
 
 def _vram(data: dict[str, Any]) -> str:
     return f"{data['vram']['used'] / 2**30:.1f}/{data['vram']['total'] / 2**30:.1f} GB" if data["vram"] else ""
-
-
-def _crash_lines(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    if data["last_alive"]:
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(epoch_of(data["last_alive"])))
-        yield f"   Last known alive: {moment}"
-    for relic in data["relics"]:
-        yield f"   Left over: PID {relic['pid']} ({relic['command'][:80]}); the next start or stop ends it"
-    if data["monitor"] and data["monitor"]["alive"] and not data["monitor"]["gave_up"]:
-        yield "   Its monitor starts it again in a moment"
-    else:
-        refused = "unrecognized arguments:" in (data["last_error"] or "")
-        yield f"   Start it again: {typed('run') + ' with other arguments' if refused else typed('restart')}"
 
 
 def difference_lines(difference: dict[str, Any]) -> Iterator[str]:
@@ -10238,27 +10211,6 @@ def top_row(item: dict[str, Any], usage: Usage, before: Usage, seconds: float) -
     return {**row, "MEMORY": memory, "CPU": share, "PORT": port}
 
 
-def format_repair(data: dict[str, Any], typed: Typed) -> Iterator[str]:
-    if data["cleaned"]:
-        yield "🧹 Cleaned a stale process state file"
-    if not data["orphans"]:
-        yield "✓ No orphaned processes found"
-    for item in data["orphans"]:
-        done = {"adopted": "✓ Adopted", "ended": "✓ Ended", "left": "Left running:"}[item["action"]]
-        yield f"  {done} PID {item['pid']}"
-    if any(item["action"] == "left" for item in data["orphans"]):
-        adopt, end = typed("repair", "--orphan", "--adopt"), typed("repair", "--orphan", "--end")
-        yield f"Take it back with: {adopt}, or end it with: {end}"
-    if data["orphan_only"]:
-        yield "✓ Process repair complete (no environment changes made)"
-        return
-    for what in ("installed", "corrected", "tracked"):
-        yield from (f"✓ {what.capitalize()} {name}" for name in data[what])
-    yield from (f"✗ {problem}" for problem in data["problems"])
-    if data["synced"] and not data["tracked"]:
-        yield "✓ No changes to apply"
-
-
 @Command(f"""repair [NAME]: install what is missing, and settle lost processes
     -y --yes              do not ask
     --orphan              processes and state only; no file of the environment is touched
@@ -10269,31 +10221,47 @@ def format_repair(data: dict[str, Any], typed: Typed) -> Iterator[str]:
 def repair(console: Console, args: Arguments) -> Report:
     environment = selected(console, args)
     console.say("🔍 Checking for process/state issues...")
-    data: dict[str, Any] = {"orphan_only": args.orphan, "cleaned": environment.clean_stale(), "orphans": []}
-    orphans = environment.orphans()
-    if orphans:
-        console.result(f"\n⚠️  Found {len(orphans)} orphaned ComfyUI process(es):")
+    cleaned = environment.clean_stale()
+    if cleaned:
+        console.result("🧹 Cleaned a stale process state file")
+    orphans = settle_orphans(console, args, environment)
+    data = {"orphan_only": args.orphan, "cleaned": cleaned, "orphans": orphans}
+    if args.orphan:
+        return Report(data, environment.name, ["✓ Process repair complete (no environment changes made)"])
+    environment.require_comfyui()
+    done = repair_content(console, args, environment)
+    lines = [f"✓ {what.capitalize()} {name}" for what in ("installed", "corrected", "tracked") for name in done[what]]
+    lines += [f"✗ {problem}" for problem in done["problems"]]
+    lines += ["✓ No changes to apply"] if done["synced"] and not done["tracked"] else []
+    sentences = " ".join(map(as_sentence, done["problems"]))
+    error = CDEnvironmentError(sentences, "", "repair") if sentences else None
+    return Report({**data, **done}, environment.name, lines, 1 if error else 0, error)
+
+
+def settle_orphans(console: Console, args: Arguments, environment: Environment) -> list[dict[str, Any]]:
+    """Adopt or end orphans as told, or as a terminal answers; return each with what was done."""
+    items, orphans = [], environment.orphans()
+    found = f"\n⚠️  Found {len(orphans)} orphaned ComfyUI process(es):"
+    console.result(found if orphans else "✓ No orphaned processes found")
     for process in orphans:
-        port = environment.config_of(Snapshot(RUNNING, None, process, "untracked")).port
+        port, action = environment.config_of(Snapshot(RUNNING, None, process, "untracked")).port, "left"
         item = {"pid": process.pid, "age": round(process.age(), 3), "port": port, "command": process.text}
-        item["action"] = "left"
         console.result(f"  • PID {process.pid}, {format_duration(process.age())} old, port {port}: {process.text}")
-        data["orphans"].append(item)
         try:
             if args.adopt or (not args.end and console.ask("    Adopt it?", True)):
                 environment.take_back(process)
-                item["action"] = "adopted"
+                action = "adopted"
             elif args.end or console.ask("    End it?", False):
                 environment.end_orphan(process)
-                item["action"] = "ended"
-        except CDEnvironmentError as refusal:
-            console.problem(refusal)
-    if not args.orphan:
-        environment.require_comfyui()
-        data.update(repair_content(console, args, environment))
-    problems = data.get("problems")
-    error = CDEnvironmentError(" ".join(map(as_sentence, problems)), "", "repair") if problems else None
-    return Report(data, environment.name, format_repair(data, console.typed), 1 if error else 0, error)
+                action = "ended"
+        except CDEnvironmentError as error:
+            console.problem(error)
+        console.result(f"  {'Left running:' if action == 'left' else f'✓ {action.capitalize()}'} PID {process.pid}")
+        items.append({**item, "action": action})
+    if any(item["action"] == "left" for item in items):
+        adopt, end = (console.typed("repair", "--orphan", flag) for flag in ("--adopt", "--end"))
+        console.result(f"Take it back with: {adopt}, or end it with: {end}")
+    return items
 
 
 def repair_content(console: Console, args: Arguments, environment: Environment) -> dict[str, Any]:
@@ -10729,44 +10697,41 @@ def describe(environment: Environment) -> Description:
     return Description(environment.name, program, root, with_port(args, port), variables, port, places, owner)
 
 
-def pack(environment: Environment, it: Description, gpu: Optional[str]) -> list[str]:
-    """Complete a description for an image, and return what an image cannot hold.
+def pack(environment: Environment, it: Description, gpu: Optional[str]) -> None:
+    """Complete a description for an image.
 
     Raises CDEnvironmentError for repositories with changes that lie on this machine alone.
     """
     cards = it.variables.pop("CUDA_VISIBLE_DEVICES", "")
-    it.args, left_out, chosen = image_args(it.args)
+    it.args, it.left_out, chosen = image_args(it.args)
     it.gpu, it.gpus = gpu or "none", chosen or [card for card in cards.split(",") if card]
-    if environment.manifest.demo:
-        return left_out
-    environment.require_comfyui()
-    it.python = version_of_python(environment.python) or it.python
-    left_out += pack_packages(environment.python, it)
-    it.gpu = gpu or ("nvidia" if any(line.startswith("nvidia-") for line in it.packages) else "none")
-    return left_out + pack_code(environment, it)
+    if not environment.manifest.demo:
+        environment.require_comfyui()
+        it.python = version_of_python(environment.python) or it.python
+        pack_packages(environment.python, it)
+        it.gpu = gpu or ("nvidia" if any(line.startswith("nvidia-") for line in it.packages) else "none")
+        pack_code(environment, it)
 
 
-def pack_packages(python: str, it: Description) -> list[str]:
+def pack_packages(python: str, it: Description) -> None:
     """Take in the packages as they are; those of files and folders that are here are left out: no index has them."""
     from urllib.request import url2pathname
 
-    left_out = []
     for name, package in installed_packages(python).items():
         line, version = " ".join(package.line), f"{package.name}=={package.version}"
         path = url2pathname(line.partition("file://")[2].partition("#")[0])
         if package.line[0] == "-e" or path and os.path.exists(path):
-            left_out.append(f"the package {line}")
+            it.left_out.append(f"the package {line}")
         elif name in HELD_PACKAGES:
             it.held.append(version)
         elif name not in ("pip", "setuptools", "wheel"):
             it.packages.append(version if path else line)
     it.index = held_index(it.held) or "https://pypi.org/simple"
-    return left_out
 
 
-def pack_code(environment: Environment, it: Description) -> list[str]:
+def pack_code(environment: Environment, it: Description) -> None:
     """Take in ComfyUI and its nodes: pinned where another machine can fetch them, else copied."""
-    nodes, unsaved, left_out = environment.nodes, [], []
+    nodes, unsaved = environment.nodes, []
     development = {info.name for info in nodes.manifest.nodes.values() if info.source == "development"}
     it.code = [Code("", str(environment.comfyui_path))]
     it.code += [Code(f"custom_nodes/{name}", os.path.join(nodes.custom_nodes, name)) for name in nodes.folders()]
@@ -10777,13 +10742,12 @@ def pack_code(environment: Environment, it: Description) -> list[str]:
         if url and not is_local(url) and title not in development:
             piece.url, piece.commit = url, git_answer(["rev-parse", "HEAD"], piece.source) or ""
             others = git_answer(["ls-files", "--others", "--exclude-standard", "--directory"], piece.source) or ""
-            left_out += [f"{title}/{name}" for name in others.splitlines() if name not in (".venv/", "venv/")]
+            it.left_out += [f"{title}/{name}" for name in others.splitlines() if name not in (".venv/", "venv/")]
             if GitSource().changes(piece.source, {"version": ""}) != []:
                 unsaved.append(title)
     if unsaved:
         message = f"No image can hold what only this machine has: {', '.join(unsaved)} has changes or new commits."
         raise CDEnvironmentError(message, "commit and push them; a node of your own: node add --dev", "changed")
-    return left_out
 
 
 def next_steps(engine: str, folder: str, many: list[Description], user: bool) -> list[str]:
@@ -10828,18 +10792,17 @@ def no_part_of_image(folder: str, names: list[str]) -> list[str]:
 
 def written_for(
     engine: str, chosen: list[Environment], many: list[Description], args: Arguments
-) -> "tuple[dict[str, str], dict[str, str], list[str]]":
-    """Return path -> text, path -> what is copied to it, and what is left out. Raises as `pack` does."""
+) -> "tuple[dict[str, str], dict[str, str]]":
+    """Return path -> text, and path -> what is copied to it. Raises as `pack` does."""
     files: dict[str, str] = {}
     copies: dict[str, str] = {}
-    left_out: list[str] = []
     for environment, it in zip(chosen, many):
         if engine == "systemd":
             files[f"{it.unit}.service"] = systemd_unit(it, args.user)
         else:
-            left_out += pack(environment, it, args.gpu)
+            pack(environment, it, args.gpu)
             if it.gpus and (it.gpu == "none" or engine == "kubernetes"):
-                left_out.append(f"the choice of card {', '.join(it.gpus)}")
+                it.left_out.append(f"the choice of card {', '.join(it.gpus)}")
             inside = "" if engine == "dockerfile" and len(many) == 1 else f"{it.label}/"
             files.update({inside + name: text for name, text in image_files(it).items()})
             copies.update({inside + copied_to(piece): piece.source for piece in it.code if not piece.url})
@@ -10851,7 +10814,7 @@ def written_for(
             files[f"{name}.env"] = environment_file(it.variables)
     if engine == "compose":
         files["compose.yaml"] = compose_file(many)
-    return files, copies, left_out
+    return files, copies
 
 
 def write_files(files: dict[str, str]) -> None:
@@ -10886,7 +10849,7 @@ def generate(console: Console, args: Arguments) -> Report:
     if twice:
         message = f"Port {twice.port} is that of several of these environments."
         raise CDEnvironmentError(message, ("-e", twice.name, "run", "--port", "NUMBER"), "port")
-    files, copies, left_out = written_for(engine, chosen, many, args)
+    files, copies = written_for(engine, chosen, many, args)
     try:
         write_files({os.path.join(folder, name): text for name, text in files.items()})
         for name, source in copies.items():
@@ -10896,6 +10859,7 @@ def generate(console: Console, args: Arguments) -> Report:
         remove_tree(folder)
         raise
     steps, names = next_steps(engine, folder, many, args.user), [*files, *copies]
+    left_out = [name for it in many for name in it.left_out]
     data = {"engine": engine, "folder": folder, "files": names, "left_out": left_out, "next": steps}
     lines = [f"✓ Wrote {', '.join(names)} to {folder}", *(f"⚠ Not carried over: {name}" for name in left_out), "Next:"]
     return Report(data, chosen[0].name, [*lines, *(f"  {line}" for line in steps)])
@@ -11082,11 +11046,7 @@ def flag_of(name: str) -> str:
 
 def is_number(text: str) -> bool:
     """Tell whether a word is a number, and no argument of ComfyUI (such as 1.2.3.4)."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text) is not None
 
 
 # Metavar -> how it is read, what must hold. Of KEY alone the value is what it has here, else one that may not be.

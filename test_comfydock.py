@@ -6786,8 +6786,8 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
         console.say("chatter")
         console.work("pip talks")
         console.warn("careful")
-        data = {"pid": 7, "url": "http://x", "log": "/l", "health": "starting"}
-        console.show("run", dock.Report(data, lines=dock.format_run(data, console.typed)))
+        lines = ["✓ ComfyUI started in background (PID 7)", "", "Tip: View logs"]
+        console.show("run", dock.Report({}, lines=lines))
         self.assertEqual(out.getvalue().splitlines()[0], "✓ ComfyUI started in background (PID 7)")
         self.assertNotIn("Tip", out.getvalue())
         self.assertEqual(err.getvalue(), "⚠ careful\n")
