@@ -3743,10 +3743,6 @@ def toml_statements(text: str) -> list[Statement]:
     return statements
 
 
-def toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
-
-
 def toml_value(value: Any) -> str:
     """Return a string, number, boolean, date, list or dict as TOML on one line. JSON's strings are TOML strings."""
     if isinstance(value, dict):
@@ -3760,20 +3756,20 @@ def toml_value(value: Any) -> str:
 
 def toml_lines(table: dict[str, Any], *header: str) -> list[str]:
     """Return the `key = value` lines of a table, without what is None, below the header that its name makes."""
-    head = ["[" + ".".join(map(toml_key, header)) + "]"] if header else []
-    return head + [f"{toml_key(key)} = {toml_value(value)}" for key, value in table.items() if value is not None]
+    keys = {key: key if re.fullmatch("[A-Za-z0-9_-]+", key) else toml_value(key) for key in (*header, *table)}
+    head = ["[" + ".".join(keys[part] for part in header) + "]"] if header else []
+    return head + [f"{keys[key]} = {toml_value(value)}" for key, value in table.items() if value is not None]
 
 
 def edited(text: str, name: Name, value: Any) -> str:
-    """Return the text with a table (a dict) or a pair put in its place, or added beside its nearest relatives.
-
-    None takes it out: a table with its sub-tables, and with the last pair of a table the table.
-    """
+    """Return the text with a table (a dict) or a pair in its place, else beside its next of kin; None takes it out."""
     statements, is_table = toml_statements(text), isinstance(value, dict)
     own = [item for item in statements if item.name[: len(name)] == name]
     lines = toml_lines(value, *name) if is_table else toml_lines({name[-1]: value})
     if value is None:
-        family = [item for item in statements if item.name[: len(name) - 1] == name[:-1]]
+        family = [
+            item for item in statements if item.name[: len(name) - 1] == name[:-1]
+        ]  # the last pair takes its table
         own = family if [item.is_table for item in family] == [True, False] else own
     elif own and [item.name for item in own if item.is_table] != [name] * is_table:
         return edited(edited(text, name, None), name, value)  # what was there was inline, or had sub-tables
@@ -3795,10 +3791,9 @@ def edited(text: str, name: Name, value: Any) -> str:
 
 
 def parse_toml(text: str, path: str, python: Optional[str] = None) -> dict[str, Any]:
-    """Return the data of a TOML text, which is or will be in the file at `path`.
+    """Return the data of a TOML text at `path`, read by tomllib or pip's tomli, ours or that of a `python`.
 
-    It is read by tomllib or pip's tomli, ours or that of the interpreter `python`. Raises CDEnvironmentError: code
-    "manifest" with the line number when the text is broken; "no-toml" when nothing reads TOML.
+    Raises CDEnvironmentError: code "manifest" with the line number when it is broken; "no-toml" when nothing reads it.
     """
     reader = toml_module(python)
     if reader is None:
@@ -3806,11 +3801,14 @@ def parse_toml(text: str, path: str, python: Optional[str] = None) -> dict[str, 
         hint = f"use Python 3.11 or later, or: {sys.executable} -m pip install --upgrade pip"
         raise CDEnvironmentError(message, hint, "no-toml")
     try:
+        text.encode()  # as manifest_text has it, what is not UTF-8 cannot be
         return dict(reader.loads(text.removeprefix("\ufeff")))
+    except UnicodeEncodeError as error:
+        line, reason = text.count("\n", 0, error.start), "not UTF-8"
     except (ValueError, RecursionError) as error:
-        reason, _, place = str(error).partition(" (at ")
-    line = re.match(r"line (\d+),", place)
-    raise broken_manifest(path, int(line[1]) if line else text.count("\n") + 1, reason)
+        reason, _, place = str(error).partition(" (at line ")
+        line = int(place.partition(",")[0]) - 1 if place else text.count("\n")
+    raise CDEnvironmentError(f"{path} line {line + 1}: {reason}", "fix that line; the file was not changed", "manifest")
 
 
 def toml_module(python: Optional[str]) -> Any:
@@ -3829,10 +3827,6 @@ def toml_module(python: Optional[str]) -> Any:
         finally:
             del sys.path[: len(folders)]
     return None
-
-
-def broken_manifest(path: str, line: int, reason: str) -> CDEnvironmentError:
-    return CDEnvironmentError(f"{path} line {line}: {reason}", "fix that line; the file was not changed", "manifest")
 
 
 def table_in(table: Any, key: str) -> dict[str, Any]:
@@ -3928,13 +3922,11 @@ def last_known_manifest(paths: EnvironmentPaths) -> Manifest:
 
 
 def manifest_text(paths: EnvironmentPaths) -> str:
+    reason = "there is none"
     try:
         data = read_file(os.path.realpath(paths.manifest), 4 * MEGABYTE)  # the user's may be a link
         if data is not None:
-            return data.decode()
-        reason = "there is none"
-    except UnicodeDecodeError as error:
-        raise broken_manifest(paths.manifest, error.object.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
+            return data.decode(errors="surrogateescape")
     except OSError as error:
         reason = str(error.strerror)
     raise CDEnvironmentError(f"{paths.manifest} cannot be read: {reason}", ("list",), "manifest")
@@ -3993,12 +3985,10 @@ def change_settings(
     paths: EnvironmentPaths, settings: dict[str, Any], python: Optional[str] = None, needs: Optional[list[str]] = None
 ) -> None:
     """Write settings, None takes one out; `needs` are the dependencies of [project], None leaves them as they are."""
-    project: dict[Name, Any] = {} if needs is None else {("project", "dependencies"): needs}
-
-    def plan(manifest: Manifest) -> dict[Name, Any]:
-        return {**{("tool", manifest.tool, name): value for name, value in settings.items()}, **project}
-
-    change_manifest(paths, plan, python)
+    more: dict[Name, Any] = {} if needs is None else {("project", "dependencies"): needs}
+    change_manifest(
+        paths, lambda one: {**{("tool", one.tool, name): settings[name] for name in settings}, **more}, python
+    )
 
 
 # Git
@@ -4025,27 +4015,21 @@ def scratch_folder() -> Any:
     return TemporaryDirectory(prefix="comfydock-")
 
 
-def git_environment(url: str = "") -> dict[str, str]:
-    """Return the environment for git: it never asks, and uses only the ways to fetch that `url` itself may use.
-
-    GIT_ALLOW_PROTOCOL also holds for redirects and submodules: one of an https repository cannot name a local path.
-    """
-    kept = {key: value for key, value in inherited_environment().items() if key not in GIT_LOCAL}
-    also = ":http" if url.startswith("http://") else "" if url.startswith("https://") else ":file"
-    never_ask = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "GCM_INTERACTIVE": "never", "LC_ALL": "C"}
-    return {**kept, **never_ask, "GIT_ALLOW_PROTOCOL": "https:ssh" + also}
-
-
 def git(words: list[str], folder: Optional[str] = None, url: str = "") -> str:
     """Return what a git command prints; `folder` is a repository, `url` where it fetches from.
 
-    Raises CDEnvironmentError (code "git") with git's own last words when it fails.
+    It never asks. Raises CDEnvironmentError (code "git") with git's own last words when it fails.
     """
     program = git_path()
     if program is None:
         raise CDEnvironmentError("git is not installed", "install git, then run the command again", "missing")
+    kept = {key: value for key, value in inherited_environment().items() if key not in GIT_LOCAL}
+    # this also holds for redirects and submodules: one of an https repository cannot name a local path
+    ways = "https:ssh" + (":http" if url.startswith("http://") else "" if url.startswith("https://") else ":file")
+    ours = {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "GCM_INTERACTIVE": "never", "LC_ALL": "C"}
     with scratch_folder() as empty:
-        environ = {**git_environment(url), "GIT_CEILING_DIRECTORIES": os.path.dirname(os.path.realpath(empty))}
+        ceiling = os.path.dirname(os.path.realpath(empty))
+        environ = {**kept, **ours, "GIT_ALLOW_PROTOCOL": ways, "GIT_CEILING_DIRECTORIES": ceiling}
         if url and not url.startswith("http") and not is_local(url) and not {"GIT_SSH", "GIT_SSH_COMMAND"} & {*environ}:
             own = run_command([program, "config", "--get", "core.sshCommand"], empty, environ, 30.0).stdout.strip()
             environ["GIT_SSH_COMMAND"] = own or "ssh -oBatchMode=yes"  # the user's; never one of a repository
@@ -4069,13 +4053,10 @@ def git_answer(words: list[str], folder: str) -> Optional[str]:
 
 
 def remote_of(folder: str) -> "tuple[str, Optional[str]]":
-    """Return the name and address of the repository that a clone is from, preferably "origin"; no address for no clone.
-
-    What an address holds to let somebody in is left out. Raises CDEnvironmentError (code "git") when git refuses.
-    """
+    """Return name and address, without secrets, of the repository that a clone is from; ("", None) for no clone."""
     if not os.path.lexists(os.path.join(folder, ".git")) or git_path() is None:
         return "", None
-    git([*LOOK, "rev-parse", "--git-dir"], folder)
+    git([*LOOK, "rev-parse", "--git-dir"], folder)  # raises when git refuses
     lines = (git_answer([*LOOK, "config", "--get-regexp", r"^remote\..*\.url$"], folder) or "").splitlines()
     remotes = {key[len("remote.") : -len(".url")]: url for key, _, url in (line.partition(" ") for line in lines)}
     name = "origin" if "origin" in remotes else next(iter(remotes), "")
@@ -4093,8 +4074,7 @@ def last_words(done: Any) -> str:
 def check_repository(url: str) -> None:
     """Raise CDEnvironmentError (code "url") unless git may be given this: https, ssh, or a path on this machine.
 
-    Refused: options ("-u..."), transports that run programs ("ext::sh -c ..."), unencrypted ones to other machines,
-    and passwords, which would be written into the manifest.
+    Options, transports that run programs ("ext::sh -c ..."), unencrypted ones and passwords are refused.
     """
     if re.match("https?://", url):
         return check_url(url)
@@ -4112,10 +4092,7 @@ def check_reference(reference: str) -> None:
 
 
 def clone(url: str, reference: Optional[str], folder: str) -> None:
-    """Clone a repository with its submodules into a new folder, shallow where that is enough.
-
-    `reference` is a branch, tag or commit; None is the default branch.
-    """
+    """Clone a branch, tag or commit (None: the default branch) and submodules, shallow where that is enough."""
     check_repository(url)
     check_reference(reference or "HEAD")
     options = ["--quiet", "--recurse-submodules", "--shallow-submodules"]
@@ -4149,13 +4126,10 @@ def newest_release(url: str) -> Optional[str]:
 
 
 def nearest_names(wanted: str, names: list[str]) -> list[str]:
-    """Return up to five of the tags and branches that may have been meant: of like numbers, else of like spelling."""
+    """Return up to five of the tags and branches that may have been meant, the newest first; else the newest of all."""
     from difflib import get_close_matches
 
-    versions = sorted((name for name in names if re.match(r"v?\d", name)), key=version_key)
-    place = sum(version_key(name) < version_key(wanted) for name in versions)
-    around = versions[max(0, place - 3) : place + 2] if re.match(r"v?\d", wanted) else []
-    return around[::-1] or get_close_matches(wanted, names, 5) or versions[:-6:-1]
+    return sorted(get_close_matches(wanted, names, 5, 0.5) or names, key=version_key, reverse=True)[:5]
 
 
 STAGES = {"dev": -4, "alpha": -3, "a": -3, "beta": -2, "b": -2, "preview": -1, "pre": -1, "rc": -1, "c": -1}
@@ -4196,13 +4170,10 @@ def is_local(url: str) -> bool:
 
 
 def split_reference(identifier: str) -> tuple[str, Optional[str]]:
-    """Return ADDRESS@REFERENCE in its parts. The @ of git@host does not count, nor one in a folder's real name.
-
-    The address of a page in a browser means the repository, and the branch, tag or commit that the page shows.
-    """
+    """Return ADDRESS@REFERENCE in its parts. A browser's page means the repository, and what the page shows of it."""
     if is_local(identifier):
         url, mark, reference = identifier.rpartition("@")
-        return (identifier, None) if os.path.isdir(identifier) or not mark else (url, reference)
+        return (identifier, None) if os.path.isdir(identifier) or not mark else (url, reference)  # a real name has an @
     head = re.match(r"[A-Za-z+.-]+://[^/]*|[^/:]*:", identifier)
     start = head.end() if head else 0
     path, _, reference = identifier[start:].partition("@")
@@ -4295,13 +4266,11 @@ def with_interpreter(variables: dict[str, str], python: str) -> dict[str, str]:
 
 
 def package_environment(python: str) -> dict[str, str]:
-    """Return the environment variables under which packages are installed and install.py runs.
-
-    Packages of the user's own site are left out: ComfyUI's portable Python is started with -s and does not see them.
-    """
+    """Return the environment variables under which packages are installed and install.py runs."""
     dropped = rf"(?!{UV_SOURCES}$)(PIP_|UV_|PYTHONHOME$|PYTHONPATH$)"
     kept = {key: value for key, value in inherited_environment().items() if not re.match(dropped, key)}
     ours = {"PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    # ComfyUI's portable Python is started with -s and does not see packages of the user's own site
     rest = {"UV_NO_CONFIG": "1", "PYTHONNOUSERSITE": "1", "PYTHONIOENCODING": "utf-8"}
     return {**with_interpreter(kept, python), **pip_settings(python), **uv_settings(), **ours, **rest}
 
@@ -4401,10 +4370,6 @@ def package_name(line: str) -> str:
     return re.sub(r"[-_.]+", "-", found[1]).lower() if found else line
 
 
-def held_packages(frozen: list[str]) -> list[str]:
-    return [line for line in frozen if "==" in line and package_name(line) in HELD_PACKAGES]
-
-
 def held_index(frozen: list[str]) -> Optional[str]:
     """Return the index that the installed PyTorch is from, by its local version: 2.9.0+cu128 is from .../whl/cu128."""
     local = re.search(r"(?mi)^torch==[^+\n]*\+(cpu|cu\d+|rocm[\d.]+|xpu)$", "\n".join(frozen))
@@ -4420,15 +4385,12 @@ def torch_index(backend: str) -> str:
 
 
 def detect_torch_backend() -> str:
-    """Return the PyTorch backend for this machine's graphics card: cuNNN, rocmX.Y or cpu (on Macs it has Metal too).
-
-    CUDA 13 needs driver 580 or later and CUDA 12.8 driver 570 (NVIDIA's release notes).
-    """
+    """Return the PyTorch backend for this machine's graphics card: cuNNN, rocmX.Y or cpu (on Macs it has Metal too)."""
     if on_path("nvidia-smi"):
         with suppress(CDEnvironmentError):  # it hangs, or is no program for this machine
             done = run_command(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], timeout=30.0)
             driver = re.match(r"\s*(\d+)", done.stdout)
-            if driver and done.returncode == 0:
+            if driver and done.returncode == 0:  # CUDA 13 needs driver 580, CUDA 12.8 570 (NVIDIA's release notes)
                 return "cu130" if int(driver[1]) >= 580 else "cu128" if int(driver[1]) >= 570 else "cu126"
     return "rocm6.4" if on_path("rocminfo") else "cpu"
 
@@ -4437,17 +4399,14 @@ def detect_torch_backend() -> str:
 
 
 def requirement_entries(text: str) -> list[str]:
-    """Return the entries of a requirements.txt: continued lines as one, without comments and without hashes.
-
-    pip wants a hash for every package once one has it, which a world of several files never has.
-    """
+    """Return the entries of a requirements.txt, without hashes: pip would want them for all that is installed."""
     lines = [re.sub(r"(^|\s)#.*$", "", line) for line in re.sub(r"\\\r?\n", " ", text).splitlines()]
     return [line for line in (re.sub(r"\s+--hash[= ]\S+", "", line).strip() for line in lines) if line]
 
 
-def requirement_lines(text: str) -> list[str]:
-    """Return the plain requirements of a requirements.txt, which a manifest can hold; options and paths left out."""
-    return [redact(entry) for entry in requirement_entries(text) if is_plain(entry)]
+def requirement_lines(entries: list[str]) -> list[str]:
+    """Return the plain requirements, which a manifest can hold; options and paths left out."""
+    return [redact(entry) for entry in entries if is_plain(entry)]
 
 
 def is_plain(entry: str) -> bool:
@@ -4458,13 +4417,10 @@ def is_plain(entry: str) -> bool:
 
 
 def pip_entry(entry: str, folder: str) -> str:
-    """Return an entry as it is meant in a folder, whatever file it stands in; empty for an option that is not obeyed.
-
-    An index of its own is one more index for all: it takes no other node's away.
-    """
+    """Return an entry as it is meant in a folder, wherever it is read; empty for an option that is not obeyed."""
     option = re.fullmatch(r"(-r|--requirement|-c|--constraint|-e|--editable)[ =]?\s*(\S.*)", entry)
     index = re.fullmatch(r"(?:-i|--index-url|--extra-index-url)[ =]\s*(\S+)", entry)
-    if index:
+    if index:  # one more for all: it takes no other node's away
         return f"--extra-index-url {index[1]}"
     if entry.startswith("-") and not option:
         return entry if re.match(r"(-f|--find-links|--pre|--only-binary|--no-binary|--prefer-binary)\b", entry) else ""
@@ -4481,17 +4437,11 @@ def project_table(folder: str, python: Optional[str] = None) -> dict[str, Any]:
     return {}
 
 
-def node_requirements(folder: str, python: Optional[str] = None) -> str:
-    """Return what a node needs, as the text of a requirements.txt: its own, else what its pyproject.toml lists."""
+def node_requirements(folder: str, python: Optional[str] = None) -> list[str]:
+    """Return the entries of what a node or ComfyUI needs: of its requirements.txt, else of its pyproject.toml."""
     path = os.path.join(folder, "requirements.txt")
-    if os.path.isfile(path):
-        return read_any_text(path)
-    return "\n".join(texts_in(project_table(folder, python), "dependencies"))
-
-
-def manager_requirements(comfyui: str) -> list[str]:
-    """Return what the ComfyUI-Manager that a checkout names needs."""
-    return requirement_entries(read_any_text(os.path.join(comfyui, "manager_requirements.txt")))
+    listed = [] if os.path.isfile(path) else texts_in(project_table(folder, python), "dependencies")
+    return requirement_entries("\n".join(listed) or read_any_text(path))
 
 
 @dataclass
@@ -4519,7 +4469,7 @@ class Packages:
         self.python, self.uv, self.world = python, which("uv"), [*world]
         self.before = installed_packages(python)
         frozen = [one.pinned for one in self.before.values()]
-        self.held = [line for line in held_packages(frozen) if package_name(line) not in released]
+        self.held = [line for line in frozen if package_name(line) in {*HELD_PACKAGES} - {*released}]
         index = held_index(frozen)
         # PyTorch's index holds old copies of other packages: uv must look at both
         policy = ["--index-strategy", "unsafe-best-match"] if self.uv else []
@@ -4529,10 +4479,9 @@ class Packages:
 
     def run(self, words: list[str], tell: Progress = no_progress) -> Any:
         """Run a command of pip's, by uv where it is, and return its code and output. Raises CDEnvironmentError."""
-        pip = [self.python, "-m", "pip", *words]
-        uv = [self.uv, "pip", words[0], "--python", self.python, *words[1:]] if self.uv else []
+        pip = [self.uv, "pip", words[0], "--python", self.python] if self.uv else [self.python, "-m", "pip", words[0]]
         with scratch_folder() as empty:
-            done = run_command(uv or pip, empty, package_environment(self.python), INSTALL_SECONDS, tell)
+            done = run_command([*pip, *words[1:]], empty, package_environment(self.python), INSTALL_SECONDS, tell)
         if "No module named pip" in done.stderr:
             hint = f"{quote(self.python)} -m ensurepip"
             raise CDEnvironmentError(f"{self.python} has no pip, and uv is not installed", hint, "no-pip")
@@ -4706,18 +4655,12 @@ class Packages:
             tell(f"packages put back: {', '.join(done)}")
 
 
-Installer = Packages
-
-
 # Node sources: each can find a node by what was typed, fetch it into a folder, name the newest version, and tell what
 # was changed in a folder since. `receipt` is what was written down when the node came.
 
 
 def check_node_name(name: str) -> None:
-    """Raise CDEnvironmentError (code "name") unless a folder of this name stays in custom_nodes on every system.
-
-    Names of 1.0.x are display names: they may hold spaces and any letters.
-    """
+    """Raise CDEnvironmentError unless this, maybe a display name of 1.0.x, can be a folder's name on every system."""
     devices = r"(con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\.|$)"
     refused = rf'(?i)$|[.-]|.*[<>:"/\\|?*]|.*[. ]$|.*\.disabled$|__pycache__$|{devices}'
     if len(name) > 120 or has_control(name) or re.match(refused, name):
@@ -4736,10 +4679,7 @@ class RegistrySource:
     lists = (TRACKING, NODE_RECORD)  # files that tell of the others; an archive's own count for nothing
 
     def find(self, identifier: str, tell: Progress) -> NodeInfo:
-        """Return the node and the version to install, named as the registry spells it; say what speaks against it.
-
-        Raises CDEnvironmentError: code "name" (no id), "not-found", "banned", or as download does.
-        """
+        """Return the node and the version to install, named as the registry spells it; say what speaks against it."""
         identity, _, version = identifier.replace("==", "@", 1).partition("@")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", identity):
             hint = "use an id of registry.comfy.org, https://..., or --dev FOLDER"
@@ -5630,13 +5570,13 @@ class NodeManager:
 
     def need_of(self, info: NodeInfo, folder: str) -> Need:
         """Return what the node in a folder needs, as pip is to be told it."""
-        lines = [] if info.no_deps else requirement_entries(node_requirements(folder, self.python))
+        lines = [] if info.no_deps else node_requirements(folder, self.python)
         entries = [pip_entry(line, folder) for line in lines if redact(line) not in info.skipped_lines]
         return Need(info.name, [entry for entry in entries if entry])
 
     def needs_of(self, info: NodeInfo, folder: str) -> list[str]:
         """Return the requirements of the node in a folder as the manifest has them."""
-        return requirement_lines("\n".join(self.need_of(info, folder).entries))
+        return requirement_lines(self.need_of(info, folder).entries)
 
     def world(self, but: str = "", comfyui: Optional[str] = None) -> list[Need]:
         """Return who needs what here: ComfyUI, by the files in its folder or in another, the manifest, and the nodes.
@@ -5651,7 +5591,8 @@ class NodeManager:
         others = [one for key, one in manifest.nodes.items() if key != but and self.source_of(one)]
         nodes = [self.need_of(one, self.folder_of(one)) for one in others if os.path.isdir(self.folder_of(one))]
         bounds = Need("the manifest", manifest.constraints, True)
-        manager = Need("ComfyUI's manager", manager_requirements(folder), True)
+        path = os.path.join(folder, "manager_requirements.txt")
+        manager = Need("ComfyUI's manager", requirement_entries(read_any_text(path)), True)
         return [own, Need("the manifest", rest), manager, bounds, *nodes]
 
     # Receipts: what was put in a node's place, in .cec/.nodes
@@ -5951,22 +5892,23 @@ def has_module(python: str, name: str) -> bool:
 
 def install_packages(paths: EnvironmentPaths, backend: str, with_manager: bool, tell: Progress) -> list[str]:
     """Install PyTorch, first and from its own index, which knows the hardware, and what ComfyUI needs; return all."""
-    installer = Installer(venv_python(paths.venv))
-    frozen = installer.freeze()
+    packages = Packages(venv_python(paths.venv))
+    frozen = packages.freeze()
     is_other = backend != "auto" and held_index(frozen) not in (None, torch_index(backend))
     if is_other or not {*TORCH_PACKAGES} <= {*map(package_name, frozen)}:
         with stage("PyTorch", tell, TORCH_INDEX):
             if is_other:
-                installer.uninstall(TORCH_PACKAGES)
-            installer.install_torch(backend, tell)
-    lines = requirement_entries(node_requirements(paths.comfyui))
+                packages.uninstall(TORCH_PACKAGES)
+            packages.install_torch(backend, tell)
+    lines = node_requirements(paths.comfyui)
     if lines:
-        lines += manager_requirements(paths.comfyui) if with_manager else []
+        path = os.path.join(paths.comfyui, "manager_requirements.txt")
+        lines += requirement_entries(read_any_text(path)) if with_manager else []
         world = [Need("ComfyUI", [pip_entry(line, paths.comfyui) for line in lines])]
         with stage("requirements", tell, os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple/"):
-            if why := Packages(installer.python, world).ask(world, tell, is_trial=False):
+            if why := Packages(packages.python, world).ask(world, tell, is_trial=False):
                 raise packages_error(why)
-    return installer.freeze()
+    return packages.freeze()
 
 
 def models_folder(folder: Optional[str]) -> Optional[str]:
@@ -5986,7 +5928,7 @@ def first_manifest(name: str, settings: dict[str, Any], needs: list[str], frozen
         "dependencies": needs,
     }
     tables: dict[str, dict[str, Any]] = {"[project]": project, "[tool.comfydock]": settings}
-    torch = [line for line in held_packages(frozen) if package_name(line) in TORCH_PACKAGES]
+    torch = [line for line in frozen if package_name(line) in TORCH_PACKAGES]
     if index := held_index(torch):
         title = "pytorch-" + index.removeprefix(TORCH_INDEX)
         tables["[[tool.uv.index]]"] = {"name": title, "url": index, "explicit": True}

@@ -3801,8 +3801,12 @@ class GitTest(InWorkshop):
             self.assertEqual(dock.split_reference(identifier), parts)
 
     def test_git_never_asks_and_a_submodule_cannot_name_a_local_path(self):
-        self.assertEqual(dock.git_environment("https://x/y")["GIT_ALLOW_PROTOCOL"], "https:ssh")
-        self.assertEqual(dock.git_environment("/x")["GIT_TERMINAL_PROMPT"], "0")
+        done = subprocess.CompletedProcess([], 0, "", "")
+        for url, ways in (("https://x/y", "https:ssh"), ("/x", "https:ssh:file")):
+            with unittest.mock.patch.object(dock, "run_command", return_value=done) as run:
+                dock.git(["ls-remote"], url=url)
+            environ = run.call_args.args[2]
+            self.assertEqual((environ["GIT_ALLOW_PROTOCOL"], environ["GIT_TERMINAL_PROMPT"]), (ways, "0"))
 
     def test_the_newest_release_is_the_highest_version_of_the_tags(self):
         self.assertEqual(dock.newest_release(Workshop.comfyui), "v0.10.0")
@@ -3834,7 +3838,7 @@ class CreateTest(InWorkshop):
         self.assertEqual(manifest.settings["comfyui_version_type"], "release")
         self.assertEqual(manifest.settings["comfyui_commit_sha"], git(paths.comfyui, "rev-parse", "HEAD"))
         self.assertTrue(os.path.exists(paths.complete))
-        frozen = dock.Installer(Workshop.python).freeze()
+        frozen = dock.Packages(Workshop.python).freeze()
         for line in ("torch==2.0.0+cpu", "numpy==1.26.0"):
             self.assertIn(line, frozen)
         self.assertTrue([line for line in frozen if line.startswith("pip==")], "ComfyUI-Manager needs pip")
@@ -4308,14 +4312,14 @@ class AddTest(NodeCase):
     def test_an_old_pip_that_cannot_try_installs_all_or_nothing(self):
         text = "brand\nno-such-package"
         Workshop.registry.publish("for-old-pip", "1.0.0", {"__init__.py": "", "requirements.txt": text})
-        before, real = self.snapshot(), dock.Installer.run
+        before, real = self.snapshot(), dock.Packages.run
 
         def old_pip(installer, words, *more):
             if "--dry-run" in words:
                 return subprocess.CompletedProcess(words, 2, "", "no such option: --dry-run")
             return real(installer, words, *more)
 
-        with unittest.mock.patch.object(dock.Installer, "run", old_pip):
+        with unittest.mock.patch.object(dock.Packages, "run", old_pip):
             self.failing("no-such-package", self.manager.add_node, "for-old-pip")
         self.assertEqual(self.snapshot(), before)
 
@@ -4836,7 +4840,9 @@ class OneWorld(NodeCase):
         self.assertEqual([dock.pip_entry(line, "/n") for line in dock.requirement_entries("\n".join(lines))],
                          ["/n/.", "-e /n/./sub", "-r /n/more.txt", "--extra-index-url https://a/simple", "tiny==1.0", ""])  # fmt: skip
         text = "tiny==1.0 \\\n  --hash=sha256:aa\ngit+https://ghp_SECRET1@github.com/o/r\npack @ https://u:p@h/x.whl\n"
-        self.assertEqual(dock.requirement_lines(text), ["tiny==1.0", "pack @ https://h/x.whl"])
+        self.assertEqual(
+            dock.requirement_lines(dock.requirement_entries(text)), ["tiny==1.0", "pack @ https://h/x.whl"]
+        )
 
 
 @needs_git
@@ -5108,7 +5114,7 @@ class KilledTest(NodeCase):
         Workshop.registry.publish(
             "kill-pip", "1.0.0", {"__init__.py": "", "requirements.txt": "brand", "install.py": script}
         )
-        dock.Installer(Workshop.python).uninstall(["brand"])
+        dock.Packages(Workshop.python).uninstall(["brand"])
         body = f"dock.NodeManager(dock.EnvironmentPaths({self.paths.root!r}), {Workshop.python!r}, print).add_node('kill-pip')"
         dice = random.Random(7)
         for _ in range(2):
@@ -5124,7 +5130,7 @@ class KilledTest(NodeCase):
                 self.assertNotIn("brand==1.0", self.freeze())
             self.assertEqual(set(manifest.nodes) - {"kill-pip"}, set())
             self.remove("kill-pip")
-            dock.Installer(Workshop.python).uninstall(["brand"])
+            dock.Packages(Workshop.python).uninstall(["brand"])
 
 
 class OddMachines(unittest.TestCase):
@@ -5313,7 +5319,7 @@ class UvTest(InWorkshop):
             )
             os.rename(wheel + ".later", wheel)
             python = dock.venv_python(paths.venv)
-            installer = dock.Installer(python)
+            installer = dock.Packages(python)
             self.assertTrue(installer.uv)
             self.assertIn("pip", [dock.package_name(line) for line in installer.freeze()])
             installer.uninstall(["pip"])
@@ -9191,7 +9197,7 @@ class FromNothingToANode(Journey):
             self.assertIn(stage, said)
         cec = os.path.join(self.person.workspace, "environments", "main", ".cec")
         python = dock.venv_python(os.path.join(os.path.dirname(cec), ".venv"))
-        self.assertIn("comfyui_manager==4.2", [line.replace("-", "_") for line in dock.Installer(python).freeze()])
+        self.assertIn("comfyui_manager==4.2", [line.replace("-", "_") for line in dock.Packages(python).freeze()])
         self.assertIn("Initial environment setup", git(cec, "log", "--format=%s"))
         self.assertEqual(git(cec, "status", "--porcelain"), "")
         self.assertRegex(self.types("list"), r"main \(active\) +stopped")
