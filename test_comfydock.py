@@ -714,12 +714,14 @@ def make_venv(folder, python, real=dock.make_venv):
     """A copy of a venv that comfydock made; pip stands not in it but beside it: a thousand files less to copy."""
     if python != sys.executable or has("uv"):
         return real(folder, python)
-    venv, pip = os.path.join(Workshop.root, "venv"), os.path.join(Workshop.root, "pip")
-    if not os.path.exists(venv):
-        real(venv, python)
-        packages = packages_in(venv)
-        os.rename(packages, pip)
-        write(os.path.join(packages, "pip.pth"), pip)
+    shared = os.environ.get(CLAIMS, Workshop.root)
+    venv, pip = os.path.join(shared, "a venv"), os.path.join(shared, "its pip")
+    with dock.locked(os.path.join(shared, "venv.lock"), 120, "tests"):
+        if not os.path.exists(pip):
+            real(venv, python)
+            packages = packages_in(venv)
+            os.rename(packages, pip)
+            write(os.path.join(packages, "pip.pth"), pip)
     return shutil.copytree(venv, folder, symlinks=True)
 
 
@@ -11047,13 +11049,16 @@ class Result(unittest.TextTestResult):
         self.passed += 1
 
 
-SHARES = {  # the first three have a process of its own each; who is done with the others helps with the journeys
-    "--journeys": lambda case: isinstance(case, Journey) and not isinstance(case, (FromNothingToANode, Trouble)),
-    "--troubles": lambda case: isinstance(case, Trouble),
-    "--rest": lambda case: not isinstance(case, Journey) or isinstance(case, FromNothingToANode),
+SHARES = {
     "--units": lambda case: not isinstance(case, Journey),
     "--sections": lambda case: not isinstance(case, (Journey, InWorkshop)),
 }
+CLAIMS = "COMFYDOCK_TEST_CLAIMS"  # the folder in which lanes claim classes, and what they share
+LONGEST = (
+    "UpdatingComfyUI FromNothingToANode WhatUsersMet PlantedByOthers OneWorld WhichEnvironment SmallCommands Foreground FirstContact"
+    " AddTest ChangeTest KilledAnywhere Monitored StoppingAndNothingElse Running LogsOfAllKinds QueuedWork TellingTheTruth HandingOver"
+    " EveryWayToHaveIt CreateTest KilledTest Readme ManyAtOnce DisksAndFolders Top CompletionInRealShells"
+).split()  # they are begun with, so that no lane runs long behind the others
 
 
 def flattened(suite):
@@ -11065,14 +11070,16 @@ def flattened(suite):
             yield case
 
 
-CLAIMS = "COMFYDOCK_TEST_CLAIMS"
+def rank(case):
+    name = type(case).__name__
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 class Claimed(unittest.TestSuite):
-    """Tests that several processes share: a class is run by the one that comes to it first."""
+    """Tests that several lanes share: a class is run by the one that comes to it first."""
 
     def __iter__(self):
-        for kind, cases in itertools.groupby(list(self._tests), type):
+        for kind, cases in itertools.groupby(sorted(self._tests, key=rank), type):
             try:
                 os.mkdir(os.path.join(os.environ[CLAIMS], kind.__name__))
             except FileExistsError:
@@ -11083,40 +11090,29 @@ class Claimed(unittest.TestSuite):
 def run_here(names, share):
     """Run the named tests, or a share of all; returns (passed, failed, skipped)."""
     suite = unittest.defaultTestLoader.loadTestsFromNames([f"__main__.{name}" for name in names] or ["__main__"])
-    cases = list(flattened(suite))
-    chosen = unittest.TestSuite(case for case in cases if share is None or SHARES[share](case))
-    if CLAIMS in os.environ:  # helpers begin at the other end
-        chosen = Claimed([*chosen, *filter(SHARES["--journeys"], reversed(cases))])
+    kind = Claimed if CLAIMS in os.environ else unittest.TestSuite
+    chosen = kind(case for case in flattened(suite) if share is None or SHARES[share](case))
     result = unittest.TextTestRunner(resultclass=Result, verbosity=2 if "--verbose" in sys.argv else 1).run(chosen)
     failed = len(result.failures) + len(result.errors) + len(result.unexpectedSuccesses)
     return result.passed, failed, len(result.skipped)
 
 
-def run_in_thirds():
-    """Run all tests in three processes at once; returns (passed, failed, skipped), a lost count being a failure."""
-    words = [word for word in sys.argv[1:] if word.startswith("--")]
+def run_in_lanes():
+    """Run all tests in three processes side by side; returns (passed, failed, skipped), a lost count being a failure."""
     totals = [0, 0, 0]
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3)]
         variables = {**os.environ, CLAIMS: stack.enter_context(tempfile.TemporaryDirectory())}
-        thirds = [
-            subprocess.Popen(
-                [sys.executable, __file__, share, *words],
-                env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-            )
-            for share, file in zip(SHARES, said)
-        ]  # fmt: skip
-        for third, file in zip(thirds, said):
-            third.wait()
+        command = [sys.executable, __file__, *sys.argv[1:]]
+        pipes = [{"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file} for file in said]
+        lanes = [subprocess.Popen(command, env=variables, **pipe) for pipe in pipes]
+        for lane, file in zip(lanes, said):
+            lane.wait()
             file.seek(0)
             text = file.read()
             print(text)
             counts = re.search(r"(\d+) passed, (\d+) failed, (\d+) skipped\s*$", text)
-            totals = (
-                [a + int(b) for a, b in zip(totals, counts.groups())]
-                if counts
-                else [totals[0], totals[1] + 1, totals[2]]
-            )
+            totals = [a + int(b) for a, b in zip(totals, counts.groups() if counts else (0, 1, 0))]
     return totals
 
 
@@ -11135,7 +11131,7 @@ def main():
             signal.signal(number, heard)
     names = [word for word in sys.argv[1:] if not word.startswith("--")]
     share = next((word for word in sys.argv[1:] if word in SHARES), None)
-    passed, failed, skipped = run_here(names, share) if names or share else run_in_thirds()
+    passed, failed, skipped = run_here(names, share) if names or share or CLAIMS in os.environ else run_in_lanes()
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 1 if failed else 0
 
