@@ -5209,8 +5209,7 @@ class NodeManager:
             result.message = f"{info.name} {why}"
             return result
         with self.changing(f"update {info.name}"):
-            now = self.manifest.nodes.get(key)
-            if now is None or now.version != info.version:
+            if self.manifest.nodes.get(key) != info:
                 hint = ("node", "update", key)
                 raise CDEnvironmentError(f"node '{info.name}' was changed by another command", hint)
             before = self.manifest.requirements(info)
@@ -5228,7 +5227,7 @@ class NodeManager:
 
     def newest(self, key: str, info: NodeInfo, asked: str) -> "tuple[NodeInfo, str]":
         """Return a node at the version that was asked for, else at its newest; and why it stays as it is, or ""."""
-        source, found = self.source_of(info), info
+        source = self.source_of(info)
         if not os.path.lexists(self.folder_of(info)) and self.disabled_folder(info):
             return info, "is disabled, and was left as it is"
         if info.pin and not asked:
@@ -5260,12 +5259,11 @@ class NodeManager:
                     wanted[wrong["name"]] = report.corrected
             for name, done in wanted.items():
                 key, info = self.find_node(name)
-                source = self.source_of(info)
                 try:
-                    if source is None or info.source == "development":
+                    if info.source not in ("registry", "git"):
                         lost = "it is not in custom_nodes, and only you know where it is: put it back"
                         raise CDEnvironmentError(f"{lost}, or: node remove {quote(name)}")
-                    self.put(key, info, source)
+                    self.put(key, info, self.source_of(info))
                     done.append(name)
                 except CDEnvironmentError as error:
                     report.problems.append(f"{name}: {error.message}")
@@ -5290,24 +5288,21 @@ class NodeManager:
         """Disable a node or enable it again, on disk as ComfyUI-Manager does it; tells what became of it."""
         with self.changing(f"{'enable' if is_on else 'disable'} {identifier}"):
             _, info = self.find_node(identifier)
-            place, away = self.folder_of(info), self.disabled_folder(info)
-            state = "enabled" if is_on else "disabled"
+            place, state = self.folder_of(info), "enabled" if is_on else "disabled"
             if os.path.lexists(place) == is_on:
                 return f"{info.name} is {state} already"
-            if is_on and away is None:
-                raise CDEnvironmentError(f"{info.name} is not there", ("repair",), "not-found")
             number = "nightly" if info.source == "git" else str(info.version).replace(".", "_")
             name = f"{info.registry_id.lower()}@{number}" if info.registry_id else os.path.basename(place)
-            target = place if is_on else os.path.join(self.custom_nodes, ".disabled", name)
+            away = os.path.join(self.custom_nodes, ".disabled", name)
+            source, target = (self.disabled_folder(info), place) if is_on else (place, away)
+            if source is None:
+                raise CDEnvironmentError(f"{info.name} is not there", ("repair",), "not-found")
             make_folder(os.path.dirname(target))
-            move(away if is_on and away else place, target)
+            move(source, target)
             return f"{info.name} is {state}"
 
     def track(self, name: str) -> NodeInfo:
-        """Write a folder that is in custom_nodes into the manifest as what it looks like; nothing else changes.
-
-        A clone with a remote is a git node, one with the marks of the registry a registry node, else it is development.
-        """
+        """Write a folder in custom_nodes into the manifest: a clone, a node of the registry, else somebody's work."""
         with self.changing(f"track {name}"):
             folder = os.path.join(self.custom_nodes, name)
             if name not in self.folders():
@@ -5584,9 +5579,9 @@ class NodeManager:
         In an adopted environment, whose packages are the user's, ComfyUI's are only not to be broken.
         """
         manifest, folder = self.manifest, comfyui or self.comfyui
-        own = self.need_of(NodeInfo("ComfyUI"), folder)
-        own.is_limit = bool(manifest.comfyui_path)
-        named = {package_name(entry) for entry in own.entries}  # the checkout's own file knows better than a copy of it
+        own, former = (self.need_of(NodeInfo("ComfyUI"), place) for place in (folder, self.comfyui))
+        own.is_limit = bool(manifest.comfyui_path) and comfyui is None
+        named = {package_name(entry) for entry in own.entries + former.entries}  # which know better than a copy of them
         rest = [line for line in manifest.dependencies if package_name(line) not in named]
         others = [one for key, one in manifest.nodes.items() if key != but and self.source_of(one)]
         nodes = [self.need_of(one, self.folder_of(one)) for one in others if os.path.isdir(self.folder_of(one))]
@@ -6160,13 +6155,6 @@ class ComfyUIUpdate:
             raise CDEnvironmentError(message, hint, "local-changes")
         return own
 
-    def world(self, former: list[str], folder: Optional[str] = None) -> list[Need]:
-        """Return who needs what, ComfyUI first; `former` are the lines of its former requirements."""
-        needs = self.nodes.world(comfyui=folder)
-        needs[0].is_limit = False
-        needs[1].entries = [entry for entry in needs[1].entries if entry not in former]
-        return needs
-
     def try_packages(self, version: CodeVersion) -> None:
         """Find out whether what a version needs can be installed beside what the nodes need and what is held."""
         if not self.nodes.python:
@@ -6176,9 +6164,8 @@ class ComfyUIUpdate:
                 text = git_answer(["show", f"{version.commit}:{name}"], self.checkout)
                 if text is not None:
                     write_atomic(os.path.join(folder, name), f"{text}\n".encode())
-            world = self.world(requirement_lines(node_requirements(self.checkout)), folder)
             self.tell(f"trying the packages of ComfyUI {version.name} and all nodes")
-            why = Packages(self.nodes.python, []).ask(world, self.tell)
+            why = Packages(self.nodes.python, []).ask(self.nodes.world(comfyui=folder), self.tell)
         if why:
             raise CDEnvironmentError(f"ComfyUI {version.name} does not fit: {why}", code="packages")
 
@@ -6241,16 +6228,16 @@ class ComfyUIUpdate:
         forced = ["--force"] * (self.before["worktree"] != self.before["commit"])
         self.git("checkout", "--quiet", *forced, "--detach", version.commit)
         self.set_branch(version.branch, version.commit)
-        if self.nodes.python:
-            self.tell(f"installing the packages of ComfyUI {version.name}")
-            own, *others = self.world(former)
-            Packages(self.nodes.python, others).install(own, self.tell)
         if needs is not None:
             needs = [line for line in needs if line not in former] + requirement_lines(node_requirements(self.checkout))
         kind = "branch" if version.ref.startswith("refs/heads/") else "commit"
         kind = "release" if re.fullmatch(r"v?\d+\.\d+\.\d+", version.name) else kind
         facts = zip(self.before["settings"], (version.name, kind, version.commit))
         change_settings(self.paths, dict(facts), self.nodes.python, needs)
+        if self.nodes.python:
+            self.tell(f"installing the packages of ComfyUI {version.name}")
+            own, *others = self.nodes.world(comfyui=self.checkout)
+            Packages(self.nodes.python, others).install(own, self.tell)
 
     def set_branch(self, branch: Optional[str], commit: str) -> None:
         if branch:
