@@ -22,7 +22,8 @@ process counts only while its identity holds: same machine and PID namespace, sa
 Words: a workspace holds environments; an environment has a ComfyUI checkout, a Python, a manifest
 (`.cec/pyproject.toml`) and at most one ComfyUI process; its record is what the state file says of that process; a
 `Process` is one as the system shows it; a snapshot is both together; a report is what a command answers. A starter
-wrote the intent to start one, a keeper watches one and starts it again, a holder has the lock or the port.
+wrote the intent to start one, a keeper watches one and starts it again; a holder has the port, or the lock that it
+signs.
 
 To vendor it: `comfydock.Workspace().get_environment("main").run(["--port", "8190"])`.
 
@@ -224,7 +225,7 @@ class ComfyUIConfig:
 class ProcessState:
     """The record of one ComfyUI process, as `.cec/.comfyui.state` keeps it.
 
-    Its fields are the keys of the file and their types: those of the plan first, which must be there; what may be null
+    Its fields are the keys of the file and their types: the six of the first version must be there; what may be null
     has the default None. `started_at` is ISO 8601 in UTC, `log_offset` is in bytes. `pid` is None only while `phase` is
     "starting": the intent, written before the spawn. `identity` and `starter["identity"]` are what `identity_of` says
     of a process, `uid` is its user, `alive` the lock file that it holds; `extra` has keys that a later version wrote.
@@ -258,12 +259,12 @@ class ProcessState:
     owner: Optional[int] = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object of the state file: the keys of the plan, then ours."""
+        """Return the JSON object of the state file, the keys of the first version first."""
         data = {_KEYS.get(name, name): getattr(self, name) for name in type(self).__annotations__}
         health = {"last_check": data.pop("last_health_check"), "status": data.pop("health_status")}
-        plan = {name: data.pop(name) for name in ("pid", "host", "port", "args", "started_at", "log_path")}
+        first = {name: data.pop(name) for name in ("pid", "host", "port", "args", "started_at", "log_path")}
         del data["extra"], data["owner"]
-        return {**plan, "health": health, "schema": 2, **data, **self.extra}
+        return {**first, "health": health, "schema": 2, **data, **self.extra}
 
     @property
     def has_log(self) -> bool:
@@ -2254,50 +2255,40 @@ def locate(identity: object) -> str:
     return "here" if theirs["pid_ns"] == ours["pid_ns"] else "beside"
 
 
-def recorded_process(
-    noted: Optional[dict[str, Any]], users: tuple[Optional[int], ...], is_it: Callable[[Process], bool]
-) -> Optional[Process]:
-    """Return the live process that `noted` names ("pid", "identity"), if it is what it should be, else None.
+def recorded_process(noted: Optional[dict[str, Any]], *users: Optional[int]) -> Optional[Process]:
+    """Return the live process that `noted` names ("pid", "identity"), else None.
 
     `users` are whose it must be, by the file that says so and by what that says, as far as known: a record speaks for
     its owner, of another user's process it proves nothing.
     """
     pid = noted.get("pid") if noted else None
-    may_be = pid == 1 or is_pid(pid)  # in a container who starts ComfyUI, and keeps it, is PID 1
-    process = process_table().process(pid) if isinstance(pid, int) and may_be else None
-    if (
-        noted is None
-        or process is None
-        or process.state == "zombie"
-        or not is_identity_of(process, noted.get("identity"))
-    ):
+    if noted is None or not isinstance(pid, int) or pid != 1 and not is_pid(pid):  # a keeper in a container is PID 1
         return None
-    is_owners = all(user in (None, process.uid) for user in users)
-    return process if is_owners and is_it(process) else None
+    process = process_table().process(pid)
+    if process is None or process.state == "zombie" or not is_identity_of(process, noted.get("identity")):
+        return None
+    return process if all(user in (None, process.uid) for user in users) else None
 
 
 def recorded_comfyui(record: ProcessState, python: str, script: str) -> Optional[Process]:
     """Return the live process of a record that has a PID, if it is a Python that runs `script` (absolute).
 
     So is a wrapper in place of `python`, a script, that has not become it: a shell shows their names behind its own. A
-    record with the plan's keys alone has no identity: it names a candidate, which is its own proof.
+    record without an identity, of the first version, names a candidate, which is its own proof.
     """
-
-    def is_comfyui(process: Process) -> bool:
-        if not runs_script(process, script):
-            with suppress(OSError), open_regular(os.path.realpath(python)) as file:
-                is_wrapped = any(f" {python} {option}{script}" in process.text for option in ("", "-s "))
-                return is_wrapped and file.read(2) == b"#!"
-            return False
-        return True
-
     identity = record.identity or identity_of(process_table().process(record.pid or 0))
-    return recorded_process({"pid": record.pid, "identity": identity}, (record.owner, record.uid), is_comfyui)
+    process = recorded_process({"pid": record.pid, "identity": identity}, record.owner, record.uid)
+    if process is None or runs_script(process, script):
+        return process
+    with suppress(OSError), open_regular(os.path.realpath(python)) as file:
+        is_wrapped = any(f" {python} {option}{script}" in process.text for option in ("", "-s "))
+        return process if is_wrapped and file.read(2) == b"#!" else None
+    return None
 
 
 def recorded_starter(record: ProcessState) -> Optional[Process]:
     """Return the process that wrote an intent, if it lives."""
-    return recorded_process(record.starter, (record.owner, record.uid), lambda process: True)
+    return recorded_process(record.starter, record.owner, record.uid)
 
 
 def is_process_alive(pid: int) -> bool:
@@ -3051,14 +3042,14 @@ def end_orphan_at(path: str) -> bool:
     holder = holder_of(path)
     try:
         noted: Any = json.loads(text) if holder is None or holder.pid != signer else None
-        users = (speaker_of(path, os.stat(path).st_uid),)
-        orphan = recorded_process(noted, users, lambda process: process.command == noted["command"])
+        orphan = recorded_process(noted, speaker_of(path, os.stat(path).st_uid))
+        is_it = orphan is not None and orphan.command == noted["command"]
     except (ValueError, TypeError, AttributeError, KeyError, OSError):
         return False
-    for process in process_tree(orphan, None) if orphan is not None else []:
+    for process in process_tree(orphan, None) if orphan is not None and is_it else []:
         with suppress(OSError):
             signal_same(process, "kill")
-    return orphan is not None
+    return is_it
 
 
 def is_held(path: str) -> bool:
@@ -6358,10 +6349,10 @@ class Snapshot:
 
 @dataclass
 class Launch:
-    """What is about to start: where it will listen, and the words, typed and added, for which program, where.
+    """What is about to start: which words, typed and added, for which program, where it listens, under which variables.
 
     `told` is what ComfyUI's own parser makes of the words, empty where it could not be asked; `variables` are those of
-    every ComfyUI of the environment.
+    every ComfyUI of the environment, `set_env` this run's own; `monitor` is what its record says of one.
     """
 
     args: list[str]
@@ -6371,6 +6362,9 @@ class Launch:
     variables: dict[str, str]
     added: list[str]
     told: dict[str, Any] = field(default_factory=dict)
+    set_env: dict[str, str] = field(default_factory=dict)
+    monitor: Optional[dict[str, Any]] = None
+    auto_port: bool = False
 
 
 def print_parsed_arguments() -> None:
@@ -6788,7 +6782,8 @@ class Environment:
 
     def _ended(self, when: str, code: Optional[int]) -> CDEnvironmentError:
         """Return the error of a ComfyUI that has ended, with the reason that its log gives."""
-        how, reason = "" if code is None else f" ({format_exit(code)})", self.last_error(code)
+        reason = last_error_line(self._end_of_session()[0], code)
+        how = "" if code is None else f" ({format_exit(code)})"
         message = f"ComfyUI ended {when}{how}" + (f": {reason}" if reason else ".")
         return CDEnvironmentError(message, ("-e", self.name, "logs"), "ended")
 
@@ -6860,13 +6855,12 @@ class Environment:
 
     def monitor_process(self, record: Optional[ProcessState]) -> Optional[Process]:
         """Return the living monitor that a record names, if it is our own entry for this environment, else None."""
-
-        def is_monitor(process: Process) -> bool:
-            head, _, place = process.text.rpartition(" --monitor ")
-            is_entry = IMPORTED.partition("{}")[0] in head or runs_script(process, own_command()[-1])
-            return is_python(process.name) and is_entry and same_path(place, self.paths.root)
-
-        return recorded_process(record.monitor, (record.owner, record.uid), is_monitor) if record is not None else None
+        process = recorded_process(record.monitor, record.owner, record.uid) if record is not None else None
+        if process is None or not is_python(process.name):
+            return None
+        head, _, place = process.text.rpartition(" --monitor ")
+        is_entry = IMPORTED.partition("{}")[0] in head or runs_script(process, own_command()[-1])
+        return process if is_entry and same_path(place, self.paths.root) else None
 
     def keeper_of(self, record: Optional[ProcessState]) -> Optional[Process]:
         """Return the other process that alone may start ComfyUI again, while it lives: its monitor or its `run -f`."""
@@ -6898,10 +6892,6 @@ class Environment:
             here = os.fstat(log.fileno())
             is_recorded = record is not None and record.log_inode == here.st_ino and record.log_offset <= here.st_size
             return record.log_offset if record and is_recorded else find_session(log, here.st_size)
-
-    def last_error(self, code: Optional[int] = None) -> Optional[str]:
-        """Return the line of this run's log that most likely says why it ended (with `code`), from its last 64 KB."""
-        return last_error_line(self._end_of_session()[0], code)
 
     def _end_of_session(self) -> tuple[str, bool]:
         """Return what the last 64 KB of the log have of this run, and whether no start that was refused follows it."""
@@ -7026,9 +7016,11 @@ class Environment:
             if leaving and record and record.desired_state == STOPPED and wait_for_exit(leaving, LEAVING_SECONDS):
                 snapshot = self.observe(lock_held=True)  # told so by a stop that was broken off then
             self._require_not_running(snapshot, take_over)
-            launch, monitor = self._launch(words), own_monitor() if monitored else None
+            launch = self._launch(words)
+            launch.set_env, launch.auto_port = set_env or {}, auto_port
+            launch.monitor = own_monitor() if monitored else None
             self._end_relics(snapshot.relics)
-            done = self._start(launch, set_env or {}, monitor=monitor, auto_port=auto_port)
+            done = self._start(launch)
         if wait is not None:
             self.wait_until_ready(wait)
         return done
@@ -7128,8 +7120,9 @@ class Environment:
             if done.returncode != 2:
                 tls = bool(told[0]["tls_keyfile"] and told[0]["tls_certfile"])
                 config = ComfyUIConfig(told[0]["listen"], told[0]["port"], tls)
-                added += self._words_for_models(shared, told[0], told[1:])
-                return Launch(args, config, interpreter, folder, variables, added, told[0])
+                launch.added += self._words_for_models(shared, told[0], told[1:])
+                launch.config, launch.told = config, told[0]
+                return launch
         except (CDEnvironmentError, OSError, ValueError, KeyError, TypeError, IndexError):
             if shared is not None:
                 message = "This ComfyUI does not tell its model folders."
@@ -7140,20 +7133,13 @@ class Environment:
         hint = f"did you mean {close}?" if close else ""
         raise CDEnvironmentError(f"ComfyUI refuses its arguments: {reason}", hint, "usage")
 
-    def _start(
-        self,
-        launch: Launch,
-        variables: dict[str, str],
-        previous: Optional[ProcessState] = None,
-        monitor: Optional[dict[str, Any]] = None,
-        auto_port: bool = False,
-    ) -> "subprocess.CompletedProcess[str]":
+    def _start(self, launch: Launch, previous: Optional[ProcessState] = None) -> "subprocess.CompletedProcess[str]":
         """Intent, log, process, record, watch. Whatever fails before the record leaves all as it was."""
         from subprocess import CompletedProcess
 
         previous = previous or self._read_state()
         with self._alive_lock() or nullcontext() as alive:
-            record = self._write_intent(launch, variables, monitor, auto_port, alive)
+            record = self._write_intent(launch, alive)
             child = None
             try:
                 rotate_at_start(self.log_path)
@@ -7193,26 +7179,19 @@ class Environment:
             return lock
         return None
 
-    def _write_intent(
-        self,
-        launch: Launch,
-        variables: dict[str, str],
-        monitor: Optional[dict[str, Any]],
-        auto_port: bool,
-        alive: "Optional[BinaryIO]",
-    ) -> ProcessState:
+    def _write_intent(self, launch: Launch, alive: "Optional[BinaryIO]") -> ProcessState:
         """Choose the port and write down what is about to start, so that no other environment takes the port."""
         with workspace_lock(self.workspace_paths, "run"):
             config, args = launch.config, launch.args
             try:
                 self.require_free_port(config)
             except CDEnvironmentError:
-                if not auto_port:
+                if not launch.auto_port:
                     raise
                 config.port = next_free_port(config.port + 1, config.host, self._taken_ports())
                 args = with_port(args, config.port)
             record = ProcessState(None, config.host, config.port, args, utc_now(), self.log_path, phase=STARTING)
-            record.run_id, record.env, record.monitor = os.urandom(16).hex(), variables, monitor
+            record.run_id, record.env, record.monitor = os.urandom(16).hex(), launch.set_env, launch.monitor
             record.command = [*launch.interpreter, self._script, *args, *launch.added]
             record.cwd, record.tls = launch.folder, config.tls
             record.starter = {**ourselves(), "interrupt_ignored": not passes_interrupt_on(), "keeps": self.is_keeper}
@@ -7703,7 +7682,8 @@ class Environment:
 
     def _start_again(self, record: ProcessState, launch: Launch, monitor: Optional[dict[str, Any]]) -> None:
         until(lambda: not is_port_bound(record.port, host=record.host), 5, 0.02)
-        self._start(launch, record.env, previous=record, monitor=monitor)
+        launch.set_env, launch.monitor = record.env, monitor
+        self._start(launch, record)
 
     def _require_own_record(self, record: ProcessState) -> None:
         if record.owner not in (None, own_user()):
@@ -7787,7 +7767,7 @@ class Environment:
         """Tell whether who stopped ComfyUI for a restart has something to do before it, and lives."""
         record = self._read_state()
         waits_for = record.starter.get("waits_for") if record is not None else None
-        return record is not None and recorded_process(waits_for, (record.owner,), bool) is not None
+        return record is not None and recorded_process(waits_for, record.owner) is not None
 
 
 # ====================================================================================================================
@@ -8375,7 +8355,7 @@ def select_workspace(chosen: Optional[str], named: bool, folder: str, to_make: b
 
 # ====================================================================================================================
 # 12. Hand-over
-# Templates for the engines that exist, fed by one description: text in, text out; starts nothing.
+# Text for the engines that exist, from templates and one description; nothing is read, written or started.
 
 ENGINES = ("systemd", "dockerfile", "compose", "kubernetes")
 IMAGE_PORT = DEFAULT_PORT  # inside a container, which has a network of its own
@@ -8422,36 +8402,16 @@ class Description:
     scripts: bool = False
     left_out: list[str] = field(default_factory=list)
 
-    @property
-    def label(self) -> str:
-        """Its name for engines that want lower-case letters, digits and dashes; what had to change is told apart."""
+    def __post_init__(self) -> None:
         import zlib
 
         plain = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:32]
-        return plain if plain == self.name else f"{plain or 'env'}-{zlib.crc32(self.name.encode()):08x}"
-
-    @property
-    def unit(self) -> str:
-        """Its name as systemd wants it; a property list and a task bear it, too."""
-        kept = "".join(
-            chr(byte) if re.match(rb"[\w:.-]", bytes([byte])) else f"\\x{byte:02x}" for byte in self.name.encode()
-        )
-        return f"comfydock-{kept}"
-
-    @property
-    def image(self) -> str:
-        """The name of its image, and of all that Kubernetes makes of it."""
-        return f"comfydock-{self.label}"
-
-    @property
-    def home(self) -> str:
-        """Where its code lies in an image."""
-        return f"/opt/{self.label}/ComfyUI"
-
-    @property
-    def origin(self) -> str:
-        """The first line of every file: where it is from."""
-        return f"Written by comfydock {__version__} for the environment '{self.name}'"
+        changed = f"{plain or 'env'}-{zlib.crc32(self.name.encode()):08x}"  # what had to change is told apart
+        self.label = plain if plain == self.name else changed  # for who wants lower-case letters, digits and dashes
+        self.image, self.home = f"comfydock-{self.label}", f"/opt/{self.label}/ComfyUI"
+        escaped = re.sub(rb"[^\w:.-]", lambda sign: b"\\x%02x" % ord(sign[0]), self.name.encode())
+        self.unit = f"comfydock-{escaped.decode()}"  # as systemd wants it; a property list and a task bear it, too
+        self.origin = f"Written by comfydock {__version__} for the environment '{self.name}'"
 
     def words(self) -> list[str]:
         """The command by which an engine of this machine runs it: in the foreground, nothing is installed first."""
@@ -8505,11 +8465,8 @@ def systemd_unit(it: Description, user: bool) -> str:
     program, *words = it.words()
     more = [] if user else [f"User={it.owner}"]
     if it.variables:
-        more.append(
-            f"EnvironmentFile={'%E/systemd/user' if user else '/etc/systemd/system'}/{it.unit}.env".replace(
-                "\\", "\\\\"
-            )
-        )
+        folder = "%E/systemd/user" if user else "/etc/systemd/system"
+        more.append(f"EnvironmentFile={folder}/{it.unit}.env".replace("\\", "\\\\"))
     if not user:
         more += ["ProtectKernelModules=yes", "ProtectControlGroups=yes"]
         if not any(path.startswith(("/tmp/", "/var/tmp/")) for path in it.places):  # noqa: S108 (nothing is made)
@@ -8639,46 +8596,36 @@ def dockerfile(it: Description) -> str:
     """The image of an environment: code and packages inside, pinned; models, input, output and user on volumes."""
     from shlex import quote as quote_posix
 
-    code = [PACKAGES.format(index=it.index, label=it.label)] if it.code else []
+    code = [PACKAGES.format(**vars(it))] if it.code else []
     for piece in it.code:
-        place = piece.place or "."
+        place, target = piece.place or ".", quote_posix(piece.place or ".")
         if piece.url:
-            target = quote_posix(place)
             code.append(f"RUN git clone --recurse-submodules {quote_posix(piece.url)} {target} && \\\n")
             code.append(f"    git -C {target} checkout --quiet --recurse-submodules {piece.commit}\n")
         else:
-            code.append(f"COPY --chown=1000:1000 {json.dumps([copied_to(piece), place + '/'], ensure_ascii=False)}\n")
+            words = json.dumps([piece.place or "comfyui", place + "/"], ensure_ascii=False)
+            code.append(f"COPY --chown=1000:1000 {words}\n")
     if it.scripts:
         code.append('RUN for script in custom_nodes/*/install.py; do (cd "${script%/*}" && \\\n')
         code.append(f"    /opt/{it.label}/venv/bin/python install.py) || exit 1; done\n")
-    return DOCKERFILE.format(
-        origin=it.origin,
-        image=it.image,
-        python=it.python,
-        label=it.label,
-        home=it.home,
-        tools=TOOLS.format() if any(piece.url for piece in it.code) else "",
-        folders=" ".join(OWN_FOLDERS),
-        code="".join(code),
-        volumes=", ".join(json.dumps(f"{it.home}/{folder}") for folder in OWN_FOLDERS),
-        port=IMAGE_PORT,
-        health=json.dumps(HEALTH),
-        start=f'"--no-sync", "--python", "/opt/{it.label}/venv/bin/python"' if it.code else '"--demo"',
-        args=json.dumps([*it.args, "--listen", "0.0.0.0", "--port", str(IMAGE_PORT)], ensure_ascii=False),  # noqa: S104
-    )
-
-
-def copied_to(piece: Code) -> str:
-    """Where in the folder of a Dockerfile a piece of code is copied to."""
-    return piece.place or "comfyui"
+    args = [*it.args, "--listen", "0.0.0.0", "--port", str(IMAGE_PORT)]  # noqa: S104
+    facts = {
+        "tools": TOOLS.format() if any(piece.url for piece in it.code) else "",
+        "folders": " ".join(OWN_FOLDERS),
+        "code": "".join(code),
+        "volumes": ", ".join(json.dumps(f"{it.home}/{folder}") for folder in OWN_FOLDERS),
+        "port": IMAGE_PORT,
+        "health": json.dumps(HEALTH),
+        "start": f'"--no-sync", "--python", "/opt/{it.label}/venv/bin/python"' if it.code else '"--demo"',
+        "args": json.dumps(args, ensure_ascii=False),
+    }
+    return DOCKERFILE.format(**{**vars(it), **facts})
 
 
 def image_args(args: list[str]) -> "tuple[list[str], list[str], list[str]]":
     """Return (kept, left out, cards) of ComfyUI's arguments: an image has an address, a port and places of its own."""
     groups: list[list[str]] = []
-    kept: list[str] = []
-    left_out: list[str] = []
-    cards: list[str] = []
+    kept, left_out, cards = [], [], []
     for word in args:
         if word.startswith("--") or not groups:
             groups.append([])
@@ -8737,14 +8684,12 @@ def compose_file(many: list[Description]) -> str:
     """Return a service for each environment, with a port of this machine, volumes and a card of its own."""
     lines = [f"# {it.origin}.\n" for it in many] + ["name: comfydock\nservices:\n"]
     for it in many:
-        gpus = json.dumps(it.gpus)
-        which = f"device_ids: {gpus}" if it.gpus else "count: all"
+        which = f"device_ids: {json.dumps(it.gpus)}" if it.gpus else "count: all"
         devices = "\n".join(f"      - nvidia.com/gpu={gpu}" for gpu in it.gpus or ["all"])
         more = f"    env_file: ./{it.label}.env\n" if it.variables else ""
         more += COMPOSE_GPUS[it.gpu].format(which=which, devices=devices)
         volumes = "\n".join(f"      - {it.label}-{folder}:{it.home}/{folder}" for folder in OWN_FOLDERS)
-        facts = {"label": it.label, "image": it.image, "port": it.port, "inside": IMAGE_PORT}
-        lines.append(COMPOSE.format(**facts, volumes=volumes, more=more))
+        lines.append(COMPOSE.format(**vars(it), inside=IMAGE_PORT, volumes=volumes, more=more))
     named = [f"  {it.label}-{folder}:\n" for it in many for folder in OWN_FOLDERS]
     return "".join([*lines, "volumes:\n", *named])
 
@@ -8822,7 +8767,7 @@ VOLUME = "        - {{name: {folder}, persistentVolumeClaim: {{claimName: {image
 
 def kubernetes_file(it: Description) -> str:
     """Return volumes, deployment and service of an environment, and a secret whose values are left to be filled in."""
-    facts = {"image": it.image, "home": it.home, "label": it.label, "origin": it.origin, "port": IMAGE_PORT}
+    facts = {**vars(it), "port": IMAGE_PORT}
 
     def of_each(template: str) -> str:
         sizes = {folder: "100Gi" if folder == "models" else "20Gi" for folder in OWN_FOLDERS}
@@ -10734,7 +10679,7 @@ def written_for(
                 it.left_out.append(f"the choice of card {', '.join(it.gpus)}")
             inside = "" if engine == "dockerfile" and len(many) == 1 else f"{it.label}/"
             files.update({inside + name: text for name, text in image_files(it).items()})
-            copies.update({inside + copied_to(piece): piece.source for piece in it.code if not piece.url})
+            copies.update({inside + (piece.place or "comfyui"): piece.source for piece in it.code if not piece.url})
             copies[f"{inside}comfydock.py"] = own_file()
         if engine == "kubernetes":
             files[f"{it.label}.yaml"] = kubernetes_file(it)

@@ -2012,7 +2012,7 @@ class TheSameProcess(Stage):
         for pid in (True, False, 0, 1, -1, -self.pid, str(self.pid), float(self.pid), None, 2**31, 2**70):
             with self.subTest(pid=pid):
                 noted = {"pid": pid, "identity": self.identity}
-                self.assertIsNone(dock.recorded_process(noted, (), bool))
+                self.assertIsNone(dock.recorded_process(noted))
                 self.assertFalse(dock.is_process_alive(pid))
 
     def test_waiting_can_be_broken_off(self):
@@ -2292,7 +2292,7 @@ import comfydock as m
 start = lambda: subprocess.Popen([sys.executable, sys.argv[2]], stdout=subprocess.DEVNULL)
 first = start()
 identity = m.identity_of(m.process_table().process(first.pid))
-find = lambda pid: m.recorded_process({"pid": pid, "identity": identity}, (), bool)
+find = lambda pid: m.recorded_process({"pid": pid, "identity": identity})
 same = find(first.pid) is not None
 first.kill(); first.wait()
 while time.clock_gettime(time.CLOCK_BOOTTIME) * m.kernel_clock()[1] < identity["start_ticks"] + 2: pass
