@@ -2378,25 +2378,24 @@ def output_of(process: Process) -> Optional[str]:
 
 
 def writers_of(path: str) -> list[Process]:
-    """Return who has a file open for writing, as far as we may look."""
+    """Return which others have a file open for writing, as far as we may look."""
 
     def writes(pid: int) -> bool:
         with suppress(OSError):  # closed meanwhile
             return any(target == path and os.lstat(place).st_mode & 0o200 for place, target in open_files(pid))
         return False
 
-    pids = process_table().pids() if is_usable("proc") else []
-    found = (process_table().process(pid) for pid in pids if pid != os.getpid() and writes(pid))
-    return [process for process in found if process is not None]
+    table, ours = process_table(), os.getpid()
+    pids = [pid for pid in table.pids() if pid != ours and writes(pid)] if is_usable("proc") else []
+    return list(filter(None, map(table.process, pids)))
 
 
 def process_tree(process: Process, run_id: Optional[str], alive: Optional[dict[str, Any]] = None) -> list[Process]:
-    """Return the process itself and all that belongs to it, alive: what one stop must end.
+    """Return the process itself and all that belongs to it, alive: what one stop must end; parents before children.
 
     That is its session (where it leads one), its descendants, and every process that bears the marker `run_id` or has
     the same lock file open, as forks do: its own, or the recorded one of a process that has ended (`alive`). Neither
-    ourselves nor our ancestors, which may bear the marker too; nor what is another user's. Parents stand before their
-    children.
+    ourselves nor our ancestors, which may bear the marker too; nor what is another user's.
     """
     table = process_table()
     processes = {one.pid: one for one in table.processes() if one.state != "zombie"}
@@ -2447,8 +2446,7 @@ def comfyui_processes(comfyui_path: str, scan: Optional[Scan] = None) -> list[Pr
 def port_holders(port: int) -> list[Process]:
     """Return the processes that listen on a TCP port; those of other users may stay hidden."""
     table = process_table()
-    processes = (table.process(pid) for pid in table.listeners(port))
-    return [process for process in processes if process is not None]
+    return list(filter(None, map(table.process, table.listeners(port))))
 
 
 # ====================================================================================================================
