@@ -5049,8 +5049,7 @@ class NodeManager:
         sources = (RegistrySource(), GitSource(), DevelopmentSource(self.custom_nodes))
         return next((source for source in sources if source.name == info.source), None)
 
-    def key_of(self, identifier: str) -> Optional[str]:
-        """Return the key of what an identifier means: key, name or registry id in any case, or its repository."""
+    def _key_of(self, identifier: str) -> Optional[str]:
         nodes, wanted = self.manifest.nodes, identifier.casefold()
         keys = [
             key for key, one in nodes.items() if wanted in map(str.casefold, (key, one.name, one.registry_id or key))
@@ -5060,7 +5059,7 @@ class NodeManager:
 
     def find_node(self, identifier: str) -> tuple[str, NodeInfo]:
         """Return key and node of what an identifier means. Raises CDEnvironmentError (code "not-found")."""
-        key = self.key_of(identifier)
+        key = self._key_of(identifier)
         if key is None:
             raise CDEnvironmentError(f"no node {identifier!r} in the manifest", ("node", "list"), "not-found")
         return key, self.manifest.nodes[key]
@@ -5090,11 +5089,11 @@ class NodeManager:
             missing_nodes=[info.name for info in missing],
             extra_nodes=[name for name in extra if name.casefold() not in found],
             found_nodes=[name for name in extra if name.casefold() in found],
-            version_mismatches=[wrong for name in tracked if name in there for wrong in self.mismatch(tracked[name])],
-            interrupted=0 if is_held(self.paths.content_lock) else len(self.interrupted()),  # else one is at work
+            version_mismatches=[wrong for name in tracked if name in there for wrong in self._mismatch(tracked[name])],
+            interrupted=0 if is_held(self.paths.content_lock) else len(self._interrupted()),  # else one is at work
         )
 
-    def mismatch(self, info: NodeInfo) -> list[dict[str, str]]:
+    def _mismatch(self, info: NodeInfo) -> list[dict[str, str]]:
         """Return what 1.0.x calls a version mismatch: none or one. Git nodes count when a commit is recorded."""
         is_number, version = info.source == "registry", info.version or ""
         if not version or not is_number and not (info.source == "git" and re.fullmatch("[0-9a-f]{40,64}", version)):
@@ -5120,10 +5119,9 @@ class NodeManager:
                 pack, pattern = f"https://github.com/{repository}", COMMIT
             else:
                 pack = pack.lower() or RegistrySource().pack_of(kind) or ""
-            (packs if pack else unknown).setdefault(
-                pack or kind, f"@{version}" if re.fullmatch(pattern, version) else ""
-            )
-        return [pack + version for pack, version in packs.items() if self.key_of(pack) is None], [*unknown]
+            version = f"@{version}" if re.fullmatch(pattern, version) else ""
+            (packs if pack else unknown).setdefault(pack or kind, version)
+        return [pack + version for pack, version in packs.items() if self._key_of(pack) is None], [*unknown]
 
     # What changes nodes
 
@@ -5149,10 +5147,10 @@ class NodeManager:
             place = r"/|\./|\.\./|~|\.\\|\.\.\\|[A-Za-z]:[\\/]|.*://|.*::|[\w.-]+@[\w.-]+:"  # a path or an address
             source: Any = GitSource() if re.match(place, identifier) else RegistrySource()
             source = DevelopmentSource(self.custom_nodes) if is_development else source
-            key, info = self.key_for(source.find(identifier, self.tell), force)
+            key, info = self._key_for(source.find(identifier, self.tell), force)
             info = info.altered(no_deps=no_deps, released=[*map(package_name, release)])
             source = self.source_of(info) if info.source == "git" else source  # the registry may name a repository
-            info = self.put(key, info, source, no_test, force, skip_bad_lines)
+            info = self._put(key, info, source, no_test, force, skip_bad_lines)
         return NodeOperationResult(info, True, "Node added - ComfyUI needs to load new node classes")
 
     def remove_node(self, identifier: str) -> NodeRemovalResult:
@@ -5162,13 +5160,13 @@ class NodeManager:
         """
         with self.changing(f"remove {identifier}"):
             key, info = self.find_node(identifier)
-            with self.change(key, info) as change:
-                self.check_former(change, True)
-                action = self.make_room(change)
+            with self._change(key, info) as change:
+                self._check_former(change, True)
+                action = self._make_room(change)
                 change.goal = None
                 change_node(self.paths, key, None, [], self.python)
-            self.without_failing(self.settle_packages, info)
-            self.without_failing(remove_file, self.receipt_path(info))
+            self._without_failing(self._settle_packages, info)
+            self._without_failing(remove_file, self._receipt_path(info))
         return NodeRemovalResult(identifier, info.name, info.source, action)
 
     def update_node(
@@ -5185,11 +5183,11 @@ class NodeManager:
         the node has local changes, CDEnvironmentError as add_node does.
         """
         base, _, asked = identifier.replace("==", "@", 1).rpartition("@")
-        if self.key_of(identifier) is not None or self.key_of(base) is None:
+        if self._key_of(identifier) is not None or self._key_of(base) is None:
             base, asked = identifier, ""
         key, info = self.find_node(base)
         result = UpdateResult(info.name, info.source, old_version=info.version, new_version=info.version)
-        newest, why = self.newest(key, info, asked)
+        newest, why = self._newest(key, info, asked)
         is_other = (newest.version, newest.pin) != (info.version, info.pin)
         if is_other and confirmation_strategy is not None:
             is_agreed = confirmation_strategy(info.name, str(info.version), str(newest.version or asked))
@@ -5202,9 +5200,9 @@ class NodeManager:
                 hint = ("node", "update", key)
                 raise CDEnvironmentError(f"node '{info.name}' was changed by another command", hint)
             before = self.manifest.requirements(info)
-            if newest != info or self.needs_of(info, self.folder_of(info)) != before:
+            if newest != info or self._needs_of(info, self.folder_of(info)) != before:
                 source = self.source_of(newest)
-                newest = self.put(key, newest, source, no_test, force, bool(info.skipped_lines))
+                newest = self._put(key, newest, source, no_test, force, bool(info.skipped_lines))
             after = self.manifest.requirements(newest)
         result.new_version = newest.version
         result.requirements_added = [one for one in after if one not in before]
@@ -5214,7 +5212,7 @@ class NodeManager:
         result.restart_reason = f"Node '{info.name}' updated to {newest.version}" if result.changed else None
         return result
 
-    def newest(self, key: str, info: NodeInfo, asked: str) -> "tuple[NodeInfo, str]":
+    def _newest(self, key: str, info: NodeInfo, asked: str) -> "tuple[NodeInfo, str]":
         """Return a node at the version that was asked for, else at its newest; and why it stays as it is, or ""."""
         source = self.source_of(info)
         if not os.path.lexists(self.folder_of(info)) and self.disabled_folder(info):
@@ -5244,7 +5242,7 @@ class NodeManager:
             report, difference = SyncReport(), self.compare()
             wanted = dict.fromkeys(difference.missing_nodes, report.installed)
             for wrong in difference.version_mismatches if correct_versions else []:
-                if not self.taken_in(wrong, report):
+                if not self._taken_in(wrong, report):
                     wanted[wrong["name"]] = report.corrected
             for name, done in wanted.items():
                 key, info = self.find_node(name)
@@ -5252,24 +5250,24 @@ class NodeManager:
                     if info.source not in ("registry", "git"):
                         lost = "it is not in custom_nodes, and only you know where it is: put it back"
                         raise CDEnvironmentError(f"{lost}, or: node remove {quote(name)}")
-                    self.put(key, info, self.source_of(info))
+                    self._put(key, info, self.source_of(info))
                     done.append(name)
                 except CDEnvironmentError as error:
                     report.problems.append(f"{name}: {error.message}")
-            if self.install_requirements() and not report.problems:
-                write_atomic(self.paths.stamp, json.dumps({"stamp": self.stamp()}).encode())
+            if self._install_requirements() and not report.problems:
+                write_atomic(self.paths.stamp, json.dumps({"stamp": self._stamp()}).encode())
         return report
 
-    def taken_in(self, wrong: dict[str, str], report: SyncReport) -> bool:
+    def _taken_in(self, wrong: dict[str, str], report: SyncReport) -> bool:
         """Write down a version that somebody else has put there; False when it is the manifest that has changed."""
         key, info = self.find_node(wrong["name"])
-        if not self.receipt(info).get("version"):
+        if not self._receipt(info).get("version"):
             return False
         place, version = self.folder_of(info), wrong["actual"]
         url = None if info.source == "registry" else info.download_url
         info = info.altered(version=version, pin=info.pin and version, download_url=url)
-        change_node(self.paths, key, info, self.needs_of(info, place), self.python)
-        self.without_failing(self.write_receipt, info, place)
+        change_node(self.paths, key, info, self._needs_of(info, place), self.python)
+        self._without_failing(self._write_receipt, info, place)
         report.corrected.append(f"{info.name}: {version}, as it is there now")
         return True
 
@@ -5296,16 +5294,15 @@ class NodeManager:
             folder = os.path.join(self.custom_nodes, name)
             if name not in self.folders():
                 raise CDEnvironmentError(f"there is no folder {folder}", ("repair",), "not-found")
-            info = self.recognised(folder, name)
+            info = self._recognised(folder, name)
             key = info.registry_id or info.name
             if key in self.manifest.nodes:
                 raise CDNodeConflictError(f"the manifest has another {key}", ("node", "remove", key), "conflict")
-            change_node(self.paths, key, info, self.needs_of(info, folder), self.python)
-            self.without_failing(self.write_receipt, info, folder)
+            change_node(self.paths, key, info, self._needs_of(info, folder), self.python)
+            self._without_failing(self._write_receipt, info, folder)
         return info
 
-    def recognised(self, folder: str, name: str) -> NodeInfo:
-        """Return what kind of node a folder holds."""
+    def _recognised(self, folder: str, name: str) -> NodeInfo:
         check_node_name(name)
         remote, url = remote_of(folder)
         if url:
@@ -5330,33 +5327,32 @@ class NodeManager:
     def changing(self, purpose: str) -> Iterator[None]:
         """Hold the content lock, on ground that no killed command left half done."""
         with locked(self.paths.content_lock, 30.0, purpose, handed_on=True):
-            self.take_back_interrupted()
+            self._take_back_interrupted()
             if is_half_updated(self.paths):
                 ComfyUIUpdate(self).put_back()
             if self.manifest.tool != "comfydock":
                 self.tell(f"the manifest is one of {self.manifest.tool}: its tables are used as ours are")
             yield
-            self.without_failing(GitManager(self.paths.cec).commit_changes, redact(purpose))
+            self._without_failing(GitManager(self.paths.cec).commit_changes, redact(purpose))
 
-    def interrupted(self) -> list[str]:
+    def _interrupted(self) -> list[str]:
         """Return the names of nodes that a killed command left in the staging folder, their places being empty."""
         staged, there = os.path.join(self.custom_nodes, STAGING), {name.casefold() for name in self.folders()}
         names = [] if is_link(staged) else [info.name for info in self.manifest.nodes.values()]
         return [name for name in names if name.casefold() not in there and os.path.lexists(f"{staged}/{name}/old")]
 
-    def take_back_interrupted(self) -> None:
-        """Undo what killed commands left half done, and tidy up after them; the lock is held."""
-        for name in self.interrupted():
+    def _take_back_interrupted(self) -> None:
+        for name in self._interrupted():
             self.tell(f"an interrupted node change is undone: {name}")
             change = NodeChange(os.path.join(self.custom_nodes, name))
             move(change.old, change.place, change.folder)
-        self.put_packages_back()
+        self._put_packages_back()
         staged = os.path.join(self.custom_nodes, STAGING)
         for name in os.listdir(staged) if os.path.isdir(staged) and not is_link(staged) else []:
             with suppress(CDEnvironmentError, OSError):  # it was told when it happened
-                self.tidy(NodeChange(os.path.join(self.custom_nodes, name)))
+                self._tidy(NodeChange(os.path.join(self.custom_nodes, name)))
 
-    def put_packages_back(self, is_failed: bool = False) -> None:
+    def _put_packages_back(self, is_failed: bool = False) -> None:
         """Put packages back that were changed for a node which the manifest does not have, or whose change failed."""
         kept = read_json(self.paths.packages)
         node = self.manifest.nodes.get(str(kept.get("key"))) if kept else None
@@ -5365,7 +5361,7 @@ class NodeManager:
         remove_file(self.paths.packages)
 
     @contextmanager
-    def change(self, key: str, info: NodeInfo) -> Iterator[NodeChange]:
+    def _change(self, key: str, info: NodeInfo) -> Iterator[NodeChange]:
         """Prepare a change of one node; it is taken back when anything goes wrong before the manifest has it."""
         if not os.path.isdir(self.comfyui) or is_link(os.path.join(self.custom_nodes, STAGING)):
             raise CDEnvironmentError(f"ComfyUI is not at {self.comfyui}", ("repair",), "not-found")
@@ -5379,15 +5375,14 @@ class NodeManager:
             with suppress(CDEnvironmentError):  # Ctrl-C may come when the manifest was just replaced
                 is_done = is_done or change.goal == self.manifest.nodes.get(key)
             if not is_done:
-                self.without_failing(change.undo.close)
+                self._without_failing(change.undo.close)
             elif not change.keeps:
                 with suppress(CDEnvironmentError):  # somebody else's files in it: then as a whole to the shelf
                     remove_tree(change.old)
-            self.without_failing(self.put_packages_back, not is_done)
-            self.without_failing(self.tidy, change)
+            self._without_failing(self._put_packages_back, not is_done)
+            self._without_failing(self._tidy, change)
 
-    def tidy(self, change: NodeChange) -> None:
-        """Remove a staging folder; a former node in it goes to the shelf."""
+    def _tidy(self, change: NodeChange) -> None:
         self.shelve(change.old, os.path.basename(change.place))
         remove_tree(change.folder)
         remove_empty(os.path.dirname(change.folder))
@@ -5397,14 +5392,14 @@ class NodeManager:
         if os.path.lexists(path):
             self.tell(f"the former {name} is kept: {move_aside(path, self.paths.removed, name)}")
 
-    def without_failing(self, action: Callable[..., object], *words: Any) -> None:
+    def _without_failing(self, action: Callable[..., object], *words: Any) -> None:
         """Do what must not keep a command from its end: what goes wrong is told."""
         try:
             action(*words)
         except (CDEnvironmentError, OSError) as error:
             self.tell(f"warning: {error}")
 
-    def key_for(self, info: NodeInfo, force: bool) -> tuple[str, NodeInfo]:
+    def _key_for(self, info: NodeInfo, force: bool) -> tuple[str, NodeInfo]:
         """Return the key for a node that is to be added, and it, named as what it replaces; refuse what has to stay."""
         for key, old in self.manifest.nodes.items():
             same_name = (info.registry_id or info.name).casefold() in (key.casefold(), old.name.casefold())
@@ -5418,32 +5413,32 @@ class NodeManager:
             return key, info if info.source == "development" else info.altered(name=old.name)
         return info.registry_id or info.name, info
 
-    def put(
+    def _put(
         self, key: str, info: NodeInfo, source: Any, no_test: bool = False, force: bool = False, skip_bad: bool = False
     ) -> NodeInfo:
         """Fetch a node, install what it needs, put it in its place, and write it down: all or nothing."""
-        with self.change(key, info) as change:
+        with self._change(key, info) as change:
             fetched = source.place_in(change.former) if info.source == "development" else ""
             if not fetched:
-                fetched, info = change.new, self.fetch(change, info, source, force)
-            info, packages = self.install_needs(change, key, info, fetched, no_test, skip_bad)
+                fetched, info = change.new, self._fetch(change, info, source, force)
+            info, packages = self._install_needs(change, key, info, fetched, no_test, skip_bad)
             place = change.former if fetched == change.former else change.place
             if fetched != place:
-                self.make_room(change)
+                self._make_room(change)
                 change.move(fetched, place)
             if packages and os.path.isfile(os.path.join(place, "install.py")):
                 self.tell(f"running install.py of {info.name}")
                 packages.run_install_script(place, self.comfyui, self.tell)
-            needs = self.needs_of(info, place)
+            needs = self._needs_of(info, place)
             if info != change.info or needs != self.manifest.requirements(info):
                 change.goal = info if info != change.info else ""
                 change_node(self.paths, key, info, needs, self.python)
-        self.without_failing(self.write_receipt, info, place, packages, True)
+        self._without_failing(self._write_receipt, info, place, packages, True)
         return info
 
-    def fetch(self, change: NodeChange, info: NodeInfo, source: Any, force: bool) -> NodeInfo:
+    def _fetch(self, change: NodeChange, info: NodeInfo, source: Any, force: bool) -> NodeInfo:
         """Fetch a node beside its place, and give it the files that the user put into the former one."""
-        known = self.check_former(change, force)
+        known = self._check_former(change, force)
         self.tell(f"fetching {info.name} {info.version or ''}".rstrip())
         info = source.fetch(info, change.new, self.tell)
         taken = [] if known is None or is_link(change.new) else carry_over(change.former, change.new, known)
@@ -5453,7 +5448,7 @@ class NodeManager:
         change.keeps = change.keeps or bool(taken)
         return info
 
-    def check_former(self, change: NodeChange, force: bool) -> Optional[set[str]]:
+    def _check_former(self, change: NodeChange, force: bool) -> Optional[set[str]]:
         """Find out whether a folder that makes room holds somebody's work; return what is not, if anybody can tell."""
         name, old = os.path.basename(change.former), change.info
         if not os.path.lexists(change.former):
@@ -5466,7 +5461,7 @@ class NodeManager:
         source = None if old is None or is_link(change.former) else self.source_of(old)
         if old is None or source is None or old.source == "development":
             return None
-        receipt = self.receipt(old)
+        receipt = self._receipt(old)
         changes: Optional[list[str]] = source.changes(change.former, receipt)
         if changes and not force:
             message = f"node '{name}' has local changes ({', '.join(changes[:3])})"
@@ -5475,7 +5470,7 @@ class NodeManager:
         known: Optional[set[str]] = source.files(change.former, receipt)
         return known
 
-    def make_room(self, change: NodeChange) -> str:
+    def _make_room(self, change: NodeChange) -> str:
         """Move a folder from its place, a development node to NAME.disabled; tells what becomes of it."""
         if not os.path.lexists(change.former):
             return "none"
@@ -5489,11 +5484,11 @@ class NodeManager:
         change.move(change.former, disabled)
         return "disabled"
 
-    def install_needs(
+    def _install_needs(
         self, change: NodeChange, key: str, info: NodeInfo, folder: str, no_test: bool, skip_bad: bool
     ) -> "tuple[NodeInfo, Optional[Packages]]":
         """Install what a fetched node needs, if anything; it comes back with what was left out and what is not held."""
-        need = self.need_of(info, folder)
+        need = self._need_of(info, folder)
         if not need.entries and not os.path.isfile(os.path.join(folder, "install.py")):
             return info, None
         if not self.python or info.no_deps:
@@ -5502,7 +5497,7 @@ class NodeManager:
             return info, None
         if folder == change.new:  # a package that stays tied to this folder would lose it
             need.entries = [re.sub(r"^(-e|--editable)\b[ =]?\s*", "", entry) for entry in need.entries]
-        names, released = [*map(package_name, info.released)], self.released()
+        names, released = [*map(package_name, info.released)], self._released()
         packages = Packages(self.python, self.world(key), {*released, *names})
         there = {name: one.pinned for name, one in packages.before.items()}
         info = info.altered(released=[released.get(name) or there.get(name, name) for name in names])
@@ -5517,16 +5512,15 @@ class NodeManager:
             packages.install(need, self.tell)
         except CDEnvironmentError as error:
             if error.code == "packages":
-                error.hint = self.ways_on(info, packages, error.message)
+                error.hint = self._ways_on(info, packages, error.message)
             raise
         return info, packages
 
-    def released(self) -> dict[str, str]:
+    def _released(self) -> dict[str, str]:
         """Return what is not held for some node: the line of what was there before by the package's name."""
         return {package_name(line): line for one in self.manifest.nodes.values() for line in one.released}
 
-    def ways_on(self, info: NodeInfo, packages: Packages, why: str) -> Any:
-        """Return the hint for a node whose packages cannot be installed."""
+    def _ways_on(self, info: NodeInfo, packages: Packages, why: str) -> Any:
         add = ("node", "add", info.registry_id or info.repository or info.name)
         ways: list[Any] = []
         for name in re.findall(r"(\S+) is held at \S+ for PyTorch", why):
@@ -5536,9 +5530,9 @@ class NodeManager:
             ways += ["Without the lines that cannot be met: ", (*add, "--skip-bad-lines"), ". "]
         return [*ways, "Without all that it needs: ", (*add, "--no-deps")]
 
-    def settle_packages(self, info: NodeInfo) -> None:
+    def _settle_packages(self, info: NodeInfo) -> None:
         """Tell which packages a removed node leaves behind, and give back what was not held for it alone."""
-        brought, others = self.receipt(info).get("packages") or [], self.released()
+        brought, others = self._receipt(info).get("packages") or [], self._released()
         back = [line for line in info.released if package_name(line) not in others]
         if not self.python or not (brought or back):
             return
@@ -5552,15 +5546,15 @@ class NodeManager:
         if left:
             self.tell(f"packages that {info.name} brought stay installed: {', '.join(left)}")
 
-    def need_of(self, info: NodeInfo, folder: str) -> Need:
+    def _need_of(self, info: NodeInfo, folder: str) -> Need:
         """Return what the node in a folder needs, as pip is to be told it."""
         lines = [] if info.no_deps else node_requirements(folder, self.python)
         entries = [pip_entry(line, folder) for line in lines if redact(line) not in info.skipped_lines]
         return Need(info.name, [entry for entry in entries if entry])
 
-    def needs_of(self, info: NodeInfo, folder: str) -> list[str]:
+    def _needs_of(self, info: NodeInfo, folder: str) -> list[str]:
         """Return the requirements of the node in a folder as the manifest has them."""
-        return requirement_lines(self.need_of(info, folder).entries)
+        return requirement_lines(self._need_of(info, folder).entries)
 
     def world(self, but: str = "", comfyui: Optional[str] = None) -> list[Need]:
         """Return who needs what here: ComfyUI, by the files in its folder or in another, the manifest, and the nodes.
@@ -5568,12 +5562,12 @@ class NodeManager:
         In an adopted environment, whose packages are the user's, ComfyUI's are only not to be broken.
         """
         manifest, folder = self.manifest, comfyui or self.comfyui
-        own, former = (self.need_of(NodeInfo("ComfyUI"), place) for place in (folder, self.comfyui))
+        own, former = (self._need_of(NodeInfo("ComfyUI"), place) for place in (folder, self.comfyui))
         own.is_limit = bool(manifest.comfyui_path) and comfyui is None
         named = {package_name(entry) for entry in own.entries + former.entries}  # which know better than a copy of them
         rest = [line for line in manifest.dependencies if package_name(line) not in named]
         others = [one for key, one in manifest.nodes.items() if key != but and self.source_of(one)]
-        nodes = [self.need_of(one, self.folder_of(one)) for one in others if os.path.isdir(self.folder_of(one))]
+        nodes = [self._need_of(one, self.folder_of(one)) for one in others if os.path.isdir(self.folder_of(one))]
         bounds = Need("the manifest", manifest.constraints, True)
         path = os.path.join(folder, "manager_requirements.txt")
         manager = Need("ComfyUI's manager", requirement_entries(read_any_text(path)), True)
@@ -5581,30 +5575,29 @@ class NodeManager:
 
     # Receipts: what was put in a node's place, in .cec/.nodes
 
-    def receipt_path(self, info: NodeInfo) -> str:
-        """Return where a node's receipt lies."""
+    def _receipt_path(self, info: NodeInfo) -> str:
         return os.path.join(self.paths.nodes, f"{info.name}.json")
 
-    def write_receipt(
+    def _write_receipt(
         self, info: NodeInfo, place: str, packages: Optional[Packages] = None, is_ours: bool = False
     ) -> None:
         """Write down what is in a place now: the version, the packages it brought, and of our files the digests."""
         make_folder(self.paths.nodes)
         brought = packages.tell_changes(self.tell) if packages else []
         files = RegistrySource().digests(place) if is_ours and info.source == "registry" else None
-        all_brought = dict.fromkeys([*(self.receipt(info).get("packages") or []), *brought])
+        all_brought = dict.fromkeys([*(self._receipt(info).get("packages") or []), *brought])
         receipt = {"version": info.version, "files": files, "packages": [*all_brought]}
-        write_atomic(self.receipt_path(info), json.dumps(receipt).encode())
+        write_atomic(self._receipt_path(info), json.dumps(receipt).encode())
 
-    def receipt(self, info: NodeInfo) -> dict[str, Any]:
+    def _receipt(self, info: NodeInfo) -> dict[str, Any]:
         """Return what was last put in a node's place; of another version than the manifest has the packages alone."""
         older = os.path.join(self.folder_of(info), NODE_RECORD)  # where versions before this one wrote it
-        receipt = read_json(self.receipt_path(info)) or read_json(older)
+        receipt = read_json(self._receipt_path(info)) or read_json(older)
         return receipt if receipt.get("version") == info.version else {"packages": receipt.get("packages")}
 
     # Sync
 
-    def install_requirements(self) -> bool:
+    def _install_requirements(self) -> bool:
         """Install what ComfyUI and the nodes need; what cannot be installed together is told, and left as it is.
 
         False without pip and uv: 1.0.x made venvs without pip, and such an environment ran before.
@@ -5613,7 +5606,7 @@ class NodeManager:
         if not self.python or not any(need.entries for need in world if not need.is_limit):
             return True
         try:
-            packages = Packages(self.python, world, {*self.released()})
+            packages = Packages(self.python, world, {*self._released()})
             why = packages.ask(world, self.tell, is_trial=False)
         except CDEnvironmentError as error:
             if error.code != "no-pip":
@@ -5628,9 +5621,9 @@ class NodeManager:
 
     def is_synced(self) -> bool:
         """Tell whether nothing changed since the last sync that found no problem."""
-        return bool(read_json(self.paths.stamp).get("stamp") == self.stamp())
+        return bool(read_json(self.paths.stamp).get("stamp") == self._stamp())
 
-    def stamp(self) -> str:
+    def _stamp(self) -> str:
         """Return all that sync depends on, as one text: a few dozen stat calls, no program is run."""
         places, custom_nodes = [self.comfyui], self.custom_nodes
         for folder in (custom_nodes, os.path.join(custom_nodes, ".disabled"), os.path.join(custom_nodes, STAGING)):
@@ -5646,7 +5639,7 @@ class NodeManager:
 
 OWN_FOLDERS = ("models", "output", "input", "user")  # of ComfyUI: what is a user's there outlives the environment
 DELETED = ".deleted-"  # in the name of what is being deleted
-MOST_COUNTED = 20_000
+MOST_COUNTED = 10_000  # files of each of these folders
 DISK_NEEDED = {"code": 500, "cpu": 4000}  # MB, measured: the code; PyTorch for the CPU (1.7 GB of packages)
 DISK_FOR_CARDS = 12000  # MB: PyTorch for a graphics card (5 to 8 GB of packages)
 
@@ -5845,9 +5838,8 @@ def make_venv(folder: str, python: Optional[str]) -> None:
     ways = [[uv, "venv", "--seed", "--quiet", *(["--python", python] if python else []), folder]] if uv else []
     for words in [*ways, [interpreter, "-m", "venv", folder]]:
         if not words[0]:
-            raise CDEnvironmentError(
-                f"there is no Python {python!r} here", "give --python a path, or install uv", "python"
-            )
+            hint = "give --python a path, or install uv"
+            raise CDEnvironmentError(f"there is no Python {python!r} here", hint, "python")
         remove_tree(folder)
         done = run_command(words, timeout=INSTALL_SECONDS)
         if done.returncode == 0:
@@ -5946,8 +5938,8 @@ def own_files(comfyui: str) -> dict[str, tuple[int, int, bool]]:
         top = os.path.join(comfyui, name)
         walk = os.walk(top) if not is_link(top) else ()
         paths = (os.path.join(folder, file) for folder, _, files in walk for file in files)
-        looked_at = [path for path in islice(paths, MOST_COUNTED)]
-        own = [path for path in looked_at if os.path.relpath(path, comfyui).replace(os.sep, "/") not in tracked]
+        first = [*islice(paths, MOST_COUNTED)]
+        own = [path for path in first if os.path.relpath(path, comfyui).replace(os.sep, "/") not in tracked]
         sizes = [*filter(None, (os.lstat(path).st_size for path in own))]
         is_all = next(paths, None) is None
         if sizes or not is_all:
