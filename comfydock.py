@@ -3997,7 +3997,8 @@ def scratch_folder() -> Any:
     """Return a context with an empty folder of ours: for files, and for programs that look for settings around them."""
     from tempfile import TemporaryDirectory
 
-    return TemporaryDirectory(prefix="comfydock-")
+    options: dict[str, Any] = {"ignore_cleanup_errors": True} if sys.version_info >= (3, 10) else {}
+    return TemporaryDirectory(prefix="comfydock-", **options)
 
 
 def git(words: list[str], folder: Optional[str] = None, url: str = "") -> str:

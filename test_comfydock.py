@@ -1875,7 +1875,7 @@ class ChoosingTheSource(unittest.TestCase):
         }
         with (
             unittest.mock.patch.object(dock, "run_command", lambda *_, **__: done),
-            unittest.mock.patch.object(dock, "process_facts", facts.get),
+            unittest.mock.patch.multiple(dock, process_facts=facts.get, listed_processes=list),
         ):
             table = dock.WindowsTable()
             rows = table.processes()
@@ -1935,7 +1935,7 @@ class ChoosingTheSource(unittest.TestCase):
     @unittest.skipUnless(LINUX, "reads /proc")
     def test_a_process_that_ends_while_it_is_looked_at_is_none(self):
         with unittest.mock.patch.object(os, "read", side_effect=ProcessLookupError):
-            self.assertIsNone(dock.process_table().process(os.getpid()))
+            self.assertIsNone(dock.ProcTable().process(os.getpid()))
 
     def test_a_tool_that_is_missing_prints_nothing(self):
         self.assertEqual(dock.printed(["no-such-program-here"]), "")
@@ -8793,12 +8793,12 @@ class WhichEnvironment(Journey):
         self.assertEqual(person.processes(), [])
 
     def everything(self):
-        """Every file below the home, but for the locks."""
+        """Every file below the home, but for the locks and what is derived from a manifest at any time."""
         files = {}
         for folder, _, names in os.walk(self.person.home):
             for name in names:
                 path = os.path.join(folder, name)
-                if not name.endswith(".lock") and not os.path.islink(path):
+                if not name.endswith((".lock", ".manifest.json")) and not os.path.islink(path):
                     files[path] = Path(path).read_bytes()
         return files
 
