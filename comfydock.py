@@ -9487,7 +9487,8 @@ def run_in_background(console: Console, args: Arguments, environment: Environmen
     opens = args.open or environment.opens_browser(args.comfyui_args)
     seconds = READY_SECONDS if opens and args.wait is None else args.wait
     what = "A monitor now watches ComfyUI (PID {pid})" if watched else "ComfyUI started in background (PID {pid})"
-    report = started_report(console, environment, what, seconds)
+    health = environment.report(0.5)["health"] if watched else None
+    report = started_report(console, environment, what, seconds, health)
     report.data["only_watched"] = watched is not None
     tip = f"Tip: View logs with '{console.typed('logs')}', stop with '{console.typed('stop')}'"
     report.lines = [*report.lines, f"  Log: {report.data['log']}", "", tip]
@@ -9496,7 +9497,9 @@ def run_in_background(console: Console, args: Arguments, environment: Environmen
     return report
 
 
-def started_report(console: Console, environment: Environment, what: str, seconds: Optional[float] = None) -> Report:
+def started_report(
+    console: Console, environment: Environment, what: str, seconds: Optional[float] = None, health: Optional[str] = None
+) -> Report:
     """Report that `what` was started; where `seconds` are given, wait so long for ComfyUI's first answer."""
     waited: dict[str, Any] = {}
     error = None if seconds is None else await_answer(console, environment, seconds, waited)
@@ -9508,7 +9511,7 @@ def started_report(console: Console, environment: Environment, what: str, second
     data = {
         **{name: getattr(record, name) for name in ("pid", "host", "port", "args", "started_at")},
         "url": url,
-        "health": HEALTHY if is_ready or record.health_status == HEALTHY else STARTING,
+        "health": HEALTHY if is_ready or record.health_status == HEALTHY else health or STARTING,
         "log": record.log_path,
         "demo": environment.manifest.demo,
         **waited,
@@ -10287,12 +10290,12 @@ def node_add(console: Console, args: Arguments) -> Report:
     return report
 
 
-@Command(f"""node disable NODE...: keep custom nodes from being loaded
-    {RESTART_OPTIONS}
-    e.g. node disable kjnodes""")
 @Command(f"""node enable NODE...: have disabled nodes loaded again
     {RESTART_OPTIONS}
     e.g. node enable kjnodes""")
+@Command(f"""node disable NODE...: keep custom nodes from being loaded
+    {RESTART_OPTIONS}
+    e.g. node disable kjnodes""")
 def node_switch(console: Console, args: Arguments) -> Report:
     environment, is_on = selected(console, args), args.command == "node enable"
     reason = "Node enabled" if is_on else "Node disabled"
@@ -11384,7 +11387,7 @@ def values_of(metavar: str, before: list[str]) -> list[str]:
 
 # ====================================================================================================================
 # 17. The front door
-# The only section that takes whatever may happen, and turns it into words and an exit code.
+# Turns whatever happens into words and an exit code.
 
 
 def main(argv: Optional[list[str]] = None) -> int:
