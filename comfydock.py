@@ -2270,13 +2270,20 @@ def recorded_process(noted: Optional[dict[str, Any]], *users: Optional[int]) -> 
     return process if all(user in (None, process.uid) for user in users) else None
 
 
-def recorded_comfyui(record: ProcessState, python: str, script: str) -> Optional[Process]:
-    """Return the live process of a record that has a PID, if it is a Python that runs `script` (absolute).
+def recorded_starter(record: ProcessState) -> Optional[Process]:
+    """Return the process that wrote an intent, if it lives."""
+    return recorded_process(record.starter, record.owner, record.uid)
 
-    So is a wrapper in place of `python`, a script, that has not become it: a shell shows their names behind its own. A
-    record without an identity, of the first version, names a candidate, which is its own proof.
+
+def subject_of(record: ProcessState, python: str, script: str) -> Optional[Process]:
+    """Return the live process that a record is about: of an intent its starter, else a Python that runs `script`.
+
+    So does a wrapper in place of `python`, a script, that has not become it: a shell shows their names behind its own.
+    A record without an identity, of the first version, names a candidate, which is its own proof.
     """
-    identity = record.identity or identity_of(process_table().process(record.pid or 0))
+    if record.pid is None:
+        return recorded_starter(record)
+    identity = record.identity or identity_of(process_table().process(record.pid))
     process = recorded_process({"pid": record.pid, "identity": identity}, record.owner, record.uid)
     if process is None or runs_script(process, script):
         return process
@@ -2284,11 +2291,6 @@ def recorded_comfyui(record: ProcessState, python: str, script: str) -> Optional
         is_wrapped = any(f" {python} {option}{script}" in process.text for option in ("", "-s "))
         return process if is_wrapped and file.read(2) == b"#!" else None
     return None
-
-
-def recorded_starter(record: ProcessState) -> Optional[Process]:
-    """Return the process that wrote an intent, if it lives."""
-    return recorded_process(record.starter, record.owner, record.uid)
 
 
 def is_process_alive(pid: int) -> bool:
@@ -3013,33 +3015,31 @@ def _sign(lock: "BinaryIO", purpose: str, pid: int = 0, cmd: Optional[list[str]]
         os.write(lock.fileno(), text.encode("utf-8", "backslashreplace"))
 
 
-def _signed(path: str) -> tuple[int, str, str]:
-    """Return PID and purpose of who signed a lock file, and what it says of the command that it runs."""
+def holder_of(path: str) -> "tuple[Optional[Process], str, str]":
+    """Return (who has a lock file open, the purpose if it is who signed it, what the text says of a command).
+
+    Who signed it, if he still has it, else another; None where that is hidden.
+    """
     try:
         line, _, command = (read_file(path) or b"").decode("utf-8", "replace").partition("\n")
     except (OSError, ValueError):
         line = command = ""
-    pid, _, purpose = line.partition(" ")
-    return int(pid) if pid.isascii() and pid.isdigit() else 0, purpose, command
-
-
-def holder_of(path: str) -> Optional[Process]:
-    """Return who has a lock file open: who signed it, if he still has, else another; None where that is hidden."""
-    signer, name = _signed(path)[0], os.path.basename(path)
+    signer, _, purpose = line.partition(" ")
+    signed_by = holder = int(signer) if signer.isascii() and signer.isdigit() else 0
     with suppress(OSError):
-        inode = str(os.stat(path).st_ino)
+        inode, name = str(os.stat(path).st_ino), os.path.basename(path)
         if is_usable("proc"):
             openers = [pid for pid in process_table().pids() if inode in opened_inodes(pid, name)]
-            signer = signer if signer in openers else next(iter(openers), 0)
-    return process_table().process(signer) if is_pid(signer) else None
+            holder = holder if holder in openers else next(iter(openers), 0)
+    process = process_table().process(holder) if is_pid(holder) else None
+    return process, purpose if process is not None and process.pid == signed_by else "", command
 
 
 def end_orphan_at(path: str) -> bool:
     """End the command that a lock file names, if it has outlived who ran it; tell whether there was one."""
-    signer, _, text = _signed(path)
-    holder = holder_of(path)
+    _, purpose, text = holder_of(path)
     try:
-        noted: Any = json.loads(text) if holder is None or holder.pid != signer else None
+        noted: Any = None if purpose else json.loads(text)
         orphan = recorded_process(noted, speaker_of(path, os.stat(path).st_uid))
         is_it = orphan is not None and orphan.command == noted["command"]
     except (ValueError, TypeError, AttributeError, KeyError, OSError):
@@ -3081,10 +3081,10 @@ def take_lock(path: str) -> "Optional[BinaryIO]":
 
 
 def _locked_out(path: str) -> CDEnvironmentError:
-    (signer, purpose, _), holder = _signed(path), holder_of(path)
+    holder, purpose, _ = holder_of(path)
     who, hint, state = "Another comfydock command", "wait until it is done, then try again", ""
-    if holder is not None and holder.pid == signer:
-        who += f" ('comfydock {purpose}', PID {signer})"
+    if holder is not None and purpose:
+        who += f" ('comfydock {purpose}', PID {holder.pid})"
     elif holder is not None:
         who = f"Another program ({holder.name}, PID {holder.pid})"
     if holder is not None and holder.state == "stopped":
@@ -6648,7 +6648,7 @@ class Environment:
     def _compared(self, record: Optional[ProcessState], note: str, scan: Optional[Scan], lock_held: bool) -> Snapshot:
         state = STOPPED
         if record is not None:
-            process = self._subject(record)
+            process = subject_of(record, self.python, self._script)
             if process is None and lives_elsewhere(record, self.paths.alive):
                 return Snapshot(FOREIGN, record)
             if process is not None and record.pid is not None:
@@ -6682,10 +6682,6 @@ class Environment:
         scripts = [script for relic in relics for script in scripts_of(relic, "main.py")]
         is_ours = all(same_path(script, self._script) for script in scripts)  # a forged record names another's run
         return Snapshot(state, record, None, note, relics if is_ours else [])
-
-    def _subject(self, record: ProcessState) -> Optional[Process]:
-        """Return the live process that a record is about: ComfyUI, or of an intent its starter."""
-        return recorded_comfyui(record, self.python, self._script) if record.pid else recorded_starter(record)
 
     @staticmethod
     def _serves(process: Process, port: int) -> bool:
@@ -6785,7 +6781,9 @@ class Environment:
         record, process, state = snapshot.record, snapshot.process, snapshot.state
         config, is_complete = self.config_of(snapshot), self.is_complete
         monitor: dict[str, Any] = (record.monitor if record else None) or {}
-        restarts = monitor.get("restarts")
+        restarts, missing = monitor.get("restarts"), None
+        with suppress(OSError):  # what may not be looked at is not missing
+            missing = None if not is_complete or is_there(self._script) else self._script
         if process is not None:
             answer = self._own_answer(snapshot, config, answer)
             was_healthy = record is not None and record.health_status == HEALTHY
@@ -6802,7 +6800,7 @@ class Environment:
             "demo": self.manifest.demo,
             "complete": is_complete,
             "resume": None if is_complete else create_command(self.paths),
-            "missing": self.missing_script if is_complete else None,
+            "missing": missing,
             "pid": process.pid if process else None,
             "host": config.host if process else None,
             "port": config.port if process else None,
@@ -6908,7 +6906,7 @@ class Environment:
             record = self._read_state()
         except OSError:  # closed to us: one environment must not keep the others from starting
             return None
-        if record is None or self._subject(record) is None:  # or it is another machine's
+        if record is None or subject_of(record, self.python, self._script) is None:  # or it is another machine's
             return None
         return record.port, f"environment '{self.name}' (PID {record.subject[0]})"
 
@@ -6962,7 +6960,7 @@ class Environment:
             record = self._read_state()
             if record is None or record.phase != "rotating":
                 return
-            path, process = self.log_path, self._subject(record)
+            path, process = self.log_path, subject_of(record, self.python, self._script)
             was_moved = not os.path.exists(rotation_draft(path)) and same_beginning(path, rotated(path))
             if was_moved and os.path.getsize(path) == os.path.getsize(rotated(path)):
                 self._start_log_anew(record)
@@ -7012,13 +7010,6 @@ class Environment:
             self.wait_until_ready(wait)
         return done
 
-    @property
-    def missing_script(self) -> Optional[str]:
-        """The path of main.py where it is not, else None; one that may not be looked at is not missing."""
-        with suppress(OSError):
-            return None if is_there(self._script) else self._script
-        return None
-
     def require_comfyui(self) -> None:
         """Raise CDEnvironmentError where the creation broke off or the checkout is gone, OSError where it is closed."""
         if not self.is_complete:
@@ -7042,8 +7033,8 @@ class Environment:
                 raise CDEnvironmentError("An update of ComfyUI was interrupted.", ("repair",), "updating")
             if not is_there(self.python):
                 message = f"The Python of environment '{self.name}' is missing: {self.python}"
-                hint: Hint = ["Make a venv there with what ComfyUI needs, or create it again after: "]
-                hint = [*hint, ("delete", self.name)]
+                anew = "Make a venv there with what ComfyUI needs, or create it again after: "
+                hint: Hint = [anew, ("delete", self.name)]
                 if self.manifest.comfyui_path:
                     hint = ("create", self.name, "--from", self._checkout, "--python", "PATH")
                 raise CDEnvironmentError(message, hint, "missing")
@@ -7509,6 +7500,7 @@ class Environment:
                 raise self.damaged_state()
             if snapshot.process is not None:
                 record = self._own_record(snapshot, snapshot.process)
+                record.desired_state = STOPPED
                 self._end(snapshot.process, record, 0 if kill else timeout, meanwhile)
             elif snapshot.record is None or snapshot.record.pid is None:
                 self._clear_state()
@@ -7524,7 +7516,7 @@ class Environment:
         """Hold the process lock; go on where there are no locks, or for a kill where its holder stands still."""
         from contextlib import ExitStack
 
-        holder = holder_of(self.paths.lock) if is_kill else None
+        holder = holder_of(self.paths.lock)[0] if is_kill else None
         is_barred = holder is not None and holder.state == "stopped"
         with ExitStack() as held:
             try:
@@ -7567,18 +7559,11 @@ class Environment:
         return CDEnvironmentError(message + self.paths.state, ("-e", self.name, "run"), "damaged")
 
     def _end(
-        self,
-        process: Process,
-        record: ProcessState,
-        timeout: float,
-        meanwhile: Optional[Callable[[], bool]] = None,
-        wanted: str = STOPPED,
+        self, process: Process, record: ProcessState, timeout: float, meanwhile: "Optional[Callable[[], bool]]" = None
     ) -> None:
-        """End a recorded process and its family; its monitor goes, or a keeper starts it again if RESTART is wanted."""
-        if record.desired_state != wanted:
-            record.desired_state = wanted
-            with suppress(OSError):  # a full disk must not keep anyone from stopping ComfyUI
-                self._write_state(record)
+        """End a recorded process and its family, and its monitor unless the record wants a restart."""
+        with suppress(OSError):  # a full disk must not keep anyone from stopping ComfyUI
+            self._write_state(record)
         marker = process_table().marker(process.pid)
         family = process_tree(process, marker)
         inner = [process, *family]  # ComfyUI itself where the recorded process is a wrapper
@@ -7587,7 +7572,7 @@ class Environment:
         wait_for_exit(process, 1.0)
         reap(process.pid)
         end_all([*family, *process_tree(process, marker)])
-        monitor = self.monitor_process(record) if wanted == STOPPED else None
+        monitor = self.monitor_process(record) if record.desired_state == STOPPED else None
         if monitor is not None and monitor.pid != os.getpid() and not wait_for_exit(monitor, 3):
             end_all([monitor])  # it goes by itself when ComfyUI was stopped
 
@@ -7604,10 +7589,9 @@ class Environment:
             if snapshot.process is None:
                 return False
             record = self._own_record(snapshot, snapshot.process)
-            keeper = self.keeper_of(record)
-            if keeper is not None:
-                record.starter["waits_for"] = ourselves()
-            self._end(snapshot.process, record, 10, wanted=RESTART if keeper else STOPPED)
+            record.desired_state = RESTART if self.keeper_of(record) else STOPPED
+            record.starter["waits_for"] = ourselves()
+            self._end(snapshot.process, record, 10)
             return True
 
     def restart(self, timeout: float = 10) -> bool:
@@ -7631,16 +7615,15 @@ class Environment:
             make_folder(os.path.dirname(self.log_path))
             open_append(self.log_path).close()
             keeper, port = self.keeper_of(record), record.port
-            if process is not None and process_table().listeners(port) and is_port_bound(port, host=record.host):
-                if not self._serves(process, port):  # while it was importing another program took its port
-                    raise self._port_in_use(ComfyUIConfig(record.host, port), {})
-            wanted = RESTART if keeper else STOPPED
+            is_bound = process is not None and process_table().listeners(port) and is_port_bound(port, host=record.host)
+            if process is not None and is_bound and not self._serves(process, port):  # taken while it was importing
+                raise self._port_in_use(ComfyUIConfig(record.host, port), {})
             if process is not None or keeper is not None:
-                record.desired_state = wanted
+                record.desired_state = RESTART if keeper else STOPPED
                 record.starter.pop("waits_for", None)
                 self._write_state(record)  # a full disk shows now, not when ComfyUI is down already
             if process is not None:
-                self._end(process, record, timeout, wanted=wanted)
+                self._end(process, record, timeout)
             self._end_relics(snapshot.relics)
             if keeper is None and record.monitor is None:
                 self._start_again(record, launch, None)
@@ -8091,7 +8074,7 @@ class Workspace:
         environment = Environment(chosen, self.paths, self._ports_of_others)
         former, is_complete = environment.manifest.comfyui_path, environment.is_complete
         has_moved = former is None or not same_path(former, checkout)
-        if is_complete and has_moved and not (former and environment.missing_script):
+        if is_complete and has_moved and (former is None or is_there(main_script(former))):
             message = f"Environment '{environment.name}' exists already."
             raise CDEnvironmentError(message, ("-e", environment.name, "status"), "exists")
         if is_complete and not has_moved and python is None:
