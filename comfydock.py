@@ -1487,8 +1487,7 @@ def create_background_process(
     """Start a process that outlives us: detached from terminal and console, all output into `log_file`, stdin empty.
 
     `env` is the whole environment (ours if None); no descriptor but `pass_fds` is inherited. The caller closes its
-    `log_file`, and hands the process to `release` when it no longer watches it. Raises CDEnvironmentError where the
-    program cannot be started.
+    `log_file`. Raises CDEnvironmentError where the program cannot be started.
     """
     import subprocess
 
@@ -1497,16 +1496,13 @@ def create_background_process(
     for options in BACKGROUND:
         try:
             with default_signals():
-                return subprocess.Popen(cmd, cwd=cwd, env=env, pass_fds=pass_fds, **files, **options)
+                process = subprocess.Popen(cmd, cwd=cwd, env=env, pass_fds=pass_fds, **files, **options)
+            vars(process)["_child_created"] = False  # its finalizer's first question (3.9 to 3.14), lest it warns
+            return process
         except OSError as error:
             if options is BACKGROUND[-1] or not isinstance(error, PermissionError):
                 raise cannot_start(cmd, cwd, error) from error
     raise AssertionError("unreachable")
-
-
-def release(process: "subprocess.Popen[Any]") -> None:
-    """Let go of a process that may outlive us: Popen's finalizer otherwise warns that it still runs."""
-    vars(process)["_child_created"] = False  # the finalizer's own first question, on 3.9 to 3.14
 
 
 def run_at_terminal(cmd: list[str], cwd: str, env: dict[str, str]) -> int:
@@ -1537,7 +1533,7 @@ def open_in_browser(url: str) -> bool:
     program = next(filter(on_path, known), None)
     if program is not None:
         with open(os.devnull, "wb") as nowhere:
-            release(create_background_process([program, url], "/", nowhere))
+            create_background_process([program, url], "/", nowhere)
     return program is not None
 
 
@@ -3482,11 +3478,6 @@ def carry_over(old: str, new: str, known: set[str]) -> list[str]:
     return taken
 
 
-def is_file(path: str) -> bool:
-    """Whether there is a regular file, or a link to whatever."""
-    return is_link(path) or os.path.isfile(path)
-
-
 def file_digest(path: str) -> str:
     """Return the sha256 of a file, in hex; of a link, of where it points."""
     import hashlib
@@ -4791,7 +4782,7 @@ class RegistrySource:
 
     def digests(self, folder: str, names: Optional[Any] = None) -> dict[str, str]:
         paths = {name: os.path.join(folder, name) for name in (self.tracked(folder) if names is None else names)}
-        return {name: file_digest(path) for name, path in paths.items() if is_file(path)}
+        return {name: file_digest(path) for name, path in paths.items() if is_link(path) or os.path.isfile(path)}
 
     def changes(self, folder: str, receipt: dict[str, Any]) -> Optional[list[str]]:
         """Return what somebody changed in a folder; None when nobody can tell."""
@@ -7141,7 +7132,6 @@ class Environment:
                 raise
         if not launch.told:
             self._watch_first_moments(child, record, previous)
-        release(child)
         self._process = child
         return CompletedProcess(record.command, 0, f"Started on {record.host}:{record.port}", "")
 
@@ -7696,7 +7686,6 @@ class Environment:
         reader, writer = os.pipe()
         with os.fdopen(writer, "wb") as answering:
             child = create_background_process(command, self.workspace_paths.root, answering, variables)
-        release(child)
         answers = os.fdopen(reader, "rb")
         try:
             said = begin(answers.read)(time.monotonic() + MONITOR_SECONDS)

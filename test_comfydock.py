@@ -1345,7 +1345,6 @@ class StartingInTheBackground(Stage):
             warnings.simplefilter("always")
             process = dock.create_background_process([sys.executable, self.script], self.folder, log)
             pid = process.pid
-            dock.release(process)
             self.assertIsNone(process.poll())
             del process
             gc.collect()
