@@ -3743,9 +3743,8 @@ def edited(text: str, name: Name, value: Any) -> str:
     own = [item for item in statements if item.name[: len(name)] == name]
     lines = toml_lines(value, *name) if is_table else toml_lines({name[-1]: value})
     if value is None:
-        family = [
-            item for item in statements if item.name[: len(name) - 1] == name[:-1]
-        ]  # the last pair takes its table
+        family = [item for item in statements if item.name[: len(name) - 1] == name[:-1]]
+        # the last pair takes its table along
         own = family if [item.is_table for item in family] == [True, False] else own
     elif own and [item.name for item in own if item.is_table] != [name] * is_table:
         return edited(edited(text, name, None), name, value)  # what was there was inline, or had sub-tables
@@ -3865,15 +3864,13 @@ class Manifest:
         return next(there, f"{plain}-{digest}")
 
     def requirements(self, info: NodeInfo) -> list[str]:
-        """Return the requirements that are written down for a node."""
         return texts_in(self.groups, self.group_name(info))
 
 
 def read_manifest(paths: EnvironmentPaths, python: Optional[str] = None) -> Manifest:
-    """Return the manifest of an environment, from the JSON beside it when that belongs to this very text.
+    """Return an environment's manifest; run, stop, status and logs need no TOML reader, for there is JSON beside it.
 
-    So run, stop, status and logs need no TOML reader; `python` is for parse_toml. Raises CDEnvironmentError: code
-    "manifest" when it cannot be read or is broken (with the line), or "no-toml".
+    Raises CDEnvironmentError: code "manifest" when it cannot be read, or as parse_toml does with this `python`.
     """
     return manifest_of(manifest_text(paths), paths.manifest, paths.cache, python)
 
@@ -3913,8 +3910,8 @@ def change_manifest(
 ) -> None:
     """Make the changes that `plan` names, tables and pairs (None takes one out); every other byte stays.
 
-    The text is saved, to its real path, once it is sure that it says what is meant and nothing else: else, or where it
-    cannot be read, CDEnvironmentError (code "manifest") is raised, and the file is as it was. The content lock is held.
+    The file is replaced once it is sure that the text says what is meant and nothing else. Raises CDEnvironmentError
+    (code "manifest") otherwise.
     """
     text = manifest_text(paths)
     data = parse_toml(text, paths.manifest, python)
@@ -4172,11 +4169,8 @@ class GitManager:
         self.git_folder = os.path.join(self.repo_path, ".git")  # of a worktree it is a file
 
     def initialize_environment_repo(self, message: str) -> bool:
-        """Make the repository with .gitignore and a first commit. False, with .gitignore alone, where git is missing.
-
-        A repository that is there already is not ours: it gets no commit, and its own files stay as they are.
-        """
-        if os.path.lexists(self.git_folder):
+        """Make the repository with .gitignore and a first commit. False, with .gitignore alone, without git."""
+        if os.path.lexists(self.git_folder):  # it is not ours: it gets no commit, and its own files stay as they are
             self.hide_runtime_files()
             return False
         if not os.path.exists(self.ignore):
@@ -4261,15 +4255,14 @@ def pip_settings(python: str) -> dict[str, str]:
     kept = {key: value for key, value in ours if not re.match("PIP_(?!CONFIG_FILE$)|PYTHON", key)}
     with scratch_folder() as empty:
         said = run_command([python, "-m", "pip", "config", "list"], empty, {**kept, "PIP_QUIET": "0"}, 60.0).stdout
-    lines = [line for part in ("global", "install") for line in re.findall(rf"(?m)^{part}\.([\w-]+)=(.*)$", said)]
-    found = {f"PIP_{name.upper().replace('-', '_')}": value for name, value in lines if name in PIP_SOURCES}
-    found = {key: str(literal_eval(value)) for key, value in found.items()}
-    for key in (f"PIP_{name.upper().replace('-', '_')}" for name in PIP_SOURCES):
-        if key in os.environ:
-            found[key] = os.environ[key]
-    for key, value in found.items():  # paths were meant from where the user stands
-        found[key] = " ".join(os.path.abspath(one) if os.path.exists(one) else one for one in value.split())
-    return found
+    found = sorted(re.findall(r"(?m)^(global|install)\.([\w-]+)=(.*)$", said))  # the latter counts
+    said_by_name = {name: str(literal_eval(value)) for _, name, value in found}
+    settings = {}
+    for name in PIP_SOURCES:
+        key = "PIP_" + name.upper().replace("-", "_")
+        words = os.environ.get(key, said_by_name.get(name, "")).split()  # paths were meant from where the user stands
+        settings[key] = " ".join(os.path.abspath(one) if os.path.exists(one) else one for one in words)
+    return {key: value for key, value in settings.items() if value}
 
 
 def uv_settings() -> dict[str, str]:
@@ -4300,7 +4293,6 @@ class Package:
 
     @property
     def pinned(self) -> str:
-        """NAME==VERSION."""
         return f"{self.name}=={self.version}"
 
 
@@ -4317,9 +4309,8 @@ def installed_packages(python: str) -> dict[str, Package]:
     for one in distributions(path=done.stdout.splitlines()):
         name, version = one.metadata["Name"], one.version
         if isinstance(name, str) and isinstance(version, str):
-            lines = (one.read_text("RECORD") or "").splitlines()
-            lines = [line for line in lines if not re.search(r"\.dist-info/|__pycache__|,0$", line)]
-            files = {line.rsplit(",", 2)[0] for line in lines}
+            rows = (one.read_text("RECORD") or "").splitlines()
+            files = {row.rsplit(",", 2)[0] for row in rows if not re.search(r"\.dist-info/|__pycache__|,0$", row)}
             found.setdefault(package_name(name), Package(name, version, origin(name, version, one), files))
     if not found:  # who took this for all that there was would remove the rest in an undo
         raise CDEnvironmentError(f"{python} has no packages, not even pip", f"{quote(python)} -m ensurepip", "no-pip")
@@ -4447,10 +4438,6 @@ class Packages:
         self.before = installed_packages(python)
         frozen = [one.pinned for one in self.before.values()]
         self.held = [line for line in frozen if package_name(line) in {*HELD_PACKAGES} - {*released}]
-        index = held_index(frozen)
-        # PyTorch's index holds old copies of other packages: uv must look at both
-        policy = ["--index-strategy", "unsafe-best-match"] if self.uv else []
-        self.index = ["--extra-index-url", index, *policy] if index else []
         self.is_whole, self.is_needed, self.said, self.conflict = True, True, "", ""
         self.bad: list[str] = []
 
@@ -4484,6 +4471,11 @@ class Packages:
         """Return what is installed now, as lines NAME==VERSION."""
         return [one.pinned for one in installed_packages(self.python).values()]
 
+    def torch_words(self, frozen: list[str]) -> list[str]:
+        """Return the words for the index of that PyTorch. It has old copies of other packages: uv must look at both."""
+        index, policy = held_index(frozen), ["--index-strategy", "unsafe-best-match"] if self.uv else []
+        return ["--extra-index-url", index, *policy] if index else []
+
     @contextmanager
     def words(self, needs: list[Need]) -> Iterator[list[str]]:
         """Write what is needed and what is held into files, and hand on the words by which pip is given them."""
@@ -4498,7 +4490,7 @@ class Packages:
                 write_atomic(files[-1], "".join(f"{line}\n" for line in dict.fromkeys(lines)).encode())
             # PyTorch's index is asked for what it has and is not here yet, not for each package of the world
             lacking = {package_name(entry) for entry in entries}.intersection(HELD_PACKAGES) - self.before.keys()
-            yield [*files, *(self.index if lacking else [])]
+            yield [*files, *(self.torch_words([one.pinned for one in self.before.values()]) if lacking else [])]
 
     def ask(self, needs: list[Need], tell: Progress = no_progress, is_trial: bool = True) -> str:
         """Try or install what is needed; return why it cannot be, empty when it can."""
@@ -4527,7 +4519,6 @@ class Packages:
         """Find out whether `new` can be installed beside all else; return the entries of it that are left out as bad.
 
         A world that does not fit together already is told of once: then the new one alone is tried, all else as it is.
-        Raises CDEnvironmentError (code "packages") with who wants what.
         """
         left_out: list[str] = []
         while why := self.ask([*self.world, new]):
@@ -4598,31 +4589,27 @@ class Packages:
             raise CDEnvironmentError(f"install.py replaced {', '.join(sorted(lost))}", code="install-script")
 
     def remembered(self) -> dict[str, Any]:
-        """Return what was there before as JSON keeps it, for a `put_back` by somebody else."""
+        """Return what was there before, for `put_back`, as JSON keeps it."""
         return {name: (one.name, one.version, one.line) for name, one in self.before.items()}
 
-    def put_back(self, tell: Progress, before: Optional[dict[str, Any]] = None) -> None:
+    def put_back(self, tell: Progress, before: dict[str, Any]) -> None:
         """Install what was there before and remove what was not; tells the packages, and what could not be done.
 
-        A package that shares files with one that is removed or replaced is installed again.
+        What shares files with a package that is removed or replaced is installed again. `before` is as `remembered`.
         """
-        now = installed_packages(self.python)
-        if before is not None:
-            files = {name: one.files for name, one in now.items()}
-            self.before = {
-                name: Package(one[0], one[1], one[2], files.get(name, set())) for name, one in before.items()
-            }
-        new = [name for name in now if name not in self.before]
-        gone = [name for name, one in self.before.items() if name not in now or now[name].line != one.line]
+        now, lines = self.before, {name: line for name, (_, _, line) in before.items()}
+        new = [name for name in now if name not in lines]
+        gone = [name for name in lines if name not in now or now[name].line != lines[name]]
         touched = {path for name in new + gone if name in now for path in now[name].files}
-        hurt = [name for name, one in self.before.items() if name not in gone and touched & one.files]
-        steps = [(f"{', '.join(new)} removed", partial(self.uninstall, new))] if new else []
+        hurt = [name for name in lines if name not in gone and touched & now[name].files]
+        steps = {f"{', '.join(new)} removed": partial(self.uninstall, new)} if new else {}
+        torch_words = self.torch_words([f"{name}=={version}" for name, version, _ in before.values()])
         for name in gone + hurt:  # one by one: what no index has any more keeps no other back
-            words = [*self.before[name].line, *(self.index if name in HELD_PACKAGES else [])]
-            step = partial(self.must, ["install", "--no-deps", "--force-reinstall", *words])
-            steps.append((" ".join(self.before[name].line), step))
+            words = ["install", "--no-deps", "--force-reinstall", *lines[name]]
+            words += torch_words if name in HELD_PACKAGES else []
+            steps[" ".join(lines[name])] = partial(self.must, words)
         done = []
-        for what, step in steps:
+        for what, step in steps.items():
             try:
                 step()
                 done.append(what)
@@ -4648,8 +4635,7 @@ def check_node_name(name: str) -> None:
 class RegistrySource:
     """The Comfy Registry at api.comfy.org, or where COMFYDOCK_REGISTRY_URL says.
 
-    `ID` is the newest version, as is `ID@latest`; `ID@1.2` or `ID==1.2` that one, and it stays; `ID@nightly` and
-    `ID@BRANCH` are the repository that the registry names.
+    `ID` and `ID@latest` are the newest version, `ID@1.2` is that one, `ID@nightly` and `ID@BRANCH` its repository.
     """
 
     name = "registry"
@@ -4678,7 +4664,8 @@ class RegistrySource:
         release = self.release(identity, version) if version else node.get("latest_version")
         if not isinstance(release, dict) or not release.get("version"):
             hint = f"name one: {identity}@1.2.3, or use its git address"
-            raise CDEnvironmentError(f"the registry offers no version of {identity}", hint, "not-found")
+            message = f"the registry has no {identity}@{version}" if version else f"the registry offers no {identity}"
+            raise CDEnvironmentError(message, hint, "not-found")
         self.judge(f"{identity} {release['version']}", release, tell)
         url = str(release.get("downloadUrl") or "") or None
         return NodeInfo(name, name, repository, str(release["version"]), url, self.name, pin=version or None)
@@ -4686,17 +4673,13 @@ class RegistrySource:
     def release(self, identity: str, version: str) -> Any:
         """Return what the registry says of a version: of one that means the same, when it spells it otherwise."""
         place = f"/nodes/{identity.lower()}/versions"
-        try:
-            return self.ask(f"{place}/{version}", f"{identity}@{version}")
-        except CDEnvironmentError as error:
-            if error.code == "not-found":
-                with suppress(CDEnvironmentError):
-                    for one in self.ask(place, identity, list):
-                        if isinstance(one, dict) and version_key(str(one.get("version"))) == version_key(version):
-                            return one
-            raise
+        found = self.ask(f"{place}/{version}", f"{identity}@{version}", default={})
+        others = [] if found else [one for one in self.ask(place, identity, default=[]) if isinstance(one, dict)]
+        same = [one for one in others if version_key(str(one.get("version"))) == version_key(version)]
+        return found or (same[0] if same else None)
 
-    def ask(self, path: str, what: str, kind: Any = dict) -> Any:
+    def ask(self, path: str, what: str, default: Any = None) -> Any:
+        """Return an answer of the kind that `default` is, or a dict; `default` where there is none."""
         base = os.environ.get("COMFYDOCK_REGISTRY_URL") or REGISTRY_URL
         try:
             answer = fetch_json(base.rstrip("/") + path)
@@ -4704,14 +4687,16 @@ class RegistrySource:
             said = re.search(r'"message"\s*:\s*"([^"]{1,200})', error.body)
             if error.code == "http-403" and said and "banned" in said[1].lower():
                 raise CDEnvironmentError(f"{what} is banned in the registry", code="banned") from None
-            if error.code == "http-404":
+            if error.code == "http-404" and default is None:
                 hint = "give the node's git address instead"
                 raise CDEnvironmentError(f"the registry has no {what}", hint, "not-found") from None
+            if error.code == "http-404":
+                return default
             if error.code.startswith("http-"):
                 reason = f": {printable(said[1])}" if said else "; what answered may be a proxy in between"
                 raise CDEnvironmentError(error.message + reason, code=error.code) from None
             raise
-        if not isinstance(answer, kind):
+        if not isinstance(answer, dict if default is None else type(default)):
             raise CDEnvironmentError(f"the registry answered nothing usable about {what}", code="network")
         return answer
 
@@ -4738,13 +4723,8 @@ class RegistrySource:
         """Return the id of the pack that a class of nodes is from; empty when the registry knows none."""
         from urllib.parse import quote as quote_url
 
-        try:
-            found = self.ask(f"/comfy-nodes/{quote_url(node_class, safe='')}/node", node_class)
-            return str(found.get("id") or "")
-        except CDEnvironmentError as error:
-            if error.code != "not-found":
-                raise
-            return ""
+        place = f"/comfy-nodes/{quote_url(node_class, safe='')}/node"
+        return str(self.ask(place, node_class, default={}).get("id") or "")
 
     def fetch(self, info: NodeInfo, folder: str, tell: Progress) -> NodeInfo:
         """Download and unpack into a new folder, with the list of its files by which ComfyUI-Manager knows it."""
@@ -5106,7 +5086,7 @@ class NodeManager:
             if not pack and re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
                 pack, pattern = f"https://github.com/{repository}", COMMIT
             else:
-                pack = pack.lower() or RegistrySource().pack_of(kind) or ""
+                pack = pack.lower() or RegistrySource().pack_of(kind)
             version = f"@{version}" if re.fullmatch(pattern, version) else ""
             (packs if pack else unknown).setdefault(pack or kind, version)
         return [pack + version for pack, version in packs.items() if self._key_of(pack) is None], [*unknown]

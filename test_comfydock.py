@@ -3959,7 +3959,7 @@ class AddTest(NodeCase):
         Workshop.registry.publish("no-url", "1.0.0", {"a": ""}, downloadUrl="")
         Workshop.registry.publish("plain-http", "1.0.0", {"a": ""}, downloadUrl="http://example.org/node.zip")
         for identity, words in (("banned", "is banned"), ("banned-version", "is banned"), ("gone", "is deleted"),
-            ("nobody", "has no nobody"), ("flagged", "offers no version"), ("liar", "answered"),
+            ("nobody", "has no nobody"), ("flagged", "offers no flagged"), ("liar", "answered"),
             ("no-url", "has no no-url"), ("plain-http", "is not https"), ("old@9.9.9", "has no old@9.9.9")):  # fmt: skip
             with self.subTest(identity):
                 self.failing(words, self.manager.add_node, identity)
@@ -4873,13 +4873,11 @@ class OddMachines(unittest.TestCase):
 
     def test_one_package_that_cannot_be_put_back_keeps_no_other(self):
         packages = object.__new__(dock.Packages)
-        gone, mine = dock.Package("gone", "1", ["gone==1"], set()), dock.Package("mine", "1", ["-e", "/my code"], set())
-        packages.python, packages.before, packages.index = "python", {"gone": gone, "mine": mine}, []
+        packages.before, packages.uv = {"new": dock.Package("new", "1", ["new==1"], set())}, None
         packages.uninstall, packages.must, said = unittest.mock.Mock(), unittest.mock.Mock(), []
         packages.uninstall.side_effect = dock.CDEnvironmentError("no")
-        now = {"new": dock.Package("new", "1", ["new==1"], set())}
-        with unittest.mock.patch.object(dock, "installed_packages", return_value=now):
-            packages.put_back(said.append)
+        before = {"gone": ("gone", "1", ["gone==1"]), "mine": ("mine", "1", ["-e", "/my code"])}
+        packages.put_back(said.append, before)
         installed = [call.args[0][3:] for call in packages.must.call_args_list]
         self.assertEqual(installed, [["gone==1"], ["-e", "/my code"]])
         self.assertEqual(said, ["warning: packages could not all be put back (new removed): no",
