@@ -3864,6 +3864,7 @@ class Manifest:
         return next(there, f"{plain}-{digest}")
 
     def requirements(self, info: NodeInfo) -> list[str]:
+        """Return the requirements that are written down for a node."""
         return texts_in(self.groups, self.group_name(info))
 
 
