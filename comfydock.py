@@ -186,9 +186,9 @@ def redact(text: str) -> str:
 class CDEnvironmentError(Exception):
     """What could not be done, in one sentence that names the thing.
 
-    `hint` is what to do about it: a text, a command of ours as words (`("restart",)`), or a list of texts and such
-    commands; the console adds how comfydock was called. `code` (str) is a stable word for scripts; "usage"
-    means that the words of the call were wrong. `body` (str): how the text began that came with "http-404" or the like.
+    `hint` is what to do about it: a text, a command of ours as words (`("restart",)`), or a list of both; the console
+    adds how comfydock was called. `code` (str) is a stable word for scripts; "usage" means that the words of the call
+    were wrong. `body` (str): how the text began that came with "http-404" or the like.
     """
 
     body = ""
@@ -339,13 +339,12 @@ def is_variable(name: str, value: object) -> bool:
 
 @dataclass
 class NodeInfo:
-    """A custom node as the manifest keeps it.
+    """A custom node as the manifest keeps it; `name` is its directory in custom_nodes.
 
-    `name` is its directory in custom_nodes; `version` a registry version, a commit, or "dev"; `source` one of registry,
-    git, development, unknown; `branch` the one of a git repository that was asked for, None for its default branch;
-    `pin` the version, tag or commit at which it is to stay. `released` are packages that are not held because of it,
-    with the versions that they had; `skipped_lines` requirements that could not be installed; `no_deps` tells that none
-    were.
+    `version` is a registry version, a commit, or "dev"; `source` one of registry, git, development, unknown; `branch`
+    that of a git repository, if asked for; `pin` the version, tag or commit at which it is to stay. `released` are
+    packages that are not held because of it, with the versions that they had; `skipped_lines` requirements that could
+    not be installed; `no_deps` tells that none were.
     """
 
     name: str
@@ -613,14 +612,11 @@ def session_header(run_id: str, environment: str) -> str:
 
 # ====================================================================================================================
 # 2. Places
-# The only section that spells a name of the layout on disk.
+# The layout on disk: where a workspace and an environment keep what is theirs, and what a checkout is known by.
 
 
 class WorkspacePaths:
-    """Where a workspace keeps its things. `root` (str) is absolute.
-
-    The layout is the one of comfydock 1.0.x, whose workspaces open as they are.
-    """
+    """Where a workspace keeps its things, laid out as comfydock 1.0.x does; `root` (str) is absolute."""
 
     def __init__(self, root: "Union[str, Path]") -> None:
         self.root = os.path.abspath(root)
@@ -752,8 +748,7 @@ def upward(folder: str) -> Iterator[str]:
 def default_workspace() -> str:
     """COMFYDOCK_HOME, else a 1.0.x workspace at ~/comfydock when there is no newer one, else ~/.comfydock.
 
-    Where ~/.comfydock is of the comfydock before 1.0, which used Docker, it is left alone. Raises CDEnvironmentError
-    when there is no home folder to look in.
+    A ~/.comfydock of the comfydock before 1.0, which used Docker, is left alone. Raises CDEnvironmentError: no home.
     """
     chosen = os.environ.get("COMFYDOCK_HOME")
     if chosen:
@@ -768,7 +763,7 @@ def default_workspace() -> str:
 
 # ====================================================================================================================
 # 3. The machine
-# The only section that names sys.platform, subprocess, signal, fcntl, msvcrt, ctypes, and that can end a process.
+# The only section that names sys.platform, signal, fcntl, msvcrt, ctypes, that starts programs and can end a process.
 
 
 IS_WINDOWS = sys.platform == "win32"
@@ -1875,15 +1870,19 @@ def parse_lsof(text: str, letter: str) -> list[str]:
 
 
 class ProcessTable:
-    """What every source can be asked; what it cannot tell is None, "" or []."""
+    """What every source can be asked; what it cannot tell is None, "" or [].
 
-    def pids(self) -> list[int]:
-        """Return all PIDs."""
-        raise NotImplementedError
+    A process may be a zombie; its `marker` is the COMFYDOCK_RUN_ID in its environment, its `cwd` the folder it stands
+    in; `listeners` are the PIDs that listen on a TCP port, as far as the system tells us.
+    """
 
-    def process(self, pid: int) -> Optional[Process]:
-        """Return one process (a zombie too), None where there is none."""
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        def pids(self) -> list[int]: ...
+        def process(self, pid: int) -> Optional[Process]: ...
+        def marker(self, pid: int) -> str: ...
+        def cwd(self, pid: int) -> Optional[str]: ...
+        def listeners(self, port: int) -> list[int]: ...
 
     def processes(self, containing: str = "") -> list[Process]:
         """Return all processes, or those whose command line contains a text, in whatever case where paths have none."""
@@ -1891,21 +1890,9 @@ class ProcessTable:
         processes = filter(None, map(self.process, self.pids()))
         return [process for process in processes if needle in PATH_RULES.normcase(process.text)]
 
-    def marker(self, pid: int) -> str:
-        """Return the COMFYDOCK_RUN_ID in the environment of a process, where it has one that may be read."""
-        raise NotImplementedError
-
     def markers(self) -> dict[int, str]:
         """Return pid -> marker of all processes that have one."""
         return {pid: marker for pid in self.pids() if (marker := self.marker(pid))}
-
-    def cwd(self, pid: int) -> Optional[str]:
-        """Return the folder a process stands in."""
-        raise NotImplementedError
-
-    def listeners(self, port: int) -> list[int]:
-        """Return the PIDs that listen on a TCP port, as far as the system tells us."""
-        raise NotImplementedError
 
     def usage(self) -> "dict[int, tuple[int, float, int]]":
         """Return pid -> (parent's pid, seconds of CPU, resident bytes) of every process that tells."""
