@@ -7167,12 +7167,14 @@ class Environment:
         self, child: "subprocess.Popen[bytes]", record: ProcessState, previous: Optional[ProcessState]
     ) -> None:
         """Raise CDEndedError when ComfyUI ends before it says anything but a usage text; of code 2 nothing stays."""
+        with suppress(OSError), open_regular(self.log_path, buffering=0) as log:
 
-        def is_decided() -> bool:
-            said = self._end_of_session()[0].partition("\n")[2]  # behind the header
-            return child.poll() is not None or "\n" in said and not said.startswith("usage:")
+            def is_decided() -> bool:
+                log.seek(record.log_offset)
+                said = log.read(BLOCK).partition(b"\n")[2]  # behind the header
+                return child.poll() is not None or b"\n" in said and not said.startswith(b"usage:")
 
-        until(is_decided, FIRST_LINE_SECONDS, 0.02)
+            until(is_decided, FIRST_LINE_SECONDS, 0.02)
         code = child.poll()
         if code is None:
             return
@@ -7957,7 +7959,7 @@ class Workspace:
         self._change_settings(active_environment=name)
         return environment
 
-    def select(self, name: Optional[str], folder: str, to_start: bool = False) -> Environment:
+    def select(self, name: Optional[str], folder: Optional[str] = None, to_start: bool = False) -> Environment:
         """Return the environment that is meant: by name, by the folder one stands in, the active one, the only one.
 
         The demo is meant only where there is no other, and `to_start` only by its name, with which it is made. Raises
@@ -7968,6 +7970,7 @@ class Workspace:
             return self.demo() if found.manifest.demo or not os.path.isdir(found.paths.cec) else found
         if name is not None:
             return self.get_environment(name)
+        folder = folder or current_folder()
         here, checkout = self.around(folder)
         if here is not None and not (to_start and here.manifest.demo):
             return here
@@ -8262,7 +8265,7 @@ def find_checkout_python(checkout: str, name: Optional[str]) -> str:
     raise CDEnvironmentError("; ".join([missing, *tried]) + ".", hint, "missing")
 
 
-def select_workspace(chosen: Optional[str], named: bool, folder: str, to_make: bool = False) -> Workspace:
+def select_workspace(chosen: Optional[str], named: bool, to_make: bool = False) -> Workspace:
     """Return the workspace that is meant: `--workspace`, the one whose environment one stands in, or the default.
 
     Raises CDEnvironmentError for a `--workspace` that does not exist, unless the command is one `to_make` it.
@@ -8274,7 +8277,7 @@ def select_workspace(chosen: Optional[str], named: bool, folder: str, to_make: b
         if not to_make and not is_there(workspace.paths.root):
             raise CDEnvironmentError(f"{workspace.paths.root} does not exist.", "", "missing")
         return workspace
-    inside = None if named else environment_above(folder)
+    inside = None if named else environment_above(current_folder())
     return Workspace(inside[0]) if inside else Workspace()
 
 
@@ -9282,13 +9285,13 @@ RESTART_OPTIONS = f"""--restart             restart a running ComfyUI afterwards
 
 def workspace_of(args: Arguments, is_named: bool = True, to_make: bool = False) -> Workspace:
     """Return the workspace that is meant, which where no environment `is_named` may be that of this folder."""
-    return select_workspace(args.workspace, is_named, current_folder(), to_make)
+    return select_workspace(args.workspace, is_named, to_make)
 
 
 def selected(console: Console, args: Arguments, name: Optional[str] = None) -> Environment:
     """Return the environment that a command is about."""
     name = name or args.env
-    return prepare(console, args, workspace_of(args, name is not None).select(name, current_folder()))
+    return prepare(console, args, workspace_of(args, name is not None).select(name))
 
 
 def prepare(console: Console, args: Arguments, environment: Environment) -> Environment:
@@ -9364,9 +9367,9 @@ def run(console: Console, args: Arguments) -> Report:
 
 def environment_to_run(console: Console, args: Arguments) -> Environment:
     """As `selected`; the demo is made, and a checkout that nobody has adopted is adopted."""
-    folder, is_named = current_folder(), args.env is not None
-    workspace = workspace_of(args, is_named or args.demo, to_make=True)
-    here, checkout = (None, None) if args.demo or args.env else workspace.around(os.path.realpath(folder))
+    is_named = args.env is not None or args.demo
+    workspace = workspace_of(args, is_named, to_make=True)
+    here, checkout = (None, None) if is_named else workspace.around(os.path.realpath(current_folder()))
     if args.demo:
         if args.env not in (None, DEMO_NAME):
             raise CDEnvironmentError("--demo has an environment of its own, so -e cannot name another.", "", "usage")
@@ -9380,7 +9383,7 @@ def environment_to_run(console: Console, args: Arguments) -> Environment:
             raise
         console.result(f"✓ Adopted {checkout} as environment '{environment.name}' (Python: {environment.python})")
     else:
-        environment = workspace.select(args.env, folder, to_start=True)
+        environment = workspace.select(args.env, to_start=True)
         if args.python is not None:
             if environment.manifest.comfyui_path is None:
                 message = f"Environment '{environment.name}' has a Python of its own, so it takes no other."
@@ -10185,7 +10188,7 @@ def delete(console: Console, args: Arguments) -> Report:
     e.g. init /data/comfy; init --models-dir /data/models""")
 def init(console: Console, args: Arguments) -> Report:
     chosen = args.workspace if args.path is None else args.path
-    workspace = select_workspace(chosen, True, current_folder(), to_make=True)
+    workspace = select_workspace(chosen, True, to_make=True)
     root, made = workspace.paths.root, workspace.initialize()
     if args.models_dir is not None:
         workspace.set_models(args.models_dir)
@@ -11315,12 +11318,12 @@ def values_of(metavar: str, before: list[str]) -> list[str]:
     if metavar not in ("NAME", "NODE"):
         return list({"SHELL": SCRIPTS, "WHEN": COLOUR_CHOICES}.get(metavar, ()))
     chosen = {flag: value for flag, value in zip(before, before[1:])}
-    name, folder = chosen.get("-e", chosen.get("--env")), current_folder()
-    workspace = select_workspace(chosen.get("--workspace"), name is not None, folder)
+    name = chosen.get("-e", chosen.get("--env"))
+    workspace = select_workspace(chosen.get("--workspace"), name is not None)
     if metavar == "NAME":
         names = [environment.name for environment in workspace.list_environments()]
     else:
-        nodes = workspace.select(name, folder).nodes.manifest.nodes.values()
+        nodes = workspace.select(name).nodes.manifest.nodes.values()
         names = [node.registry_id or node.name for node in nodes]
     return [name for name in names if re.fullmatch(r"[\w.@/-]+", name)]
 
