@@ -60,7 +60,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
-from itertools import islice
+from itertools import islice, takewhile
 
 # Importing typing and dataclasses would cost every command 1.5 times what the interpreter itself costs, so only type
 # checkers do: they take this name as true.
@@ -8952,18 +8952,15 @@ class Console:
     def progress(self, line: str) -> None:
         """Draw a line that the next one overwrites; only a terminal shows it, and "" takes it away."""
         self.spoke = time.monotonic()
-        if self._draws() and line != self.drawn:
+        if is_terminal(self.err) and not self.json_mode and not self.quiet and line != self.drawn:
             line = line[: columns(self.err) - 1]
             self._write(self.err, line)
             self.drawn = line
 
-    def _draws(self) -> bool:
-        return is_terminal(self.err) and not self.json_mode and not self.quiet
-
     @contextmanager
     def ticking(self, what: str) -> Iterator[None]:
         """Show on a terminal that we are still at it, whenever nothing was said for a second."""
-        if not self._draws():
+        if not is_terminal(self.err) or self.json_mode or self.quiet:
             yield
             return
         import threading
@@ -9218,17 +9215,12 @@ def how_called(argv: list[str]) -> str:
 # 15. Commands
 # A function for each command: find, act, return a report. It may tell and ask through the console, and never exits.
 
-READY_SECONDS = 180.0
 FOLLOW_PAUSE = 0.05
-FOLLOW_PATIENCE = 2.0
-SHOWN_ON_FAILURE = 20
 
 
 class Arguments:
     """What was typed, by name: the options and operands that the command has, and what `parse` adds."""
 
-    command: str
-    typed: tuple[str, ...]
     comfyui_args: list[str]
     env: Optional[str]
 
@@ -9298,8 +9290,9 @@ def prepare(console: Console, args: Arguments, environment: Environment) -> Envi
     """Return it, healed and telling the console, which learns whether hints need `-e` to reach it again."""
     environment.tell = console.work
     environment.finish_rotation()
-    trace(f"environment '{environment.name}' at {environment.paths.root}")
-    trace(f"processes are read by {type(process_table()).__name__}")
+    trace(
+        f"'{environment.name}' is at {environment.paths.root}, processes are read by {type(process_table()).__name__}"
+    )
     console.environment = environment.name
     console.chosen = ("-e", environment.name) if args.env or args.has("demo") else ()
     return environment
@@ -9428,7 +9421,7 @@ def run_in_background(console: Console, args: Arguments, environment: Environmen
             show_last_lines(console, environment)
         raise
     opens = args.open or environment.opens_browser(args.comfyui_args)
-    seconds = READY_SECONDS if opens and args.wait is None else args.wait
+    seconds = START_GRACE if opens and args.wait is None else args.wait
     what = "A monitor now watches ComfyUI (PID {pid})" if watched else "ComfyUI started in background (PID {pid})"
     health = environment.report(0.5)["health"] if watched else None
     report = started_report(console, environment, what, seconds, health)
@@ -9555,17 +9548,14 @@ def run_in_foreground(console: Console, environment: Environment, words: list[st
 def show_last_lines(console: Console, environment: Environment) -> None:
     with suppress(OSError), open_regular(environment.log_path) as log:
         end = os.fstat(log.fileno()).st_size
-        log.seek(last_lines_offset(log, SHOWN_ON_FAILURE, environment.session_offset(), end)[0])
+        log.seek(last_lines_offset(log, 20, environment.session_offset(), end)[0])
         for line in without_colours(log.read(1 << 20).decode("utf-8", "replace")).split("\n"):
             console.warn(line, "")
 
 
 def show_new(console: Console, follower: LogFollower) -> None:
     """Show what is new in a log, as far as one look can tell: it may grow faster than it can be shown."""
-    for _ in range(16):
-        piece = follower.read()
-        if not piece:
-            break
+    for piece in takewhile(bool, (follower.read() for _ in range(16))):
         console.log(piece)
 
 
@@ -9714,15 +9704,16 @@ def stop(console: Console, args: Arguments) -> Report:
     with on_ctrl_c(interrupted):
         stopped = environment.stop(args.timeout, kill=args.kill)
     left = writers_of(real_path(environment.log_path)) if stopped else []
-    lines = ["✓ ComfyUI stopped"] if stopped else []
+    called_off = had_monitor and not stopped
+    called = "✓ ComfyUI was down after a crash; its monitor will not start it again" if called_off else ""
+    lines = [
+        "✓ ComfyUI stopped" if stopped else called or f"ComfyUI is not running in environment '{environment.name}'"
+    ]
     lines += [f"  Left alone: PID {one.pid} ({one.text[:80]}) still writes to its log" for one in left]
-    if had_monitor and not stopped:
-        lines = ["✓ ComfyUI was down after a crash; its monitor will not start it again"]
-    lines = lines or [f"ComfyUI is not running in environment '{environment.name}'"]
     lines += [f"  It had crashed{crash_words(crash)}"] if crash else []
     data = {"stopped": stopped, "pid": process.pid if process else None, "cut_off": cut_off, "crash": crash}
     named = [{"pid": one.pid, "command": one.text} for one in left]
-    return Report({**data, "called_off": had_monitor and not stopped, "left": named}, environment.name, lines)
+    return Report({**data, "called_off": called_off, "left": named}, environment.name, lines)
 
 
 def stop_port(console: Console, args: Arguments) -> Report:
@@ -10142,16 +10133,16 @@ def create(console: Console, args: Arguments) -> Report:
     if args.use:
         workspace.use(args.name)
     python = environment.python if os.path.exists(environment.python) else None
-    version, comfyui, venv = environment.manifest.comfyui_version, str(environment.comfyui_path), environment.paths.venv
-    call = console.typed("-e", environment.name, "run")
+    data = {"python": python, "venv": environment.paths.venv, "comfyui": str(environment.comfyui_path)}
+    data["version"] = version = environment.manifest.comfyui_version
     lines = [
         f"✓ Environment '{environment.name}' " + ("is ready" if python else "has its code, but no Python yet"),
-        f"  ComfyUI: {comfyui}" + (f" ({version})" if version else ""),
-        f"  Python: {python or 'make a venv with what ComfyUI needs at ' + venv}",
+        f"  ComfyUI: {data['comfyui']}" + (f" ({version})" if version else ""),
+        f"  Python: {python or f'make a venv with what ComfyUI needs at {environment.paths.venv}'}",
         "",
-        f"{'Start it' if python else 'Then start it'} with: {call}",
+        f"{'Start it' if python else 'Then start it'} with: {console.typed('-e', environment.name, 'run')}",
     ]
-    return Report({"python": python, "venv": venv, "comfyui": comfyui, "version": version}, environment.name, lines)
+    return Report(data, environment.name, lines)
 
 
 @Command("""delete NAME: delete an environment; your models, images and workflows are kept
@@ -10399,13 +10390,9 @@ def node_list(console: Console, args: Arguments) -> Report:
         {
             "name": info.registry_id or info.name,
             "folder": info.name,
-            "source": info.source,
-            "version": info.version,
-            "repository": info.repository,
+            **{key: getattr(info, key) for key in ("source", "version", "repository", "pin", "no_deps")},
             "installed": info.name.casefold() in present,
             "disabled": info.name.casefold() not in present and nodes.disabled_folder(info) is not None,
-            "pin": info.pin,
-            "no_deps": info.no_deps,
             "skipped": info.skipped_lines,
         }
         for info in nodes.manifest.nodes.values()
@@ -10488,7 +10475,7 @@ def follow_log(console: Console, environment: Environment, tail: int) -> None:
         monitor = environment.monitor_process(snapshot.record)
         if snapshot.state in LIVE_STATES or monitor is not None and not noted.get("gave_up"):
             last_alive = time.monotonic()
-        elif time.monotonic() - last_alive > FOLLOW_PATIENCE:
+        elif time.monotonic() - last_alive > 2.0:
             return console.say("\n⚠️  ComfyUI process exited")
 
 
