@@ -9341,7 +9341,7 @@ def do_all(console: Console, args: Arguments, command: Command) -> Report:
     e.g. run --demo; run --wait -- --listen --port 8190; -e dev run --foreground""")
 def run(console: Console, args: Arguments) -> Report:
     config = parse_comfyui_args(args.comfyui_args)  # before anything is made or changed
-    stays = args.foreground or os.getpid() == 1  # with which a container ends
+    stays = args.foreground or os.getpid() == 1
     environment = environment_to_run(console, args)
     say_what_starts(console, environment, args.comfyui_args, config.host, stays)
     is_demo = environment.manifest.demo
@@ -10838,7 +10838,11 @@ def flag_of(name: str) -> str:
 
 def is_number(text: str) -> bool:
     """Tell whether a word is a number, and no argument of ComfyUI (such as 1.2.3.4)."""
-    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text) is not None
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 # Metavar -> how it is read, what must hold. Of KEY alone the value is what it has here, else one that may not be.
@@ -11021,13 +11025,15 @@ def check(command: Command, args: Arguments) -> None:
         refuse(f"'{command.name} --all' takes no environment.")
     if args.env is not None and command.operand == "NAME":
         refuse(f"'{command.name}' takes the name without -e.")
-    for one, others in EXCLUDE_EACH_OTHER.items():
-        for other in others.split():
-            if args.has(one) and args.has(other):
-                refuse(f"{flag_of(one)} and {flag_of(other)} cannot be combined.")
+    for one, other in [(one, other) for one, others in EXCLUDE_EACH_OTHER.items() for other in others.split()]:
+        if args.has(one) and args.has(other):
+            refuse(f"{flag_of(one)} and {flag_of(other)} cannot be combined.")
     for one, other in (("dry_run", "port"), ("keep", "rotate"), ("database", "back")):
         if args.has(one) and not args.has(other):
             refuse(f"{flag_of(one)} needs {flag_of(other)}.")
+    for_background = [name for name in ("json", "monitor", "wait", "all") if args.has(name)]
+    if for_background and command.name == "run" and os.getpid() == 1:  # with which a container ends
+        refuse(f"As PID 1 'run' stays in the foreground, so it has no {flag_of(for_background[0])}.")
     lively = next((f" {flag_of(name)}" for name in ("foreground", "watch") if args.has(name)), "")
     if args.json and (lively or not command.has_json):
         refuse(f"'{command.name}{lively}' has no --json.")

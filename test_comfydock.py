@@ -7994,9 +7994,9 @@ class WhatUsersMet(Journey):
     def test_as_pid_1_what_is_for_the_background_is_refused(self):
         words = [("--json",), ("--monitor",), ("--wait",)]
         with unittest.mock.patch.object(os, "getpid", return_value=1):
-            for flags in [*words, ("--wait", "0")]:
-                command, args = dock.parse(["run", "--demo", *flags])
-                self.assertEqual(error_of(command.act, None, args).code, "usage", flags)
+            for flags in [*words, ("--wait", "0"), ("--all",)]:
+                error = error_of(dock.parse, ["run", *flags])
+                self.assertEqual((error.code, error.message[:15]), ("usage", "As PID 1 'run' "), flags)
 
     def test_a_checkout_is_adopted_once(self):
         self.person.environment("a")
