@@ -3791,14 +3791,14 @@ def toml_module(python: Optional[str]) -> Any:
     return None
 
 
-def table_in(table: Any, key: str) -> dict[str, Any]:
+def part_of(table: Any, key: str, kind: Any = dict) -> Any:
+    """Return what a table has under a key; an empty dict, or other `kind`, where it has no such thing."""
     found = table.get(key) if isinstance(table, dict) else None
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, kind) else kind()
 
 
 def texts_in(table: Any, key: str) -> list[str]:
-    found = table.get(key) if isinstance(table, dict) else None
-    return [item for item in found if isinstance(item, str)] if isinstance(found, list) else []
+    return [item for item in part_of(table, key, list) if isinstance(item, str)]
 
 
 def info_from_table(key: str, table: dict[str, Any]) -> NodeInfo:
@@ -3820,9 +3820,9 @@ class Manifest:
     """
 
     def __init__(self, data: dict[str, Any], toml: str = "") -> None:
-        self.toml, tools = toml, table_in(data, "tool")
+        self.toml, tools = toml, part_of(data, "tool")
         self.tool = "comfygit" if "comfygit" in tools and "comfydock" not in tools else "comfydock"
-        self.settings, self.groups = table_in(tools, self.tool), table_in(data, "dependency-groups")
+        self.settings, self.groups = part_of(tools, self.tool), part_of(data, "dependency-groups")
         self.dependencies = texts_in(data.get("project"), "dependencies")
         self.constraints = texts_in(tools.get("uv"), "constraint-dependencies")
         self.comfyui_path = self.text("comfyui_path")  # the checkout of an adopted environment, else None
@@ -3832,7 +3832,7 @@ class Manifest:
         self.models_path = self.text("models_path")  # the models folder that it shares with others
         self.demo = self.settings.get("demo") is True
         self.found_nodes = texts_in(self.settings, "found_nodes")  # there at the adoption
-        nodes = table_in(self.settings, "nodes")
+        nodes = part_of(self.settings, "nodes")
         self.tables: dict[str, dict[str, Any]] = {key: nodes[key] for key in nodes if isinstance(nodes[key], dict)}
         self.nodes = {key: info_from_table(key, table) for key, table in self.tables.items()}
 
@@ -3867,7 +3867,7 @@ def read_manifest(paths: EnvironmentPaths, python: Optional[str] = None) -> Mani
 def manifest_of(text: str, path: str, cache_path: str, python: Optional[str]) -> Manifest:
     cached = read_json(cache_path)
     if cached.get("toml") == text and "data" in cached:  # compared whole: hashlib takes longer to import than `status`
-        return Manifest(table_in(cached, "data"), text)
+        return Manifest(part_of(cached, "data"), text)
     data = parse_toml(text, path, python)
     with suppress(OSError):  # a read-only workspace is read all the same
         write_atomic(cache_path, json.dumps({"toml": text, "data": data}, default=str).encode())
@@ -3879,7 +3879,7 @@ def last_known_manifest(paths: EnvironmentPaths) -> Manifest:
     try:
         return read_manifest(paths)
     except CDEnvironmentError:
-        return Manifest(table_in(read_json(paths.cache), "data"))
+        return Manifest(part_of(read_json(paths.cache), "data"))
 
 
 def manifest_text(paths: EnvironmentPaths) -> str:
@@ -4310,8 +4310,8 @@ def origin(name: str, version: str, distribution: Any) -> list[str]:
     direct: Any = {}
     with suppress(ValueError):
         direct = json.loads(distribution.read_text("direct_url.json") or "{}")
-    url, commit = direct.get("url", "") if isinstance(direct, dict) else "", table_in(direct, "vcs_info")
-    if table_in(direct, "dir_info").get("editable"):
+    url, commit = part_of(direct, "url", str), part_of(direct, "vcs_info")
+    if part_of(direct, "dir_info").get("editable"):
         from urllib.request import url2pathname
 
         return ["-e", url2pathname(url.removeprefix("file://"))]
@@ -4386,10 +4386,10 @@ def pip_entry(entry: str, folder: str) -> str:
     return f"{option[1]} {path}" if option else path
 
 
-def project_table(folder: str, python: Optional[str] = None) -> dict[str, Any]:
+def project_table(folder: str, python: Optional[str] = None) -> Any:
     path = os.path.join(folder, "pyproject.toml")
     with suppress(OSError, CDEnvironmentError):
-        return table_in(parse_toml(read_any_text(path), path, python), "project")
+        return part_of(parse_toml(read_any_text(path), path, python), "project")
     return {}
 
 
@@ -4413,8 +4413,8 @@ class Packages:
     """The packages of one environment, for one change: tried and installed as one world, and put back.
 
     `world` is who needs what there, `is_whole` whether that fits together; `before` what was installed when the change
-    began, `held` lines NAME==VERSION that stay as they are. Of the last question there are `is_needed` (is there
-    anything to install?), `said`, `conflict`, and `bad`, the entries that made it fail.
+    began, `frozen` its lines NAME==VERSION and `held` those that stay. Of the last question there are `is_needed` (is
+    there anything to install?), `said`, `conflict`, and `bad`, the entries that made it fail.
     """
 
     def __init__(
@@ -4424,8 +4424,8 @@ class Packages:
 
         self.python, self.uv, self.world = python, which("uv"), [*world]
         self.before = installed_packages(python)
-        frozen = [one.pinned for one in self.before.values()]
-        self.held = [line for line in frozen if package_name(line) in {*HELD_PACKAGES} - {*released}]
+        self.frozen = [one.pinned for one in self.before.values()]
+        self.held = [line for line in self.frozen if package_name(line) in {*HELD_PACKAGES} - {*released}]
         self.is_whole, self.is_needed, self.said, self.conflict = True, True, "", ""
         self.bad: list[str] = []
 
@@ -4478,7 +4478,7 @@ class Packages:
                 write_atomic(files[-1], "".join(f"{line}\n" for line in dict.fromkeys(lines)).encode())
             # PyTorch's index is asked for what it has and is not here yet, not for each package of the world
             lacking = {package_name(entry) for entry in entries}.intersection(HELD_PACKAGES) - self.before.keys()
-            yield [*files, *(self.torch_words([one.pinned for one in self.before.values()]) if lacking else [])]
+            yield [*files, *(self.torch_words(self.frozen) if lacking else [])]
 
     def ask(self, needs: list[Need], tell: Progress = no_progress, is_trial: bool = True) -> str:
         """Try or install what is needed; return why it cannot be, empty when it can."""
@@ -4520,7 +4520,7 @@ class Packages:
             elif self.is_whole and self.world and (already := self.ask(self.world)):
                 tell(f"warning: what is here does not fit together already: {already}")
                 self.is_whole, self.world = False, []
-                self.held = [one.pinned for one in self.before.values()]
+                self.held = self.frozen
             else:
                 raise packages_error(why)
         return left_out
@@ -4704,8 +4704,8 @@ class RegistrySource:
     def search(self, words: str) -> list[dict[str, Any]]:
         from urllib.parse import quote_plus
 
-        found = self.ask(f"/nodes/search?search={quote_plus(words)}&limit=20", words).get("nodes")
-        return [one for one in found if isinstance(one, dict) and one.get("id")] if isinstance(found, list) else []
+        found = part_of(self.ask(f"/nodes/search?search={quote_plus(words)}&limit=20", words), "nodes", list)
+        return [one for one in found if isinstance(one, dict) and one.get("id")]
 
     def pack_of(self, node_class: str) -> str:
         """Return the id of the pack that a class of nodes is from; empty when the registry knows none."""
@@ -4896,15 +4896,13 @@ def workflow_data(path: str) -> Any:
 
 def workflow_nodes(data: Any) -> "Iterator[tuple[str, dict[str, Any]]]":
     """Yield class and properties of each node of a workflow, in the format of its editor or of the API."""
-    data = data if isinstance(data, dict) else {}
-    parts = table_in(data, "definitions").get("subgraphs")
-    groups = [part for part in [data, *(parts if isinstance(parts, list) else [])] if isinstance(part, dict)]
-    own = [part.get("id") for part in groups[1:]]  # a node that stands for a part has that part's id as its class
-    nodes = [node for part in groups if isinstance(part.get("nodes"), list) for node in part["nodes"]]
-    for node in nodes or list(data.values()):
+    parts = part_of(part_of(data, "definitions"), "subgraphs", list)
+    own = [part.get("id") for part in parts if isinstance(part, dict)]  # the class of a node that stands for a part
+    nodes = [node for part in [data, *parts] for node in part_of(part, "nodes", list)]
+    for node in nodes or (data.values() if isinstance(data, dict) else ()):
         kind = (node.get("type") or node.get("class_type")) if isinstance(node, dict) else None
         if isinstance(kind, str) and kind not in own and kind not in FRONTEND_NODES:
-            yield kind, table_in(node, "properties")
+            yield kind, part_of(node, "properties")
 
 
 # Changing nodes: what is fetched lies in custom_nodes/.comfydock.disabled/FOLDER/new, the folder that it replaces in
@@ -5156,7 +5154,7 @@ class NodeManager:
                 hint = ("node", "update", key)
                 raise CDEnvironmentError(f"node '{info.name}' was changed by another command", hint)
             before = self.manifest.requirements(info)
-            if newest != info or self._needs_of(info, self.folder_of(info)) != before:
+            if newest != info or self._manifest_lines(info, self.folder_of(info)) != before:
                 source = self.source_of(newest)
                 newest = self._put(key, newest, source, no_test, force, bool(info.skipped_lines))
             after = self.manifest.requirements(newest)
@@ -5222,7 +5220,7 @@ class NodeManager:
         place, version = self.folder_of(info), wrong["actual"]
         url = None if info.source == "registry" else info.download_url
         info = info.altered(version=version, pin=info.pin and version, download_url=url)
-        change_node(self.paths, key, info, self._needs_of(info, place), self.python)
+        change_node(self.paths, key, info, self._manifest_lines(info, place), self.python)
         self._without_failing(self._write_receipt, info, place)
         report.corrected.append(f"{info.name}: {version}, as it is there now")
         return True
@@ -5254,7 +5252,7 @@ class NodeManager:
             key = info.registry_id or info.name
             if key in self.manifest.nodes:
                 raise CDNodeConflictError(f"the manifest has another {key}", ("node", "remove", key), "conflict")
-            change_node(self.paths, key, info, self._needs_of(info, folder), self.python)
+            change_node(self.paths, key, info, self._manifest_lines(info, folder), self.python)
             self._without_failing(self._write_receipt, info, folder)
         return info
 
@@ -5385,7 +5383,7 @@ class NodeManager:
             if packages and os.path.isfile(os.path.join(place, "install.py")):
                 self.tell(f"running install.py of {info.name}")
                 packages.run_install_script(place, self.comfyui, self.tell)
-            needs = self._needs_of(info, place)
+            needs = self._manifest_lines(info, place)
             if info != change.info or needs != self.manifest.requirements(info):
                 change.goal = info if info != change.info else ""
                 change_node(self.paths, key, info, needs, self.python)
@@ -5508,7 +5506,7 @@ class NodeManager:
         entries = [pip_entry(line, folder) for line in lines if redact(line) not in info.skipped_lines]
         return Need(info.name, [entry for entry in entries if entry])
 
-    def _needs_of(self, info: NodeInfo, folder: str) -> list[str]:
+    def _manifest_lines(self, info: NodeInfo, folder: str) -> list[str]:
         """Return the requirements of the node in a folder as the manifest has them."""
         return requirement_lines(self._need_of(info, folder).entries)
 
