@@ -2153,7 +2153,9 @@ def is_usable(name: str) -> bool:
     """Tell whether a source of TABLES works here: it sees us. Asked once, for trying ps costs a process."""
     try:
         return name in TABLES and TABLES[name]().process(os.getpid()) is not None
-    except Exception:  # psutil reads /proc on Linux, and raises anything without it
+    except Exception as error:  # psutil reads /proc on Linux, and raises anything without it
+        if getattr(error, "errno", None) in NO_MORE_FILES:  # who cannot look now can later
+            raise
         return False
 
 
