@@ -5313,7 +5313,7 @@ class NodeManager:
         kept = read_json(self.paths.packages)
         node = self.manifest.nodes.get(str(kept.get("key"))) if kept else None
         if kept and self.python and (is_failed or node is None or vars(node) != kept.get("node")):
-            Packages(self.python, []).put_back(self.tell, kept["before"])
+            Packages(self.python).put_back(self.tell, kept["before"])
         remove_file(self.paths.packages)
 
     @contextmanager
@@ -5523,7 +5523,7 @@ class NodeManager:
         named = {package_name(entry) for entry in own.entries + former.entries}  # which know better than a copy of them
         rest = [line for line in manifest.dependencies if package_name(line) not in named]
         others = [one for key, one in manifest.nodes.items() if key != but and self.source_of(one)]
-        nodes = [self._need_of(one, self.folder_of(one)) for one in others if os.path.isdir(self.folder_of(one))]
+        nodes = [self._need_of(one, there) for one in others if os.path.isdir(there := self.folder_of(one))]
         bounds = Need("the manifest", manifest.constraints, True)
         path = os.path.join(folder, "manager_requirements.txt")
         manager = Need("ComfyUI's manager", requirement_entries(read_any_text(path)), True)
@@ -6102,7 +6102,7 @@ class ComfyUIUpdate:
                 if text is not None:
                     write_atomic(os.path.join(folder, name), f"{text}\n".encode())
             self.tell(f"trying the packages of ComfyUI {version.name} and all nodes")
-            why = Packages(self.nodes.python, []).ask(self.nodes.world(comfyui=folder), self.tell)
+            why = Packages(self.nodes.python).ask(self.nodes.world(comfyui=folder), self.tell)
         if why:
             raise CDEnvironmentError(f"ComfyUI {version.name} does not fit: {why}", code="packages")
 
@@ -6137,7 +6137,7 @@ class ComfyUIUpdate:
             link_tree(self.paths.venv, self.paths.venv_partial)
             move(self.paths.venv_partial, self.paths.venv_before)
         elif self.nodes.python:
-            packages = Packages(self.nodes.python, []).remembered()
+            packages = Packages(self.nodes.python).remembered()
         needs, tables = self.manifest.requirements, self.manifest.tables
         self.write(
             phase="changing",
@@ -6206,7 +6206,7 @@ class ComfyUIUpdate:
                 move(self.paths.venv, self.paths.venv_partial)
             move(self.paths.venv_before, self.paths.venv)
         if before["freeze"] is not None and self.nodes.python:
-            Packages(self.nodes.python, []).put_back(self.tell, before["freeze"])
+            Packages(self.nodes.python).put_back(self.tell, before["freeze"])
         self.put_nodes_back()
         for number, path in enumerate(before["databases"] if "returns" in before else ()):
             kept = os.path.join(self.paths.before, f"{number}.{os.path.basename(path)}")

@@ -4883,6 +4883,16 @@ class OddMachines(unittest.TestCase):
         self.assertEqual(said, ["warning: packages could not all be put back (new removed): no",
                                 "packages put back: gone==1, -e /my code"])  # fmt: skip
 
+    def test_an_undo_asks_the_index_of_the_pytorch_that_was_there(self):
+        now = {"torch": dock.Package("torch", "3.0.0", ["torch==3.0.0"], set())}
+        before = {"torch": ["torch", "2.9.0+cpu", ["torch==2.9.0+cpu"]]}
+        with unittest.mock.patch.object(dock, "installed_packages", return_value=now):
+            packages = dock.Packages("python")
+            with unittest.mock.patch.object(packages, "must") as must:
+                packages.put_back([].append, before)
+        words = must.call_args[0][0]
+        self.assertEqual(words[3:6], ["torch==2.9.0+cpu", "--extra-index-url", "https://download.pytorch.org/whl/cpu"])
+
     def test_where_nothing_can_install_an_environment_is_taken_as_it_is(self):
         paths, said = dock.EnvironmentPaths(os.path.join(self.folder, "e")), []
         write(paths.manifest, '[tool.comfydock]\ntorch_backend = "cpu"\n')
