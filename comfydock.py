@@ -60,7 +60,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
-from itertools import islice, takewhile
+from itertools import takewhile
 
 # Importing typing and dataclasses would cost every command 1.5 times what the interpreter itself costs, so only type
 # checkers do: they take this name as true.
@@ -5595,7 +5595,6 @@ class NodeManager:
 
 OWN_FOLDERS = ("models", "output", "input", "user")  # of ComfyUI: what is a user's there outlives the environment
 DELETED = ".deleted-"  # in the name of what is being deleted
-MOST_COUNTED = 10_000  # files of each of these folders
 DISK_NEEDED = {"code": 500, "cpu": 4000}  # MB, measured: the code; PyTorch for the CPU (1.7 GB of packages)
 DISK_FOR_CARDS = 12000  # MB: PyTorch for a graphics card (5 to 8 GB of packages)
 
@@ -5883,23 +5882,20 @@ def complete_environment(
     write_atomic(paths.complete, b"", 0o644)
 
 
-def own_files(comfyui: str) -> dict[str, tuple[int, int, bool]]:
-    """Count what a user put into a ComfyUI: folder -> (files, bytes, whether that is all), without the empty ones.
+def own_files(comfyui: str) -> dict[str, tuple[int, int]]:
+    """Count what a user put into a ComfyUI: folder -> (files, bytes), without the empty ones.
 
-    What git tracks there came with ComfyUI. Links are not followed; of many files only the first are looked at.
+    What git tracks there came with ComfyUI. Links are not followed.
     """
-    counts = {}
-    tracked = {*(git_answer(["ls-files", "-z", "--", *OWN_FOLDERS], comfyui) or "").split("\0")}
+    listed = (git_answer(["ls-files", "-z", "--", *OWN_FOLDERS], comfyui) or "").split("\0")
+    tracked, counts = {os.path.join(comfyui, *name.split("/")) for name in listed}, {}
     for name in OWN_FOLDERS:
         top = os.path.join(comfyui, name)
-        walk = os.walk(top) if not is_link(top) else ()
+        walk = () if is_link(top) else os.walk(top)
         paths = (os.path.join(folder, file) for folder, _, files in walk for file in files)
-        first = [*islice(paths, MOST_COUNTED)]
-        own = [path for path in first if os.path.relpath(path, comfyui).replace(os.sep, "/") not in tracked]
-        sizes = [*filter(None, (os.lstat(path).st_size for path in own))]
-        is_all = next(paths, None) is None
-        if sizes or not is_all:
-            counts[name] = len(sizes), sum(sizes), is_all
+        sizes = [*filter(None, (os.lstat(path).st_size for path in paths if path not in tracked))]
+        if sizes:
+            counts[name] = len(sizes), sum(sizes)
     return counts
 
 
@@ -6159,7 +6155,6 @@ class ComfyUIUpdate:
         write_atomic(self.paths.before_record, json.dumps(self.before, default=str).encode())
 
     def change(self, version: CodeVersion) -> None:
-        """Change code, packages and manifest."""
         former, needs = requirement_lines(node_requirements(self.checkout)), self.before["needs"]
         self.tell(f"changing ComfyUI from {self.before['old']} to {version.name}")
         forced = ["--force"] * (self.before["worktree"] != self.before["commit"])
@@ -10157,9 +10152,8 @@ def delete(console: Console, args: Arguments) -> Report:
     environment.require_idle()
     adopted = environment.manifest.comfyui_path
     counts = {} if adopted else own_files(environment.paths.comfyui)
-    for folder, (number, size, is_all) in counts.items():
-        more = "" if is_all else "at least "
-        console.say(f"   {folder}: {more}{number} file{'' if number == 1 else 's'}, {format_size(size)}")
+    for folder, (number, size) in counts.items():
+        console.say(f"   {folder}: {number} file{'' if number == 1 else 's'}, {format_size(size)}")
     if counts:
         console.say("   These are deleted, too." if args.purge else f"   These are kept in {workspace.paths.kept}.")
     if adopted:

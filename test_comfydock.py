@@ -3766,7 +3766,7 @@ class DeleteTest(InWorkshop):
             os.symlink(os.path.join(root, "models"), os.path.join(paths.comfyui, "models"))
             write(os.path.join(paths.comfyui, "output", "art.png"), "art")
             write(os.path.join(paths.comfyui, "input", "empty"), "")
-            self.assertEqual(dock.own_files(paths.comfyui), {"output": (1, 3, True)})
+            self.assertEqual(dock.own_files(paths.comfyui), {"output": (1, 3)})
             kept = dock.delete_environment(paths, contextlib.nullcontext(), None if purged else shelf)
             self.assertEqual(os.listdir(root).count("env"), 0)
             if purged:
