@@ -6628,9 +6628,10 @@ class Environment:
             return Snapshot(state, record, None, note)
         # On Windows a ComfyUI that restarts itself, as ComfyUI-Manager has it do, goes on under another PID; elsewhere
         # it keeps its own, and a worker that it forked has the same command line.
-        for process in filter(lambda one: self._serves(one, record.port), found if IS_WINDOWS else []):
-            moved = ProcessState(**{**vars(record), "pid": process.pid, "identity": identity_of(process)})
-            return Snapshot(RUNNING, moved, process, "moved")
+        for process in found if IS_WINDOWS else []:
+            if self._serves(process, record.port):
+                moved = ProcessState(**{**vars(record), "pid": process.pid, "identity": identity_of(process)})
+                return Snapshot(RUNNING, moved, process, "moved")
         user = record.owner if record.uid is None else record.uid
         relics = process_tree(Process(0, uid=user), record.run_id, record.alive)
         scripts = [script for relic in relics for script in scripts_of(relic, "main.py")]
@@ -6787,10 +6788,8 @@ class Environment:
             return answer
         if answer.argv and is_own_argv(answer.argv, process, self._script):
             return answer
-        is_its_own = self._serves(process, config.port)
-        if answer.kind == HEALTHY:
-            return answer if is_its_own else Answer(OTHER_SERVICE)
-        return Answer(BAD_ANSWER) if is_its_own else answer
+        is_its_own, is_comfyui = self._serves(process, config.port), answer.kind == HEALTHY
+        return answer if is_its_own == is_comfyui else Answer(BAD_ANSWER if is_its_own else OTHER_SERVICE)
 
     def monitor_process(self, record: Optional[ProcessState]) -> Optional[Process]:
         """Return the living monitor that a record names, if it is our own entry for this environment, else None."""
@@ -6940,10 +6939,10 @@ class Environment:
     ) -> "subprocess.CompletedProcess[str]":
         """Start ComfyUI as a detached daemon; it answers seconds to minutes later (`wait_until_ready`).
 
-        `auto_port` takes the next free port when the asked one is in use; `set_env` are variables
-        for ComfyUI, kept in the state file and repeated by `restart`; `take_over` drops the record
-        of another machine or PID namespace; `monitored` records this very process as the monitor; `wait` is how many
-        seconds to wait for the first healthy answer (None: not at all). The result's stdout is "Started on host:port".
+        `auto_port` takes the next free port when the asked one is in use; `set_env` are variables for ComfyUI, kept in
+        the state file and repeated by `restart`; `take_over` drops the record of another machine or PID namespace;
+        `monitored` records this very process as the monitor; `wait` is how many seconds to wait for the first healthy
+        answer (None: not at all). The result's stdout is "Started on host:port".
         Raises CDEnvironmentError when it runs already, the port is taken, Python or main.py is missing, ComfyUI refuses
         its arguments or ended at once, and as `wait_until_ready`; OSError when a file cannot be written.
         """
@@ -7140,8 +7139,7 @@ class Environment:
 
     def _port_in_use(self, config: ComfyUIConfig, taken: dict[int, str]) -> CDEnvironmentError:
         port = config.port
-        holders = "; ".join(f"{process.name}, PID {process.pid}" for process in port_holders(port))
-        holder = taken.get(port) or holders
+        holder = taken.get(port) or "; ".join(f"{process.name}, PID {process.pid}" for process in port_holders(port))
         try:
             free = str(next_free_port(port + 1, config.host, taken))
         except CDEnvironmentError:
@@ -7444,9 +7442,8 @@ class Environment:
     ) -> bool:
         """End ComfyUI and what it started: SIGINT, its only clean stop, then SIGTERM, SIGKILL at `timeout` seconds.
 
-        `kill` goes straight to SIGKILL; `meanwhile` is called while waiting, and True from it does
-        the same. Returns whether there was anything to stop. Raises CDEnvironmentError when the
-        process belongs to another user, machine, or program, or does not end.
+        `kill` goes straight to SIGKILL; `meanwhile` is called while waiting, and True from it does the same. Returns
+        whether there was anything to stop. Raises CDEnvironmentError when it is another's, or does not end.
         """
         with self._lock_to_stop(timeout, kill):
             snapshot = self.observe(lock_held=True)
