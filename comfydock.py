@@ -6543,10 +6543,6 @@ class Environment:
         return self.manifest.comfyui_path or self.paths.comfyui
 
     @property
-    def _script(self) -> str:
-        return main_script(self._checkout)
-
-    @property
     def python(self) -> str:
         """The interpreter that runs this ComfyUI (not checked)."""
         return self.manifest.python_path or venv_python(self.paths.venv)
@@ -6602,7 +6598,7 @@ class Environment:
     def _compared(self, record: Optional[ProcessState], note: str, scan: Optional[Scan], lock_held: bool) -> Snapshot:
         state = STOPPED
         if record is not None:
-            process = subject_of(record, self.python, self._script)
+            process = subject_of(record, self.python, main_script(self._checkout))
             if process is None and lives_elsewhere(record, self.paths.alive):
                 return Snapshot(FOREIGN, record)
             if process is not None and record.pid is not None:
@@ -6635,7 +6631,9 @@ class Environment:
         user = record.owner if record.uid is None else record.uid
         relics = process_tree(Process(0, uid=user), record.run_id, record.alive)
         scripts = [script for relic in relics for script in scripts_of(relic, "main.py")]
-        is_ours = all(same_path(script, self._script) for script in scripts)  # a forged record names another's run
+        is_ours = all(
+            same_path(script, main_script(self._checkout)) for script in scripts
+        )  # a forged record names another's run
         return Snapshot(state, record, None, note, relics if is_ours else [])
 
     @staticmethod
@@ -6736,9 +6734,9 @@ class Environment:
         record, process, state = snapshot.record, snapshot.process, snapshot.state
         config, is_complete = self.config_of(snapshot), self.is_complete
         monitor: dict[str, Any] = (record.monitor if record else None) or {}
-        restarts, missing = monitor.get("restarts"), None
+        restarts, missing, script = monitor.get("restarts"), None, main_script(self._checkout)
         with suppress(OSError):  # what may not be looked at is not missing
-            missing = None if not is_complete or is_there(self._script) else self._script
+            missing = None if not is_complete or is_there(script) else script
         if process is not None:
             answer = self._own_answer(snapshot, config, answer)
             was_healthy = record is not None and record.health_status == HEALTHY
@@ -6786,7 +6784,7 @@ class Environment:
         process = snapshot.process
         if process is None or answer.kind not in (HEALTHY, OTHER_SERVICE):
             return answer
-        if answer.argv and is_own_argv(answer.argv, process, self._script):
+        if answer.argv and is_own_argv(answer.argv, process, main_script(self._checkout)):
             return answer
         is_its_own, is_comfyui = self._serves(process, config.port), answer.kind == HEALTHY
         return answer if is_its_own == is_comfyui else Answer(BAD_ANSWER if is_its_own else OTHER_SERVICE)
@@ -6859,7 +6857,9 @@ class Environment:
             record = self._read_state()
         except OSError:  # closed to us: one environment must not keep the others from starting
             return None
-        if record is None or subject_of(record, self.python, self._script) is None:  # or it is another machine's
+        if (
+            record is None or subject_of(record, self.python, main_script(self._checkout)) is None
+        ):  # or it is another machine's
             return None
         return record.port, f"environment '{self.name}' (PID {record.subject[0]})"
 
@@ -6913,7 +6913,7 @@ class Environment:
             record = self._read_state()
             if record is None or record.phase != "rotating":
                 return
-            path, process = self.log_path, subject_of(record, self.python, self._script)
+            path, process = self.log_path, subject_of(record, self.python, main_script(self._checkout))
             was_moved = not os.path.exists(rotation_draft(path)) and same_beginning(path, rotated(path))
             if was_moved and os.path.getsize(path) == os.path.getsize(rotated(path)):
                 self._start_log_anew(record)
@@ -6968,8 +6968,9 @@ class Environment:
         if not self.is_complete:
             message = f"Environment '{self.name}' is not complete."
             raise CDEnvironmentError(message, ["Go on with: ", create_command(self.paths)], "incomplete")
-        if not is_there(self._script):
-            message = f"Environment '{self.name}' has no ComfyUI: {self._script} is missing."
+        script = main_script(self._checkout)
+        if not is_there(script):
+            message = f"Environment '{self.name}' has no ComfyUI: {script} is missing."
             if self.manifest.comfyui_path:
                 raise CDEnvironmentError(message, ("create", self.name, "--from", "FOLDER"), "missing")
             raise CDEnvironmentError(message, ["Create it again after: ", ("delete", self.name)], "missing")
@@ -7122,7 +7123,7 @@ class Environment:
                 args = with_port(args, config.port)
             record = ProcessState(None, config.host, config.port, args, utc_now(), self.log_path, phase=STARTING)
             record.run_id, record.env, record.monitor = os.urandom(16).hex(), launch.set_env, launch.monitor
-            record.command = [*launch.interpreter, self._script, *args, *launch.added]
+            record.command = [*launch.interpreter, main_script(self._checkout), *args, *launch.added]
             record.cwd, record.tls = launch.folder, config.tls
             record.starter = {**ourselves(), "interrupt_ignored": not passes_interrupt_on(), "keeps": self.is_keeper}
             if alive is not None:
@@ -7519,7 +7520,7 @@ class Environment:
         marker = process_table().marker(process.pid)
         family = process_tree(process, marker)
         inner = [process, *family]  # ComfyUI itself where the recorded process is a wrapper
-        comfyui = next((one for one in inner if runs_script(one, self._script)), process)
+        comfyui = next((one for one in inner if runs_script(one, main_script(self._checkout))), process)
         terminate(comfyui, timeout, meanwhile, bool(record.starter.get("interrupt_ignored")))
         wait_for_exit(process, 1.0)
         reap(process.pid)
