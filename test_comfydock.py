@@ -45,7 +45,6 @@ import time
 import tracemalloc
 import types
 import unittest
-import unittest.mock
 import urllib.request
 import uuid
 import warnings
@@ -53,12 +52,14 @@ import xml.etree.ElementTree
 import zipfile
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from os.path import join
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import comfydock as dock
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-MODULE = os.path.join(HERE, "comfydock.py")
+MODULE = join(HERE, "comfydock.py")
 WINDOWS = os.name == "nt"
 LINUX = sys.platform.startswith("linux")
 WINE = WINDOWS and hasattr(__import__("ctypes").WinDLL("ntdll"), "wine_get_version")
@@ -226,7 +227,7 @@ def installed(*more):
     """
     folder = tempfile.mkdtemp(prefix="comfydock bin ")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path, double = os.path.join(folder, "comfydock"), os.path.join(folder, "double.py")
+    path, double = join(folder, "comfydock"), join(folder, "double.py")
     Path(double).write_bytes(double_source().encode())
     lines = [f"sys.path.insert(0, {HERE!r})", "import comfydock"]
     lines += [f"comfydock.demo_source = lambda: open({double!r}, encoding='utf-8').read()", *more]
@@ -243,7 +244,7 @@ class Person:
     def __init__(self, test, **variables):
         self.program = installed()
         self.home = temporary_folder(test)
-        self.workspace = os.path.join(self.home, ".comfydock")
+        self.workspace = join(self.home, ".comfydock")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("COMFYDOCK_", "PYTHON"))}
         forced = {
             key: os.environ[key] for key in ("COMFYDOCK_PROCESS_TABLE", "COVERAGE_PROCESS_START") if key in os.environ
@@ -311,21 +312,19 @@ class Person:
             return None
 
     def state_file(self, name="demo"):
-        return os.path.join(self.workspace, "environments", name, ".cec", ".comfyui.state")
+        return join(self.workspace, "environments", name, ".cec", ".comfyui.state")
 
     def log(self, name="demo"):
-        with open(
-            os.path.join(self.workspace, "logs", name, "comfyui.log"), encoding="utf-8", errors="replace"
-        ) as file:
+        with open(join(self.workspace, "logs", name, "comfyui.log"), encoding="utf-8", errors="replace") as file:
             return file.read()
 
     def checkout(self, name="ComfyUI", parent="code"):
         """A folder that looks like a ComfyUI checkout with a venv, made of the demo."""
-        folder = os.path.join(self.home, parent, name)
-        os.makedirs(os.path.join(folder, "custom_nodes"))
+        folder = join(self.home, parent, name)
+        os.makedirs(join(folder, "custom_nodes"))
         for file, text in (("main.py", double_source()), ("nodes.py", ""), ("folder_paths.py", "")):
             Path(folder, file).write_text(text, encoding="utf-8")
-        python = dock.venv_python(os.path.join(folder, ".venv"))
+        python = dock.venv_python(join(folder, ".venv"))
         os.makedirs(os.path.dirname(python))
         if not WINDOWS:
             os.symlink(sys.executable, python)
@@ -336,7 +335,7 @@ class Person:
 
     def environment(self, name, checkout=None):
         """An adopted environment of that name, with a checkout of its own if none is given; it has no history."""
-        with unittest.mock.patch.object(dock, "git_path", return_value=None):  # a history takes most of the time
+        with patch.object(dock, "git_path", return_value=None):  # a history takes most of the time
             return dock.Workspace(self.workspace).adopt(checkout or self.checkout(parent=name), name, sys.executable)
 
     def processes(self):
@@ -420,7 +419,7 @@ def has_module(name):
 def can_link():
     """Whether links can be made: not under Wine, and on Windows only with a right that few have."""
     with tempfile.TemporaryDirectory() as folder:
-        link = os.path.join(folder, "link")
+        link = join(folder, "link")
         with contextlib.suppress(OSError):
             os.symlink(folder, link)
         return os.path.islink(link) and os.path.isdir(link)
@@ -469,9 +468,7 @@ def tree(folder):
     found = {}
     for here, names, files in os.walk(folder):
         names[:] = [name for name in names if name not in (".git", "__pycache__")]
-        found.update(
-            {Path(here, name).relative_to(folder).as_posix(): read_bytes(os.path.join(here, name)) for name in files}
-        )
+        found.update({Path(here, name).relative_to(folder).as_posix(): read_bytes(join(here, name)) for name in files})
     return found
 
 
@@ -484,7 +481,7 @@ def make_wheel(name, version, requires=(), files=None):
         + "".join(f"Requires-Dist: {item}\n" for item in requires),
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}  # fmt: skip
     record = "".join(f"{member},,\n" for member in [*members, f"{info}/RECORD"])
-    with zipfile.ZipFile(os.path.join(Workshop.wheels, f"{plain}-{version}-py3-none-any.whl"), "w") as file:
+    with zipfile.ZipFile(join(Workshop.wheels, f"{plain}-{version}-py3-none-any.whl"), "w") as file:
         for member, text in {**members, f"{info}/RECORD": record}.items():
             file.writestr(member, text)
 
@@ -498,7 +495,7 @@ def git(folder, *words):
 
 def make_repository(name, files, *tags):
     """A repository with one commit; returns its path."""
-    folder = os.path.join(Workshop.root, "repositories", name)
+    folder = join(Workshop.root, "repositories", name)
     os.makedirs(folder)
     git(folder, "init", "--quiet", "-b", "main")
     commit(folder, files, *tags)
@@ -508,7 +505,7 @@ def make_repository(name, files, *tags):
 def commit(folder, files, *tags):
     """Another commit."""
     for path, text in files.items():
-        write(os.path.join(folder, path), text)
+        write(join(folder, path), text)
     git(folder, "add", "-A")
     git(folder, "commit", "--quiet", "--allow-empty", "-m", "x")
     for tag in tags:
@@ -621,7 +618,7 @@ def raise_workshop():
     if Workshop.root:
         return
     Workshop.root = os.path.realpath(tempfile.mkdtemp(prefix="nodes-test-"))
-    Workshop.wheels = os.path.join(Workshop.root, "wheels")
+    Workshop.wheels = join(Workshop.root, "wheels")
     os.makedirs(Workshop.wheels)
     dock.run_command, dock.make_venv = run_command, make_venv
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_", "GIT_"))]:
@@ -701,7 +698,7 @@ def tearDownModule():
 
 def packages_in(venv):
     """The folder of a venv's packages."""
-    return glob.glob(os.path.join(glob.escape(venv), "[Ll]ib", "**", "site-packages"), recursive=True)[0]
+    return glob.glob(join(glob.escape(venv), "[Ll]ib", "**", "site-packages"), recursive=True)[0]
 
 
 def make_venv(folder, python, real=dock.make_venv):
@@ -709,20 +706,20 @@ def make_venv(folder, python, real=dock.make_venv):
     if python != sys.executable or has("uv"):
         return real(folder, python)
     shared = os.environ.get(CLAIMS, Workshop.root)
-    venv, pip = os.path.join(shared, "a venv"), os.path.join(shared, "its pip")
-    with dock.locked(os.path.join(shared, "venv.lock"), 120, "tests"):
+    venv, pip = join(shared, "a venv"), join(shared, "its pip")
+    with dock.locked(join(shared, "venv.lock"), 120, "tests"):
         if not os.path.exists(pip):
             real(venv, python)
             packages = packages_in(venv)
             os.rename(packages, pip)
-            write(os.path.join(packages, "pip.pth"), pip)
+            write(join(packages, "pip.pth"), pip)
     return shutil.copytree(venv, folder, symlinks=True)
 
 
 def shared_environment():
     """The environment that all share, made by the first who asks: its venv is costly."""
     if Workshop.paths is None:
-        paths = dock.EnvironmentPaths(os.path.join(Workshop.root, "environments", "main"))
+        paths = dock.EnvironmentPaths(join(Workshop.root, "environments", "main"))
         dock.create_environment(
             paths, lambda line: None, source=Workshop.comfyui, python=sys.executable, torch_backend="cpu"
         )
@@ -749,13 +746,13 @@ class NodeCase(InWorkshop):
         """Make the environment: code and manifest, no venv."""
         shared_environment()
         NodeCase.counter += 1
-        self.paths = dock.EnvironmentPaths(os.path.join(Workshop.root, "environments", f"e{NodeCase.counter}"))
+        self.paths = dock.EnvironmentPaths(join(Workshop.root, "environments", f"e{NodeCase.counter}"))
         os.makedirs(self.paths.cec)
         shutil.copyfile(Workshop.paths.manifest, self.paths.manifest)
         shutil.copytree(Workshop.paths.comfyui, self.paths.comfyui)
         self.said = []
         self.manager = dock.NodeManager(self.paths, Workshop.python, self.said.append)
-        self.nodes = os.path.join(self.paths.comfyui, "custom_nodes")
+        self.nodes = join(self.paths.comfyui, "custom_nodes")
 
     def failing(self, words, function, *arguments, error=dock.CDEnvironmentError, **named):
         """The error with these words that a call raises."""
@@ -891,16 +888,13 @@ class WordsForPeople(unittest.TestCase):
             "  +-+---------------- 1 ----------------\n    | ValueError: 1\n    +------------------------------------\n"
         )
         failed = "\x1b[31m[ERROR]\x1b[0m Traceback (most recent call last):\n  File x\nImportError: a node\n"
-        cases = [
-            (fatal, -11, "Fatal Python error: Segmentation fault (custom node Guilty)"),
+        cases = [(fatal, -11, "Fatal Python error: Segmentation fault (custom node Guilty)"),
             ("Windows fatal exception: access violation\n", None, "Windows fatal exception: access violation"),
             ("terminate called after throwing an instance of 'x'\n  what():  no CUDA\n", -6,
-             "terminate called after throwing an instance of 'x': no CUDA"),
-            (group, 1, "ExceptionGroup: two (2 sub-exceptions)"),
-            (failed + "[INFO] up\n", 3, "ImportError: a node"),
+            "terminate called after throwing an instance of 'x': no CUDA"),
+            (group, 1, "ExceptionGroup: two (2 sub-exceptions)"), (failed + "[INFO] up\n", 3, "ImportError: a node"),
             (failed + "[INFO] up\nNo models folder.\n", 1, "No models folder."),
-            ("Traceback (most recent call last):\n  File x\nSystemExit: 7\n", 7, "SystemExit: 7"),
-        ]  # fmt: skip
+            ("Traceback (most recent call last):\n  File x\nSystemExit: 7\n", 7, "SystemExit: 7")]  # fmt: skip
         for text, code, expected in cases:
             with self.subTest(expected=expected):
                 self.assertEqual(dock.last_error_line(text, code), expected)
@@ -941,16 +935,16 @@ class WordsForPeople(unittest.TestCase):
 class FindingTheWorkspace(unittest.TestCase):
     def test_the_folder_of_the_comfydock_that_used_docker_is_left_alone(self):
         home = temporary_folder(self)
-        write(os.path.join(home, ".comfydock", "environments.json"), "[]")
+        write(join(home, ".comfydock", "environments.json"), "[]")
         names = {"HOME": home, "USERPROFILE": home, "COMFYDOCK_HOME": ""}
-        with unittest.mock.patch.dict(os.environ, names):
-            self.assertEqual(dock.default_workspace(), os.path.join(home, "comfydock"))
-            os.makedirs(os.path.join(home, ".comfydock", "environments"))
-            self.assertEqual(dock.default_workspace(), os.path.join(home, ".comfydock"))
+        with patch.dict(os.environ, names):
+            self.assertEqual(dock.default_workspace(), join(home, "comfydock"))
+            os.makedirs(join(home, ".comfydock", "environments"))
+            self.assertEqual(dock.default_workspace(), join(home, ".comfydock"))
 
     def setUp(self):
         self.home = temporary_folder(self)
-        self.enterContext_(unittest.mock.patch.dict(os.environ, {"HOME": self.home, "USERPROFILE": self.home}))
+        self.enterContext_(patch.dict(os.environ, {"HOME": self.home, "USERPROFILE": self.home}))
         os.environ.pop("COMFYDOCK_HOME", None)
 
     def enterContext_(self, context):  # unittest has it from 3.11 on
@@ -958,23 +952,23 @@ class FindingTheWorkspace(unittest.TestCase):
         self.addCleanup(context.__exit__, None, None, None)
 
     def test_the_variable_wins_then_an_older_workspace_where_there_is_no_new_one(self):
-        new, older = (os.path.join(self.home, name) for name in (".comfydock", "comfydock"))
+        new, older = (join(self.home, name) for name in (".comfydock", "comfydock"))
         self.assertEqual(dock.default_workspace(), new)
-        os.makedirs(os.path.join(older, ".metadata"))
+        os.makedirs(join(older, ".metadata"))
         self.assertEqual(dock.default_workspace(), older)
-        os.makedirs(os.path.join(new, "environments"))
+        os.makedirs(join(new, "environments"))
         self.assertEqual(dock.default_workspace(), new)
-        os.environ["COMFYDOCK_HOME"] = os.path.join(self.home, "elsewhere")
-        self.assertEqual(dock.default_workspace(), os.path.join(self.home, "elsewhere"))
+        os.environ["COMFYDOCK_HOME"] = join(self.home, "elsewhere")
+        self.assertEqual(dock.default_workspace(), join(self.home, "elsewhere"))
         os.environ["HOME"] = os.environ["USERPROFILE"] = os.environ["COMFYDOCK_HOME"] = ""
         self.assertEqual(error_of(dock.default_workspace).hint, "set COMFYDOCK_HOME")
 
     def test_the_environment_above_a_folder(self):
-        inside = os.path.join(self.home, "ws", "environments", "dev", "ComfyUI", "custom_nodes")
+        inside = join(self.home, "ws", "environments", "dev", "ComfyUI", "custom_nodes")
         os.makedirs(inside)
         self.assertIsNone(dock.environment_above(inside))
-        os.makedirs(os.path.join(self.home, "ws", "environments", "dev", ".cec"))
-        self.assertEqual(dock.environment_above(inside), (os.path.join(self.home, "ws"), "dev"))
+        os.makedirs(join(self.home, "ws", "environments", "dev", ".cec"))
+        self.assertEqual(dock.environment_above(inside), (join(self.home, "ws"), "dev"))
 
 
 # ======================================================================================================================
@@ -1092,11 +1086,11 @@ class Stage(unittest.TestCase):
     def setUp(self):
         self.folder = os.path.realpath(tempfile.mkdtemp(prefix="stage é "))
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
-        self.script = os.path.join(self.folder, "main.py")
-        self.log = os.path.join(self.folder, "log.txt")
+        self.script = join(self.folder, "main.py")
+        self.log = join(self.folder, "log.txt")
 
     def write(self, code, name="main.py"):
-        path = os.path.join(self.folder, name)
+        path = join(self.folder, name)
         with open(path, "w", encoding="utf-8") as file:
             file.write(code)
         return path
@@ -1146,7 +1140,7 @@ class RunningACommand(Stage):
 
     def test_progress_is_told_line_by_line_while_it_runs_and_kept(self):
         code = "import os,sys\nprint('one', flush=True)\nwhile not os.path.exists(sys.argv[1]): pass\nprint('two')"
-        told, flag = [], os.path.join(self.folder, "flag")
+        told, flag = [], join(self.folder, "flag")
 
         def tell(line):
             told.append((line, threading.current_thread() is threading.main_thread()))
@@ -1167,7 +1161,7 @@ class RunningACommand(Stage):
         self.assertEqual(str(error), "no-such-program-here was not found")
         self.assertEqual(error.code, "missing")
         with self.assertRaises(dock.CDEnvironmentError) as caught:
-            self.python("", cwd=os.path.join(self.folder, "nowhere"))
+            self.python("", cwd=join(self.folder, "nowhere"))
         self.assertEqual(caught.exception.code, "missing")
         self.assertIn("nowhere", str(caught.exception))
 
@@ -1325,10 +1319,10 @@ class HandlesAndLocks(Stage):
     def test_the_file_starts_itself_in_whatever_way_it_is_kept(self):
         program = self.write("", "comfydock.py")
         cases = ((program, ["-c", dock.IMPORTED.format("comfydock"), self.folder]),
-            (self.write("", "my-dock.py"), [os.path.join(self.folder, "my-dock.py")]),
-            (os.path.join(self.write("", "dock.pyz"), "comfydock.py"), [os.path.join(self.folder, "dock.pyz")]))  # fmt: skip
+            (self.write("", "my-dock.py"), [join(self.folder, "my-dock.py")]),
+            (join(self.write("", "dock.pyz"), "comfydock.py"), [join(self.folder, "dock.pyz")]))  # fmt: skip
         for file, words in cases:
-            with self.subTest(file=file), unittest.mock.patch.object(dock, "__file__", file):
+            with self.subTest(file=file), patch.object(dock, "__file__", file):
                 self.assertEqual(dock.own_command(), [sys.executable, *words])
 
 
@@ -1424,13 +1418,13 @@ class Signalling(Stage):
                 buffer.value = b"boot of " + name
                 return 0
 
-        with unittest.mock.patch("ctypes.CDLL", lambda name: Library()):
+        with patch("ctypes.CDLL", lambda name: Library()):
             self.assertEqual(dock.mac_text("gethostuuid"), "00010203-0405-0607-0809-0a0b0c0d0e0f")
             self.assertEqual(dock.mac_text("sysctlbyname", b"kern.x"), "boot of kern.x")
         if sys.platform != "darwin":
             self.assertIsNone(dock.mac_text("gethostuuid"))
-        with unittest.mock.patch.object(dock, "read_proc", lambda path: b""):
-            with unittest.mock.patch.object(sys, "platform", "darwin"):
+        with patch.object(dock, "read_proc", lambda path: b""):
+            with patch.object(sys, "platform", "darwin"):
                 mac = dock.this_machine.__wrapped__()
                 self.assertEqual((mac["machine"], mac["host"]), (dock.mac_text("gethostuuid") or "", ""))
                 self.assertEqual(mac["boot_id"], dock.mac_text("sysctlbyname", b"kern.bootsessionuuid"))
@@ -1460,7 +1454,7 @@ class ReadingCapturedTexts(unittest.TestCase):
         self.assertEqual(dock.parse_proc_net(PROC_NET_TCP6, 8188), {35160})
         self.assertEqual(dock.parse_proc_net("", 8188), set())
 
-    @unittest.mock.patch.object(dock, "PATH_RULES", posixpath)
+    @patch.object(dock, "PATH_RULES", posixpath)
     def test_ps_of_linux_is_read(self):
         init, thread, comfy, dead, stopped = dock.parse_ps(LINUX_PS)
         self.assertEqual((comfy.pid, comfy.ppid, comfy.uid, comfy.state), (4242, 1, 1000, "running"))
@@ -1471,7 +1465,7 @@ class ReadingCapturedTexts(unittest.TestCase):
         self.assertEqual((dead.state, stopped.state), ("zombie", "stopped"))
         self.assertTrue(dock.runs_script(comfy, "/srv/Comfy UI/main.py"))
 
-    @unittest.mock.patch.object(dock, "PATH_RULES", posixpath)
+    @patch.object(dock, "PATH_RULES", posixpath)
     def test_ps_of_macos_is_read_with_its_padded_dates(self):
         _, comfy, dead, closed, stopped = dock.parse_ps(MACOS_PS)
         self.assertEqual((comfy.pid, comfy.name, comfy.created), (501, "Python", 1785339481.0))
@@ -1523,8 +1517,8 @@ class ReadingCapturedTexts(unittest.TestCase):
 class WhoRunsTheScript(Stage):
     def runs(self, command, joined=False, cwd="/x", script="/x/main.py"):
         row = dock.Process(99, command=command.split(" ") if joined else command, joined=joined)
-        table = unittest.mock.Mock(cwd=lambda pid: cwd)
-        with unittest.mock.patch.object(dock, "process_table", lambda: table):
+        table = Mock(cwd=lambda pid: cwd)
+        with patch.object(dock, "process_table", lambda: table):
             return dock.runs_script(row, script)
 
     CASES = ((["python", "/x/main.py"], True), (["/usr/bin/python3.11", "-s", "-u", "/x/main.py", "--listen"], True),
@@ -1540,7 +1534,7 @@ class WhoRunsTheScript(Stage):
         (["python-config", "/x/main.py"], False), (["pythonista", "/x/main.py"], False), (["python"], False),
         (["python", "-X"], False))  # fmt: skip
 
-    @unittest.mock.patch.object(dock, "PATH_RULES", posixpath)
+    @patch.object(dock, "PATH_RULES", posixpath)
     def test_only_a_python_whose_script_it_is_counts(self):
         for command, expected in self.CASES:
             for joined in (False, True):
@@ -1548,7 +1542,7 @@ class WhoRunsTheScript(Stage):
                     self.assertEqual(self.runs(" ".join(command) if joined else command, joined), expected)
         self.assertFalse(self.runs([]))
 
-    @unittest.mock.patch.object(dock, "PATH_RULES", posixpath)
+    @patch.object(dock, "PATH_RULES", posixpath)
     def test_paths_with_spaces_are_found_in_joined_text(self):
         script = "/my models/Comfy  UI/main.py"
         self.assertTrue(self.runs(f"/my env/bin/python3 -s {script} --port 1", True, script=script))
@@ -1564,12 +1558,12 @@ class WhoRunsTheScript(Stage):
         self.assertFalse(self.runs(["python", "main.py"], cwd=None, script=self.script))
 
     def test_a_path_that_cannot_be_resolved_is_nobody_elses(self):
-        with unittest.mock.patch.object(dock.PATH_RULES, "realpath", side_effect=OSError("More data available")):
+        with patch.object(dock.PATH_RULES, "realpath", side_effect=OSError("More data available")):
             self.assertTrue(dock.same_path(self.script, self.script))
             self.assertFalse(dock.same_path(self.script, self.folder))
 
     def test_windows_paths_ignore_case_and_slashes(self):
-        with unittest.mock.patch.object(dock, "PATH_RULES", ntpath):
+        with patch.object(dock, "PATH_RULES", ntpath):
             script = r"C:\Comfy UI\main.py"
             for command, cwd in (([r"c:\py\Python.EXE", "-s", "c:/comfy ui/MAIN.py"], None),
                 (["python.exe", r".\main.py"], "C:\\Comfy UI"), (["python.exe", r"Comfy UI\main.py"], "C:\\")):  # fmt: skip
@@ -1583,7 +1577,7 @@ class WhoRunsTheScript(Stage):
         link = self.folder + " link"
         os.symlink(self.folder, link)
         self.addCleanup(os.unlink, link)
-        self.assertTrue(self.runs(["python", os.path.join(link, "main.py")], script=self.script))
+        self.assertTrue(self.runs(["python", join(link, "main.py")], script=self.script))
 
 
 class EverySource:
@@ -1595,9 +1589,9 @@ class EverySource:
         super().setUp()
         if not dock.is_usable(self.source):
             self.skipTest(f"{self.source} is not here")
-        patch = unittest.mock.patch.dict(os.environ, COMFYDOCK_PROCESS_TABLE=self.source)
-        patch.start()
-        self.addCleanup(patch.stop)
+        patched = patch.dict(os.environ, COMFYDOCK_PROCESS_TABLE=self.source)
+        patched.start()
+        self.addCleanup(patched.stop)
         self.table = dock.process_table()
         self.assertIsInstance(self.table, dock.TABLES[self.source])
 
@@ -1715,9 +1709,9 @@ class TasklistAsSource(EverySource, Stage):
     def setUp(self):
         super().setUp()
         for name in ("listed_processes", "tcp_listeners"):
-            patch = unittest.mock.patch.object(dock, name, return_value=[])
-            patch.start()
-            self.addCleanup(patch.stop)
+            patched = patch.object(dock, name, return_value=[])
+            patched.start()
+            self.addCleanup(patched.stop)
 
 
 class ChoosingTheSource(unittest.TestCase):
@@ -1725,12 +1719,12 @@ class ChoosingTheSource(unittest.TestCase):
         for name in ("nonsense", "proc" if WINDOWS else "windows"):
             if dock.is_usable(name):
                 continue
-            with self.subTest(name=name), unittest.mock.patch.dict(os.environ, COMFYDOCK_PROCESS_TABLE=name):
+            with self.subTest(name=name), patch.dict(os.environ, COMFYDOCK_PROCESS_TABLE=name):
                 error = error_of(dock.process_table)
                 self.assertIn("proc, windows, psutil, ps", error.hint)
 
     def test_where_nothing_works_one_line_says_what_to_install(self):
-        with unittest.mock.patch.object(dock, "is_usable", lambda name: False), unittest.mock.patch.dict(os.environ):
+        with patch.object(dock, "is_usable", lambda name: False), patch.dict(os.environ):
             os.environ.pop("COMFYDOCK_PROCESS_TABLE", None)
             error = error_of(dock.process_table)
         self.assertIn("pip install psutil", error.hint)
@@ -1743,10 +1737,8 @@ class ChoosingTheSource(unittest.TestCase):
             ),
             4012: dock.ProcessFacts(4012, False),
         }
-        with (
-            unittest.mock.patch.object(dock, "run_command", lambda *_, **__: done),
-            unittest.mock.patch.multiple(dock, process_facts=facts.get, listed_processes=list),
-        ):
+        with (patch.object(dock, "run_command", lambda *_, **__: done),
+            patch.multiple(dock, process_facts=facts.get, listed_processes=list)):  # fmt: skip
             table = dock.WindowsTable()
             rows = table.processes()
             self.assertEqual([(row.pid, row.name if "\\" not in row.text else "py") for row in rows],
@@ -1771,15 +1763,15 @@ class ChoosingTheSource(unittest.TestCase):
             def environ(self):
                 raise OSError("Access denied")
 
-        module = unittest.mock.Mock(Process=Ending, Error=LookupError)
+        module = Mock(Process=Ending, Error=LookupError)
         module.pids.return_value = [7, 9]
-        with unittest.mock.patch.object(dock, "psutil_module", return_value=module):
+        with patch.object(dock, "psutil_module", return_value=module):
             self.assertEqual([(row.pid, row.name) for row in dock.PsutilTable().processes()], [(7, "python.exe")])
             self.assertEqual(dock.PsutilTable().markers(), {})
 
     def test_a_psutil_that_fails_is_not_usable(self):
         for trouble in (ImportError("none"), RuntimeError("no /proc here")):
-            with unittest.mock.patch.object(dock, "psutil_module", side_effect=trouble):
+            with patch.object(dock, "psutil_module", side_effect=trouble):
                 self.assertFalse(dock.is_usable.__wrapped__("psutil"))
 
     def test_where_psutil_may_not_ask_for_all_connections_lsof_is_asked(self):
@@ -1790,13 +1782,13 @@ class ChoosingTheSource(unittest.TestCase):
             def net_connections(self, kind):
                 raise self.Error
 
-        with (unittest.mock.patch.object(dock, "psutil_module", Psutil),
-            unittest.mock.patch.object(dock, "printed", lambda words: LSOF_PIDS if "-iTCP:8188" in words else "")):  # fmt: skip
+        with (patch.object(dock, "psutil_module", Psutil),
+            patch.object(dock, "printed", lambda words: LSOF_PIDS if "-iTCP:8188" in words else "")):  # fmt: skip
             self.assertEqual(dock.PsutilTable().listeners(8188), [501, 733])
 
     @unittest.skipUnless(LINUX, "reads /proc")
     def test_a_process_that_ends_while_it_is_looked_at_is_none(self):
-        with unittest.mock.patch.object(os, "read", side_effect=ProcessLookupError):
+        with patch.object(os, "read", side_effect=ProcessLookupError):
             self.assertIsNone(dock.ProcTable().process(os.getpid()))
 
 
@@ -1821,10 +1813,10 @@ class TheSameProcess(Stage):
                     self.assertEqual(self.find(**{field: other}) is None, field in compared)
 
     def test_it_must_run_the_script_of_the_environment(self):
-        self.assertIsNone(self.find(os.path.join(self.folder, "other.py")))
+        self.assertIsNone(self.find(join(self.folder, "other.py")))
 
     def test_without_ticks_two_seconds_tell_one_start_from_another(self):
-        with unittest.mock.patch.object(dock, "proc_start_ticks", lambda pid: None):
+        with patch.object(dock, "proc_start_ticks", lambda pid: None):
             for seconds, same in ((0, True), (1.9, True), (-1.9, True), (2.1, False), (-2.1, False)):
                 one = dock.Process(9, created=100.0)
                 with self.subTest(seconds=seconds):
@@ -1834,7 +1826,7 @@ class TheSameProcess(Stage):
 
     def test_a_record_with_the_keys_of_the_plan_alone_names_a_candidate(self):
         self.assertIsNotNone(self.find(**dict.fromkeys(self.identity, ...)))
-        self.assertIsNone(self.find(os.path.join(self.folder, "other.py"), **dict.fromkeys(self.identity, ...)))
+        self.assertIsNone(self.find(join(self.folder, "other.py"), **dict.fromkeys(self.identity, ...)))
 
     @unittest.skipUnless(dock.this_machine()["machine"], "needs a machine with an id")
     def test_another_machine_namespace_or_boot_is_not_here(self):
@@ -1879,7 +1871,7 @@ class TheSameProcess(Stage):
         self.assertLess(calls[-1] - calls[0], 5)
 
     def test_waiting_works_where_there_is_no_handle(self):
-        with unittest.mock.patch.object(os, "pidfd_open", side_effect=OSError, create=True):
+        with patch.object(os, "pidfd_open", side_effect=OSError, create=True):
             self.assertFalse(dock.wait_for_exit(self.process, 0.05))
             dock.signal_process(self.pid, "kill")
             self.assertTrue(dock.wait_for_exit(self.process, 20))
@@ -2003,7 +1995,7 @@ class SomeoneElse(Stage):
         return answer
 
     def test_a_record_speaks_for_its_owner_alone(self):
-        path = os.path.join(self.folder, "state")
+        path = join(self.folder, "state")
         row = dock.process_table().process(self.start().pid)
         state = dock.ProcessState.from_dict({**PLANS_STATE, "pid": row.pid, "identity": dock.identity_of(row)})
         for uid, owner, ours in ((None, 0, True), (0, 0, True), (65534, 0, False), (0, 65534, False),
@@ -2024,7 +2016,7 @@ class SomeoneElse(Stage):
         def vfat(handle):
             return os.stat_result([*stat(handle)[:4], 65534, *stat(handle)[5:10]])
 
-        with unittest.mock.patch.object(os, "fstat", vfat):
+        with patch.object(os, "fstat", vfat):
             self.assertEqual(dock.speaker_of(path, 65534), 0)
         self.assertEqual(os.listdir(self.folder), ["state"])
 
@@ -2060,14 +2052,14 @@ class SomeoneElse(Stage):
 class OnlyTheRecordedProcessIsSignalled(Stage):
     def setUp(self):
         super().setUp()
-        self.environment = dock.Workspace(os.path.join(self.folder, "workspace")).demo()
+        self.environment = dock.Workspace(join(self.folder, "workspace")).demo()
         self.sent = []
         for module, name in ((os, "kill"), (signal, "pidfd_send_signal")):
             send = getattr(module, name, None)
             if send is not None:
-                patch = unittest.mock.patch.object(module, name, self.counted(send))
-                patch.start()
-                self.addCleanup(patch.stop)
+                patched = patch.object(module, name, self.counted(send))
+                patched.start()
+                self.addCleanup(patched.stop)
 
     def counted(self, send):
         def count(place, number):
@@ -2119,14 +2111,13 @@ class OnlyTheRecordedProcessIsSignalled(Stage):
     @unittest.skipUnless(LINUX, "Linux has descriptors of processes")
     def test_the_signal_goes_through_the_descriptor_that_was_looked_at(self):
         row = dock.process_table().process(self.start().pid)
-        with (unittest.mock.patch.object(os, "kill", side_effect=AssertionError),
-            unittest.mock.patch.object(os, "pidfd_open", create=True)):  # fmt: skip
+        with patch.object(os, "kill", side_effect=AssertionError), patch.object(os, "pidfd_open", create=True):
             del os.pidfd_open  # as in some builds of Python
             dock.signal_same(row, "continue")
         for error in (errno.ENOSYS, errno.EPERM, errno.EBADF):
-            with unittest.mock.patch.object(signal, "pidfd_send_signal", side_effect=OSError(error, "")):
+            with patch.object(signal, "pidfd_send_signal", side_effect=OSError(error, "")):
                 dock.signal_same(row, "continue")
-        with unittest.mock.patch.object(signal, "pidfd_send_signal", create=True):
+        with patch.object(signal, "pidfd_send_signal", create=True):
             del signal.pidfd_send_signal
             dock.signal_same(row, "continue")
         self.assertEqual(self.sent, [signal.SIGCONT] * 5)
@@ -2215,7 +2206,7 @@ class ProbesKnowWhatAnswers(unittest.TestCase):
             else silent.wait(20)
         )
         socket_getaddrinfo = socket.getaddrinfo
-        with unittest.mock.patch.object(socket, "getaddrinfo", resolve):
+        with patch.object(socket, "getaddrinfo", resolve):
             self.assertEqual(dock.look_at(dock.ComfyUIConfig("box.example", 8188), 0.3).kind, dock.TIMEOUT)
             self.assertFalse(dock.is_port_bound(8188, host="box.example"))
         self.assertLess(time.monotonic() - began, 5)
@@ -2281,7 +2272,7 @@ class TheQueueIsCounted(unittest.TestCase):
         for remaining, counts in ((0, (0, 0)), (1, (1, 0)), (5, (1, 4))):
             with self.subTest(remaining=remaining):
                 self.assertEqual(self.counts(b"{}", b'{"exec_info": {"queue_remaining": %d}}' % remaining), counts)
-        with unittest.mock.patch.object(dock, "QUEUE_LIMIT", 100):
+        with patch.object(dock, "QUEUE_LIMIT", 100):
             self.assertEqual(self.counts(b" " * 200, b'{"exec_info": {"queue_remaining": 2}}'), (1, 1))
 
     def test_a_server_that_tells_neither_has_no_counts(self):
@@ -2313,7 +2304,7 @@ class PortsAreAskedAsComfyUIBindsThem(unittest.TestCase):
     def test_an_address_that_is_not_ours_or_unknown_is_no_port_in_use(self):
         port = free_port()
         self.assertFalse(dock.is_port_bound(port, host="192.0.2.1"))
-        with unittest.mock.patch.object(socket, "getaddrinfo", side_effect=socket.gaierror("no such host")):
+        with patch.object(socket, "getaddrinfo", side_effect=socket.gaierror("no such host")):
             self.assertFalse(dock.is_port_bound(port, host="no-such-host"))
 
     def test_a_port_of_one_internet_protocol_is_free_in_the_other(self):
@@ -2343,9 +2334,9 @@ class DownloadTest(InWorkshop):
 
     def setUp(self):
         self.registry = Workshop.registry
-        patch = unittest.mock.patch.object(dock, "RETRY_DELAYS", (0.01, 0.01, 0.01))
-        patch.start()
-        self.addCleanup(patch.stop)
+        patched = patch.object(dock, "RETRY_DELAYS", (0.01, 0.01, 0.01))
+        patched.start()
+        self.addCleanup(patched.stop)
 
     def get(self, path, limit=10_000_000):
         return b"".join(dock.download(self.registry.url + path, limit))
@@ -2367,7 +2358,7 @@ class DownloadTest(InWorkshop):
 
     def test_retry_after_is_waited_for(self):
         self.registry.answers["/later"] = [(429, {"Retry_After": 7}, b""), (200, {}, b"done")]
-        with unittest.mock.patch.object(dock.time, "sleep") as sleep:
+        with patch.object(dock.time, "sleep") as sleep:
             self.assertEqual(self.get("/later"), b"done")
         sleep.assert_called_once_with(7.0)
 
@@ -2428,7 +2419,7 @@ class DownloadTest(InWorkshop):
         for head, size in ((b"", ""), (b"Content-Length: %d\r\n" % (2 * dock.MEGABYTE), " of 2.0")):
             with listening(answer=lambda talk, head=head: slowly(talk, b"HTTP/1.0 200 OK\r\n%s\r\n" % head)) as port:
                 clock, told = time.monotonic, []
-                with unittest.mock.patch.object(dock.time, "monotonic", lambda clock=clock: clock() * 4):
+                with patch.object(dock.time, "monotonic", lambda clock=clock: clock() * 4):
                     for _ in dock.download(f"http://127.0.0.1:{port}/", 10 * dock.MEGABYTE, tell=told.append):
                         pass
             self.assertRegex(told[-1], rf"^downloaded [12]\.\d{size} MB$")
@@ -2475,27 +2466,25 @@ class DownloadTest(InWorkshop):
 class AFolderMadeTwice(unittest.TestCase):
     def setUp(self):
         self.root = temporary_folder(self)
-        self.source, self.target = os.path.join(self.root, "a"), os.path.join(self.root, "b")
-        write(os.path.join(self.source, "in", "small"), "small")
-        write(os.path.join(self.source, "large"), "large" * 10)
+        self.source, self.target = join(self.root, "a"), join(self.root, "b")
+        write(join(self.source, "in", "small"), "small")
+        write(join(self.source, "large"), "large" * 10)
 
     def test_files_are_shared_but_for_small_ones_and_links_stay_links(self):
         if can_link():
-            os.symlink("large", os.path.join(self.source, "link"))
+            os.symlink("large", join(self.source, "link"))
         dock.link_tree(self.source, self.target, 9)
         self.assertEqual(tree(self.target), tree(self.source))
-        self.assertTrue(os.path.samefile(os.path.join(self.source, "large"), os.path.join(self.target, "large")))
-        self.assertFalse(
-            os.path.samefile(os.path.join(self.source, "in", "small"), os.path.join(self.target, "in", "small"))
-        )
-        self.assertEqual(os.path.islink(os.path.join(self.target, "link")), can_link())
+        self.assertTrue(os.path.samefile(join(self.source, "large"), join(self.target, "large")))
+        self.assertFalse(os.path.samefile(join(self.source, "in", "small"), join(self.target, "in", "small")))
+        self.assertEqual(os.path.islink(join(self.target, "link")), can_link())
 
     def test_a_disk_without_hard_links_holds_copies_if_there_is_room(self):
-        with unittest.mock.patch.object(os, "link", side_effect=PermissionError(errno.EPERM, "not permitted")):
+        with patch.object(os, "link", side_effect=PermissionError(errno.EPERM, "not permitted")):
             dock.link_tree(self.source, self.target)
             self.assertEqual(tree(self.target), tree(self.source))
             full = types.SimpleNamespace(free=54)
-            with unittest.mock.patch.object(shutil, "disk_usage", return_value=full):
+            with patch.object(shutil, "disk_usage", return_value=full):
                 error = error_of(dock.link_tree, self.source, self.target)
         self.assertEqual(error.code, "disk-full")
 
@@ -2511,7 +2500,7 @@ class WritingIsAllOrNothing(unittest.TestCase):
 
     def setUp(self):
         self.folder = temporary_folder(self)
-        self.path = os.path.join(self.folder, "state")
+        self.path = join(self.folder, "state")
 
     def test_the_file_is_whole_private_and_alone(self):
         dock.write_atomic(self.path, b"one")
@@ -2523,13 +2512,13 @@ class WritingIsAllOrNothing(unittest.TestCase):
 
     def test_a_failure_keeps_the_old_file_and_leaves_nothing(self):
         dock.write_atomic(self.path, b"old")
-        with unittest.mock.patch.object(dock, "replace_file", side_effect=OSError("no")), self.assertRaises(OSError):
+        with patch.object(dock, "replace_file", side_effect=OSError("no")), self.assertRaises(OSError):
             dock.write_atomic(self.path, b"new")
         self.assertEqual(Path(self.path).read_bytes(), b"old")
         self.assertEqual(os.listdir(self.folder), ["state"])
 
     def test_an_error_names_the_file_and_not_its_draft(self):
-        path = os.path.join(self.folder, "nowhere", "state")
+        path = join(self.folder, "nowhere", "state")
         with self.assertRaises(FileNotFoundError) as caught:
             dock.write_atomic(path, b"x")
         self.assertEqual(caught.exception.filename, path)
@@ -2541,7 +2530,7 @@ class WritingIsAllOrNothing(unittest.TestCase):
     def test_a_folder_that_cannot_be_synced_is_no_failure(self):
         fsync = os.fsync
         no_folders = lambda fd: fsync(fd if stat.S_ISREG(os.fstat(fd).st_mode) else 2**30)  # noqa: E731
-        with unittest.mock.patch.object(os, "fsync", no_folders):
+        with patch.object(os, "fsync", no_folders):
             dock.write_atomic(self.path, b"x")
         self.assertEqual(Path(self.path).read_bytes(), b"x")
 
@@ -2555,21 +2544,21 @@ class WritingIsAllOrNothing(unittest.TestCase):
             replace(source, target)
 
         Path(self.path).write_bytes(b"new")
-        with unittest.mock.patch.object(os, "replace", replace_once_let):
+        with patch.object(os, "replace", replace_once_let):
             if not WINDOWS:
                 with self.assertRaises(PermissionError):
                     dock.replace_file(self.path, self.path + "2")
-            with unittest.mock.patch.object(dock, "FILES_ARE_LOCKED_IN_USE", True):
+            with patch.object(dock, "FILES_ARE_LOCKED_IN_USE", True):
                 dock.replace_file(self.path, self.path + "2")
         self.assertEqual(os.listdir(self.folder), ["state2"])
 
     def test_of_a_folder_that_several_write_into_only_old_drafts_are_swept(self):
         for name in ("a.12-0123abcd.tmp", "b.12-0123abcd.tmp", "c.tmp", "d.x-0123abcd.tmp"):
             Path(self.folder, name).write_bytes(b"x")
-            os.utime(os.path.join(self.folder, name), (0, 0))
-        os.utime(os.path.join(self.folder, "b.12-0123abcd.tmp"))
-        os.mkdir(os.path.join(self.folder, "e.12-0123abcd.tmp"))  # of whatever kind: it is no draft of ours
-        os.utime(os.path.join(self.folder, "e.12-0123abcd.tmp"), (0, 0))
+            os.utime(join(self.folder, name), (0, 0))
+        os.utime(join(self.folder, "b.12-0123abcd.tmp"))
+        os.mkdir(join(self.folder, "e.12-0123abcd.tmp"))  # of whatever kind: it is no draft of ours
+        os.utime(join(self.folder, "e.12-0123abcd.tmp"), (0, 0))
         dock.sweep_leftovers(self.folder)
         left = ["b.12-0123abcd.tmp", "c.tmp", "d.x-0123abcd.tmp", "e.12-0123abcd.tmp"]
         self.assertEqual(sorted(os.listdir(self.folder)), left)
@@ -2582,7 +2571,7 @@ class WritingIsAllOrNothing(unittest.TestCase):
 
     @unittest.skipIf(WINDOWS, "links need rights on Windows")
     def test_links_are_not_followed(self):
-        target = os.path.join(self.folder, "precious")
+        target = join(self.folder, "precious")
         Path(target).write_text("keep", encoding="utf-8")
         os.symlink(target, self.path)
         with self.assertRaises(OSError):
@@ -2597,7 +2586,7 @@ class WritingIsAllOrNothing(unittest.TestCase):
 @unittest.skipUnless(WINDOWS, "only Windows keeps others from files that are open")
 class FilesInUse(unittest.TestCase):
     def setUp(self):
-        self.path = os.path.join(temporary_folder(self), "file")
+        self.path = join(temporary_folder(self), "file")
 
     def test_a_replace_waits_for_the_readers(self):
         Path(self.path).write_bytes(b"old")
@@ -2626,7 +2615,7 @@ class FilesInUse(unittest.TestCase):
 
 class LocksExclude(unittest.TestCase):
     def test_whether_somebody_holds_a_lock_is_seen_without_taking_it(self):
-        path = os.path.join(temporary_folder(self), "lock")
+        path = join(temporary_folder(self), "lock")
         self.assertFalse(dock.is_held(path))
         self.assertFalse(os.path.exists(path))
         with dock.locked(path, 1, "test"):
@@ -2636,7 +2625,7 @@ class LocksExclude(unittest.TestCase):
             pass
 
     def setUp(self):
-        self.path = os.path.join(temporary_folder(self), "lock")
+        self.path = join(temporary_folder(self), "lock")
 
     def test_the_second_one_waits_and_then_names_the_holder(self):
         with dock.locked(self.path, 1, "run"):
@@ -2651,7 +2640,7 @@ class LocksExclude(unittest.TestCase):
         environment, told = dock.Workspace(temporary_folder(self)).demo(), []
         environment.tell = told.append
         before = os.listdir("/proc/self/fd")
-        with unittest.mock.patch.object(dock, "lock_handle", side_effect=OSError(errno.ENOLCK, "No locks available")):
+        with patch.object(dock, "lock_handle", side_effect=OSError(errno.ENOLCK, "No locks available")):
             with self.assertRaisesRegex(dock.CDEnvironmentError, f"{self.path} cannot be locked: .* has no locks"):
                 with dock.locked(self.path, 1, "run"):
                     pass
@@ -2739,11 +2728,11 @@ class LocksExclude(unittest.TestCase):
             with dock.locked(self.path, 1, "run"):
                 self.assertTrue(os.path.exists(self.path))
         deleted = lambda fd: os.path.exists(self.path) and not os.unlink(self.path)  # noqa: E731
-        with unittest.mock.patch.object(dock, "lock_handle", deleted):
+        with patch.object(dock, "lock_handle", deleted):
             self.assertIsNone(dock.take_lock(self.path))
 
     def test_a_lock_that_cannot_be_signed_is_held_all_the_same(self):
-        with unittest.mock.patch.object(os, "ftruncate", side_effect=OSError(errno.ENOSPC, "full")):
+        with patch.object(os, "ftruncate", side_effect=OSError(errno.ENOSPC, "full")):
             with dock.locked(self.path, 1, "run"):
                 with self.assertRaises(dock.CDEnvironmentError) as caught, dock.locked(self.path, 0, "stop"):
                     pass
@@ -2752,7 +2741,7 @@ class LocksExclude(unittest.TestCase):
 
 class LogsAreReadFromTheirEnd(unittest.TestCase):
     def setUp(self):
-        self.path = os.path.join(temporary_folder(self), "comfyui.log")
+        self.path = join(temporary_folder(self), "comfyui.log")
 
     def tail(self, data, count, floor=0):
         Path(self.path).write_bytes(data)
@@ -2806,10 +2795,10 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
 
     def test_a_log_in_use_that_cannot_be_moved_is_copied_and_emptied_on_windows(self):
         Path(self.path).write_bytes(b"x" * 100)
-        with unittest.mock.patch.object(os, "replace", side_effect=PermissionError("in use")):
-            with unittest.mock.patch.object(dock, "FILES_ARE_LOCKED_IN_USE", False):
+        with patch.object(os, "replace", side_effect=PermissionError("in use")):
+            with patch.object(dock, "FILES_ARE_LOCKED_IN_USE", False):
                 self.assertRaises(PermissionError, dock.move_log, self.path, 1)
-            with unittest.mock.patch.object(dock, "FILES_ARE_LOCKED_IN_USE", True):
+            with patch.object(dock, "FILES_ARE_LOCKED_IN_USE", True):
                 dock.move_log(self.path, 1)
         self.assertEqual((read_bytes(self.path), read_bytes(self.path + ".old")), (b"", b"x" * 100))
 
@@ -2817,13 +2806,13 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
     def test_a_full_disk_names_the_log(self):
         Path(self.path).touch()
         full = lambda path: open("/dev/full", "ab", buffering=0)  # noqa: E731
-        with unittest.mock.patch.object(dock, "open_append", full), self.assertRaises(OSError) as caught:
+        with patch.object(dock, "open_append", full), self.assertRaises(OSError) as caught:
             dock.begin_session(self.path, "=== header\n")
         self.assertEqual((caught.exception.errno, caught.exception.filename), (errno.ENOSPC, self.path))
 
     def test_a_start_never_fails_for_rotation(self):
         Path(self.path).write_bytes(b"x" * 100)
-        with unittest.mock.patch.object(dock, "move_log", side_effect=OSError("no")):
+        with patch.object(dock, "move_log", side_effect=OSError("no")):
             dock.rotate_at_start(self.path, limit=1)
         self.assertEqual(os.path.getsize(self.path), 100)
 
@@ -2903,10 +2892,10 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
     def test_a_log_that_is_just_being_rotated_on_windows_is_looked_at_again(self):
         follower = dock.LogFollower(self.path, 0)
         Path(self.path).write_bytes(b"one\n")
-        with unittest.mock.patch.object(dock, "open_regular", side_effect=PermissionError("in use")):
-            with unittest.mock.patch.object(dock, "FILES_ARE_LOCKED_IN_USE", True):
+        with patch.object(dock, "open_regular", side_effect=PermissionError("in use")):
+            with patch.object(dock, "FILES_ARE_LOCKED_IN_USE", True):
                 self.assertEqual(follower.read(), b"")
-            with unittest.mock.patch.object(dock, "FILES_ARE_LOCKED_IN_USE", False):
+            with patch.object(dock, "FILES_ARE_LOCKED_IN_USE", False):
                 self.assertRaises(PermissionError, follower.read)
         self.assertEqual(self.drained(follower), b"one\n")
 
@@ -2929,10 +2918,10 @@ class UnpackTest(InWorkshop):
 
     def setUp(self):
         self.folder = tempfile.mkdtemp(dir=Workshop.root)
-        self.target = os.path.join(self.folder, "out")
+        self.target = join(self.folder, "out")
 
     def archive(self, data):
-        path = os.path.join(self.folder, "archive")
+        path = join(self.folder, "archive")
         with open(path, "wb") as file:
             file.write(data)
         return path
@@ -2948,8 +2937,8 @@ class UnpackTest(InWorkshop):
         info.external_attr = 0o755 << 16
         self.assertEqual(dock.unpack(self.archive(zipped({"a.py": "1", info: "2", "e/": ""})), self.target, 10),
             ["a.py", "bin/run.sh"])  # fmt: skip
-        self.assertTrue(WINDOWS or os.stat(os.path.join(self.target, "bin/run.sh")).st_mode & stat.S_IXUSR)
-        self.assertTrue(os.path.isdir(os.path.join(self.target, "e")))
+        self.assertTrue(WINDOWS or os.stat(join(self.target, "bin/run.sh")).st_mode & stat.S_IXUSR)
+        self.assertTrue(os.path.isdir(join(self.target, "e")))
         dock.remove_tree(self.target)
         odd = {"w\\": "", "w\\a.py": "1", "\u5168\u3000\u89d2.json": "2"}
         self.assertEqual(dock.unpack(self.archive(zipped(odd)), self.target, 10), ["w/a.py", "\u5168\u3000\u89d2.json"])
@@ -2971,9 +2960,9 @@ class UnpackTest(InWorkshop):
     def test_absurd_sizes_and_counts_are_refused(self):
         self.refused(self.archive(zipped({"big": "x" * 1001})), limit=1000)
         self.refused(self.archive(zipped({"a": "x" * 600, "b": "x" * 600})), limit=1000)
-        with unittest.mock.patch.object(dock, "MOST_MEMBERS", 3):
+        with patch.object(dock, "MOST_MEMBERS", 3):
             self.refused(self.archive(zipped({str(number): "" for number in range(4)})))
-        with unittest.mock.patch.object(dock, "DIRECTORY_LIMIT", 1000):
+        with patch.object(dock, "DIRECTORY_LIMIT", 1000):
             self.refused(self.archive(zipped({str(number): "" for number in range(100)})))
 
     @unittest.skipUnless(LINUX, "measures by resource")
@@ -3022,14 +3011,14 @@ class RemovalTest(InWorkshop):
 
     def setUp(self):
         self.folder = tempfile.mkdtemp(dir=Workshop.root)
-        self.precious = os.path.join(self.folder, "models", "x.safetensors")
+        self.precious = join(self.folder, "models", "x.safetensors")
         write(self.precious, "years")
 
     def test_links_are_cut_not_followed(self):
-        doomed = os.path.join(self.folder, "doomed")
-        os.makedirs(os.path.join(doomed, "in"))
-        os.symlink(os.path.dirname(self.precious), os.path.join(doomed, "in", "models"))
-        top = os.path.join(self.folder, "top")
+        doomed = join(self.folder, "doomed")
+        os.makedirs(join(doomed, "in"))
+        os.symlink(os.path.dirname(self.precious), join(doomed, "in", "models"))
+        top = join(self.folder, "top")
         os.symlink(os.path.dirname(self.precious), top)
         dock.remove_tree(doomed)
         dock.remove_tree(top)
@@ -3039,8 +3028,8 @@ class RemovalTest(InWorkshop):
 
     @unittest.skipIf(WINDOWS, "folders have no modes there")
     def test_a_folder_inside_is_made_writable_but_never_the_one_around_all(self):
-        inner = os.path.join(self.folder, "inner")
-        file = os.path.join(inner, "file")
+        inner = join(self.folder, "inner")
+        file = join(inner, "file")
         write(file, "x")
         for folder in (inner, self.folder):
             os.chmod(folder, 0o500)
@@ -3051,8 +3040,8 @@ class RemovalTest(InWorkshop):
         os.chmod(self.folder, 0o700)
 
     def test_what_cannot_be_renamed_is_copied_whole_and_then_deleted(self):
-        source, target = os.path.join(self.folder, "source"), os.path.join(self.folder, "target")
-        write(os.path.join(source, "inner", "file"), "x")
+        source, target = join(self.folder, "source"), join(self.folder, "target")
+        write(join(source, "inner", "file"), "x")
         real = os.rename
 
         def rename(old, new):
@@ -3060,11 +3049,11 @@ class RemovalTest(InWorkshop):
                 raise OSError(errno.EXDEV, "another disk")
             real(old, new)
 
-        with unittest.mock.patch.object(os, "rename", rename):
+        with patch.object(os, "rename", rename):
             dock.move(source, target)
             self.assertEqual((tree(target), os.path.lexists(source)), ({"inner/file": b"x"}, False))
-            shelf = os.path.join(self.folder, "shelf")
-            write(os.path.join(source, "file"), "y")
+            shelf = join(self.folder, "shelf")
+            write(join(source, "file"), "y")
             self.assertEqual(tree(dock.move_aside(source, shelf, "source")), {"file": b"y"})
         self.assertEqual(sorted(os.listdir(self.folder)), ["models", "shelf", "target"])
 
@@ -3072,10 +3061,10 @@ class RemovalTest(InWorkshop):
         """At each step on the disk; then the one folder or the other is whole, and undo brings back what was."""
         for step in range(1, 40):
             root = tempfile.mkdtemp(dir=self.folder)
-            node = os.path.join(root, "node")
+            node = join(root, "node")
             change = dock.NodeChange(node, node, contextlib.ExitStack())
             for name in ("a", "b"):
-                write(os.path.join(node, name), "x")
+                write(join(node, name), "x")
             os.makedirs(change.folder)
             with self.subTest(step=step), contextlib.ExitStack() as stack:
                 died = self.dies_at(stack, step, node)
@@ -3104,7 +3093,7 @@ class RemovalTest(InWorkshop):
                     raise KeyboardInterrupt
                 return real(path, *more, **named)
 
-            stack.enter_context(unittest.mock.patch.object(os, name, deed))
+            stack.enter_context(patch.object(os, name, deed))
 
         for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
             mortal(name)
@@ -3112,36 +3101,35 @@ class RemovalTest(InWorkshop):
 
     @unittest.skipIf(WINDOWS, "needs mkfifo")
     def test_what_cannot_be_copied_is_named_in_one_sentence(self):
-        source = os.path.join(self.folder, "source")
-        write(os.path.join(source, "file"), "x")
-        for target, words in ((os.path.join(source, "in"), "into itself"),
-            (os.path.join(self.folder, "t"), "pipe cannot be")):  # fmt: skip
+        source = join(self.folder, "source")
+        write(join(source, "file"), "x")
+        for target, words in ((join(source, "in"), "into itself"), (join(self.folder, "t"), "pipe cannot be")):
             if words != "into itself":
-                os.mkfifo(os.path.join(source, "pipe"))
+                os.mkfifo(join(source, "pipe"))
             error = error_of(dock.copy_any, source, target)
             self.assertIn(words, error.message)
             self.assertNotIn("[", error.message)
 
     @needs_links
     def test_files_are_carried_over_beside_what_is_new_and_never_through_its_links(self):
-        old, new, outside = (os.path.join(self.folder, name) for name in ("old", "new", "outside"))
+        old, new, outside = (join(self.folder, name) for name in ("old", "new", "outside"))
         for name in ("mine.txt", "theirs.txt", "data/mine.txt", "deep/er/mine.txt"):
-            write(os.path.join(old, name), "mine")
-        write(os.path.join(new, "new.txt"), "new")
+            write(join(old, name), "mine")
+        write(join(new, "new.txt"), "new")
         os.mkdir(outside)
         self.assertEqual(dock.carry_over(old, new, {"theirs.txt"}), [])
         self.assertEqual(sorted(tree(new)), ["data/mine.txt", "deep/er/mine.txt", "mine.txt", "new.txt"])
         for place in ("data", "deep"):
-            shutil.rmtree(os.path.join(new, place))
-        os.symlink(outside, os.path.join(new, "data"))
-        write(os.path.join(new, "deep", "er"), "a file")
+            shutil.rmtree(join(new, place))
+        os.symlink(outside, join(new, "data"))
+        write(join(new, "deep", "er"), "a file")
         self.assertEqual(
             sorted(dock.carry_over(old, new, {"theirs.txt"})), ["data/mine.txt", "deep/er/mine.txt", "mine.txt"]
         )
         self.assertEqual(os.listdir(outside), [])
 
     def test_a_file_that_may_not_be_deleted_is_made_deletable_first(self):
-        file = os.path.join(self.folder, "object")
+        file = join(self.folder, "object")
         write(file, "x")
         refusal = PermissionError("read-only")
         with self.assertRaises(PermissionError):  # a listing is tried again by who asked for the removal
@@ -3155,7 +3143,7 @@ class RemovalTest(InWorkshop):
 
     @needs_links
     def test_to_delete_a_link_nothing_is_changed_behind_it(self):
-        link = os.path.join(self.folder, "link")
+        link = join(self.folder, "link")
         os.symlink(self.precious, link)
         os.chmod(self.precious, 0o444)
         with self.assertRaises(PermissionError):
@@ -3178,7 +3166,7 @@ class RemovalTest(InWorkshop):
         self.assertGreater(len(tries), 4)
 
     def test_nothing_is_moved_or_linked_over_what_is_there(self):
-        other = os.path.join(self.folder, "other")
+        other = join(self.folder, "other")
         write(other, "x")
         for function, source in ((dock.move, self.precious), (dock.link_folder, os.path.dirname(self.precious))):
             with self.subTest(function=function.__name__), self.assertRaises(dock.CDEnvironmentError):
@@ -3186,22 +3174,22 @@ class RemovalTest(InWorkshop):
         self.assertEqual((read_bytes(other), read_bytes(self.precious)), (b"x", b"years"))
 
     def test_what_is_carried_over_is_copied_where_there_are_no_hard_links(self):
-        new = os.path.join(self.folder, "new")
+        new = join(self.folder, "new")
         os.mkdir(new)
-        with unittest.mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here")):
+        with patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here")):
             dock.carry_over(os.path.dirname(self.precious), new, set())
         self.assertEqual(tree(new), {"x.safetensors": b"years"})
 
     @needs_links
     def test_the_digest_of_a_link_is_of_where_it_points(self):
-        link = os.path.join(self.folder, "link")
+        link = join(self.folder, "link")
         os.symlink("nowhere", link)
         self.assertEqual(dock.file_digest(link), hashlib.sha256(b"nowhere").hexdigest())
         self.assertEqual(dock.file_digest(self.precious), hashlib.sha256(b"years").hexdigest())
 
     def test_a_junction_is_known_by_its_tag(self):
-        status = unittest.mock.Mock(st_mode=stat.S_IFDIR, st_reparse_tag=0xA0000003)
-        with unittest.mock.patch.object(dock.os, "lstat", return_value=status):
+        status = Mock(st_mode=stat.S_IFDIR, st_reparse_tag=0xA0000003)
+        with patch.object(dock.os, "lstat", return_value=status):
             self.assertTrue(dock.is_link("x"))
 
     def test_a_mounted_volume_or_a_bind_mount_stops_it_before_anything_is_gone(self):
@@ -3212,9 +3200,9 @@ class RemovalTest(InWorkshop):
         for number, (mount, act) in enumerate(
             itertools.product(("-t tmpfs tmpfs", f"--bind {self.folder}/models"), works)
         ):
-            doomed = os.path.join(self.folder, f"doomed {number}")
-            write(os.path.join(doomed, "a", "file"), "x")
-            os.makedirs(os.path.join(doomed, "the volume"))
+            doomed = join(self.folder, f"doomed {number}")
+            write(join(doomed, "a", "file"), "x")
+            os.makedirs(join(doomed, "the volume"))
             volume, python = shlex.quote(f"{doomed}/the volume"), shlex.quote(work.format(act))
             script = f"mount {mount} {volume} && touch {volume}/model && {sys.executable} -c {python} '{doomed}'; "
             done = subprocess.run(["unshare", "-m", "sh", "-c", script + f"ls {volume} '{doomed}/a'"], cwd=HERE,
@@ -3225,11 +3213,11 @@ class RemovalTest(InWorkshop):
                 self.assertIn("file", done.stdout)
 
     def test_moved_aside_twice_keeps_both(self):
-        first = os.path.join(self.folder, "node")
-        shelf = os.path.join(self.folder, "shelf")
-        with unittest.mock.patch.object(dock.time, "strftime", return_value="T"):
+        first = join(self.folder, "node")
+        shelf = join(self.folder, "shelf")
+        with patch.object(dock.time, "strftime", return_value="T"):
             for _ in range(2):
-                write(os.path.join(first, "a"), "x")
+                write(join(first, "a"), "x")
                 dock.move_aside(first, shelf, "node")
         self.assertEqual(sorted(tree(shelf)), ["T-2/node/a", "T/node/a"])
 
@@ -3241,7 +3229,7 @@ class RemovalTest(InWorkshop):
 
 class TheStateFile(unittest.TestCase):
     def setUp(self):
-        self.path = os.path.join(temporary_folder(self), ".comfyui.state")
+        self.path = join(temporary_folder(self), ".comfyui.state")
 
     def test_it_is_read_as_it_was_written(self):
         state = dock.ProcessState.from_dict({**PLANS_STATE, "env": {"KEY": "välue"}, "unknown": [1]})
@@ -3356,7 +3344,7 @@ class ManifestTest(InWorkshop):
 
     def test_the_cache_is_used_for_the_very_same_bytes_only(self):
         dock.read_manifest(self.paths)
-        with unittest.mock.patch.object(dock, "parse_toml", side_effect=AssertionError("parsed")):
+        with patch.object(dock, "parse_toml", side_effect=AssertionError("parsed")):
             self.assertEqual(len(dock.read_manifest(self.paths).nodes), 2)
         self.put(OLD_MANIFEST.replace('"v0.3.64"', '"v0.3.65"'))
         self.assertEqual(dock.read_manifest(self.paths).comfyui_version, "v0.3.65")
@@ -3367,10 +3355,10 @@ class ManifestTest(InWorkshop):
             self.assertEqual(len(dock.read_manifest(self.paths).nodes), 2)
 
     def test_a_python_without_toml_reads_with_the_pip_of_the_environment(self):
-        vendored = os.path.join(self.paths.venv, "lib", "python3.9", "site-packages", "pip", "_vendor", "tomli.py")
+        vendored = join(self.paths.venv, "lib", "python3.9", "site-packages", "pip", "_vendor", "tomli.py")
         write(vendored, "def loads(text):\n    return {'tool': {'comfydock': {'demo': True}}}\n")
         write(dock.venv_python(self.paths.venv), "")
-        with unittest.mock.patch.dict(sys.modules, {"tomllib": None, "pip._vendor.tomli": None}):
+        with patch.dict(sys.modules, {"tomllib": None, "pip._vendor.tomli": None}):
             self.assertRaisesRegex(dock.CDEnvironmentError, "nothing here can read", dock.read_manifest, self.paths)
             self.assertTrue(dock.read_manifest(self.paths, dock.venv_python(self.paths.venv)).demo)
 
@@ -3435,7 +3423,7 @@ class ManifestTest(InWorkshop):
 
     @needs_links
     def test_it_is_written_to_its_real_path_with_its_mode(self):
-        real = os.path.join(self.paths.root, "dotfiles.toml")
+        real = join(self.paths.root, "dotfiles.toml")
         os.rename(self.paths.manifest, real)
         os.symlink(real, self.paths.manifest)
         os.chmod(real, 0o640)
@@ -3455,7 +3443,7 @@ class OddManifests(unittest.TestCase):
     """Valid TOML that one seldom sees."""
 
     def setUp(self):
-        self.paths = dock.EnvironmentPaths(os.path.join(temporary_folder(self), "e"))
+        self.paths = dock.EnvironmentPaths(join(temporary_folder(self), "e"))
 
     def changed(self, text, info):
         write(self.paths.manifest, text)
@@ -3485,44 +3473,40 @@ class GitTest(InWorkshop):
     """GitManager and what git may be given."""
 
     def setUp(self):
-        self.cec = os.path.join(tempfile.mkdtemp(dir=Workshop.root), ".cec")
-        write(os.path.join(self.cec, "pyproject.toml"), "")
+        self.cec = join(tempfile.mkdtemp(dir=Workshop.root), ".cec")
+        write(join(self.cec, "pyproject.toml"), "")
 
     def test_a_new_repository_ignores_what_runs(self):
         self.assertTrue(dock.GitManager(self.cec).initialize_environment_repo("first"))
-        ignored = read_bytes(os.path.join(self.cec, ".gitignore")).decode()
+        ignored = read_bytes(join(self.cec, ".gitignore")).decode()
         self.assertTrue(
             ignored.startswith("# ComfyUI process state (runtime only, not configuration)\n.comfyui.state\n")
         )
         for name in dock.EnvironmentPaths.IGNORED:
             write(
-                os.path.join(self.cec, name.rstrip("/").replace("*", "x"), "a" if name.endswith("/") else ""), ""
-            ) if name.endswith("/") else write(os.path.join(self.cec, name.replace("*", "x")), "")
+                join(self.cec, name.rstrip("/").replace("*", "x"), "a" if name.endswith("/") else ""), ""
+            ) if name.endswith("/") else write(join(self.cec, name.replace("*", "x")), "")
         self.assertEqual(git(self.cec, "status", "--porcelain"), "")
         self.assertEqual(git(self.cec, "log", "--format=%s"), "first")
 
     def test_a_repository_that_is_not_ours_stays_clean(self):
         git(self.cec, "init", "--quiet")
-        write(os.path.join(self.cec, ".gitignore"), ".complete\n")
+        write(join(self.cec, ".gitignore"), ".complete\n")
         git(self.cec, "add", "-A")
         git(self.cec, "commit", "-m", "theirs")
         for _ in range(2):
             self.assertFalse(dock.GitManager(self.cec).initialize_environment_repo("ours"))
-        write(os.path.join(self.cec, ".comfyui.state"), "{}")
+        write(join(self.cec, ".comfyui.state"), "{}")
         self.assertEqual(git(self.cec, "status", "--porcelain"), "")
         self.assertEqual(git(self.cec, "log", "--format=%s"), "theirs")
-        self.assertEqual(
-            read_bytes(os.path.join(self.cec, ".git", "info", "exclude")).split().count(b".comfyui.state"), 1
-        )
+        self.assertEqual(read_bytes(join(self.cec, ".git", "info", "exclude")).split().count(b".comfyui.state"), 1)
 
     def test_a_git_that_does_not_work_leaves_no_half_of_a_repository(self):
-        with unittest.mock.patch.object(
-            dock.GitManager, "commit", side_effect=dock.CDEnvironmentError("broken .gitconfig")
-        ):
+        with patch.object(dock.GitManager, "commit", side_effect=dock.CDEnvironmentError("broken .gitconfig")):
             said = []
             dock.complete_environment(dock.EnvironmentPaths(os.path.dirname(self.cec)), said.append, {}, [], [])
         self.assertIn("broken .gitconfig", said[0])
-        self.assertFalse(os.path.exists(os.path.join(self.cec, ".git")))
+        self.assertFalse(os.path.exists(join(self.cec, ".git")))
         dock.complete_environment(dock.EnvironmentPaths(os.path.dirname(self.cec)), said.append, {}, [], [])
         self.assertEqual((len(said), git(self.cec, "log", "--format=%s")), (1, "Initial environment setup"))
 
@@ -3532,15 +3516,15 @@ class GitTest(InWorkshop):
         git(repository, "checkout", "--quiet", "-b", "20250101")
         commits.append(commit(repository, {"a": "3"}))
         for reference, content in (("20250101", b"3"), (commits[0], b"2"), (commits[0][:10], b"2"), (None, b"3")):
-            folder = os.path.join(self.cec, f"of-{reference}")
+            folder = join(self.cec, f"of-{reference}")
             with self.subTest(reference=reference):
                 dock.clone(repository, reference, folder)
-                self.assertEqual(read_bytes(os.path.join(folder, "a")), content)
+                self.assertEqual(read_bytes(join(folder, "a")), content)
 
     def test_without_git_there_is_still_the_ignore_file(self):
-        with unittest.mock.patch.object(dock, "git_path", return_value=None):
+        with patch.object(dock, "git_path", return_value=None):
             self.assertFalse(dock.GitManager(self.cec).initialize_environment_repo("x"))
-        self.assertTrue(os.path.exists(os.path.join(self.cec, ".gitignore")))
+        self.assertTrue(os.path.exists(join(self.cec, ".gitignore")))
 
     def test_hostile_addresses_are_refused(self):
         for url in ("ext::sh -c 'touch /tmp/pwned'", "--upload-pack=touch /tmp/pwned", "-u", "http://example.org/x",
@@ -3565,7 +3549,7 @@ class GitTest(InWorkshop):
     def test_git_never_asks_and_a_submodule_cannot_name_a_local_path(self):
         done = subprocess.CompletedProcess([], 0, "", "")
         for url, ways in (("https://x/y", "https:ssh"), ("/x", "https:ssh:file")):
-            with unittest.mock.patch.object(dock, "run_command", return_value=done) as run:
+            with patch.object(dock, "run_command", return_value=done) as run:
                 dock.git(["ls-remote"], url=url)
             environ = run.call_args.args[2]
             self.assertEqual((environ["GIT_ALLOW_PROTOCOL"], environ["GIT_TERMINAL_PROMPT"]), (ways, "0"))
@@ -3585,7 +3569,7 @@ class CreateTest(InWorkshop):
         self.assertEqual((error.message, error.hint[1]), (said, ("delete", "dev")))
 
     def paths(self):
-        return dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
+        return dock.EnvironmentPaths(join(tempfile.mkdtemp(dir=Workshop.root), "env"))
 
     def make(self, paths, **options):
         """Create an environment; returns its manifest and what was said."""
@@ -3609,10 +3593,10 @@ class CreateTest(InWorkshop):
         self.assertEqual(git(paths.cec, "status", "--porcelain"), "")
 
     def test_sources(self):
-        archive = os.path.join(Workshop.root, "ComfyUI.zip")
+        archive = join(Workshop.root, "ComfyUI.zip")
         git(Workshop.comfyui, "archive", "--prefix=ComfyUI-0.9.0/", "-o", archive, "v0.9.0")
         Workshop.registry.say("/ComfyUI.zip", read_bytes(archive))
-        copied = os.path.join(Workshop.root, "copied")
+        copied = join(Workshop.root, "copied")
         if not os.path.exists(copied):
             shutil.copytree(Workshop.comfyui, copied, ignore=shutil.ignore_patterns(".git"))
         for source, reference, version in ((archive, None, "v0.9.0"),
@@ -3624,11 +3608,11 @@ class CreateTest(InWorkshop):
                 paths = self.paths()
                 manifest, _ = self.make(paths, source=source, comfyui=reference)
                 self.assertEqual(manifest.comfyui_version, version or reference)
-                self.assertTrue(os.path.isfile(os.path.join(paths.comfyui, "main.py")))
+                self.assertTrue(os.path.isfile(join(paths.comfyui, "main.py")))
                 self.assertTrue(os.path.exists(paths.complete))
 
     def test_without_git_the_release_archive_is_taken(self):
-        archive = os.path.join(Workshop.root, "release.zip")
+        archive = join(Workshop.root, "release.zip")
         git(Workshop.comfyui, "archive", "--prefix=ComfyUI-0.10.0/", "-o", archive, "v0.10.0")
         asked = []
 
@@ -3637,8 +3621,7 @@ class CreateTest(InWorkshop):
             yield b'{"tag_name": "v0.10.0"}' if "api.github.com" in url else read_bytes(archive)
 
         paths = self.paths()
-        with (unittest.mock.patch.object(dock, "git_path", return_value=None),
-            unittest.mock.patch.object(dock, "download", fake)):  # fmt: skip
+        with patch.object(dock, "git_path", return_value=None), patch.object(dock, "download", fake):
             manifest, _ = self.make(paths)
         self.assertEqual(asked, ["https://api.github.com/repos/Comfy-Org/ComfyUI/releases/latest",
             "https://github.com/Comfy-Org/ComfyUI/archive/v0.10.0.zip"])  # fmt: skip
@@ -3647,10 +3630,10 @@ class CreateTest(InWorkshop):
 
     def test_a_failed_one_goes_on_where_it_stopped(self):
         paths = self.paths()
-        with unittest.mock.patch.object(dock, "first_manifest", side_effect=dock.CDEnvironmentError("disk full")):
+        with patch.object(dock, "first_manifest", side_effect=dock.CDEnvironmentError("disk full")):
             self.assertRaises(dock.CDEnvironmentError, self.make, paths, source=Workshop.comfyui)
         self.assertFalse(os.path.exists(paths.complete))
-        with unittest.mock.patch.object(dock, "clone", side_effect=AssertionError("cloned again")):
+        with patch.object(dock, "clone", side_effect=AssertionError("cloned again")):
             manifest, said = self.make(paths, source=Workshop.comfyui)
         self.assertTrue(os.path.exists(paths.complete))
         self.assertEqual(manifest.comfyui_version, "v0.10.0")
@@ -3658,7 +3641,7 @@ class CreateTest(InWorkshop):
 
     def test_other_options_make_nothing_anew(self):
         paths = self.paths()
-        with unittest.mock.patch.object(dock, "first_manifest", side_effect=dock.CDEnvironmentError("disk full")):
+        with patch.object(dock, "first_manifest", side_effect=dock.CDEnvironmentError("disk full")):
             self.assertRaises(dock.CDEnvironmentError, self.make, paths, source=Workshop.comfyui)
         error = error_of(self.make, paths, source=Workshop.comfyui, comfyui="v0.9.0")
         self.assertEqual(error.code, "exists")
@@ -3683,7 +3666,7 @@ class CreateTest(InWorkshop):
 
     def test_what_is_there_already_is_not_touched(self):
         paths = self.paths()
-        write(os.path.join(paths.root, "thesis.txt"), "x")
+        write(join(paths.root, "thesis.txt"), "x")
         with self.assertRaisesRegex(dock.CDEnvironmentError, "not an unfinished environment"):
             self.make(paths, source=Workshop.comfyui)
         self.assertEqual(os.listdir(paths.root), ["thesis.txt"])
@@ -3691,9 +3674,9 @@ class CreateTest(InWorkshop):
             self.make(shared_environment(), source=Workshop.comfyui)
 
     def test_a_full_disk_is_said_first(self):
-        usage = unittest.mock.Mock(free=10 * dock.MEGABYTE)
+        usage = Mock(free=10 * dock.MEGABYTE)
         paths = self.paths()
-        with (unittest.mock.patch("shutil.disk_usage", return_value=usage),
+        with (patch("shutil.disk_usage", return_value=usage),
             self.assertRaisesRegex(dock.CDEnvironmentError, "10 MB free")):  # fmt: skip
             self.make(paths, source=Workshop.comfyui)
         self.assertFalse(os.path.exists(paths.root))
@@ -3728,11 +3711,10 @@ class CreateTest(InWorkshop):
             dock.CDEnvironmentError, "^Could not reach 127.0.0.1", self.make, paths, source=nobody + "/x.git"
         )
         self.assertFalse(os.path.exists(paths.root))
-        with (unittest.mock.patch.dict(os.environ, variables),
-            unittest.mock.patch.object(dock, "TORCH_INDEX", nobody + "/whl/")):  # fmt: skip
+        with patch.dict(os.environ, variables), patch.object(dock, "TORCH_INDEX", nobody + "/whl/"):
             options = {"no_install": False, "python": sys.executable, "torch_backend": "cpu",
                 "source": Workshop.comfyui}  # fmt: skip
-            with unittest.mock.patch.object(dock, "check_space"), self.assertRaises(dock.CDEnvironmentError) as caught:
+            with patch.object(dock, "check_space"), self.assertRaises(dock.CDEnvironmentError) as caught:
                 self.make(paths, **options)
         self.assertRegex(caught.exception.message, r"^Could not reach 127\.0\.0\.1:\d+\.$")
         self.assertEqual(caught.exception.hint, "Run the same command again to go on.")
@@ -3748,9 +3730,9 @@ class DeleteTest(InWorkshop):
     """Deleting and adopting."""
 
     def checkout(self):
-        folder = os.path.join(tempfile.mkdtemp(dir=Workshop.root), "ComfyUI")
+        folder = join(tempfile.mkdtemp(dir=Workshop.root), "ComfyUI")
         shutil.copytree(Workshop.comfyui, folder)
-        write(os.path.join(folder, "custom_nodes", "mine", "__init__.py"), "")
+        write(join(folder, "custom_nodes", "mine", "__init__.py"), "")
         return folder
 
     @needs_git
@@ -3759,13 +3741,13 @@ class DeleteTest(InWorkshop):
     @needs_links
     def test_deleting_cuts_links_and_keeps_what_is_the_users(self):
         root = tempfile.mkdtemp(dir=Workshop.root)
-        write(os.path.join(root, "models", "x"), "years")
-        paths, shelf = dock.EnvironmentPaths(os.path.join(root, "env")), os.path.join(root, "kept")
+        write(join(root, "models", "x"), "years")
+        paths, shelf = dock.EnvironmentPaths(join(root, "env")), join(root, "kept")
         for purged in (False, True, False):
             dock.create_environment(paths, lambda line: None, source=Workshop.comfyui, no_install=True)
-            os.symlink(os.path.join(root, "models"), os.path.join(paths.comfyui, "models"))
-            write(os.path.join(paths.comfyui, "output", "art.png"), "art")
-            write(os.path.join(paths.comfyui, "input", "empty"), "")
+            os.symlink(join(root, "models"), join(paths.comfyui, "models"))
+            write(join(paths.comfyui, "output", "art.png"), "art")
+            write(join(paths.comfyui, "input", "empty"), "")
             self.assertEqual(dock.own_files(paths.comfyui), {"output": (1, 3)})
             kept = dock.delete_environment(paths, contextlib.nullcontext(), None if purged else shelf)
             self.assertEqual(os.listdir(root).count("env"), 0)
@@ -3779,9 +3761,9 @@ class DeleteTest(InWorkshop):
 
     @needs_git
     def test_what_came_with_comfyui_is_not_kept(self):
-        paths = dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
+        paths = dock.EnvironmentPaths(join(tempfile.mkdtemp(dir=Workshop.root), "env"))
         dock.create_environment(paths, lambda line: None, source=Workshop.comfyui, no_install=True)
-        write(os.path.join(paths.comfyui, "models", "configs", "v1.yaml"), "theirs")
+        write(join(paths.comfyui, "models", "configs", "v1.yaml"), "theirs")
         git(paths.comfyui, "add", "--all")
         git(paths.comfyui, "commit", "--quiet", "-m", "x")
         self.assertEqual(dock.own_files(paths.comfyui), {})
@@ -3790,14 +3772,13 @@ class DeleteTest(InWorkshop):
 
     @needs_git
     def test_where_what_is_the_users_cannot_be_moved_nothing_is_deleted(self):
-        paths = dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
+        paths = dock.EnvironmentPaths(join(tempfile.mkdtemp(dir=Workshop.root), "env"))
         dock.create_environment(paths, lambda line: None, source=Workshop.comfyui, no_install=True)
         for name in ("models", "output"):
-            write(os.path.join(paths.comfyui, name, "x"), "x")
+            write(join(paths.comfyui, name, "x"), "x")
         before, shelf = tree(paths.comfyui), paths.root + "-kept"
-        write(os.path.join(shelf, "env-now", "output"), "in the way")
-        with (unittest.mock.patch("time.strftime", return_value="now"),
-            self.assertRaises(dock.CDEnvironmentError) as caught):  # fmt: skip
+        write(join(shelf, "env-now", "output"), "in the way")
+        with patch("time.strftime", return_value="now"), self.assertRaises(dock.CDEnvironmentError) as caught:
             dock.delete_environment(paths, contextlib.nullcontext(), shelf)
         self.assertEqual((caught.exception.code, tree(paths.comfyui)), ("disk", before))
         self.assertTrue(os.path.exists(paths.complete))
@@ -3807,17 +3788,15 @@ class DeleteTest(InWorkshop):
     def test_killed_at_any_step_it_leaves_nothing_half_and_loses_no_art(self):
         for step in range(1, 40):
             root = tempfile.mkdtemp(dir=Workshop.root)
-            paths, shelf = dock.EnvironmentPaths(os.path.join(root, "env")), os.path.join(root, "kept")
+            paths, shelf = dock.EnvironmentPaths(join(root, "env")), join(root, "kept")
             dock.create_environment(paths, lambda line: None, source=Workshop.comfyui, no_install=True)
-            write(os.path.join(paths.comfyui, "output", "art.png"), "art")
+            write(join(paths.comfyui, "output", "art.png"), "art")
             delete = functools.partial(dock.delete_environment, paths, contextlib.nullcontext(), shelf)
             killed = killed_at(step, delete) is None
             self.assertIn(b"art", tree(root).values(), step)
             if os.path.exists(paths.root):
                 self.assertFalse(
-                    killed
-                    and os.path.exists(paths.complete)
-                    and not os.path.exists(os.path.join(paths.comfyui, "output"))
+                    killed and os.path.exists(paths.complete) and not os.path.exists(join(paths.comfyui, "output"))
                 )
                 if not os.path.exists(paths.complete):
                     dock.create_environment(paths, lambda line: None, source=Workshop.comfyui, no_install=True)
@@ -3834,7 +3813,7 @@ class DeleteTest(InWorkshop):
     def test_an_adopted_checkout_is_recorded_left_alone_and_survives(self):
         checkout = self.checkout()
         before = tree(checkout)
-        paths = dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
+        paths = dock.EnvironmentPaths(join(tempfile.mkdtemp(dir=Workshop.root), "env"))
         dock.create_from_checkout(paths, checkout, sys.executable, lambda line: None)
         manifest = dock.read_manifest(paths)
         self.assertEqual(
@@ -3854,7 +3833,7 @@ class DeleteTest(InWorkshop):
 
     @needs_git
     def test_of_two_that_adopt_under_one_name_the_second_is_refused(self):
-        paths = dock.EnvironmentPaths(os.path.join(tempfile.mkdtemp(dir=Workshop.root), "env"))
+        paths = dock.EnvironmentPaths(join(tempfile.mkdtemp(dir=Workshop.root), "env"))
         caught = []
 
         def adopt():
@@ -3875,16 +3854,16 @@ class DeleteTest(InWorkshop):
     @needs_git
     def test_a_checkout_inside_the_environment_is_not_deleted(self):
         paths = dock.EnvironmentPaths(tempfile.mkdtemp(dir=Workshop.root))
-        shutil.copytree(Workshop.comfyui, os.path.join(paths.root, "code"))
+        shutil.copytree(Workshop.comfyui, join(paths.root, "code"))
         write(paths.manifest, f'[tool.comfydock]\ncomfyui_path = "{paths.root}/code"\n')
         self.assertRaisesRegex(dock.CDEnvironmentError, "was adopted", dock.delete_environment, paths, None)
 
     @needs_links
     def test_an_environment_that_is_a_link_is_unlinked(self):
         root = tempfile.mkdtemp(dir=Workshop.root)
-        write(os.path.join(root, "elsewhere", ".cec", "x"), "x")
-        os.symlink(os.path.join(root, "elsewhere"), os.path.join(root, "env"))
-        dock.delete_environment(dock.EnvironmentPaths(os.path.join(root, "env")), contextlib.nullcontext())
+        write(join(root, "elsewhere", ".cec", "x"), "x")
+        os.symlink(join(root, "elsewhere"), join(root, "env"))
+        dock.delete_environment(dock.EnvironmentPaths(join(root, "env")), contextlib.nullcontext())
         self.assertEqual(tree(root), {"elsewhere/.cec/x": b"x"})
 
 
@@ -3916,33 +3895,33 @@ class AddTest(NodeCase):
         commit(outer, {"later.py": ""})
         info = self.manager.add_node(f"{outer}@v1").node_info
         self.assertEqual((info.name, info.version, info.source), ("Outer-Node", version, "git"))
-        self.assertIn("sub/a.txt", tree(os.path.join(self.nodes, "Outer-Node")))
+        self.assertIn("sub/a.txt", tree(join(self.nodes, "Outer-Node")))
         self.assertTrue(self.manager.compare().is_synced)
 
     def test_ctrl_c_once_the_manifest_is_written_leaves_the_node_whole(self):
-        work = os.path.join(Workshop.root, f"late{self.counter}", "late-node")
-        write(os.path.join(work, "__init__.py"), "")
+        work = join(Workshop.root, f"late{self.counter}", "late-node")
+        write(join(work, "__init__.py"), "")
         real = dock.change_node
 
         def then_interrupted(*words):
             real(*words)
             raise KeyboardInterrupt
 
-        with unittest.mock.patch.object(dock, "change_node", then_interrupted), self.assertRaises(KeyboardInterrupt):
+        with patch.object(dock, "change_node", then_interrupted), self.assertRaises(KeyboardInterrupt):
             self.manager.add_node(work, is_development=True)
         self.assertIn("late-node", self.manager.manifest.nodes)
         self.assertTrue(self.manager.compare().is_synced)
 
     def test_a_manifest_that_breaks_meanwhile_takes_the_node_back(self):
-        work = os.path.join(Workshop.root, f"broken{self.counter}", "broken-node")
-        write(os.path.join(work, "__init__.py"), "")
+        work = join(Workshop.root, f"broken{self.counter}", "broken-node")
+        write(join(work, "__init__.py"), "")
         before = read_bytes(self.paths.manifest)
 
         def breaks(*words):
             write(self.paths.manifest, "[tool\n")
             raise KeyboardInterrupt
 
-        with unittest.mock.patch.object(dock, "change_node", breaks), self.assertRaises(KeyboardInterrupt):
+        with patch.object(dock, "change_node", breaks), self.assertRaises(KeyboardInterrupt):
             self.manager.add_node(work, is_development=True)
         self.assertNotIn("broken-node", os.listdir(self.nodes))
         Path(self.paths.manifest).write_bytes(before)
@@ -3986,7 +3965,7 @@ class AddTest(NodeCase):
 
     def test_letter_case_does_not_make_two_of_one(self):
         Workshop.registry.publish("case-node", "1.0.0", {"__init__.py": ""})
-        write(os.path.join(self.nodes, "Case-Node", "own.py"), "mine")
+        write(join(self.nodes, "Case-Node", "own.py"), "mine")
         error = self.failing("does not know", self.manager.add_node, "case-node", error=dock.CDNodeConflictError)
         self.assertIn(("repair",), error.hint)
         self.manager.add_node("case-node", force=True)
@@ -4016,7 +3995,7 @@ class AddTest(NodeCase):
         script = "import os, sys; open('ran', 'w').write(os.getcwd() + ' ' + sys.prefix)"
         Workshop.registry.publish("scripted", "1.0.0", {"__init__.py": "", "install.py": script})
         self.manager.add_node("scripted")
-        self.assertEqual(read_bytes(os.path.join(self.nodes, "scripted", "ran")).decode(),
+        self.assertEqual(read_bytes(join(self.nodes, "scripted", "ran")).decode(),
             f"{self.nodes}/scripted {Workshop.paths.venv}")  # fmt: skip
 
     def test_a_failing_install_script_leaves_everything_as_it_was(self):
@@ -4050,7 +4029,7 @@ class AddTest(NodeCase):
                 return subprocess.CompletedProcess(words, 2, "", "no such option: --dry-run")
             return real(installer, words, *more)
 
-        with unittest.mock.patch.object(dock.Packages, "run", old_pip):
+        with patch.object(dock.Packages, "run", old_pip):
             self.failing("no-such-package", self.manager.add_node, "for-old-pip")
         self.assertEqual(self.snapshot(), before)
 
@@ -4063,7 +4042,7 @@ class AddTest(NodeCase):
 
     def test_nodes_on_a_disk_that_is_away_are_not_missing(self):
         away = OSError(errno.ENOTCONN, "Transport endpoint is not connected", self.nodes)
-        with unittest.mock.patch.object(os, "scandir", side_effect=away), self.assertRaises(OSError):
+        with patch.object(os, "scandir", side_effect=away), self.assertRaises(OSError):
             self.manager.compare()
 
     def test_a_hostile_registry_is_one_clear_line_and_leaves_everything_as_it_was(self):
@@ -4116,7 +4095,7 @@ class ChangeTest(NodeCase):
     def test_a_registry_node_is_updated_by_number_and_keeps_the_users_files(self):
         Workshop.registry.publish("upd", "1.9.0", {"__init__.py": "1", "gone.py": "", "requirements.txt": "tiny==1.0"})
         self.manager.add_node("upd")
-        write(os.path.join(self.nodes, "upd", "config", "mine.json"), "{}")
+        write(join(self.nodes, "upd", "config", "mine.json"), "{}")
         self.assertFalse(self.manager.update_node("upd").changed)
         Workshop.registry.publish("upd", "1.10.0", {"__init__.py": "2", "requirements.txt": "tiny==2.0\nbrand"})
         asked = []
@@ -4128,7 +4107,7 @@ class ChangeTest(NodeCase):
             ("1.9.0", "1.10.0", ["tiny==2.0", "brand"], ["tiny==1.0"]),
         )
         self.assertIn("updated to 1.10.0", result.restart_reason)
-        self.assertEqual(sorted(tree(os.path.join(self.nodes, "upd"))),
+        self.assertEqual(sorted(tree(join(self.nodes, "upd"))),
             [".tracking", "__init__.py", "config/mine.json", "requirements.txt"])  # fmt: skip
         self.assertFalse(os.path.exists(self.paths.removed))
 
@@ -4140,14 +4119,14 @@ class ChangeTest(NodeCase):
         Workshop.registry.publish("edited", "2.0.0", {"__init__.py": "2"})
         commit(repository, {"__init__.py": "2"})
         for name in ("edited", "Edited-Git"):
-            write(os.path.join(self.nodes, name, "__init__.py"), "mine")
+            write(join(self.nodes, name, "__init__.py"), "mine")
             error = self.failing(
                 "local changes (__init__.py)", self.manager.update_node, name, error=dock.CDNodeConflictError
             )
             self.assertIn("--force", error.hint)
-            self.assertEqual(read_bytes(os.path.join(self.nodes, name, "__init__.py")), b"mine")
+            self.assertEqual(read_bytes(join(self.nodes, name, "__init__.py")), b"mine")
             self.assertTrue(self.manager.update_node(name, force=True).changed)
-            self.assertEqual(read_bytes(os.path.join(self.nodes, name, "__init__.py")), b"2")
+            self.assertEqual(read_bytes(join(self.nodes, name, "__init__.py")), b"2")
         self.assertEqual(list(tree(self.paths.removed).values()).count(b"mine"), 2)
 
     def test_a_git_node_stays_on_the_branch_that_was_asked_for(self):
@@ -4163,7 +4142,7 @@ class ChangeTest(NodeCase):
             newest = commit(repository, {"__init__.py": "dev again"})
             git(repository, "checkout", "--quiet", "main")
             self.assertEqual(self.manager.update_node("Branched").new_version, newest)
-        self.assertEqual(read_bytes(os.path.join(self.nodes, "Branched", "__init__.py")), b"dev again")
+        self.assertEqual(read_bytes(join(self.nodes, "Branched", "__init__.py")), b"dev again")
         git(repository, "branch", "-D", "dev")
         self.failing("has no branch dev any more", self.manager.update_node, "Branched")
         self.manager.add_node(repository, force=True)
@@ -4172,8 +4151,8 @@ class ChangeTest(NodeCase):
     def test_what_somebody_disabled_is_not_brought_back_or_updated_but_missed_once_it_is_gone(self):
         repository = make_repository("Asleep", {"__init__.py": ""})
         self.manager.add_node(repository)
-        folder = os.path.join(self.nodes, "Asleep")
-        for place in (os.path.join(self.nodes, ".disabled", "asleep@1_0_0"), f"{folder}.disabled"):
+        folder = join(self.nodes, "Asleep")
+        for place in (join(self.nodes, ".disabled", "asleep@1_0_0"), f"{folder}.disabled"):
             os.makedirs(os.path.dirname(place), exist_ok=True)
             os.rename(folder, place)
             self.assertEqual((self.manager.compare().missing_nodes, self.manager.sync().installed), ([], []), place)
@@ -4193,16 +4172,16 @@ class ChangeTest(NodeCase):
         repository = make_repository("Cloned", {"__init__.py": ""})
         git(repository, "branch", "dev")
         for branch, kept in (("main", None), ("dev", "dev")):
-            folder = os.path.join(self.nodes, f"of-{branch}")
+            folder = join(self.nodes, f"of-{branch}")
             git(self.nodes, "clone", "--quiet", "--branch", branch, repository, folder)
             self.assertEqual(self.manager.track(f"of-{branch}").branch, kept)
 
     def test_a_change_at_work_is_not_one_that_was_broken_off(self):
         Workshop.registry.publish("at-work", "1.0.0", {"__init__.py": ""})
         self.manager.add_node("at-work")
-        staged = os.path.join(self.nodes, dock.STAGING, "at-work")
+        staged = join(self.nodes, dock.STAGING, "at-work")
         os.makedirs(staged)
-        os.rename(os.path.join(self.nodes, "at-work"), os.path.join(staged, "old"))
+        os.rename(join(self.nodes, "at-work"), join(staged, "old"))
         self.assertEqual(self.manager.compare().interrupted, 1)
         with dock.locked(self.paths.content_lock, 1, "node add"):
             self.assertEqual(self.manager.compare().interrupted, 0)
@@ -4210,26 +4189,26 @@ class ChangeTest(NodeCase):
         self.assertTrue(self.manager.compare().is_synced)
 
     def test_what_a_checkout_brings_along_in_the_staging_folder_is_not_obeyed(self):
-        write(os.path.join(self.nodes, "mine", "__init__.py"), "mine")
+        write(join(self.nodes, "mine", "__init__.py"), "mine")
         for name in ("mine", "stranger"):
-            write(os.path.join(self.nodes, dock.STAGING, name, "old", "__init__.py"), "evil")
-            write(os.path.join(self.nodes, dock.STAGING, name, "new", "__init__.py"), "evil")
+            write(join(self.nodes, dock.STAGING, name, "old", "__init__.py"), "evil")
+            write(join(self.nodes, dock.STAGING, name, "new", "__init__.py"), "evil")
         self.failing("no node", self.manager.remove_node, "nobody")
         self.assertEqual(sorted(os.listdir(self.nodes)), ["mine", "websocket_image_save.py"])
-        self.assertEqual(tree(os.path.join(self.nodes, "mine")), {"__init__.py": b"mine"})
+        self.assertEqual(tree(join(self.nodes, "mine")), {"__init__.py": b"mine"})
         self.assertEqual(list(tree(self.paths.removed).values()), [b"evil"] * 2)
 
     @needs_links
     def test_a_development_node_comes_and_goes(self):
-        mine = os.path.join(self.nodes, "mine")
-        write(os.path.join(mine, "__init__.py"), "")
-        linked = os.path.join(Workshop.root, f"linked-{NodeCase.counter}")
-        write(os.path.join(linked, "__init__.py"), "")
+        mine = join(self.nodes, "mine")
+        write(join(mine, "__init__.py"), "")
+        linked = join(Workshop.root, f"linked-{NodeCase.counter}")
+        write(join(linked, "__init__.py"), "")
         for folder in (mine, "mine", linked, linked):
             name = os.path.basename(folder)
             with self.subTest(folder=folder):
                 self.manager.add_node(folder, is_development=True)
-                self.assertTrue(os.path.isfile(os.path.join(self.nodes, name, "__init__.py")))
+                self.assertTrue(os.path.isfile(join(self.nodes, name, "__init__.py")))
                 self.assertEqual(self.manager.compare().extra_nodes, [])
                 self.assertEqual(self.manager.remove_node(name).filesystem_action, "disabled")
         left = [name for name in sorted(os.listdir(self.nodes)) if not name.endswith(".py")]
@@ -4238,30 +4217,30 @@ class ChangeTest(NodeCase):
     def test_a_file_of_the_users_whose_name_the_new_version_takes_is_kept(self):
         Workshop.registry.publish("taker", "1.0.0", {"__init__.py": "1"})
         self.manager.add_node("taker")
-        write(os.path.join(self.nodes, "taker", "config.json"), "mine")
+        write(join(self.nodes, "taker", "config.json"), "mine")
         Workshop.registry.publish("taker", "2.0.0", {"__init__.py": "2", "config.json": "theirs"})
         error = self.failing("(config.json)", self.manager.update_node, "taker", error=dock.CDNodeConflictError)
         self.assertIn("--force", error.hint)
         self.assertTrue(self.manager.update_node("taker", force=True).changed)
-        self.assertEqual(read_bytes(os.path.join(self.nodes, "taker", "config.json")), b"theirs")
+        self.assertEqual(read_bytes(join(self.nodes, "taker", "config.json")), b"theirs")
         self.assertIn(b"mine", tree(self.paths.removed).values())
 
     def test_what_an_archive_brings_along_of_the_managers_is_no_change_of_the_users(self):
         Workshop.registry.publish("tracked", "1.0.0", {"__init__.py": "1", ".tracking": "x"})
         self.manager.add_node("tracked")
-        folder = os.path.join(self.nodes, "tracked")
-        self.assertEqual(read_bytes(os.path.join(folder, ".tracking")), b"__init__.py")
+        folder = join(self.nodes, "tracked")
+        self.assertEqual(read_bytes(join(folder, ".tracking")), b"__init__.py")
         Workshop.registry.publish("tracked", "1.1.0", {"__init__.py": "2"})
         self.assertTrue(self.manager.update_node("tracked").changed)
-        os.remove(os.path.join(folder, "__init__.py"))
-        os.mkdir(os.path.join(folder, "__init__.py"))
+        os.remove(join(folder, "__init__.py"))
+        os.mkdir(join(folder, "__init__.py"))
         self.assertEqual(self.manager.remove_node("tracked").filesystem_action, "moved")
 
     def test_local_commits_count_as_changes(self):
         repository = make_repository("Committed", {"__init__.py": "1"})
         self.manager.add_node(repository)
         commit(repository, {"__init__.py": "2"})
-        commit(os.path.join(self.nodes, "Committed"), {"mine.py": ""})
+        commit(join(self.nodes, "Committed"), {"mine.py": ""})
         self.failing("local changes (commit", self.manager.update_node, "Committed", error=dock.CDNodeConflictError)
         self.assertEqual(self.manager.remove_node("Committed").filesystem_action, "moved")
         self.assertTrue([name for name in tree(self.paths.removed) if name.endswith("mine.py")])
@@ -4269,18 +4248,18 @@ class ChangeTest(NodeCase):
     def test_a_git_node_follows_its_default_branch(self):
         repository = make_repository("Followed", {"__init__.py": "1", ".gitignore": "cache/\n"})
         self.manager.add_node(repository)
-        write(os.path.join(self.nodes, "Followed", "cache", "model.bin"), "big")
+        write(join(self.nodes, "Followed", "cache", "model.bin"), "big")
         self.assertFalse(self.manager.update_node("followed").changed)
         newest = commit(repository, {"__init__.py": "2"})
         self.assertEqual(self.manager.update_node(repository).new_version, newest)
-        self.assertEqual(read_bytes(os.path.join(self.nodes, "Followed", "cache", "model.bin")), b"big")
-        self.assertEqual(git(os.path.join(self.nodes, "Followed"), "status", "--porcelain"), "")
+        self.assertEqual(read_bytes(join(self.nodes, "Followed", "cache", "model.bin")), b"big")
+        self.assertEqual(git(join(self.nodes, "Followed"), "status", "--porcelain"), "")
 
     def test_a_development_node_has_its_requirements_read_again(self):
-        write(os.path.join(self.nodes, "dev", "__init__.py"), "")
+        write(join(self.nodes, "dev", "__init__.py"), "")
         self.manager.add_node("dev", is_development=True)
         self.assertFalse(self.manager.update_node("dev").changed)
-        write(os.path.join(self.nodes, "dev", "requirements.txt"), "brand\n")
+        write(join(self.nodes, "dev", "requirements.txt"), "brand\n")
         self.assertEqual(self.manager.update_node("dev").requirements_added, ["brand"])
         self.assertIn("brand==1.0", self.freeze())
 
@@ -4299,7 +4278,7 @@ class ChangeTest(NodeCase):
             Workshop.registry.publish("versions", version, {"__init__.py": version})
         self.manager.add_node("versions")
         self.manager.add_node("versions@1.0.0")
-        self.assertEqual(read_bytes(os.path.join(self.nodes, "versions", "__init__.py")), b"1.0.0")
+        self.assertEqual(read_bytes(join(self.nodes, "versions", "__init__.py")), b"1.0.0")
         self.assertEqual(self.manager.manifest.nodes["versions"].version, "1.0.0")
 
     def test_removing_takes_folder_and_entry_and_gives_the_manifest_back(self):
@@ -4318,9 +4297,9 @@ class ChangeTest(NodeCase):
     def test_what_is_missing_is_told_in_the_order_of_the_manifest(self):
         names = [f"gone{number}" for number in range(6)]
         for name in names:
-            os.makedirs(os.path.join(self.nodes, name))
+            os.makedirs(join(self.nodes, name))
             self.manager.track(name)
-            os.rmdir(os.path.join(self.nodes, name))
+            os.rmdir(join(self.nodes, name))
         self.assertEqual(self.manager.compare().missing_nodes, names)
 
     def test_comparing_and_bringing_in_line(self):
@@ -4332,12 +4311,12 @@ class ChangeTest(NodeCase):
         for identifier in ("lost", "drifted", repository):
             self.manager.add_node(identifier)
         pinned = commit(repository, {"__init__.py": "2"})
-        shutil.rmtree(os.path.join(self.nodes, "lost"))
-        write(os.path.join(self.nodes, "drifted", "pyproject.toml"), '[project]\nname = "drifted"\nversion = "2.0.0"\n')
-        git(os.path.join(self.nodes, "Moved-On"), "pull", "--quiet")
-        write(os.path.join(self.nodes, "stray", "__init__.py"), "")
-        os.makedirs(os.path.join(self.nodes, "x.disabled"))
-        os.makedirs(os.path.join(self.nodes, ".hidden"))
+        shutil.rmtree(join(self.nodes, "lost"))
+        write(join(self.nodes, "drifted", "pyproject.toml"), '[project]\nname = "drifted"\nversion = "2.0.0"\n')
+        git(join(self.nodes, "Moved-On"), "pull", "--quiet")
+        write(join(self.nodes, "stray", "__init__.py"), "")
+        os.makedirs(join(self.nodes, "x.disabled"))
+        os.makedirs(join(self.nodes, ".hidden"))
         report = self.manager.compare()
         self.assertEqual((report.missing_nodes, report.extra_nodes), (["lost"], ["stray"]))
         self.assertEqual({item["name"]: item["actual"] for item in report.version_mismatches},
@@ -4351,28 +4330,28 @@ class ChangeTest(NodeCase):
         self.assertEqual(self.manager.manifest.nodes["drifted"].version, "2.0.0")
         dock.change_node(self.paths, "Moved-On", recorded, [])  # but where the manifest changes, the node follows
         self.assertEqual(self.manager.sync(correct_versions=True).corrected, ["Moved-On"])
-        self.assertEqual(read_bytes(os.path.join(self.nodes, "Moved-On", "__init__.py")), b"1")
+        self.assertEqual(read_bytes(join(self.nodes, "Moved-On", "__init__.py")), b"1")
         self.assertEqual(self.manager.track("stray").source, "development")
 
     def test_nothing_changed_costs_nothing(self):
         self.assertFalse(self.manager.is_synced())
         self.manager.sync()
-        with unittest.mock.patch.object(dock, "run_command", side_effect=AssertionError("a program was run")):
+        with patch.object(dock, "run_command", side_effect=AssertionError("a program was run")):
             self.assertTrue(self.manager.is_synced())
-        for path in (os.path.join(self.paths.comfyui, "requirements.txt"), self.paths.manifest):
+        for path in (join(self.paths.comfyui, "requirements.txt"), self.paths.manifest):
             with open(path, "a", encoding="utf-8") as file:
                 file.write("# changed\n")
             self.assertFalse(self.manager.is_synced())
             self.manager.sync()
-        os.makedirs(os.path.join(self.nodes, "new"))
+        os.makedirs(join(self.nodes, "new"))
         self.assertFalse(self.manager.is_synced())
 
     def test_tracking_knows_what_a_folder_is(self):
         repository = make_repository("Tracked", {"__init__.py": ""})
         git(self.nodes, "clone", "--quiet", repository)
-        git(os.path.join(self.nodes, "Tracked"), "remote", "set-url", "origin", "https://me:secret@example.org/x")
-        write(os.path.join(self.nodes, "regi", ".tracking"), "a")
-        write(os.path.join(self.nodes, "regi", "pyproject.toml"), '[project]\nname = "regi-node"\nversion = "3.1.0"\n')
+        git(join(self.nodes, "Tracked"), "remote", "set-url", "origin", "https://me:secret@example.org/x")
+        write(join(self.nodes, "regi", ".tracking"), "a")
+        write(join(self.nodes, "regi", "pyproject.toml"), '[project]\nname = "regi-node"\nversion = "3.1.0"\n')
         git_info, registry_info = self.manager.track("Tracked"), self.manager.track("regi")
         self.assertEqual((git_info.source, git_info.repository), ("git", "https://example.org/x"))
         self.assertEqual(
@@ -4433,7 +4412,7 @@ class OneWorld(NodeCase):
 
     def test_a_world_that_does_not_fit_already_is_said_once_and_keeps_no_node_out(self):
         for name, line in (("mine-old", "tiny<2"), ("mine-new", "tiny>=2")):
-            write(os.path.join(self.nodes, name, "requirements.txt"), line)
+            write(join(self.nodes, name, "requirements.txt"), line)
             self.manager.track(name)
         self.manager.sync()
         self.assertIn("not all that is needed fits together: ", self.said_now())
@@ -4490,12 +4469,12 @@ class OneWorld(NodeCase):
         self.assertEqual(self.said_now().count("share files"), 1)
 
     def test_an_undo_brings_back_what_came_from_a_file(self):
-        elsewhere = os.path.join(Workshop.root, f"elsewhere{self.counter}")
+        elsewhere = join(Workshop.root, f"elsewhere{self.counter}")
         make_wheel("own", "1.0")
         os.mkdir(elsewhere)
-        shutil.move(os.path.join(Workshop.wheels, "own-1.0-py3-none-any.whl"), elsewhere)
+        shutil.move(join(Workshop.wheels, "own-1.0-py3-none-any.whl"), elsewhere)
         make_wheel("own", "2.0")
-        self.pip("install", os.path.join(elsewhere, "own-1.0-py3-none-any.whl"))
+        self.pip("install", join(elsewhere, "own-1.0-py3-none-any.whl"))
         self.addCleanup(self.pip, "uninstall", "-y", "own")
         files = {"install.py": "raise SystemExit('no')"}
         self.failing("install.py failed", self.manager.add_node, self.publish("wants-own", "own>=2", **files))
@@ -4513,12 +4492,12 @@ class OneWorld(NodeCase):
         self.assertIn("brand==1.0", self.freeze())
 
     def test_settings_of_pip_that_redirect_or_silence_it_change_nothing(self):
-        conf, target = os.path.join(Workshop.root, f"pip{self.counter}.conf"), os.path.join(Workshop.root, "target")
+        conf, target = join(Workshop.root, f"pip{self.counter}.conf"), join(Workshop.root, "target")
         write(conf, f"[global]\ntarget = {target}\nquiet = 2\nfind-links = {Workshop.wheels}\n")
         variables = {"PIP_CONFIG_FILE": conf, "PIP_DRY_RUN": "1", "PIP_NO_DEPS": "1", "PIP_ROOT": target,
             "PIP_USER": "1"}  # fmt: skip
         self.pip("uninstall", "-y", "brand")
-        with unittest.mock.patch.dict(os.environ, variables):
+        with patch.dict(os.environ, variables):
             del os.environ["PIP_FIND_LINKS"]
             dock.pip_settings.cache_clear()
             self.manager.add_node(self.publish("settled", "brand"))
@@ -4574,7 +4553,7 @@ class TheRegistryAndTheManager(NodeCase):
         for words, branch in (("gitted@nightly", None), ("gitted@dev", "dev")):
             info = self.manager.add_node(words, force=True).node_info
             self.assertEqual((info.source, info.branch, info.pin), ("git", branch, None))
-            self.assertEqual(read_bytes(os.path.join(self.nodes, "gitted", ".git", ".cnr-id")), b"gitted")
+            self.assertEqual(read_bytes(join(self.nodes, "gitted", ".git", ".cnr-id")), b"gitted")
 
     def test_a_pinned_clone_stays_and_a_page_of_a_browser_is_its_repository(self):
         repository = make_repository("pinned", {"__init__.py": "1"}, "v1")
@@ -4588,7 +4567,7 @@ class TheRegistryAndTheManager(NodeCase):
             "https://gitlab.com/o/r/-/tree/a/b": ("https://gitlab.com/o/r", "a/b"),
             "https://github.com/o/r/releases/tag/v1": ("https://github.com/o/r", "v1")}.items():  # fmt: skip
             self.assertEqual(dock.split_reference(page), parts)
-        empty = os.path.join(Workshop.root, "repositories", "empty")
+        empty = join(Workshop.root, "repositories", "empty")
         git(Workshop.root, "init", "--quiet", empty)
         self.failing("is an empty repository", self.manager.add_node, empty)
 
@@ -4602,7 +4581,7 @@ class TheRegistryAndTheManager(NodeCase):
     def test_an_address_that_is_out_of_date_is_asked_for_again(self):
         name = self.publish("moved-archive", "1.0.0")
         info = self.manager.add_node(name).node_info
-        shutil.rmtree(os.path.join(self.nodes, name))
+        shutil.rmtree(join(self.nodes, name))
         old = info.download_url[len(Workshop.registry.url) :]
         Workshop.registry.answers["/files/elsewhere.zip"] = Workshop.registry.answers.pop(old)
         Workshop.registry.say(
@@ -4615,17 +4594,17 @@ class TheRegistryAndTheManager(NodeCase):
         name = self.publish("switched", "1.0.5")
         self.manager.add_node(name)
         self.assertEqual(self.manager.switch_node("SWITCHED", False), "switched is disabled")
-        self.assertEqual(os.listdir(os.path.join(self.nodes, ".disabled")), ["switched@1_0_5"])
+        self.assertEqual(os.listdir(join(self.nodes, ".disabled")), ["switched@1_0_5"])
         self.assertTrue(self.manager.compare().is_synced)
         self.assertEqual(self.manager.switch_node(name, False), "switched is disabled already")
         self.assertEqual(self.manager.switch_node(name, True), "switched is enabled")
-        self.assertTrue(os.path.exists(os.path.join(self.nodes, name, "__init__.py")))
+        self.assertTrue(os.path.exists(join(self.nodes, name, "__init__.py")))
 
     def test_what_the_manager_installed_is_known_with_id_and_version(self):
         repository = make_repository("by-manager", {"__init__.py": ""})
         git(self.nodes, "clone", "--quiet", "-o", "upstream", repository)
-        write(os.path.join(self.nodes, "by-manager", ".git", ".cnr-id"), "Their-Id")
-        write(os.path.join(self.nodes, "older@1_2_3", ".tracking"), "__init__.py")
+        write(join(self.nodes, "by-manager", ".git", ".cnr-id"), "Their-Id")
+        write(join(self.nodes, "older@1_2_3", ".tracking"), "__init__.py")
         clone, older = self.manager.track("by-manager"), self.manager.track("older@1_2_3")
         self.assertEqual((clone.source, clone.registry_id, clone.repository), ("git", "Their-Id", repository))
         self.assertEqual((older.source, older.registry_id, older.version), ("registry", "older", "1.2.3"))
@@ -4633,13 +4612,11 @@ class TheRegistryAndTheManager(NodeCase):
     def test_an_update_by_the_manager_is_taken_in_and_its_files_are_known(self):
         name = self.publish("shared", "1.0.0")
         self.manager.add_node(name)
-        folder = os.path.join(self.nodes, name)
-        write(os.path.join(folder, "mine.txt"), "mine")
-        write(
-            os.path.join(folder, "pyproject.toml"), f'[project]\nname = "{name}"\nversion = "1.1"\n'
-        )  # as it unpacks over it
-        write(os.path.join(folder, "new.py"), "")
-        write(os.path.join(folder, ".tracking"), "__init__.py\npyproject.toml\nnew.py\n../../evil\n/etc/passwd")
+        folder = join(self.nodes, name)
+        write(join(folder, "mine.txt"), "mine")
+        write(join(folder, "pyproject.toml"), f'[project]\nname = "{name}"\nversion = "1.1"\n')  # as it unpacks over it
+        write(join(folder, "new.py"), "")
+        write(join(folder, ".tracking"), "__init__.py\npyproject.toml\nnew.py\n../../evil\n/etc/passwd")
         self.assertEqual(self.manager.sync(correct_versions=True).problems, [])
         self.assertEqual(self.manager.manifest.nodes[name].version, "1.1")
         self.publish(name, "1.2.0")
@@ -4650,7 +4627,7 @@ class TheRegistryAndTheManager(NodeCase):
     def test_a_workflow_names_what_it_needs(self):
         self.publish("pack-a", "1.0.0"), self.publish("pack-b", "2.0.0")
         Workshop.registry.say("/comfy-nodes/By%20Class/node", {"id": "pack-b"})
-        write(os.path.join(self.paths.comfyui, "nodes.py"), 'NODE_CLASS_MAPPINGS = {"KSampler": 1}\n')
+        write(join(self.paths.comfyui, "nodes.py"), 'NODE_CLASS_MAPPINGS = {"KSampler": 1}\n')
         inner = {"id": "1-2-3", "nodes": [{"type": "By Class"}, {"type": "Lost"}]}
         nodes = [{"type": "KSampler"}, {"type": "Note"}, {"type": "1-2-3"},
                  {"type": "A", "properties": {"cnr_id": "Pack-A", "ver": "1.0.0"}},
@@ -4658,7 +4635,7 @@ class TheRegistryAndTheManager(NodeCase):
                  {"type": "C", "properties": {"cnr_id": "comfy-core"}}]  # fmt: skip
         workflow = {"nodes": nodes, "definitions": {"subgraphs": [inner]}}
         needed = (["pack-a@1.0.0", "https://github.com/o/r@0123456789abcdef", "pack-b"], ["Lost"])
-        path = os.path.join(self.paths.root, "art.json")
+        path = join(self.paths.root, "art.json")
         write(path, json.dumps(workflow))
         self.assertEqual(self.manager.packs_of(path), needed)
 
@@ -4689,10 +4666,10 @@ class TheRegistryAndTheManager(NodeCase):
         home = temporary_folder(self)
         repository = make_repository("sshed", {"__init__.py": ""})
         for name, text in (("ssh", f"exec git-upload-pack {repository}"), ("hooks/post-checkout", "exit 1")):
-            write(os.path.join(home, name), f"#!/bin/sh\n{text}\n")
-            os.chmod(os.path.join(home, name), 0o755)
-        write(os.path.join(home, ".gitconfig"), f"[core]\n\thooksPath = {home}/hooks\n\tsshCommand = '{home}/ssh'\n")
-        with unittest.mock.patch.dict(os.environ, HOME=home, GIT_DIR="/nowhere"):
+            write(join(home, name), f"#!/bin/sh\n{text}\n")
+            os.chmod(join(home, name), 0o755)
+        write(join(home, ".gitconfig"), f"[core]\n\thooksPath = {home}/hooks\n\tsshCommand = '{home}/ssh'\n")
+        with patch.dict(os.environ, HOME=home, GIT_DIR="/nowhere"):
             self.assertEqual(self.manager.add_node("git@127.0.0.1:o/sshed.git").node_info.name, "sshed")
             self.failing(
                 "already here", self.manager.add_node, "git@127.0.0.1:o/sshed.git", error=dock.CDNodeConflictError
@@ -4708,8 +4685,7 @@ class TheRegistryAndTheManager(NodeCase):
             self.assertEqual(dock.redact(text), shown)
         repository = make_repository("tokened", {"__init__.py": ""})
         git(self.nodes, "clone", "--quiet", repository)
-        git(os.path.join(self.nodes, "tokened"), "remote", "set-url", "origin",
-            "https://h/o/r?private_token=glpat-SECRET")  # fmt: skip
+        git(join(self.nodes, "tokened"), "remote", "set-url", "origin", "https://h/o/r?private_token=glpat-SECRET")
         self.assertEqual(self.manager.track("tokened").repository, "https://h/o/r")
 
     def test_what_cannot_be_tidied_fails_nothing(self):
@@ -4721,7 +4697,7 @@ class TheRegistryAndTheManager(NodeCase):
                 raise dock.CDEnvironmentError(f"{path} cannot be changed: not ours", code="in-use")
             real(path)
 
-        with unittest.mock.patch.object(dock, "remove_tree", refuses):
+        with patch.object(dock, "remove_tree", refuses):
             self.assertEqual(self.manager.remove_node("untidy").filesystem_action, "deleted")
         self.assertIn("the former untidy is kept", " ".join(self.said))
         self.manager.add_node("untidy")
@@ -4788,8 +4764,8 @@ class KilledTest(NodeCase):
 
     def test_remove_and_disable(self):
         Workshop.registry.publish("kill-rm", "1.0.0", {"__init__.py": ""})
-        work = os.path.join(Workshop.root, "kill-work", "kill-dev")
-        write(os.path.join(work, "__init__.py"), "")
+        work = join(Workshop.root, "kill-work", "kill-dev")
+        write(join(work, "__init__.py"), "")
         for key, development in (("kill-rm", False), ("kill-dev", True)):
 
             def reset(key=key, development=development):
@@ -4798,7 +4774,7 @@ class KilledTest(NodeCase):
 
             reset()
             self.assertEqual(len(self.each_step(functools.partial(self.manager.remove_node, key), reset)), 2)
-        self.assertTrue(os.path.exists(os.path.join(work, "__init__.py")))
+        self.assertTrue(os.path.exists(join(work, "__init__.py")))
 
     def test_add_with_packages_at_random_moments(self):
         script = "import time; time.sleep(0.2)"
@@ -4843,14 +4819,12 @@ class OddMachines(unittest.TestCase):
         paths = {"a-1.0": {}, "b-2.0": {"url": "file:///w/b.whl"}, "c-3.0": {"url": "file:///home/me/my%20code", "dir_info": {"editable": True}},
                  "d-4.0": {"url": "https://h/o/d", "vcs_info": {"vcs": "git", "commit_id": "abc"}}}  # fmt: skip
         for name, direct in paths.items():
-            folder = os.path.join(self.folder, f"{name}.dist-info")
-            write(os.path.join(folder, "METADATA"), "Name: {}\nVersion: {}\n".format(*name.split("-")))
-            write(
-                os.path.join(folder, "RECORD"), f"{name[0]}.py,,\n{name}.dist-info/RECORD,,\n{name[0]}/__init__.py,,0\n"
-            )
-            write(os.path.join(folder, "direct_url.json"), json.dumps(direct))
+            folder = join(self.folder, f"{name}.dist-info")
+            write(join(folder, "METADATA"), "Name: {}\nVersion: {}\n".format(*name.split("-")))
+            write(join(folder, "RECORD"), f"{name[0]}.py,,\n{name}.dist-info/RECORD,,\n{name[0]}/__init__.py,,0\n")
+            write(join(folder, "direct_url.json"), json.dumps(direct))
         done = subprocess.CompletedProcess([], 0, self.folder, "")
-        with unittest.mock.patch.object(dock, "run_command", return_value=done):
+        with patch.object(dock, "run_command", return_value=done):
             found = dock.installed_packages(sys.executable)
         self.assertEqual({name: one.line for name, one in found.items()}, {"a": ["a==1.0"],
             "b": ["b @ file:///w/b.whl"], "c": ["-e", urllib.request.url2pathname("/home/me/my%20code")],
@@ -4860,7 +4834,7 @@ class OddMachines(unittest.TestCase):
     def test_a_list_of_no_packages_is_an_error_and_no_reason_to_remove_what_is_there(self):
         for code, words in ((0, "not even pip"), (1, "does not tell its packages")):
             done = subprocess.CompletedProcess([], code, self.folder, "broken")
-            with unittest.mock.patch.object(dock, "run_command", return_value=done):
+            with patch.object(dock, "run_command", return_value=done):
                 self.assertRaisesRegex(dock.CDEnvironmentError, words, dock.installed_packages, sys.executable)
 
     def test_the_index_of_pytorch_is_told_by_a_backend_alone(self):
@@ -4874,7 +4848,7 @@ class OddMachines(unittest.TestCase):
     def test_one_package_that_cannot_be_put_back_keeps_no_other(self):
         packages = object.__new__(dock.Packages)
         packages.before, packages.uv = {"new": dock.Package("new", "1", ["new==1"], set())}, None
-        packages.uninstall, packages.must, said = unittest.mock.Mock(), unittest.mock.Mock(), []
+        packages.uninstall, packages.must, said = Mock(), Mock(), []
         packages.uninstall.side_effect = dock.CDEnvironmentError("no")
         before = {"gone": ("gone", "1", ["gone==1"]), "mine": ("mine", "1", ["-e", "/my code"])}
         packages.put_back(said.append, before)
@@ -4886,49 +4860,47 @@ class OddMachines(unittest.TestCase):
     def test_an_undo_asks_the_index_of_the_pytorch_that_was_there(self):
         now = {"torch": dock.Package("torch", "3.0.0", ["torch==3.0.0"], set())}
         before = {"torch": ["torch", "2.9.0+cpu", ["torch==2.9.0+cpu"]]}
-        with unittest.mock.patch.object(dock, "installed_packages", return_value=now):
+        with patch.object(dock, "installed_packages", return_value=now):
             packages = dock.Packages("python")
-            with unittest.mock.patch.object(packages, "must") as must:
+            with patch.object(packages, "must") as must:
                 packages.put_back([].append, before)
         words = must.call_args[0][0]
         self.assertEqual(words[3:6], ["torch==2.9.0+cpu", "--extra-index-url", "https://download.pytorch.org/whl/cpu"])
 
     def test_where_nothing_can_install_an_environment_is_taken_as_it_is(self):
-        paths, said = dock.EnvironmentPaths(os.path.join(self.folder, "e")), []
+        paths, said = dock.EnvironmentPaths(join(self.folder, "e")), []
         write(paths.manifest, '[tool.comfydock]\ntorch_backend = "cpu"\n')
-        write(os.path.join(paths.comfyui, "requirements.txt"), "aiohttp\n")
-        os.makedirs(os.path.join(paths.comfyui, "custom_nodes"))
+        write(join(paths.comfyui, "requirements.txt"), "aiohttp\n")
+        os.makedirs(join(paths.comfyui, "custom_nodes"))
         manager = dock.NodeManager(paths, sys.executable, said.append)
-        with unittest.mock.patch.object(
+        with patch.object(
             dock, "Packages", side_effect=dock.CDEnvironmentError("no pip, no uv", "install uv", code="no-pip")
         ):
             self.assertEqual(manager.sync().problems, [])
         self.assertIn("warning: no pip, no uv, so its packages were not looked at: install uv", said)
         self.assertFalse(manager.is_synced())  # pip may be there next time
-        with unittest.mock.patch.object(
-            dock, "Packages", side_effect=dock.CDEnvironmentError("broken", code="packages")
-        ):
+        with patch.object(dock, "Packages", side_effect=dock.CDEnvironmentError("broken", code="packages")):
             self.assertRaises(dock.CDEnvironmentError, manager.sync)
 
     @unittest.skipIf(WINDOWS, "names are no bytes there")
     def test_a_folder_whose_name_is_no_text_is_no_node_and_a_checkout_of_such_a_name_is_refused(self):
-        checkout = os.path.join(self.folder, "ComfyUI")
-        nodes = os.path.join(checkout, "custom_nodes")
+        checkout = join(self.folder, "ComfyUI")
+        nodes = join(checkout, "custom_nodes")
         for name in (b"good", b"caf\xe9"):
-            os.makedirs(os.path.join(os.fsencode(nodes), name))
-        write(os.path.join(checkout, "main.py"), "")
-        workspace = dock.Workspace(os.path.join(self.folder, "w"))
+            os.makedirs(join(os.fsencode(nodes), name))
+        write(join(checkout, "main.py"), "")
+        workspace = dock.Workspace(join(self.folder, "w"))
         environment = workspace.adopt(checkout, "a", sys.executable)
         self.assertEqual(environment.manifest.found_nodes, ["good"])
-        odd = os.path.join(os.fsencode(self.folder), b"caf\xe9")
+        odd = join(os.fsencode(self.folder), b"caf\xe9")
         os.rename(os.fsencode(checkout), odd)
         error = error_of(workspace.adopt, os.fsdecode(odd), "b", sys.executable)
         self.assertEqual(error.code, "path")
 
     @unittest.skipIf(WINDOWS, "a script as a program")
     def test_the_backend_of_pytorch_follows_the_graphics_card_and_its_driver(self):
-        program = os.path.join(self.folder, "nvidia-smi")
-        with unittest.mock.patch.dict(os.environ, PATH=self.folder):
+        program = join(self.folder, "nvidia-smi")
+        with patch.dict(os.environ, PATH=self.folder):
             self.assertEqual(dock.detect_torch_backend(), "cpu")
             for says, backend in (("echo 580.65.06", "cu130"), ("echo 570.1", "cu128"), ("echo 535.1", "cu126"),
                 ("echo 'no devices were found'", "cpu"), ("echo 580; exit 9", "cpu"), ("exec /nowhere/at/all", "cpu")):  # fmt: skip
@@ -4936,7 +4908,7 @@ class OddMachines(unittest.TestCase):
                 os.chmod(program, 0o755)
                 with self.subTest(says=says):
                     self.assertEqual(dock.detect_torch_backend(), backend)
-            os.rename(program, os.path.join(self.folder, "rocminfo"))
+            os.rename(program, join(self.folder, "rocminfo"))
             self.assertEqual(dock.detect_torch_backend(), "rocm6.4")
 
     def test_without_git_only_github_is_read(self):
@@ -4947,10 +4919,8 @@ class OddMachines(unittest.TestCase):
             self.assertEqual(caught.exception.code, "missing")
 
     def test_a_manifest_is_read_where_nothing_can_be_written_beside_it(self):
-        with unittest.mock.patch.object(dock, "write_atomic", side_effect=OSError(errno.EROFS, "read-only")):
-            manifest = dock.manifest_of(
-                "[tool.comfydock]\ndemo = true\n", "x", os.path.join(self.folder, "cache"), None
-            )
+        with patch.object(dock, "write_atomic", side_effect=OSError(errno.EROFS, "read-only")):
+            manifest = dock.manifest_of("[tool.comfydock]\ndemo = true\n", "x", join(self.folder, "cache"), None)
         self.assertTrue(manifest.demo)
 
 
@@ -4961,21 +4931,20 @@ class UvTest(InWorkshop):
         folder = os.environ.get("TEST_UV", "")
         if not shutil.which("uv", path=folder):
             self.skipTest("TEST_UV names no folder with uv")
-        if not os.path.exists(os.path.join(Workshop.wheels, "torch-3.0.0-py3-none-any.whl")):
+        if not os.path.exists(join(Workshop.wheels, "torch-3.0.0-py3-none-any.whl")):
             make_wheel("torch", "3.0.0")
-        for wheel in glob.glob(os.path.join(os.path.dirname(os.__file__), "ensurepip", "_bundled", "*.whl")):
+        for wheel in glob.glob(join(os.path.dirname(os.__file__), "ensurepip", "_bundled", "*.whl")):
             shutil.copy(wheel, Workshop.wheels)
-        paths, said = dock.EnvironmentPaths(os.path.join(Workshop.root, "uv-env")), []
+        paths, said = dock.EnvironmentPaths(join(Workshop.root, "uv-env")), []
         make_wheel("uv-only", "1.0")
         variables = {"PATH": folder + os.pathsep + os.environ["PATH"], "UV_FIND_LINKS": Workshop.wheels,
-            "UV_NO_INDEX": "1", "UV_OFFLINE": "1", "UV_CACHE_DIR": os.path.join(Workshop.root, "uv-cache"),
-            "UV_NO_CONFIG": "1"}  # fmt: skip
+            "UV_NO_INDEX": "1", "UV_OFFLINE": "1", "UV_CACHE_DIR": join(Workshop.root, "uv-cache"), "UV_NO_CONFIG": "1"}  # fmt: skip
         for number, script in enumerate(("", "raise SystemExit('no GPU')")):
             Workshop.registry.publish(f"uv-node{number}", "1.0.0",
                 {"__init__.py": "", "requirements.txt": "uv-only\n", **({"install.py": script} if script else {})})  # fmt: skip
         Workshop.registry.publish("uv-greedy", "1.0.0", {"requirements.txt": "wants-new-torch"})
-        with unittest.mock.patch.dict(os.environ, variables):
-            wheel = os.path.join(Workshop.wheels, "torch-3.0.0-py3-none-any.whl")
+        with patch.dict(os.environ, variables):
+            wheel = join(Workshop.wheels, "torch-3.0.0-py3-none-any.whl")
             os.rename(wheel, wheel + ".later")
             dock.create_environment(
                 paths, said.append, source=Workshop.comfyui, python=sys.executable, torch_backend="cpu"
@@ -5181,14 +5150,14 @@ class WithAComfyUI(InWorkshop):
         commit(upstream, new, "v1.1.0")
         commit(upstream, comfyui_code("1.2.0", "9.9", 3), "v1.2.0-rc1")
         WithAComfyUI.upstream = "file://" + upstream
-        WithAComfyUI.template = os.path.join(Workshop.root, "updates", "template")
+        WithAComfyUI.template = join(Workshop.root, "updates", "template")
         options = {"comfyui": "v1.0.0", "source": cls.upstream, "python": sys.executable, "torch_backend": "cpu"}
-        paths = dock.EnvironmentPaths(os.path.join(cls.template, "environments", "main"))
+        paths = dock.EnvironmentPaths(join(cls.template, "environments", "main"))
         dock.create_environment(paths, lambda line: None, **options)
 
     def setUp(self):
         """Make a workspace with one environment, whose venv shares its files with the template's."""
-        self.root = os.path.join(Workshop.root, "updates", "workspace")
+        self.root = join(Workshop.root, "updates", "workspace")
         self.addCleanup(shutil.rmtree, self.root, ignore_errors=True)
         self.fresh()
 
@@ -5202,11 +5171,11 @@ class WithAComfyUI(InWorkshop):
         self.paths, self.comfyui = self.environment.paths, self.environment.paths.comfyui
 
     def copy(self, source, target):
-        inside = os.path.join("environments", "main")
+        inside = join("environments", "main")
         apart = shutil.ignore_patterns("ComfyUI", ".cec")
         shutil.copytree(source, target, symlinks=True, copy_function=os.link, ignore=apart)
         for folder in ("ComfyUI", ".cec"):
-            shutil.copytree(os.path.join(source, inside, folder), os.path.join(target, inside, folder), symlinks=True)
+            shutil.copytree(join(source, inside, folder), join(target, inside, folder), symlinks=True)
 
     def installed(self):
         return sorted(name[:-10] for name in os.listdir(packages_in(self.paths.venv)) if name.endswith(".dist-info"))
@@ -5247,7 +5216,7 @@ class UpdatingComfyUI(WithAComfyUI):
         new = self.state()
         self.assertEqual((new[1], new[3]), ("", "v1.1.0"))
         self.assertIn("tiny-2.0", new[2])
-        self.assertTrue(os.path.exists(os.path.join(self.comfyui, "comfy_extras", "nodes_new.py")))
+        self.assertTrue(os.path.exists(join(self.comfyui, "comfy_extras", "nodes_new.py")))
         self.assertEqual(self.starts(), "1.1.0")
         self.assertFalse(self.environment.update()["changed"])
         os.rename(Workshop.root + "/repositories", Workshop.root + "/gone")  # nothing needs the network
@@ -5271,7 +5240,7 @@ class UpdatingComfyUI(WithAComfyUI):
         self.failing("tiny==9.9", self.environment.update, "v1.2.0-rc1")
         self.assertEqual((self.state(), self.environment.report()["pid"]), (old, pid))
         error = self.failing("needs tiny 2.0, but", self.environment.update, self.branch("lies", tiny="1.0"))
-        self.assertIn(os.path.join("main", "update", "comfyui.log"), error.hint)
+        self.assertIn(join("main", "update", "comfyui.log"), error.hint)
         self.assertEqual(self.state(), old)
         self.environment.wait_until_ready(30.0)
         report = self.environment.report(5.0)
@@ -5304,18 +5273,18 @@ class UpdatingComfyUI(WithAComfyUI):
         self.environment.stop()
 
     def test_the_trial_start_touches_nothing_of_the_user(self):
-        temp, user = os.path.join(self.comfyui, "temp"), os.path.join(self.comfyui, "user")
-        write(os.path.join(temp, "preview.png"), "a preview")
+        temp, user = join(self.comfyui, "temp"), join(self.comfyui, "user")
+        write(join(temp, "preview.png"), "a preview")
         self.assertEqual(self.starts(), "1.0.0")  # which makes the database
-        write(os.path.join(temp, "preview.png"), "a preview")
-        database = read_bytes(os.path.join(user, "comfyui.db"))
+        write(join(temp, "preview.png"), "a preview")
+        database = read_bytes(join(user, "comfyui.db"))
         self.environment.update()
         self.assertEqual(tree(temp), {"preview.png": b"a preview"})
         self.assertEqual(tree(user), {"comfyui.db": database})
         self.assertEqual(dock.comfyui_processes(self.comfyui), [])
 
     def schema(self):
-        path = os.path.join(self.comfyui, "user", "comfyui.db")
+        path = join(self.comfyui, "user", "comfyui.db")
         with contextlib.closing(sqlite3.connect(path)) as connection:
             return connection.execute("select version_num from alembic_version").fetchone()[0]
 
@@ -5329,19 +5298,19 @@ class UpdatingComfyUI(WithAComfyUI):
         self.copy(self.root, updated)
         self.environment.go_back()
         self.assertEqual(self.schema(), 2)
-        self.assertEqual(len(glob.glob(os.path.join(self.paths.removed, "*", "0.comfyui.db"))), 1)
+        self.assertEqual(len(glob.glob(join(self.paths.removed, "*", "0.comfyui.db"))), 1)
         self.fresh(updated)
         self.environment.go_back(with_databases=True)
         self.assertEqual((self.starts(), self.schema()), ("1.0.0", 1))
-        self.assertFalse(os.path.exists(os.path.join(self.comfyui, "user", "comfyui.db.bkp")))
-        [kept] = glob.glob(os.path.join(self.paths.removed, "*", "comfyui.db"))
+        self.assertFalse(os.path.exists(join(self.comfyui, "user", "comfyui.db.bkp")))
+        [kept] = glob.glob(join(self.paths.removed, "*", "comfyui.db"))
         with contextlib.closing(sqlite3.connect(kept)) as connection:
             self.assertEqual(connection.execute("select version_num from alembic_version").fetchone(), (2,))
 
     def test_own_changes_are_refused_by_name_and_go_on_a_branch_with_force(self):
-        write(os.path.join(self.comfyui, "nodes.py"), "mine = 1\n")
-        write(os.path.join(self.comfyui, "comfy_extras", "nodes_new.py"), "mine = 2\n")
-        os.remove(os.path.join(self.comfyui, "models", "checkpoints", "put_checkpoints_here"))  # which loses nothing
+        write(join(self.comfyui, "nodes.py"), "mine = 1\n")
+        write(join(self.comfyui, "comfy_extras", "nodes_new.py"), "mine = 2\n")
+        os.remove(join(self.comfyui, "models", "checkpoints", "put_checkpoints_here"))  # which loses nothing
         before = tree(self.comfyui)
         error = self.failing("changes of your own: nodes.py, comfy_extras/nodes_new.py", self.environment.update)
         self.assertEqual((error.code, tree(self.comfyui)), ("local-changes", before))
@@ -5356,17 +5325,17 @@ class UpdatingComfyUI(WithAComfyUI):
         self.assertEqual(found, before)
 
     def test_a_commit_of_ones_own_is_named(self):
-        write(os.path.join(self.comfyui, "nodes.py"), "mine = 1\n")
+        write(join(self.comfyui, "nodes.py"), "mine = 1\n")
         git(self.comfyui, "commit", "--quiet", "-am", "mine")
         self.failing(f"commit {git(self.comfyui, 'rev-parse', 'HEAD')[:8]}", self.environment.update)
 
     @needs_links
     def test_models_that_are_a_link_stay_one(self):
         """As comfydock 1.0.x has it: to git that is an untracked file in the way of a folder."""
-        shared = os.path.join(self.root, "shared")
-        write(os.path.join(shared, "checkpoints", "big.safetensors"), "weights")
-        shutil.rmtree(os.path.join(self.comfyui, "models"))
-        os.symlink(shared, os.path.join(self.comfyui, "models"))
+        shared = join(self.root, "shared")
+        write(join(shared, "checkpoints", "big.safetensors"), "weights")
+        shutil.rmtree(join(self.comfyui, "models"))
+        os.symlink(shared, join(self.comfyui, "models"))
         folder = self.upstream.removeprefix("file://")
         git(folder, "checkout", "--quiet", "-b", "more-models", "v1.1.0")
         commit(folder, {"models/new/put_here": "", "models/checkpoints/put_checkpoints_here": "changed"})
@@ -5374,12 +5343,12 @@ class UpdatingComfyUI(WithAComfyUI):
         self.addCleanup(git, folder, "branch", "-D", "more-models")
         for step in (lambda: self.environment.update("more-models"), self.environment.go_back):
             step()
-            self.assertTrue(os.path.islink(os.path.join(self.comfyui, "models")))
+            self.assertTrue(os.path.islink(join(self.comfyui, "models")))
             self.assertEqual(tree(shared), {"checkpoints/big.safetensors": b"weights"})
 
     def adopted(self, *words):
         """Another clone of the same repository, adopted with the Python of the first."""
-        folder = os.path.join(self.root, "mine", "ComfyUI")
+        folder = join(self.root, "mine", "ComfyUI")
         git(Workshop.root, "clone", "--quiet", *words, self.upstream, folder)
         return dock.Workspace(self.root).adopt(folder, "adopted", self.environment.python), folder
 
@@ -5425,7 +5394,7 @@ class UpdatingComfyUI(WithAComfyUI):
         self.assertIn("--to", str(error.hint))
         self.assertTrue(environment.update("v1.1.0")["changed"])
         environment.go_back()
-        shutil.rmtree(os.path.join(checkout, ".git"))
+        shutil.rmtree(join(checkout, ".git"))
         self.failing("is not a git clone", environment.update)
         error = self.failing("has no v1.0.1", self.environment.update, "v1.0.1")
         self.assertIn("v1.0.0", error.hint)
@@ -5435,21 +5404,21 @@ class UpdatingComfyUI(WithAComfyUI):
             Workshop.registry.publish(
                 "went-on", version, {"__init__.py": version, "requirements.txt": f"tiny<={version}"}
             )
-        write(os.path.join(self.root, "work", "mine", "__init__.py"), "")
+        write(join(self.root, "work", "mine", "__init__.py"), "")
         self.environment.add_node("went-on@1.0.0", no_test=True)
-        before = self.state(), tree(os.path.join(self.comfyui, "custom_nodes"))
+        before = self.state(), tree(join(self.comfyui, "custom_nodes"))
         self.failing("tiny", self.environment.update)  # the node holds it back
         Workshop.registry.publish("went-on", "1.0.0", {"__init__.py": "1.0.0"})
         self.environment.remove_node("went-on")
         self.environment.add_node("went-on@1.0.0")
-        before = self.state(), tree(os.path.join(self.comfyui, "custom_nodes"))
+        before = self.state(), tree(join(self.comfyui, "custom_nodes"))
         self.environment.update()
         self.environment.update_node("went-on")
         Workshop.registry.publish("came-later", "1.0.0", {"__init__.py": ""})
         self.environment.add_node("came-later")
-        self.environment.add_node(os.path.join(self.root, "work", "mine"), is_development=True)
+        self.environment.add_node(join(self.root, "work", "mine"), is_development=True)
         self.environment.go_back()
-        after = tree(os.path.join(self.comfyui, "custom_nodes"))
+        after = tree(join(self.comfyui, "custom_nodes"))
         self.assertEqual((self.state(), after), before)
         self.assertEqual(sorted(self.environment.nodes.manifest.nodes), ["mine", "went-on"])
         self.assertEqual(self.environment.nodes.compare().is_synced, True)
@@ -5462,8 +5431,8 @@ class UpdatingComfyUI(WithAComfyUI):
         update.fetch(new)
         update.keep(new, [], [])
         git(self.comfyui, "checkout", "--quiet", new.commit)
-        write(os.path.join(self.comfyui, ".git", "index.lock"), "")
-        with unittest.mock.patch.object(dock.NodeManager, "changing", lambda *words: contextlib.nullcontext()):
+        write(join(self.comfyui, ".git", "index.lock"), "")
+        with patch.object(dock.NodeManager, "changing", lambda *words: contextlib.nullcontext()):
             self.failing("interrupted", self.environment.run, [])  # by another command, after this one has looked
         self.assertEqual(self.starts(), "1.0.0")
         self.assertEqual(self.state(), old)
@@ -5562,7 +5531,7 @@ class UpdatingComfyUI(WithAComfyUI):
         self.assertIn("has no remote.\n  set one: git -C ", done.stderr)
         self.assertEqual(self.types("update", "--back", "--check").returncode, 2)
         self.assertEqual(self.types("update", "--database").returncode, 2)
-        folder = os.path.join(self.root, "shared")
+        folder = join(self.root, "shared")
         os.mkdir(folder)
         self.assertEqual(
             self.types("models", "--all", "--set", folder).stdout, f"✓ main: Models in {folder}, and its own\n"
@@ -5577,10 +5546,10 @@ class OneModelsFolderForMany(WithAComfyUI):
 
     def setUp(self):
         super().setUp()
-        self.shared = os.path.join(self.root, "shared models \N{SNOWMAN} $HOME")
-        write(os.path.join(self.shared, "loras", "styles", "ours.safetensors"), "")
-        write(os.path.join(self.shared, "text_encoders", "ours.safetensors"), "")
-        write(os.path.join(self.comfyui, "models", "loras", "own.safetensors"), "")
+        self.shared = join(self.root, "shared models \N{SNOWMAN} $HOME")
+        write(join(self.shared, "loras", "styles", "ours.safetensors"), "")
+        write(join(self.shared, "text_encoders", "ours.safetensors"), "")
+        write(join(self.comfyui, "models", "loras", "own.safetensors"), "")
 
     def listed(self, environment, *args):
         """What ComfyUI lists: files and folders by kind."""
@@ -5601,7 +5570,7 @@ class OneModelsFolderForMany(WithAComfyUI):
             "other", source=self.upstream, comfyui="v1.0.0", no_install=True, models=self.shared
         )
         shutil.copytree(self.paths.venv, other.paths.venv, symlinks=True)
-        own = os.path.join(self.comfyui, "models")
+        own = join(self.comfyui, "models")
         before = self.listed(self.environment)
         self.environment.set_models(self.shared)
         alone = {}
@@ -5609,37 +5578,35 @@ class OneModelsFolderForMany(WithAComfyUI):
             with self.subTest(step=step):
                 both = self.listed(self.environment)
                 files, places = both["loras"]
-                self.assertEqual(files, ["own.safetensors", os.path.join("styles", "ours.safetensors")])
-                self.assertEqual(places, [os.path.join(self.shared, "loras"), os.path.join(own, "loras")])
-                encoders = [
-                    os.path.join(folder, name) for folder in (self.shared, own) for name in ("text_encoders", "clip")
-                ]
+                self.assertEqual(files, ["own.safetensors", join("styles", "ours.safetensors")])
+                self.assertEqual(places, [join(self.shared, "loras"), join(own, "loras")])
+                encoders = [join(folder, name) for folder in (self.shared, own) for name in ("text_encoders", "clip")]
                 self.assertEqual(both["text_encoders"][1], encoders)
                 self.assertEqual(both["custom_nodes"], before["custom_nodes"])
                 alone = alone or self.listed(other)["loras"]
-                self.assertEqual(alone[0], [os.path.join("styles", "ours.safetensors")])
+                self.assertEqual(alone[0], [join("styles", "ours.safetensors")])
                 record = dock.read_state(self.paths.last_run)
                 self.assertEqual(record.args[0::2], ["--port"])
             if step.startswith("1"):
                 code = comfyui_code("1.0.1", "1.0", 1, has_models_directory=True)
                 for name in ("comfy/cli_args.py", "folder_paths.py"):
-                    write(os.path.join(self.comfyui, name), code[name])
+                    write(join(self.comfyui, name), code[name])
         self.environment.set_models(None)
         self.assertEqual(self.listed(self.environment), before)
 
     def test_the_users_own_files_and_flags_stay_in_force(self):
         self.environment.set_models(self.shared)
-        mine = os.path.join(self.root, "mine.yaml")
-        folder = os.path.join(self.root, "mine")
+        mine = join(self.root, "mine.yaml")
+        folder = join(self.root, "mine")
         write(mine, json.dumps({"mine": {"loras": folder}}))
         places = self.listed(self.environment, "--extra-model-paths-config", mine)["loras"][1]
-        self.assertEqual(places[0], os.path.join(self.shared, "loras"))
+        self.assertEqual(places[0], join(self.shared, "loras"))
         self.assertIn(folder, places)
         code = comfyui_code("1.0.1", "1.0", 1, has_models_directory=True)
         for name in ("comfy/cli_args.py", "folder_paths.py"):
-            write(os.path.join(self.comfyui, name), code[name])
+            write(join(self.comfyui, name), code[name])
         places = self.listed(self.environment, "--models-directory", folder)["loras"][1]
-        self.assertEqual(places, [os.path.join(folder, "loras")])
+        self.assertEqual(places, [join(folder, "loras")])
 
     def test_a_folder_that_is_not_there_starts_nothing_and_stops_nothing(self):
         self.environment.set_models(self.shared)
@@ -5664,7 +5631,7 @@ class OneModelsFolderForMany(WithAComfyUI):
 
     def test_what_another_uses_is_not_deleted(self):
         other = dock.Workspace(self.root).create("other", source=self.upstream, comfyui="v1.0.0", no_install=True)
-        other.set_models(os.path.join(self.comfyui, "models"))
+        other.set_models(join(self.comfyui, "models"))
         before = tree(self.comfyui)
         self.failing("'other' uses the models in", dock.Workspace(self.root).delete, "main")
         self.assertEqual(tree(self.comfyui), before)
@@ -5683,14 +5650,14 @@ class EndingAProcess(Stage):
 
     def test_one_that_survives_even_the_kill_is_told(self):
         signals = []
-        with unittest.mock.patch.object(dock, "signal_process", lambda pid, how, is_it: signals.append(how)):
-            with unittest.mock.patch.object(dock, "wait_for_exit", lambda *_: False):
+        with patch.object(dock, "signal_process", lambda pid, how, is_it: signals.append(how)):
+            with patch.object(dock, "wait_for_exit", lambda *_: False):
                 with self.assertRaisesRegex(dock.CDEnvironmentError, "did not end, not even when killed"):
                     dock.terminate(self.process, 4)
         self.assertEqual([how for how in signals if how != "continue"], ["interrupt", "terminate", "kill"])
 
     def test_one_of_another_user_is_left_alone_and_told(self):
-        with unittest.mock.patch.object(dock, "signal_process", side_effect=PermissionError):
+        with patch.object(dock, "signal_process", side_effect=PermissionError):
             self.assertFalse(dock.signal_process_of(self.process, "interrupt"))
             error = error_of(dock.terminate, self.process, 0)
             dock.resume(self.process)
@@ -5698,7 +5665,7 @@ class EndingAProcess(Stage):
         self.assertIn(f"PID {self.process.pid}", error.message)
 
     def test_one_that_ends_by_itself_meanwhile_is_ended(self):
-        with unittest.mock.patch.object(dock, "signal_process", side_effect=ProcessLookupError):
+        with patch.object(dock, "signal_process", side_effect=ProcessLookupError):
             self.assertTrue(dock.signal_process_of(self.process, "kill"))
             with dock.paused([self.process]):
                 pass
@@ -5761,7 +5728,7 @@ class DemoSource(unittest.TestCase):
 class TheDemo(unittest.TestCase):
     def setUp(self):
         self.folder, self.port = temporary_folder(self), free_port()
-        self.log_path = os.path.join(self.folder, "log")
+        self.log_path = join(self.folder, "log")
         # Not the program written out, which the journeys start: of the function itself coverage can be measured.
         program = f"import sys\n\nsys.path.insert(0, {HERE!r})\nfrom comfydock import demo_server\n\ndemo_server()\n"
         Path(self.folder, "main.py").write_text(program, encoding="utf-8")
@@ -5829,7 +5796,7 @@ class TheDemo(unittest.TestCase):
 
     @unittest.skipUnless(has("openssl"), "no openssl to make a certificate")
     def test_tls_is_probed_with_a_certificate_that_nobody_signed(self):
-        key, cert = (os.path.join(self.folder, name) for name in ("key.pem", "cert.pem"))
+        key, cert = (join(self.folder, name) for name in ("key.pem", "cert.pem"))
         command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x", "-days", "2"]
         subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
         self.ready("--tls-keyfile", key, "--tls-certfile", cert)
@@ -5863,12 +5830,12 @@ class MakingAWorkspace(unittest.TestCase):
         return error.message
 
     def test_an_adoption_that_was_interrupted_goes_on_and_becomes_nothing_else(self):
-        checkout = os.path.join(self.folder, "ComfyUI")
-        write(os.path.join(checkout, "main.py"), "")
-        os.makedirs(os.path.join(checkout, "custom_nodes", "pack"))
-        workspace = dock.Workspace(os.path.join(self.folder, "w"))
+        checkout = join(self.folder, "ComfyUI")
+        write(join(checkout, "main.py"), "")
+        os.makedirs(join(checkout, "custom_nodes", "pack"))
+        workspace = dock.Workspace(join(self.folder, "w"))
         for owner, broken in ((dock, "first_manifest"), (dock.GitManager, "initialize_environment_repo")):
-            with unittest.mock.patch.object(owner, broken, side_effect=KeyboardInterrupt):
+            with patch.object(owner, broken, side_effect=KeyboardInterrupt):
                 with self.assertRaises(KeyboardInterrupt):
                     workspace.adopt(checkout, "a", sys.executable)
             if broken == "first_manifest":
@@ -5887,8 +5854,8 @@ class MakingAWorkspace(unittest.TestCase):
             self.assertIsNone(environment.report()["resume"])
 
     def test_a_creation_of_which_nothing_came_leaves_nothing(self):
-        workspace = dock.Workspace(os.path.join(self.folder, "w"))
-        empty = os.path.join(self.folder, "empty")
+        workspace = dock.Workspace(join(self.folder, "w"))
+        empty = join(self.folder, "empty")
         os.mkdir(empty)
         for options in ({"source": "nothere.zip"}, {"source": "ext::sh -c id"}, {"source": empty}, {"comfyui": "v0 1"}):
             with self.subTest(options=options), self.assertRaises(dock.CDEnvironmentError):
@@ -5896,19 +5863,17 @@ class MakingAWorkspace(unittest.TestCase):
             self.assertEqual(workspace.list_environments(), [])
 
     def test_an_unfinished_environment_is_gone_on_with_or_deleted_but_never_made_anew(self):
-        code = os.path.join(self.folder, "code of mine")
-        write(os.path.join(code, "main.py"), "")
-        workspace = dock.Workspace(os.path.join(self.folder, "w"))
+        code = join(self.folder, "code of mine")
+        write(join(code, "main.py"), "")
+        workspace = dock.Workspace(join(self.folder, "w"))
         options = {"source": code, "no_install": True}
-        stopped = unittest.mock.patch.object(
-            dock.GitManager, "initialize_environment_repo", side_effect=KeyboardInterrupt
-        )
+        stopped = patch.object(dock.GitManager, "initialize_environment_repo", side_effect=KeyboardInterrupt)
         with stopped:
             with self.assertRaises(KeyboardInterrupt):
                 workspace.create("x", **options)
         environment = workspace.get_environment("x")
         self.assertEqual(environment.report()["resume"], ("create", "x"))
-        art = os.path.join(environment.paths.comfyui, "output", "art.png")
+        art = join(environment.paths.comfyui, "output", "art.png")
         write(art, "precious")
         error = error_of(environment.run)
         self.assertEqual(error.message, "Environment 'x' is not complete.")
@@ -5917,28 +5882,28 @@ class MakingAWorkspace(unittest.TestCase):
         self.assertTrue(environment.is_complete and os.path.exists(art))
 
     def test_an_adopted_checkout_that_was_moved_is_found_again(self):
-        checkout, place = (os.path.join(self.folder, name) for name in ("ComfyUI", "Moved"))
-        write(os.path.join(checkout, "main.py"), "")
-        workspace = dock.Workspace(os.path.join(self.folder, "w"))
+        checkout, place = (join(self.folder, name) for name in ("ComfyUI", "Moved"))
+        write(join(checkout, "main.py"), "")
+        workspace = dock.Workspace(join(self.folder, "w"))
         environment = workspace.adopt(checkout, "a", sys.executable)
         os.rename(checkout, place)
-        self.assertEqual(environment.report()["missing"], os.path.join(os.path.realpath(checkout), "main.py"))
+        self.assertEqual(environment.report()["missing"], join(os.path.realpath(checkout), "main.py"))
         self.assertIn("has no ComfyUI", self.refusal(environment.run))
         self.assertIn("has no ComfyUI", self.refusal(environment.require_comfyui))
         self.assertEqual(workspace.adopt(place, "a", sys.executable).name, "a")
         self.assertEqual(str(environment.comfyui_path), os.path.realpath(place))
         self.assertIsNone(environment.report()["missing"])
-        write(os.path.join(checkout, "main.py"), "")
+        write(join(checkout, "main.py"), "")
         self.assertIn("exists already", self.refusal(workspace.adopt, checkout, "a", sys.executable))
 
     def test_what_was_there_before_a_creation_that_fails_stays(self):
-        workspace = dock.Workspace(os.path.join(self.folder, "w"))
-        model = os.path.join(workspace.paths.environments, "x", "models", "big")
+        workspace = dock.Workspace(join(self.folder, "w"))
+        model = join(workspace.paths.environments, "x", "models", "big")
         write(model, "big")
         with self.assertRaises(dock.CDEnvironmentError):
             workspace.create("x", source="nothere.zip", no_install=True)
-        self.assertEqual(os.listdir(os.path.join(workspace.paths.environments, "x")), ["models"])
-        write(os.path.join(workspace.paths.environments, "x", ".cec", ".content.lock"), "")
+        self.assertEqual(os.listdir(join(workspace.paths.environments, "x")), ["models"])
+        write(join(workspace.paths.environments, "x", ".cec", ".content.lock"), "")
         with self.assertRaisesRegex(dock.CDEnvironmentError, "is not there"):
             workspace.create("x", source="nothere.zip", no_install=True)
         self.assertTrue(os.path.exists(model))
@@ -5949,7 +5914,7 @@ class MakingAWorkspace(unittest.TestCase):
                 self.assertIn("cannot name an environment", self.refusal(dock.require_new_name, name))
 
     def test_an_environment_that_is_closed_to_us_is_listed_and_not_called_missing(self):
-        workspace, real = dock.Workspace(os.path.join(self.folder, "w")), os.stat
+        workspace, real = dock.Workspace(join(self.folder, "w")), os.stat
 
         def closed(path, *words, **more):
             if os.sep + "b" + os.sep in str(path):
@@ -5957,20 +5922,20 @@ class MakingAWorkspace(unittest.TestCase):
             return real(path, *words, **more)
 
         for name in "abc":
-            os.makedirs(os.path.join(workspace.paths.environments, name, ".cec"))
-        with unittest.mock.patch("os.stat", closed):
+            os.makedirs(join(workspace.paths.environments, name, ".cec"))
+        with patch("os.stat", closed):
             self.assertEqual([environment.name for environment in workspace.list_environments()], ["a", "b", "c"])
             self.assertRaises(PermissionError, workspace.get_environment, "b")
 
     def test_the_record_of_another_machine_takes_no_port_here(self):
-        workspace = dock.Workspace(os.path.join(self.folder, "w"))
+        workspace = dock.Workspace(join(self.folder, "w"))
         environment = workspace.demo()
         record = dock.ProcessState(77, "127.0.0.1", 8188, [], dock.utc_now(), environment.log_path)
         record.identity = {"machine": "another"}
         here = {**dock.this_machine(), "machine": "this one"}
-        patch = unittest.mock.patch.object(dock, "this_machine", return_value=here)
-        patch.start()
-        self.addCleanup(patch.stop)
+        patched = patch.object(dock, "this_machine", return_value=here)
+        patched.start()
+        self.addCleanup(patched.stop)
         dock.write_state(environment.paths.state, record)
         self.assertEqual((environment.observe().state, environment.claimed_port()), (dock.FOREIGN, None))
         record.pid, record.phase, record.starter = None, dock.STARTING, {"pid": 77, "identity": record.identity}
@@ -5979,25 +5944,25 @@ class MakingAWorkspace(unittest.TestCase):
         self.assertEqual((environment.report()["machine"], environment.claimed_port()), ("another", None))
 
     def test_it_is_made_once_and_only_of_an_empty_folder(self):
-        empty = dock.Workspace(os.path.join(self.folder, "new"))
+        empty = dock.Workspace(join(self.folder, "new"))
         self.assertEqual([empty.initialize(), empty.initialize()], [True, False])
         self.assertEqual(empty.list_environments(), [])
-        other = os.path.join(self.folder, "other")
-        write(os.path.join(other, "file"), "")
+        other = join(self.folder, "other")
+        write(join(other, "file"), "")
         self.assertIn("is neither empty nor a workspace", self.refusal(dock.Workspace(other).initialize))
         self.assertEqual(os.listdir(other), ["file"])
         for method in ("initialize", "list_environments"):
-            self.assertIn("is not a folder", self.refusal(getattr(dock.Workspace(os.path.join(other, "file")), method)))
+            self.assertIn("is not a folder", self.refusal(getattr(dock.Workspace(join(other, "file")), method)))
 
     def checkout(self):
-        folder = os.path.join(self.folder, "a", "ComfyUI")
+        folder = join(self.folder, "a", "ComfyUI")
         for name in ("main.py", "nodes.py", "folder_paths.py"):
-            write(os.path.join(folder, name), "")
+            write(join(folder, name), "")
         return folder
 
     def test_the_python_of_an_adopted_checkout_can_be_changed_for_one_that_works(self):
-        workspace = dock.Workspace(os.path.join(self.folder, "ws"))
-        for python in (self.folder, os.path.join(self.folder, "nowhere")):
+        workspace = dock.Workspace(join(self.folder, "ws"))
+        for python in (self.folder, join(self.folder, "nowhere")):
             self.assertIn("There is no Python at", self.refusal(workspace.adopt, self.checkout(), None, python))
         self.assertEqual(workspace.list_environments(), [])
         environment = workspace.adopt(self.checkout(), None, sys.executable)
@@ -6005,7 +5970,7 @@ class MakingAWorkspace(unittest.TestCase):
         self.assertIn("There is no Python at", self.refusal(workspace.adopt, self.checkout(), None, self.folder))
         self.assertEqual(workspace.get_environment("a").manifest.python_path, sys.executable)
         if not WINDOWS:
-            other = os.path.join(self.folder, "python")
+            other = join(self.folder, "python")
             write(other, f'#!/bin/sh\nexec {sys.executable} "$@"\n')
             os.chmod(other, 0o755)
             workspace.adopt(self.checkout(), None, other)
@@ -6014,25 +5979,25 @@ class MakingAWorkspace(unittest.TestCase):
     @unittest.skipIf(WINDOWS, "a python in bin")
     def test_the_python_of_a_checkout_is_its_venv_else_one_that_has_pytorch(self):
         checkout = self.checkout()
-        pythons = {name: os.path.join(self.folder, name, "bin", "python") for name in ("active", "conda", "system")}
+        pythons = {name: join(self.folder, name, "bin", "python") for name in ("active", "conda", "system")}
         for name, python in pythons.items():
             write(python, f"#!/bin/sh\ntest -e '{self.folder}/torch-in-{name}' && echo found\n")
             os.chmod(python, 0o755)
-        os.symlink("python", os.path.join(self.folder, "system", "bin", "python3"))
-        variables = {"VIRTUAL_ENV": os.path.join(self.folder, "active"),
-            "CONDA_PREFIX": os.path.join(self.folder, "conda"), "PATH": os.path.join(self.folder, "system", "bin")}  # fmt: skip
-        with unittest.mock.patch.dict(os.environ, variables):
+        os.symlink("python", join(self.folder, "system", "bin", "python3"))
+        variables = {"VIRTUAL_ENV": join(self.folder, "active"),
+            "CONDA_PREFIX": join(self.folder, "conda"), "PATH": join(self.folder, "system", "bin")}  # fmt: skip
+        with patch.dict(os.environ, variables):
             error = error_of(dock.find_checkout_python, checkout, None)
             for python in pythons.values():
                 self.assertIn(f"{python} has no PyTorch", error.message)
             self.assertNotIn("unreadable", error.message)
             self.assertEqual(error.hint, ("run", "--python", pythons["system"]))
             for name, python in reversed(pythons.items()):
-                write(os.path.join(self.folder, f"torch-in-{name}"), "")
+                write(join(self.folder, f"torch-in-{name}"), "")
                 found = dock.find_checkout_python(checkout, None)
                 self.assertEqual(found, pythons["system"] + "3" if name == "system" else python)
-            for folder in (os.path.join("a", "ComfyUI", "venv"), os.path.join("a", "ComfyUI", ".venv")):
-                python = os.path.join(self.folder, folder, "bin", "python")
+            for folder in (join("a", "ComfyUI", "venv"), join("a", "ComfyUI", ".venv")):
+                python = join(self.folder, folder, "bin", "python")
                 write(python, "")
                 os.chmod(python, 0o755)
                 self.assertEqual(dock.find_checkout_python(checkout, None), python)
@@ -6130,10 +6095,10 @@ class HandOver(unittest.TestCase):
 
     def test_autostart_off_removes_the_variables_of_a_unit_whatever_its_name(self):
         with tempfile.TemporaryDirectory() as folder:
-            unit, variables = (os.path.join(folder, "in", f"comfydock-a.service.{end}") for end in ("service", "env"))
+            unit, variables = (join(folder, "in", f"comfydock-a.service.{end}") for end in ("service", "env"))
             for path in (unit, variables):
                 write(path, "")
-            write(os.path.join(folder, "mine"), "")
+            write(join(folder, "mine"), "")
             self.assertFalse(dock.switch_files("off", {unit: ""}, None))
             self.assertEqual(os.listdir(folder), ["mine"])
 
@@ -6165,7 +6130,7 @@ class HandOver(unittest.TestCase):
 class TheEntriesAreNoCommands(unittest.TestCase):
     def test_typed_by_a_person_they_say_nothing_and_fail(self):
         out = io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), unittest.mock.patch.dict(os.environ):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), patch.dict(os.environ):
             os.environ.pop("COMFYDOCK_DEBUG", None)
             self.assertEqual([dock.main(["--console-interrupt", "x"]), dock.main(["--monitor"])], [1, 1])
             os.environ["COMFYDOCK_DEBUG"] = "1"
@@ -6205,9 +6170,9 @@ class Watched:
 
 class AfterACrash(unittest.TestCase):
     def setUp(self):
-        patch = unittest.mock.patch.object(dock, "LONGEST_BACKOFF", 0.0)
-        patch.start()
-        self.addCleanup(patch.stop)
+        patched = patch.object(dock, "LONGEST_BACKOFF", 0.0)
+        patched.start()
+        self.addCleanup(patched.stop)
 
     def test_comfyui_is_started_again_and_the_time_is_noted(self):
         watched = Watched(True, restarts=(10, 1000))
@@ -6218,7 +6183,7 @@ class AfterACrash(unittest.TestCase):
         self.assertEqual([age < 5 for age in ages], [False, True])  # the one of long ago counts no more
 
     def test_an_end_that_a_restart_would_repeat_or_that_was_wanted_is_none(self):
-        with unittest.mock.patch.object(dock, "IS_WINDOWS", False):  # where a good end may be ComfyUI-Manager's restart
+        with patch.object(dock, "IS_WINDOWS", False):  # where a good end may be ComfyUI-Manager's restart
             self.assertFalse(dock.Monitor(Watched(True)).goes_on(0))
         self.assertFalse(dock.Monitor(Watched(True)).goes_on(2))
         watched = Watched(True)
@@ -6260,8 +6225,8 @@ class AfterACrash(unittest.TestCase):
                 raise full
             real(path, state)
 
-        with (unittest.mock.patch.object(dock, "begin_session", side_effect=full),
-            unittest.mock.patch.object(dock, "write_state", intents_only), self.assertRaises(OSError)):  # fmt: skip
+        with (patch.object(dock, "begin_session", side_effect=full),
+            patch.object(dock, "write_state", intents_only), self.assertRaises(OSError)):  # fmt: skip
             environment.restart_kept(former, {})
         monitor = dock.Monitor(environment)
         self.assertIsNone(monitor.record.pid)
@@ -6284,11 +6249,11 @@ class AfterACrash(unittest.TestCase):
             self.assertIn("port 8188 is in use", watched.notes[0][1]["gave_up"])
 
     def test_on_windows_a_comfyui_that_restarted_itself_is_found_again(self):
-        with unittest.mock.patch.object(dock, "IS_WINDOWS", True):
+        with patch.object(dock, "IS_WINDOWS", True):
             watched = Watched(dock.CDEnvironmentError("busy"), True)
             self.assertTrue(dock.Monitor(watched).goes_on(0))
             self.assertEqual(watched.exits, [])
-            with unittest.mock.patch.object(dock, "REBORN_PATIENCE", 0.01):
+            with patch.object(dock, "REBORN_PATIENCE", 0.01):
                 self.assertFalse(dock.Monitor(Watched(False, False)).goes_on(0))
 
 
@@ -6320,7 +6285,7 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
         self.assertEqual(out.getvalue(), "[ok] ComfyUI * über \\u65e5\\u672c\n")
 
     def test_colours_are_for_terminals_and_no_color_is_obeyed(self):
-        with unittest.mock.patch.dict(os.environ, {"TERM": "xterm", "NO_COLOR": ""}):
+        with patch.dict(os.environ, {"TERM": "xterm", "NO_COLOR": ""}):
             out = Terminal()
             dock.Console(out, None, None).say("✓ done")
             self.assertEqual("\x1b" in out.getvalue(), not WINDOWS)
@@ -6420,19 +6385,19 @@ class TheConsoleSpeaksPlainly(unittest.TestCase):
         err = Terminal()
         console = dock.Console(out := io.StringIO(), err, None)
         console.progress("   working")
-        with unittest.mock.patch.object(err, "write", side_effect=OSError(errno.EIO, "Input/output error")):
+        with patch.object(err, "write", side_effect=OSError(errno.EIO, "Input/output error")):
             console.say("done")
         self.assertEqual(out.getvalue(), "done\n")
 
     def test_how_it_was_called(self):
-        with unittest.mock.patch.object(sys, "orig_argv", ["python3", "comfydock.py", "run"], create=True):
+        with patch.object(sys, "orig_argv", ["python3", "comfydock.py", "run"], create=True):
             self.assertEqual(dock.how_called(["comfydock.py"]), "python3 comfydock.py")
         folder = os.get_exec_path()[0]
-        self.assertEqual(dock.how_called([os.path.join(folder, "comfydock")]), "comfydock")
+        self.assertEqual(dock.how_called([join(folder, "comfydock")]), "comfydock")
         self.assertIn(dock.how_called(["/tmp/a link/dock"]), ("'/tmp/a link/dock'", '"/tmp/a link/dock"'))
-        with unittest.mock.patch.object(sys, "orig_argv", ["python", "-m", "comfydock"], create=True):
+        with patch.object(sys, "orig_argv", ["python", "-m", "comfydock"], create=True):
             self.assertEqual(dock.how_called(["/x/comfydock.py"]), "python -m comfydock")
-        with unittest.mock.patch.object(sys, "orig_argv", ["python3", "comfydock.pyz"], create=True):
+        with patch.object(sys, "orig_argv", ["python3", "comfydock.pyz"], create=True):
             self.assertEqual(dock.how_called(["comfydock.pyz"]), "python3 comfydock.pyz")
 
 
@@ -6548,7 +6513,7 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
 
     def test_every_help_fits_a_screen(self):
         console = dock.Console(None, None, None)
-        with unittest.mock.patch.object(dock, "columns", return_value=80):
+        with patch.object(dock, "columns", return_value=80):
             for topic in ("", "json", "files", "stop", "node", *dock.COMMANDS):
                 lines = dock.show_help(console, self.parse("help", *topic.split())[1]).data["text"].splitlines()
                 self.assertLessEqual(max(map(len, lines)), 80, topic)
@@ -6556,6 +6521,7 @@ class WordsAreSharedOutBetweenUsAndComfyUI(unittest.TestCase):
 
 
 class CompletionScripts(unittest.TestCase):
+    @patch.dict(os.environ, COMFYDOCK_HOME=join(HERE, "no workspace"))
     def offered(self, *words):
         return dock.completions([*words[:-1], f"={words[-1]}"])
 
@@ -6594,33 +6560,31 @@ class CompletionScripts(unittest.TestCase):
 
         parser = tree_sitter.Parser(tree_sitter.Language(tree_sitter_powershell.language()))
         self.assertTrue(parser.parse(b"if ($x { y }").root_node.has_error)
-        with unittest.mock.patch.object(
-            dock, "own_command", return_value=["/it's here/py $x", "-c", "a; b", 'say "x"']
-        ):
+        with patch.object(dock, "own_command", return_value=["/it's here/py $x", "-c", "a; b", 'say "x"']):
             self.assertFalse(parser.parse(dock.completion_script("powershell").encode()).root_node.has_error)
 
 
 class TheFrontDoorNeverShowsATraceback(unittest.TestCase):
     def test_a_fault_of_ours_is_one_clear_sentence(self):
         err = io.StringIO()
-        with unittest.mock.patch.object(dock, "answer", side_effect=KeyError("x")), contextlib.redirect_stderr(err):
+        with patch.object(dock, "answer", side_effect=KeyError("x")), contextlib.redirect_stderr(err):
             self.assertEqual(dock.main(["status"]), 1)
         self.assertIn("Internal error: KeyError: 'x'", err.getvalue())
         self.assertNotIn("Traceback", err.getvalue())
 
     def test_who_looks_for_the_fault_is_shown_it(self):
-        with unittest.mock.patch.object(dock, "answer", side_effect=KeyError("x")):
-            with unittest.mock.patch.dict(os.environ, COMFYDOCK_DEBUG="1"):
+        with patch.object(dock, "answer", side_effect=KeyError("x")):
+            with patch.dict(os.environ, COMFYDOCK_DEBUG="1"):
                 self.assertRaises(KeyError, dock.main, ["status"])
 
     def test_a_second_ctrl_c_does_not_break_off_the_last_words(self):
-        with unittest.mock.patch.object(dock, "complain", side_effect=[KeyboardInterrupt, 130]) as complain:
-            with unittest.mock.patch.object(dock, "answer", side_effect=KeyboardInterrupt):
+        with patch.object(dock, "complain", side_effect=[KeyboardInterrupt, 130]) as complain:
+            with patch.object(dock, "answer", side_effect=KeyboardInterrupt):
                 self.assertEqual(dock.main(["status"]), 130)
         self.assertEqual(complain.call_count, 2)
 
     def test_ctrl_c_is_130(self):
-        with unittest.mock.patch.object(dock, "answer", side_effect=KeyboardInterrupt):
+        with patch.object(dock, "answer", side_effect=KeyboardInterrupt):
             with contextlib.redirect_stderr(io.StringIO()):
                 self.assertEqual(dock.main(["status"]), 130)
 
@@ -6878,11 +6842,11 @@ class FirstContact(Journey):
                        stdout=subprocess.DEVNULL, timeout=30)  # fmt: skip
         pid = self.person.state()["pid"]
         self.assertEqual(os.getsid(pid), pid)
-        log = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
+        log = join(self.person.workspace, "logs", "demo", "comfyui.log")
         links = {name: os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
         self.assertEqual((links["0"], links["1"], links["2"]), ("/dev/null", log, log))
         others = [target for number, target in links.items() if int(number) > 2]
-        others.remove(os.path.join(os.path.dirname(self.person.state_file()), dock.ALIVE_NAME))
+        others.remove(join(os.path.dirname(self.person.state_file()), dock.ALIVE_NAME))
         self.assertEqual(
             [target for target in others if not target.startswith(("socket:", "anon_inode:", "pipe:"))], []
         )
@@ -6996,7 +6960,7 @@ class Running(Journey):
         self.does("run", "-e", "b", "--auto-port", "--port", port)
 
     def test_a_log_over_ten_megabytes_becomes_old_at_start(self):
-        log = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
+        log = join(self.person.workspace, "logs", "demo", "comfyui.log")
         os.makedirs(os.path.dirname(log))
         Path(log).write_bytes(b"earlier\n" * (2 * 1024 * 1024))
         self.start_demo()
@@ -7017,7 +6981,7 @@ class HandingOver(Journey):
             "dockerfile": ["Dockerfile", "comfydock.py"], "compose": ["compose.yaml", "demo", "demo.env"],
             "kubernetes": ["demo", "demo.yaml"]}.items():  # fmt: skip
             said = self.generated(engine, "demo")
-            folder = os.path.join(self.person.home, f"comfydock-{engine}")
+            folder = join(self.person.home, f"comfydock-{engine}")
             self.assertEqual(sorted(os.listdir(folder)), files)
             self.assertIn("enable --now" if engine == "systemd" else "docker", said)
             self.assertNotIn("se cret", said)
@@ -7049,12 +7013,10 @@ class HandingOver(Journey):
         self.person.environment("two", checkout)
         said = self.generated("dockerfile", "two", code=1)
         self.assertIn("ComfyUI has changes or new commits", said)
-        shutil.rmtree(
-            os.path.join(checkout, ".git"), onerror=lambda remove, path, _: (os.chmod(path, 0o700), remove(path))
-        )
-        write(os.path.join(checkout, "models", "x"), "big")
-        write(os.path.join(checkout, "custom_nodes", "node", "__init__.py"), "")
-        write(os.path.join(checkout, "custom_nodes", "one.py"), "")
+        shutil.rmtree(join(checkout, ".git"), onerror=lambda remove, path, _: (os.chmod(path, 0o700), remove(path)))
+        write(join(checkout, "models", "x"), "big")
+        write(join(checkout, "custom_nodes", "node", "__init__.py"), "")
+        write(join(checkout, "custom_nodes", "one.py"), "")
         self.generated("dockerfile", "two")
         made = {str(path.relative_to(self.person.home))
             for path in Path(self.person.home, "comfydock-dockerfile").rglob("*")}  # fmt: skip
@@ -7207,7 +7169,7 @@ class Foreground(Journey):
 
     @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "engines that want to be told are those of Unix")
     def test_an_engine_is_told_when_it_answers_and_when_it_stops_and_comfyui_does_not_see_its_variables(self):
-        for address in (os.path.join(temporary_folder(self), "notify"), f"\0comfydock-{os.getpid()}"):
+        for address in (join(temporary_folder(self), "notify"), f"\0comfydock-{os.getpid()}"):
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as engine, self.subTest(address=address):
                 engine.bind(address)
                 engine.settimeout(20)
@@ -7238,7 +7200,7 @@ class Foreground(Journey):
     @unittest.skipUnless(LINUX and has("unshare") and not os.geteuid(), "needs root and unshare for a PID namespace")
     def test_as_pid_1_it_stays_reaps_and_hands_on_sigterm(self):
         command = self.person.command("run", "--demo", "--port", str(free_port()))
-        said = os.path.join(self.person.home, "said")
+        said = join(self.person.home, "said")
         with open(said, "wb") as file:
             child = subprocess.Popen(
                 ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *command],
@@ -7274,7 +7236,7 @@ class ComfyUIsOwnParser(Journey):
     def setUp(self):
         super().setUp()
         self.folder = self.person.checkout("studio")
-        os.makedirs(os.path.join(self.folder, "comfy"))
+        os.makedirs(join(self.folder, "comfy"))
         self.parser = Path(self.folder, "comfy", "cli_args.py")
         self.parser.write_text(textwrap.dedent(self.PARSER), encoding="utf-8")
         self.port = str(free_port())
@@ -7429,7 +7391,7 @@ class TellingTheTruth(Journey):
 class StoppingAndNothingElse(Journey):
     def write_state(self, **changes):
         self.person.environment("a")
-        state = {**PLANS_STATE, "log_path": os.path.join(self.person.home, "x.log"), **changes}
+        state = {**PLANS_STATE, "log_path": join(self.person.home, "x.log"), **changes}
         Path(self.person.state_file("a")).write_text(json.dumps(state), encoding="utf-8")
 
     def bystander(self, *words, **variables):
@@ -7447,7 +7409,7 @@ class StoppingAndNothingElse(Journey):
         for identity in ({}, {**dock.identity_of(row), "start_ticks": (row.start_ticks or 0) - 1, "created": 1.0}):
             with self.subTest(identity=identity):
                 shutil.rmtree(self.person.workspace, ignore_errors=True)
-                shutil.rmtree(os.path.join(self.person.home, "a"), ignore_errors=True)
+                shutil.rmtree(join(self.person.home, "a"), ignore_errors=True)
                 self.write_state(pid=child.pid, identity=identity)
                 self.assertEqual(self.person.types("-e", "a", "status").returncode, 3)
                 done = self.person.types("-e", "a", "stop")
@@ -7483,9 +7445,9 @@ class StoppingAndNothingElse(Journey):
         for folder, _, files in os.walk(self.person.home):
             os.chmod(folder, 0o777)
             for name in files:
-                os.chmod(os.path.join(folder, name), 0o666)
+                os.chmod(join(folder, name), 0o666)
         plain = shutil.which("python3", path="/usr/bin:/bin") or self.skipTest("no python3 that others may run")
-        copy = os.path.join(self.person.home, "comfydock.py")
+        copy = join(self.person.home, "comfydock.py")
         shutil.copy(MODULE, copy)
         done = subprocess.run(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", plain, copy, "-e", "demo", "stop"],
                               env=self.person.variables, cwd=self.person.home, capture_output=True, text=True, timeout=60)  # fmt: skip
@@ -7544,8 +7506,8 @@ class StoppingAndNothingElse(Journey):
 class NobodyGetsLost(Journey):
     def start_by_hand(self, name, **variables):
         """What a starter leaves that was killed between the spawn and the record: a process, and nobody who knows it."""
-        checkout = os.path.join(self.person.home, name, "ComfyUI")
-        command = [sys.executable, os.path.join(checkout, "main.py"), "--port", str(free_port())]
+        checkout = join(self.person.home, name, "ComfyUI")
+        command = [sys.executable, join(checkout, "main.py"), "--port", str(free_port())]
         child = subprocess.Popen(command, cwd=checkout, env={**self.person.variables, **variables}, start_new_session=not WINDOWS,
                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         self.person.children.append(child)
@@ -7577,7 +7539,7 @@ class NobodyGetsLost(Journey):
         self.run_demo()
         environment = dock.Workspace(self.person.workspace).get_environment("demo")
         self.assertFalse(environment.nodes.is_synced())
-        with unittest.mock.patch.object(dock.NodeManager, "sync", side_effect=AssertionError):
+        with patch.object(dock.NodeManager, "sync", side_effect=AssertionError):
             self.assertEqual(environment.sync(), dock.SyncReport())
 
     def test_what_a_stop_that_was_broken_off_has_told_to_end_is_awaited_by_run(self):
@@ -7681,7 +7643,7 @@ print(json.dumps(facts))
         self.assertIsNone(dock.non_reaping_init(""), "no /proc, no warning")
 
     def test_without_ps_and_without_psutil(self):
-        empty = os.path.join(self.person.home, "no programs")
+        empty = join(self.person.home, "no programs")
         os.makedirs(empty)
         self.does("run", "--demo", "--wait", "--port", str(free_port()), PATH=empty)
         self.assertIn("Healthy", self.person.types("status", PATH=empty).stdout)
@@ -7717,7 +7679,7 @@ class AliveOrDead(Journey):
         port = str(free_port())
         words = ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child=KILL",
             *self.person.command("run", "--demo", "--port", port)]  # fmt: skip
-        said = open(os.path.join(self.person.home, f"said-{port}"), "w+")
+        said = open(join(self.person.home, f"said-{port}"), "w+")
         self.addCleanup(said.close)
         child = subprocess.Popen(
             words, cwd=self.person.home, env=self.person.variables, stdin=subprocess.DEVNULL, stdout=said, stderr=said
@@ -7763,7 +7725,7 @@ class AliveOrDead(Journey):
                 path = self.person.state_file(name)
                 pid = self.person.state(name)["pid"]
                 if what == "git clean":
-                    for file in (path, os.path.join(os.path.dirname(path), dock.ALIVE_NAME)):
+                    for file in (path, join(os.path.dirname(path), dock.ALIVE_NAME)):
                         os.unlink(file)
                 if what == "no lock recorded":
                     Path(path).write_text(json.dumps({**self.person.state(name), "alive": None}), encoding="utf-8")
@@ -7772,7 +7734,7 @@ class AliveOrDead(Journey):
                 self.assertFalse(alive(pid))
 
     def test_what_a_free_lock_proves_depends_on_who_could_hold_it(self):
-        path = os.path.join(self.person.home, "alive")
+        path = join(self.person.home, "alive")
         Path(path).write_text("", encoding="utf-8")
         record = dock.ProcessState.from_dict({**PLANS_STATE, "alive": {"dev": 1, "ino": os.stat(path).st_ino}})
         here = dock.identity_of(None)
@@ -7783,20 +7745,16 @@ class AliveOrDead(Journey):
             for place, other in places.items():
                 record.identity = {**here, **other}
                 for held in (False, True):
-                    with (
-                        self.subTest(kind=kind, place=place, held=held),
-                        unittest.mock.patch.object(
-                            dock, "this_machine", return_value={**dock.this_machine(), "machine": "m"}
-                        ),
-                        unittest.mock.patch.object(dock, "mounts", lambda kind=kind: [("/", "tmpfs"), ("/", kind)]),
-                        dock.take_lock(path) if held else contextlib.nullcontext(),
-                    ):
+                    with (self.subTest(kind=kind, place=place, held=held),
+                        patch.object(dock, "this_machine", return_value={**dock.this_machine(), "machine": "m"}),
+                        patch.object(dock, "mounts", lambda kind=kind: [("/", "tmpfs"), ("/", kind)]),
+                        dock.take_lock(path) if held else contextlib.nullcontext()):  # fmt: skip
                         unknown = place == "foreign" and kind == "nfs4"
                         self.assertEqual(dock.lives_elsewhere(record, path), place != "here" and (held or unknown))
         record.identity = {**here, **places["foreign"]}
         for alive_, error in ((None, None), ({"ino": 1}, None), (record.alive, OSError(errno.ENOLCK, "No locks"))):
             record.alive = alive_
-            with unittest.mock.patch.object(dock, "lock_handle", side_effect=error, return_value=True):
+            with patch.object(dock, "lock_handle", side_effect=error, return_value=True):
                 self.assertTrue(dock.lives_elsewhere(record, path))
 
     def test_forks_that_survive_hold_the_lock_and_are_ended_with_it(self):
@@ -7819,7 +7777,7 @@ class WhatUsersMet(Journey):
     @needs_links
     def test_the_demo_can_be_repaired(self):
         self.start_demo()
-        node = os.path.join(self.person.home, "work", "my node")
+        node = join(self.person.home, "work", "my node")
         os.makedirs(node)
         self.does("-e", "demo", "node", "add", "--dev", node)
         shutil.rmtree(node)
@@ -7831,12 +7789,12 @@ class WhatUsersMet(Journey):
     @needs_links
     def test_a_node_is_the_folder_one_stands_in_but_not_what_holds_all_nodes(self):
         self.start_demo()
-        node = os.path.join(self.person.home, "my-node")
+        node = join(self.person.home, "my-node")
         os.makedirs(node)
         self.does("-e", "demo", "node", "add", "--dev", ".", cwd=node)
         listed = json.loads(self.person.types("-e", "demo", "node", "list", "--json").stdout)["data"]["nodes"]
         self.assertEqual([item["name"] for item in listed], ["my-node"])
-        nodes = os.path.join(self.person.workspace, "environments", "demo", "ComfyUI", "custom_nodes")
+        nodes = join(self.person.workspace, "environments", "demo", "ComfyUI", "custom_nodes")
         for folder in (nodes, os.path.dirname(nodes)):
             done = self.person.types("-e", "demo", "node", "add", "--dev", folder)
             self.assertEqual((done.returncode, "holds custom_nodes itself" in done.stderr), (1, True), done.stderr)
@@ -7879,7 +7837,7 @@ class WhatUsersMet(Journey):
     @needs_git
     def test_an_update_that_nobody_may_agree_to_is_not_done(self):
         self.start_demo("--no-sync")
-        repository = os.path.join(self.person.home, "pack")
+        repository = join(self.person.home, "pack")
         os.makedirs(repository)
         git(repository, "init", "--quiet", "-b", "main")
         commit(repository, {"__init__.py": "1"})
@@ -7892,7 +7850,7 @@ class WhatUsersMet(Journey):
     @unittest.skipIf(WINDOWS, "no pseudo-terminals on Windows")
     def test_a_repair_in_which_nothing_was_wanted_restarts_nothing(self):
         data = self.run_demo()
-        os.makedirs(os.path.join(self.person.workspace, "environments", "demo", "ComfyUI", "custom_nodes", "pack"))
+        os.makedirs(join(self.person.workspace, "environments", "demo", "ComfyUI", "custom_nodes", "pack"))
         code, said = self.person.at_a_terminal("repair", answers=[b"y\n", b"n\n", b"y\n"])
         self.assertIn("Nothing was changed.", said)
         self.assertNotIn("Restart", said)
@@ -7909,7 +7867,7 @@ class WhatUsersMet(Journey):
     def test_an_environment_that_may_not_be_looked_at_is_not_called_stopped(self):
         self.start_demo()
         environment = self.environment_of_person()
-        with unittest.mock.patch.object(dock.Environment, "observe", side_effect=PermissionError(errno.EACCES, "no")):
+        with patch.object(dock.Environment, "observe", side_effect=PermissionError(errno.EACCES, "no")):
             listed = dock.Workspace(self.person.workspace).reports()
         self.assertEqual([item["state"] for item in listed], [dock.UNKNOWN])
         self.assertIn("unknown, unreadable record", dock.list_row(listed[0])["STATE"])
@@ -7917,21 +7875,19 @@ class WhatUsersMet(Journey):
 
     def test_a_log_that_was_removed_meanwhile_is_begun_anew_by_a_restart(self):
         self.start_demo()
-        shutil.rmtree(os.path.join(self.person.workspace, "logs")) if not WINDOWS else self.skipTest(
-            "files in use stay"
-        )
+        shutil.rmtree(join(self.person.workspace, "logs")) if not WINDOWS else self.skipTest("files in use stay")
         self.assertClear(self.person.types("logs"), 1, "No log file found.", "restart")
 
     def test_the_queue_of_what_listens_on_our_port_is_asked_at_once(self):
         if not shows_listeners():
             self.skipTest("this system does not tell who listens on a port")
         self.run_demo()
-        with unittest.mock.patch.object(dock, "look_at", side_effect=AssertionError("asked twice")):
+        with patch.object(dock, "look_at", side_effect=AssertionError("asked twice")):
             self.assertEqual(self.environment_of_person().queue(), (0, 0))
 
     def test_a_missing_comfyui_is_all_that_status_says_of_repairs(self):
         self.person.environment("a")
-        os.rename(os.path.join(self.person.home, "a"), os.path.join(self.person.home, "b"))
+        os.rename(join(self.person.home, "a"), join(self.person.home, "b"))
         done = self.person.types("status")
         self.assertIn("Its ComfyUI is missing", done.stdout)
         self.assertNotIn("needs repair", done.stdout)
@@ -7943,7 +7899,7 @@ class WhatUsersMet(Journey):
 
     def test_a_workspace_in_the_home_folder_may_be_named_with_a_tilde(self):
         self.does("init", "--workspace=~/other")
-        self.assertTrue(os.path.isdir(os.path.join(self.person.home, "other", ".metadata")))
+        self.assertTrue(os.path.isdir(join(self.person.home, "other", ".metadata")))
 
     def test_a_start_that_was_refused_does_not_change_the_story_of_the_crash_before(self):
         data = self.run_demo()
@@ -7977,7 +7933,7 @@ class WhatUsersMet(Journey):
     def test_another_comfyui_on_our_port_is_not_taken_for_ours(self):
         checkout = self.person.checkout()
         data = self.start_demo(COMFYDOCK_DEMO_START_SECONDS="60")
-        for script in ("main.py", os.path.join(checkout, "main.py")):
+        for script in ("main.py", join(checkout, "main.py")):
             body = {"system": {"argv": [script, "--port", str(data["port"])]}, "devices": []}
             text = json.dumps(body).encode()
             answer = saying(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(text), text))
@@ -7992,7 +7948,7 @@ class WhatUsersMet(Journey):
     @unittest.skipIf(WINDOWS, "no pseudo-terminals on Windows")
     def test_nodes_from_before_an_adoption_are_offered_for_tracking(self):
         checkout = self.person.checkout()
-        os.makedirs(os.path.join(checkout, "custom_nodes", "pack"))
+        os.makedirs(join(checkout, "custom_nodes", "pack"))
         self.person.environment("a", checkout)
         for answer, tracked in ((b"\n", []), (b"y\n", ["pack"])):
             code, said = self.person.at_a_terminal("repair", answers=[answer])
@@ -8003,14 +7959,14 @@ class WhatUsersMet(Journey):
 
     def test_as_pid_1_what_is_for_the_background_is_refused(self):
         words = [("--json",), ("--monitor",), ("--wait",)]
-        with unittest.mock.patch.object(os, "getpid", return_value=1):
+        with patch.object(os, "getpid", return_value=1):
             for flags in [*words, ("--wait", "0"), ("--all",)]:
                 error = error_of(dock.parse, ["run", *flags])
                 self.assertEqual((error.code, error.message[:15]), ("usage", "As PID 1 'run' "), flags)
 
     def test_a_checkout_is_adopted_once(self):
         self.person.environment("a")
-        again = self.person.types("create", "b", "--from", os.path.join(self.person.home, "a", "ComfyUI"))
+        again = self.person.types("create", "b", "--from", join(self.person.home, "a", "ComfyUI"))
         self.assertClear(again, 1, "is environment 'a' already")
 
     def test_an_environment_that_was_never_finished_does_not_make_one_choose(self):
@@ -8019,7 +7975,7 @@ class WhatUsersMet(Journey):
         self.does("status")
 
     def test_paths_in_hints_are_left_as_they_are_and_quoted_where_they_must_be(self):
-        place = os.path.join(self.person.home, "my comfydock list", ".comfydock")
+        place = join(self.person.home, "my comfydock list", ".comfydock")
         done = self.person.types("init", place)
         self.assertIn(f"--workspace {dock.quote(place)} list", done.stdout)
 
@@ -8027,7 +7983,7 @@ class WhatUsersMet(Journey):
     def test_a_rotated_log_is_its_owners_to_read(self):
         self.run_demo()
         self.does("logs", "--rotate")
-        old = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log.old")
+        old = join(self.person.workspace, "logs", "demo", "comfyui.log.old")
         self.assertEqual(stat.S_IMODE(os.stat(old).st_mode), 0o600)
 
     @unittest.skipIf(WINDOWS, "a pipe does not tell there that its reader has gone")
@@ -8059,7 +8015,7 @@ class Logs(Journey):
 
     def test_invalid_bytes_long_lines_and_progress_bars_pass_through(self):
         self.run_demo()
-        log = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
+        log = join(self.person.workspace, "logs", "demo", "comfyui.log")
         with open(log, "ab") as file:
             file.write(self.noise())
         command = self.person.command("logs")
@@ -8117,7 +8073,7 @@ class Logs(Journey):
 
     def test_a_reader_that_leaves_early_is_no_fault(self):
         self.run_demo()
-        log = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
+        log = join(self.person.workspace, "logs", "demo", "comfyui.log")
         with open(log, "ab") as file:
             file.write(b"line\n" * 100000)
         child = subprocess.Popen(self.person.command("logs"), env=self.person.variables, cwd=self.person.home,
@@ -8132,7 +8088,7 @@ class WhichEnvironment(Journey):
     def test_a_checkout_is_adopted_where_it_stands(self):
         person = self.person
         checkout = person.checkout()
-        inside = os.path.join(checkout, "custom_nodes")
+        inside = join(checkout, "custom_nodes")
         before = sorted(os.listdir(checkout))
         self.assertClear(person.types("status", cwd=inside), 1, "No environment has adopted")
         if WINDOWS:
@@ -8142,14 +8098,14 @@ class WhichEnvironment(Journey):
             self.assertIn("Adopted", done.stdout)
         self.assertEqual(sorted(os.listdir(checkout)), before)
         state = person.state("code")
-        self.assertEqual(state["command"][1], os.path.join(checkout, "main.py"))
+        self.assertEqual(state["command"][1], join(checkout, "main.py"))
         self.assertIn("Environment: code", person.types("status", cwd=checkout).stdout)
         self.does("stop", cwd=checkout)
 
     def test_the_python_of_a_checkout_is_found_and_gets_its_environment(self):
         person, port = self.person, free_port()
         checkout = person.checkout()
-        venv = os.path.join(checkout, ".venv")
+        venv = join(checkout, ".venv")
         if WINDOWS:  # where python.exe of a venv starts the real one and waits: two processes for one
             subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
         self.does("run", "--wait", "--port", str(port), cwd=checkout)
@@ -8182,13 +8138,13 @@ class WhichEnvironment(Journey):
         self.assertIn("Environment: b", person.types("status").stdout)
         self.assertIn("Environment: a", person.types("-e", "a", "status").stdout)
         self.assertIn("Environment: a", person.types("status", "--env=a").stdout)
-        inside = os.path.join(person.workspace, "environments", "a", ".cec")
+        inside = join(person.workspace, "environments", "a", ".cec")
         self.assertIn("Environment: a", person.types("status", cwd=inside).stdout)
-        self.assertIn("Environment: a", person.types("status", cwd=os.path.join(person.home, "a", "ComfyUI")).stdout)
+        self.assertIn("Environment: a", person.types("status", cwd=join(person.home, "a", "ComfyUI")).stdout)
         self.assertClear(person.types("-e", "bb", "status"), 1, "There is no environment 'bb'", "did you mean 'b'")
 
     def test_another_workspace_can_be_named(self):
-        other = os.path.join(self.person.home, "elsewhere")
+        other = join(self.person.home, "elsewhere")
         self.does("--workspace", other, "run", "--demo", "--port", str(free_port()))
         self.assertFalse(os.path.exists(self.person.workspace))
         self.does("stop", COMFYDOCK_HOME=other)
@@ -8200,21 +8156,21 @@ class WhichEnvironment(Journey):
 
     @unittest.skipIf(WINDOWS, "links to a Python")
     def test_the_hint_for_a_checkout_without_a_python_keeps_the_words_that_were_typed(self):
-        checkout, empty = self.person.checkout(), os.path.join(self.person.home, "empty")
-        shutil.rmtree(os.path.join(checkout, ".venv"))
+        checkout, empty = self.person.checkout(), join(self.person.home, "empty")
+        shutil.rmtree(join(checkout, ".venv"))
         os.mkdir(empty)
         done = self.person.types("run", "--port", "8477", "--lowvram", "--auto-port", cwd=checkout, PATH=empty)
         self.assertClear(done, 1, "No Python was found", "run --python ", " --port 8477 --lowvram --auto-port\n")
 
     def test_a_workspace_that_does_not_exist_is_no_empty_one(self):
-        nowhere = os.path.join(self.person.home, "nowhere")
+        nowhere = join(self.person.home, "nowhere")
         self.assertClear(self.person.types("--workspace", nowhere, "list"), 1, f"{nowhere} does not exist.")
         self.assertFalse(os.path.exists(nowhere))
 
     def test_a_comfyui_one_level_down_is_found_but_a_chosen_environment_comes_first(self):
         person = self.person
         person.checkout(parent="portable")
-        root = os.path.join(person.home, "portable")
+        root = join(person.home, "portable")
         python = ["--python", sys.executable] if WINDOWS else []  # there the checkout has none of its own
         done = person.types("run", "--port", str(free_port()), *python, cwd=root)
         self.assertIn("Adopted", done.stdout, done.stderr)
@@ -8223,7 +8179,7 @@ class WhichEnvironment(Journey):
         person.environment("chosen")
         person.types("use", "chosen")
         self.assertIn("Environment: chosen", person.types("status", cwd=root).stdout)
-        os.mkdir(os.path.join(root, "python_embeded"))
+        os.mkdir(join(root, "python_embeded"))
         self.assertIn("Environment: portable", person.types("status", cwd=root).stdout)
 
     def test_the_demo_is_started_by_its_name_alone_and_is_never_active(self):
@@ -8236,7 +8192,7 @@ class WhichEnvironment(Journey):
         self.assertClear(person.types("use", "demo"), 1, "never the active environment")
         person.environment("mine")
         self.assertIn("Environment: mine", person.types("status").stdout)
-        inside = os.path.join(person.workspace, "environments", "demo")
+        inside = join(person.workspace, "environments", "demo")
         self.assertIn("Environment: demo", person.types("status", cwd=inside).stdout)
         self.assertIn("environment: mine", person.types("run", "--port", str(free_port()), cwd=inside).stdout)
 
@@ -8244,20 +8200,20 @@ class WhichEnvironment(Journey):
     def test_an_environment_is_the_same_from_wherever_one_stands(self):
         person = self.person
         person.environment("a")
-        root = os.path.join(person.workspace, "environments", "a")
-        elsewhere = os.path.join(person.home, "disk", "a")
+        root = join(person.workspace, "environments", "a")
+        elsewhere = join(person.home, "disk", "a")
         os.makedirs(os.path.dirname(elsewhere))
         os.rename(root, elsewhere)
         os.symlink(elsewhere, root)
-        os.symlink(os.path.join(person.home, "a", "ComfyUI"), os.path.join(person.home, "link"))
+        os.symlink(join(person.home, "a", "ComfyUI"), join(person.home, "link"))
         person.environment("b")
-        for folder in (root, elsewhere, os.path.join(person.home, "link", "custom_nodes")):
+        for folder in (root, elsewhere, join(person.home, "link", "custom_nodes")):
             self.assertIn("Environment: a", person.types("status", cwd=folder).stdout, folder)
 
     def test_run_takes_another_python_for_an_adopted_folder(self):
         person = self.person
         checkout = person.checkout()
-        shutil.rmtree(os.path.join(checkout, ".venv"))
+        shutil.rmtree(join(checkout, ".venv"))
         self.does("run", "--python", sys.executable, "--port", str(free_port()), cwd=checkout)
         self.assertEqual(dock.Workspace(person.workspace).get_environment("code").python, sys.executable)
         self.assertClear(person.types("run", "--python", "/nowhere", cwd=checkout), 1,
@@ -8282,7 +8238,7 @@ class WhichEnvironment(Journey):
         if WINE:
             self.skipTest("needs paths of more than 260 characters, which Wine does not take everywhere")
         person = self.person
-        person.workspace = os.path.join(person.home, *["fünf Örter ☃ " + "x" * 40] * 5)
+        person.workspace = join(person.home, *["fünf Örter ☃ " + "x" * 40] * 5)
         self.assertGreater(len(person.workspace), 260)
         person.variables["COMFYDOCK_HOME"] = person.workspace
         person.environment("a")
@@ -8296,7 +8252,7 @@ class WhichEnvironment(Journey):
     def test_bad_input_is_one_clear_line_and_changes_nothing(self):
         person = self.person
         checkout = person.checkout()
-        empty = os.path.join(person.home, "empty")
+        empty = join(person.home, "empty")
         os.makedirs(empty)
         person.environment("a")
         cases = [
@@ -8306,7 +8262,7 @@ class WhichEnvironment(Journey):
             (["create", "../x", "--from", checkout], 2), (["create", "logs", "--from", checkout], 2),
             (["create", "a", "--from", checkout, "--python", sys.executable], 1),
             (["create", "y", "--from", checkout, "--python", "/nowhere/python"], 1), (["use", "nobody"], 1), (["frob"], 2),
-            (["--workspace", os.path.join(checkout, "main.py"), "list"], 1),
+            (["--workspace", join(checkout, "main.py"), "list"], 1),
         ]  # fmt: skip
         before = self.everything()
         for words, code in cases:
@@ -8320,7 +8276,7 @@ class WhichEnvironment(Journey):
         files = {}
         for folder, _, names in os.walk(self.person.home):
             for name in names:
-                path = os.path.join(folder, name)
+                path = join(folder, name)
                 if not name.endswith((".lock", ".manifest.json")) and not os.path.islink(path):
                     files[path] = Path(path).read_bytes()
         return files
@@ -8328,9 +8284,8 @@ class WhichEnvironment(Journey):
     def test_a_python_that_is_gone_is_named(self):
         self.person.environment("a")
         manifest = dock.Workspace(self.person.workspace).get_environment("a")
-        gone = os.path.join(self.person.home, "gone")
-        with (unittest.mock.patch.object(dock.Environment, "python", gone),
-            self.assertRaises(dock.CDEnvironmentError) as caught):  # fmt: skip
+        gone = join(self.person.home, "gone")
+        with patch.object(dock.Environment, "python", gone), self.assertRaises(dock.CDEnvironmentError) as caught:
             manifest.run()
         self.assertIn(gone, caught.exception.message)
 
@@ -8363,7 +8318,7 @@ class TheCommandLine(Journey):
 
     def test_passwords_in_addresses_are_not_traced(self):
         told = []
-        with unittest.mock.patch.object(dock, "TRACERS", [told.append]):
+        with patch.object(dock, "TRACERS", [told.append]):
             dock.trace("$ git clone https://me:secret@host/x")
         self.assertEqual(told, ["$ git clone https://host/x"])
 
@@ -8410,7 +8365,7 @@ class SmallCommands(Journey):
         eventually(lambda: self.person.status()["state"] == "crashed")
         whole += [self.person.types(*words, "--json").stdout for words in (
             ["status"], ["repair", "--orphan"], ["stop"], ["stop", "--all"], ["node", "list"], ["create", "a", "--from", self.person.checkout()], ["use", "a"],
-            ["-e", "a", "history"], ["-e", "a", "models"], ["models", "--all"], ["-e", "a", "node", "update"], ["delete", "a", "-y"], ["init", os.path.join(self.person.home, "w")], ["--version"], ["help"], ["completion", "bash"], ["-e", "nobody", "status"])]  # fmt: skip
+            ["-e", "a", "history"], ["-e", "a", "models"], ["models", "--all"], ["-e", "a", "node", "update"], ["delete", "a", "-y"], ["init", join(self.person.home, "w")], ["--version"], ["help"], ["completion", "bash"], ["-e", "nobody", "status"])]  # fmt: skip
         keys = set()
         for line in whole:
             pieces = [json.loads(line)]
@@ -8468,7 +8423,7 @@ class SmallCommands(Journey):
         done = self.person.types("run", "--all", "--json")
         self.assertEqual([item["ok"] for item in json.loads(done.stdout)["data"]["environments"]], [True, True])
         self.assertEqual(self.person.types("stop", "--all").stdout.count("✓"), 2)
-        os.remove(os.path.join(self.person.home, "beta", "ComfyUI", "main.py"))
+        os.remove(join(self.person.home, "beta", "ComfyUI", "main.py"))
         done = self.person.types("run", "--all")
         self.assertEqual(
             (done.returncode, done.stdout.count("✓"), done.stderr.count("✗ Beta:") + done.stderr.count("✗ beta:")),
@@ -8480,7 +8435,7 @@ class SmallCommands(Journey):
         self.person.environment("alpha")
         code = "import os, sys; print(os.getcwd(), sys.argv[1:]); sys.exit(7)"
         done = self.person.types("exec", "python", "-c", code, "--json", "-v")
-        folder = os.path.join(self.person.home, "alpha", "ComfyUI")
+        folder = join(self.person.home, "alpha", "ComfyUI")
         self.assertEqual((done.returncode, done.stdout, done.stderr), (7, f"{folder} ['--json', '-v']\n", ""))
         self.assertIn("pip", self.person.types("-e", "alpha", "exec", "--", "pip", "--version").stdout)
         self.assertClear(self.person.types("exec", "no-such-program"), 1, "There is no program 'no-such-program'")
@@ -8491,10 +8446,10 @@ class SmallCommands(Journey):
         self.assertClear(self.person.types("open", "--wait", "x"), 2)
         self.run_demo()
         there = {"DISPLAY": ":7", "WAYLAND_DISPLAY": "", "SSH_CONNECTION": ""}
-        path, told = os.path.join(self.person.home, "bin"), os.path.join(self.person.home, "told")
+        path, told = join(self.person.home, "bin"), join(self.person.home, "told")
         os.mkdir(path)
-        write(os.path.join(path, "xdg-open"), f"#!/bin/sh\necho $1 >'{told}'\n")
-        os.chmod(os.path.join(path, "xdg-open"), 0o755)
+        write(join(path, "xdg-open"), f"#!/bin/sh\necho $1 >'{told}'\n")
+        os.chmod(join(path, "xdg-open"), 0o755)
         there["PATH"] = path + os.pathsep + self.person.variables["PATH"]
         url = self.person.status()["url"]
         self.assertEqual(self.person.types("open", **there).stdout, f"✓ {url}\n")
@@ -8578,14 +8533,14 @@ class CompletionInRealShells(Journey):
         manifest = Path(self.person.workspace, "environments", "beta", ".cec", "pyproject.toml")
         entry = '\n[tool.comfydock.nodes.my-node]\nname = "my-node"\nsource = "development"\n'
         manifest.write_text(manifest.read_text(encoding="utf-8") + entry, encoding="utf-8")
-        os.makedirs(os.path.join(self.person.home, "code"))
+        os.makedirs(join(self.person.home, "code"))
 
     def script(self, shell):
         if not has(shell):
             self.skipTest(f"needs {shell}")
         done = self.person.types("completion", shell)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
-        path = os.path.join(self.person.home, f"completion.{shell}")
+        path = join(self.person.home, f"completion.{shell}")
         Path(path).write_text(done.stdout, encoding="utf-8")
         return path
 
@@ -8619,7 +8574,7 @@ class CompletionInRealShells(Journey):
 
     @unittest.skipIf(WINDOWS, "no pseudo-terminals on Windows")
     def test_bash(self):
-        rc = os.path.join(self.person.home, "rc")
+        rc = join(self.person.home, "rc")
         script = self.script("bash")
         tell = "comfydock() { printf 'GOT[[%s]]' \"$*\"; }"
         Path(rc).write_text(f"PS1='> '\nsource '{script}'\n{tell}\necho READ''Y\n", encoding="utf-8")
@@ -8638,21 +8593,19 @@ class CompletionInRealShells(Journey):
         asked = "".join(
             f"echo (complete -C 'comfydock {line}' | string split -f 1 \\t | string join '|')\n" for line in SHELL_CASES
         )
-        done = subprocess.run(
-            ["fish", "--no-config", "-c", f"source '{script}'\n{asked}"],
-            cwd=self.person.home, env=self.person.variables, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+        done = subprocess.run(["fish", "--no-config", "-c", f"source '{script}'\n{asked}"],
+            cwd=self.person.home, env=self.person.variables, capture_output=True, text=True, timeout=60)  # fmt: skip
         self.assertEqual(done.stderr, "")
         self.assertEqual(done.stdout.replace("/", "").splitlines(), [line.split()[-1] for line in SHELL_CASES.values()])
 
     def test_a_name_that_is_shell_code_is_not_offered(self):
         script = self.script("bash")
-        os.makedirs(os.path.join(self.person.workspace, "environments", "$(touch planted)", ".cec"))
+        os.makedirs(join(self.person.workspace, "environments", "$(touch planted)", ".cec"))
         code = f"source '{script}'; COMP_WORDS=(comfydock use ''); COMP_CWORD=2; _comfydock; printf '%s\n' \"${{COMPREPLY[@]}}\""
         done = subprocess.run(["bash", "-c", code], cwd=self.person.home, env=self.person.variables,
             capture_output=True, text=True, timeout=60)  # fmt: skip
         self.assertEqual(sorted(done.stdout.splitlines()), ["alpha", "beta"])
-        self.assertFalse(os.path.exists(os.path.join(self.person.home, "planted")))
+        self.assertFalse(os.path.exists(join(self.person.home, "planted")))
 
     def test_names_are_told_fast_and_trouble_says_nothing(self):
         done = self.person.types("--complete", "-e", "nobody", "node", "remove", "=")
@@ -8666,7 +8619,7 @@ class FromNothingToANode(Journey):
     @classmethod
     def setUpClass(cls):
         raise_workshop()
-        cls.source = os.path.join(Workshop.root, "repositories", "Runnable")
+        cls.source = join(Workshop.root, "repositories", "Runnable")
         if not os.path.isdir(cls.source):
             code = {"main.py": dock.demo_source(), "requirements.txt": "tiny\n", "custom_nodes/.gitkeep": "",
                     "manager_requirements.txt": "comfyui_manager\n"}  # fmt: skip
@@ -8686,23 +8639,23 @@ class FromNothingToANode(Journey):
         """An environment with its code and a venv that is shared, so that it costs no time."""
         shared_environment()
         self.types("create", name, "--source", self.source, "--no-install", "--use")
-        root = os.path.join(self.person.workspace, "environments", name)
-        os.symlink(Workshop.paths.venv, os.path.join(root, ".venv"))
-        return os.path.join(root, "ComfyUI", "custom_nodes")
+        root = join(self.person.workspace, "environments", name)
+        os.symlink(Workshop.paths.venv, join(root, ".venv"))
+        return join(root, "ComfyUI", "custom_nodes")
 
     def test_an_environment_without_a_python_is_not_called_ready(self):
         said = self.types("create", "main", "--source", self.source, "--no-install")
         self.assertNotIn("is ready", said)
         self.assertIn("no Python yet", said)
-        self.assertIn(os.path.join("main", ".venv"), said)
+        self.assertIn(join("main", ".venv"), said)
 
     def test_create_makes_a_whole_environment_and_delete_takes_it_away(self):
         said = self.types("create", "main", "--source", self.source, "--torch-backend", "cpu", "--python", sys.executable, "--use",
                           seconds=300)  # fmt: skip
         for stage in ("ComfyUI: done in", "Python: done in", "PyTorch: done in", "requirements: done in"):
             self.assertIn(stage, said)
-        cec = os.path.join(self.person.workspace, "environments", "main", ".cec")
-        python = dock.venv_python(os.path.join(os.path.dirname(cec), ".venv"))
+        cec = join(self.person.workspace, "environments", "main", ".cec")
+        python = dock.venv_python(join(os.path.dirname(cec), ".venv"))
         self.assertIn("comfyui_manager==4.2", [line.replace("-", "_") for line in dock.Packages(python).freeze()])
         self.assertIn("Initial environment setup", git(cec, "log", "--format=%s"))
         self.assertEqual(git(cec, "status", "--porcelain"), "")
@@ -8717,7 +8670,7 @@ class FromNothingToANode(Journey):
         self.assertIn("No environments found", self.types("list"))
 
     def test_an_interrupted_create_is_shown_as_incomplete_and_goes_on(self):
-        self.types("create", "main", "--source", os.path.join(Workshop.root, "nowhere"), "--no-install", code=1)
+        self.types("create", "main", "--source", join(Workshop.root, "nowhere"), "--no-install", code=1)
         self.assertIn("No environments found.", self.types("list"))
         self.types("create", "main", "--source", self.source, "--no-install")
         paths = dock.Workspace(self.person.workspace).get_environment("main").paths
@@ -8745,7 +8698,7 @@ class FromNothingToANode(Journey):
                 child.send_signal(number)
                 self.assertEqual(child.wait(20), code, read(child.said))
                 self.assertEqual(asking(), [])
-                self.assertEqual(os.listdir(os.path.join(self.person.workspace, "environments")), [])
+                self.assertEqual(os.listdir(join(self.person.workspace, "environments")), [])
             self.assertNotIn("Traceback", read(child.said))
 
     @unittest.skipIf(WINDOWS, "the venv is shared by a link")
@@ -8754,8 +8707,8 @@ class FromNothingToANode(Journey):
         registry = Workshop.registry
         registry.publish("journey-pack", "1.0.0", {"__init__.py": "", "requirements.txt": "tiny\n"})
         pack = make_repository(f"Pack{os.getpid()}", {"__init__.py": ""})
-        own = os.path.join(self.person.home, "own-node")
-        write(os.path.join(own, "__init__.py"), "")
+        own = join(self.person.home, "own-node")
+        write(join(own, "__init__.py"), "")
         self.types("run", "--wait", "30", "--port", str(free_port()))
         before = self.person.state("main")["pid"]
 
@@ -8786,13 +8739,13 @@ class FromNothingToANode(Journey):
         self.assertIn("newest version", self.types("node", "update", "journey-pack", "-y"))
 
         self.types("stop")
-        shutil.rmtree(os.path.join(nodes, "journey-pack"))
-        write(os.path.join(nodes, "stranger", "__init__.py"), "")
+        shutil.rmtree(join(nodes, "journey-pack"))
+        write(join(nodes, "stranger", "__init__.py"), "")
         said = self.types("status", code=3)
         for line in ("Environment needs repair", "1 nodes in pyproject.toml not installed: journey-pack", "stranger"):
             self.assertIn(line, said)
         self.types("run", "--port", str(free_port()))
-        self.assertTrue(os.path.isdir(os.path.join(nodes, "journey-pack")))
+        self.assertTrue(os.path.isdir(join(nodes, "journey-pack")))
         self.types("stop")
         self.assertIn("No terminal to ask on", self.types("repair", code=1))
         self.assertIn("✓ Tracked stranger", self.types("repair", "-y"))
@@ -8801,7 +8754,7 @@ class FromNothingToANode(Journey):
         self.assertIn("(deleted)", self.types("node", "remove", "journey-pack"))
         self.assertIn("(disabled)", self.types("node", "remove", "own-node"))
         self.assertTrue(os.path.isdir(own))
-        self.assertFalse(os.path.exists(os.path.join(nodes, "journey-pack")))
+        self.assertFalse(os.path.exists(join(nodes, "journey-pack")))
 
     @unittest.skipIf(WINDOWS, "no pseudo-terminals on Windows")
     def test_a_terminal_is_asked_once_for_several_nodes(self):
@@ -8819,7 +8772,7 @@ class FromNothingToANode(Journey):
         nodes = self.make() if not WINDOWS else self.skipTest("the venv is shared by a link")
         Workshop.registry.publish("gone-pack", "1.0.0", {"__init__.py": ""})
         self.types("node", "add", "gone-pack")
-        shutil.rmtree(os.path.join(nodes, "gone-pack"))
+        shutil.rmtree(join(nodes, "gone-pack"))
         del Workshop.registry.answers["/files/gone-pack/1.0.0/node.zip"]
         said = self.types("run", "--port", str(free_port()), code=1)
         self.assertIn("gone-pack", said)
@@ -8837,33 +8790,33 @@ class FromNothingToANode(Journey):
     @unittest.skipIf(WINDOWS, "the venv is made by links")
     def test_a_workspace_of_1_0_opens_runs_and_gains_a_node(self):
         person = self.person
-        root = os.path.join(person.home, "comfydock")
+        root = join(person.home, "comfydock")
         person.workspace = root
-        cec = os.path.join(root, "environments", "old", ".cec")
-        write(os.path.join(cec, "pyproject.toml"), OLD_MANIFEST)
-        write(os.path.join(cec, ".gitignore"), ".complete\n*.tmp\n")
-        write(os.path.join(cec, ".complete"), "")
+        cec = join(root, "environments", "old", ".cec")
+        write(join(cec, "pyproject.toml"), OLD_MANIFEST)
+        write(join(cec, ".gitignore"), ".complete\n*.tmp\n")
+        write(join(cec, ".complete"), "")
         settings = {"version": 1, "active_environment": "old", "created_at": "2025-10-30T12:00:00.000000",
                     "global_model_directory": None, "api_credentials": None, "prefer_registry_cache": True}  # fmt: skip
-        write(os.path.join(root, ".metadata", "workspace.json"), json.dumps(settings))
-        write(os.path.join(root, "environments", "old", "ComfyUI", "main.py"), dock.demo_source())
-        os.makedirs(os.path.join(root, "environments", "old", "ComfyUI", "custom_nodes"))
+        write(join(root, ".metadata", "workspace.json"), json.dumps(settings))
+        write(join(root, "environments", "old", "ComfyUI", "main.py"), dock.demo_source())
+        os.makedirs(join(root, "environments", "old", "ComfyUI", "custom_nodes"))
         shared_environment()
-        os.symlink(Workshop.paths.venv, os.path.join(root, "environments", "old", ".venv"))
+        os.symlink(Workshop.paths.venv, join(root, "environments", "old", ".venv"))
         git(cec, "init", "--quiet")
         git(cec, "add", "-A")
         git(cec, "commit", "--quiet", "-m", "Initial environment setup")
         self.assertRegex(self.types("list"), r"old \(active\) +stopped")
         self.types("run", "--no-sync", "--wait", "30", "--port", str(free_port()))
         self.assertEqual(git(cec, "status", "--porcelain"), "")
-        before = read(os.path.join(cec, "pyproject.toml"))
+        before = read(join(cec, "pyproject.toml"))
         Workshop.registry.publish("gained", "1.0.0", {"__init__.py": ""})
         self.types("node", "add", "gained", "--no-restart")
-        after = read(os.path.join(cec, "pyproject.toml"))
+        after = read(join(cec, "pyproject.toml"))
         added = [line for line in after.splitlines() if line not in before.splitlines()]
         self.assertIn("[tool.comfydock.nodes.gained]", added)
         self.assertEqual([line for line in before.splitlines() if line not in after.splitlines()], [])
-        kept = json.loads(read(os.path.join(root, ".metadata", "workspace.json")))
+        kept = json.loads(read(join(root, ".metadata", "workspace.json")))
         self.assertEqual(kept, settings)
         self.types("stop")
 
@@ -8957,7 +8910,7 @@ class QueuedWork(Journey):
                 post(data["port"], "/interrupt", {})
             return environment.queue() == (0, 0)
 
-        with unittest.mock.patch.object(dock, "FILES_ARE_LOCKED_IN_USE", True):
+        with patch.object(dock, "FILES_ARE_LOCKED_IN_USE", True):
             for _ in range(2):
                 console = dock.Console(None, None, None)
                 report = dock.change_nodes_one_by_one(console, args, environment, ["x"], change)
@@ -8977,7 +8930,7 @@ class RotatingWhileItRuns(Journey):
         return [int(number) for number in re.findall(r"^spam (\d+)", text, re.M)]
 
     def old_names(self):
-        log = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
+        log = join(self.person.workspace, "logs", "demo", "comfyui.log")
         return dock.old_logs(log) + [log]
 
     def test_no_line_is_lost_or_doubled_and_follow_goes_on(self):
@@ -9166,7 +9119,7 @@ class Monitored(Journey):
         self.assertIn(self.person.types("stop").returncode, (0,))
 
     def checkout(self):
-        return os.path.join(self.person.workspace, "environments", "demo", "ComfyUI")
+        return join(self.person.workspace, "environments", "demo", "ComfyUI")
 
 
 def shows_listeners():
@@ -9184,7 +9137,7 @@ class StoppingByPort(Journey):
     def test_a_comfyui_is_ended_whoever_started_it_once_it_is_proved_to_be_one(self):
         checkout = self.person.checkout()
         port = free_port()
-        command = [sys.executable, os.path.join(checkout, "main.py"), "--port", str(port)]
+        command = [sys.executable, join(checkout, "main.py"), "--port", str(port)]
         child = subprocess.Popen(command, cwd=checkout, env=self.person.variables, stdin=subprocess.DEVNULL,
                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         self.person.children.append(child)
@@ -9201,7 +9154,7 @@ class StoppingByPort(Journey):
         checkout = self.person.checkout()
         for host in ["127.0.0.2", "::1"] if LINUX else ["::1"]:
             port = free_port()
-            command = [sys.executable, os.path.join(checkout, "main.py"), "--port", str(port), "--listen", host]
+            command = [sys.executable, join(checkout, "main.py"), "--port", str(port), "--listen", host]
             child = subprocess.Popen(command, cwd=checkout, env=self.person.variables, stdin=subprocess.DEVNULL,
                                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
             self.person.children.append(child)
@@ -9261,7 +9214,7 @@ sys.__stderr__.write(json.dumps(facts))
         self.assertEqual(facts["run"], [0, f"Started on 127.0.0.1:{port}"])
         self.assertEqual((facts["running"], facts["restart"], facts["stop"], facts["again"]), (True, True, True, False))
         self.assertEqual((facts["state"], facts["names"], facts["active"]), (port, ["demo"], None))
-        self.assertEqual(facts["logs"], os.path.join(self.person.workspace, "logs"))
+        self.assertEqual(facts["logs"], join(self.person.workspace, "logs"))
 
     def test_errors_are_raised_with_a_hint(self):
         error = error_of(dock.Workspace(self.person.workspace).get_environment, "nobody")
@@ -9273,7 +9226,7 @@ class EveryWayToHaveIt(Journey):
 
     def setUp(self):
         super().setUp()
-        self.folder = os.path.join(self.person.home, "où it lies")
+        self.folder = join(self.person.home, "où it lies")
         os.makedirs(self.folder)
         shutil.copy(MODULE, self.folder)
 
@@ -9296,7 +9249,7 @@ class EveryWayToHaveIt(Journey):
         return done.stdout
 
     def test_one_file_that_was_copied(self):
-        path = os.path.join(self.folder, "comfydock.py")
+        path = join(self.folder, "comfydock.py")
         self.assertIn(f"{dock.quote(path)} -e demo logs", self.goes_all_the_way(path))
         self.assertEqual([name for name in os.listdir(self.folder) if name != "__pycache__"], ["comfydock.py"])
 
@@ -9304,7 +9257,7 @@ class EveryWayToHaveIt(Journey):
         self.assertIn("-m comfydock -e demo logs", self.goes_all_the_way("-m", "comfydock", cwd=self.folder))
 
     def test_as_an_archive(self):
-        os.rename(os.path.join(self.folder, "comfydock.py"), os.path.join(self.folder, "__main__.py"))
+        os.rename(join(self.folder, "comfydock.py"), join(self.folder, "__main__.py"))
         done = self.calls("-m", "zipapp", "--compress", self.folder, "--output", "comfydock.pyz")
         self.assertEqual(done.returncode, 0, done.stderr)
         shutil.rmtree(self.folder)
@@ -9329,7 +9282,7 @@ print(environment.is_running(), comfydock.is_process_alive(environment._read_sta
     }
 
     def test_a_copy_that_is_called_as_a_command_starts_itself_as_such(self):
-        path = os.path.join(self.folder, "comfydock")
+        path = join(self.folder, "comfydock")
         os.rename(path + ".py", path)
         done = self.calls(path, "run", "--demo", "--monitor", "--wait", "--port", str(free_port()))
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -9344,7 +9297,7 @@ print(environment.is_running(), comfydock.is_process_alive(environment._read_sta
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, f"comfydock {dock.__version__}\n", ""))
 
     def test_vendored(self):
-        package = os.path.join(self.person.home, "package", "vendor")
+        package = join(self.person.home, "package", "vendor")
         shutil.copytree(self.folder, package)
         for how, load in self.LOADS.items():
             with self.subTest(how=how):
@@ -9402,7 +9355,7 @@ NOT_RUN = {  # commands of README that its test does not run -> why
 class Readme(Journey):
     """Each command in README, in its order, in the home of somebody who has two ComfyUI folders."""
 
-    text = read(os.path.join(HERE, "README.md"))
+    text = read(join(HERE, "README.md"))
 
     def commands(self):
         pieces = re.split(r"^```", self.text, flags=re.MULTILINE)  # prose and blocks in turn
@@ -9440,7 +9393,7 @@ class Readme(Journey):
 
     def test_what_is_named_in_the_other_papers_is_there(self):
         known = {name: dir(kind) for name, kind in globals().items() if isinstance(kind, type)}
-        paper = read(os.path.join(HERE, ".github", "TESTING.md"))
+        paper = read(join(HERE, ".github", "TESTING.md"))
         for name, test in re.findall(r"`([A-Z][a-z]\w+)(?:\.(\w+?)(?:\.\.\.)?)?`", paper):
             self.assertIn(name, known)
             self.assertTrue(not test or any(one.startswith(test) for one in known[name]), (name, test))
@@ -9504,7 +9457,7 @@ class KilledAnywhere(Trouble):
         The first thing done after the call `turn` is always among them.
         """
         chance = random.Random(7)
-        trace = os.path.join(self.person.home, "trace")
+        trace = join(self.person.home, "trace")
         if strace_works():
             self.person.prefix = ["strace", "-qq", "-o", trace]
         began = time.monotonic()
@@ -9557,8 +9510,8 @@ class KilledAnywhere(Trouble):
 
     def age_leftovers(self):
         """Make what a killed writer left look as old as it will be some day; returns the paths."""
-        found = glob.glob(os.path.join(glob.escape(self.person.workspace), "**", "*.tmp"), recursive=True)
-        found += glob.glob(os.path.join(glob.escape(self.person.workspace), "**", ".*.tmp"), recursive=True)
+        found = glob.glob(join(glob.escape(self.person.workspace), "**", "*.tmp"), recursive=True)
+        found += glob.glob(join(glob.escape(self.person.workspace), "**", ".*.tmp"), recursive=True)
         for path in found:
             os.utime(path, (1, 1))
         return found
@@ -9631,7 +9584,7 @@ class KilledAnywhere(Trouble):
                 eventually(lambda: dock.process_table().process(pid).state == "running")
         self.assertEqual(http_status(json.loads(done.stdout)["data"]["port"]), 200)
         self.assertQuiet(person.types("stop"), 0)
-        log = os.path.join(person.workspace, "logs", "demo", "comfyui.log")
+        log = join(person.workspace, "logs", "demo", "comfyui.log")
         kept = b"".join(Path(name).read_bytes() for name in [*dock.old_logs(log), log])
         numbers = [int(number) for number in re.findall(rb"^spam (\d+)", kept, re.M)]
         self.assertEqual(numbers, list(range(1, len(numbers) + 1)))
@@ -9641,7 +9594,7 @@ class KilledAnywhere(Trouble):
     def test_node_add_killed_anywhere(self):
         person = self.person
         person.environment("a")
-        node = os.path.join(person.home, "work", "my-node")
+        node = join(person.home, "work", "my-node")
         os.makedirs(node)
         Path(node, "__init__.py").write_text("", encoding="utf-8")
         words = ["-e", "a", "node", "add", node, "--dev"]
@@ -9657,9 +9610,9 @@ class KilledAnywhere(Trouble):
                 listed = json.loads(person.types("-e", "a", "node", "list", "--json").stdout)["data"]["nodes"]
                 if listed:
                     self.assertQuiet(person.types("-e", "a", "node", "remove", "my-node"), 0)
-                custom_nodes = os.path.join(person.home, "a", "ComfyUI", "custom_nodes")
+                custom_nodes = join(person.home, "a", "ComfyUI", "custom_nodes")
                 self.assertEqual([name for name in os.listdir(custom_nodes) if name.startswith(".")], [])
-                self.assertTrue(os.path.exists(os.path.join(node, "__init__.py")))
+                self.assertTrue(os.path.exists(join(node, "__init__.py")))
         self.assertKilled(kills, points)
 
 
@@ -9709,7 +9662,7 @@ class ManyAtOnce(Trouble):
 
         dock.signal_process(old.pid, "kill")
         eventually(lambda: not alive(old.pid))
-        with unittest.mock.patch.object(dock, "comfyui_processes", restarted_meanwhile):
+        with patch.object(dock, "comfyui_processes", restarted_meanwhile):
             snapshot = environment.observe()
         self.assertEqual(
             (snapshot.state, snapshot.note, snapshot.process.pid), ("running", "", self.person.state()["pid"])
@@ -9725,7 +9678,7 @@ class DisksAndFolders(Trouble):
         return port, f"/proc/{inside}/root{self.person.workspace}"
 
     def fill(self, workspace):
-        with contextlib.suppress(OSError), open(os.path.join(workspace, "fill"), "ab", buffering=0) as file:
+        with contextlib.suppress(OSError), open(join(workspace, "fill"), "ab", buffering=0) as file:
             while True:
                 file.write(bytes(512))
 
@@ -9733,7 +9686,7 @@ class DisksAndFolders(Trouble):
         if not namespaces_work():
             self.skipTest("needs root, unshare and nsenter for a small disk")
         port, workspace = self.filled()
-        state = os.path.join(workspace, "environments", "demo", ".cec", ".comfyui.state")
+        state = join(workspace, "environments", "demo", ".cec", ".comfyui.state")
         pid = json.loads(read(state))["pid"]
         self.fill(workspace)
         before = Path(state).read_bytes()
@@ -9747,7 +9700,7 @@ class DisksAndFolders(Trouble):
         self.assertClear(self.person.types("run", "--demo", "--port", port), 1, "No space left on device")
         self.assertEqual((self.servers(), os.path.exists(state)), ([], False))
         self.assertIn("To see the GUI", self.person.types("-e", "demo", "logs").stdout)
-        self.assertEqual(glob.glob(os.path.join(glob.escape(workspace), "**", "*.tmp"), recursive=True), [])
+        self.assertEqual(glob.glob(join(glob.escape(workspace), "**", "*.tmp"), recursive=True), [])
 
     def test_each_write_that_fails_while_starting_leaves_all_as_it_was(self):
         if not strace_works():
@@ -9782,7 +9735,7 @@ class DisksAndFolders(Trouble):
         self.assertEqual(self.servers(), [])
         self.assertClear(self.person.types("run", "--demo", "--port", port), 1, "Read-only file system")
         self.assertEqual(self.servers(), [])
-        self.assertTrue(os.path.exists(os.path.join(workspace, "logs", "demo", "comfyui.log")))
+        self.assertTrue(os.path.exists(join(workspace, "logs", "demo", "comfyui.log")))
         subprocess.run([*self.person.prefix, "umount", self.person.workspace], check=True)
         self.assertQuiet(self.person.types("-e", "demo", "stop"), 0)
         subprocess.run([*self.person.prefix, "mount", "--bind", "-o", "ro", *again], check=True)
@@ -9793,14 +9746,14 @@ class DisksAndFolders(Trouble):
         if not (AS_ROOT and has("setpriv") and plain):
             self.skipTest("needs root, setpriv and a python3 that others may run")
         person, port = self.person, str(free_port())
-        copy = os.path.join(person.home, "comfydock.py")
+        copy = join(person.home, "comfydock.py")
         shutil.copy(MODULE, copy)
         os.chown(person.home, 65534, 65534)
         person.command = lambda *words: ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", plain, copy,
             *words]  # fmt: skip
         self.assertQuiet(person.types("run", "--demo", "--port", port), 0)
         [row] = self.servers()
-        cec, logs = os.path.dirname(person.state_file()), os.path.join(person.workspace, "logs", "demo")
+        cec, logs = os.path.dirname(person.state_file()), join(person.workspace, "logs", "demo")
         os.chmod(cec, 0o500)
         self.addCleanup(os.chmod, cec, 0o700)
         self.assertClear(person.types("-e", "demo", "restart"), 1, ".comfyui.state: Permission denied")
@@ -9808,7 +9761,7 @@ class DisksAndFolders(Trouble):
         os.chmod(cec, 0o700)
         self.assertQuiet(person.types("-e", "demo", "stop"), 0)
         os.chmod(logs, 0o500)
-        os.remove(os.path.join(logs, "comfyui.log"))
+        os.remove(join(logs, "comfyui.log"))
         self.assertClear(person.types("run", "--demo", "--port", port), 1, "comfyui.log: Permission denied")
         self.assertEqual((self.servers(), person.state()), ([], None))
 
@@ -9817,13 +9770,13 @@ class DisksAndFolders(Trouble):
         data = self.run_demo()
         follower = self.person.starts("logs", "-f")
         read_until(follower, "To see the GUI")
-        shutil.rmtree(os.path.join(self.person.workspace, "logs"))
+        shutil.rmtree(join(self.person.workspace, "logs"))
         self.assertIn(f"PID: {data['pid']}", self.assertQuiet(self.person.types("status"), 0))
         self.assertClear(self.person.types("logs"), 1, "No log file found.")
         self.assertQuiet(self.person.types("restart"), 0)
         self.assertFalse(alive(data["pid"]))
         eventually(lambda: read(follower.said).count("=== comfydock session") == 2)
-        shutil.rmtree(os.path.join(self.person.workspace, "logs"))
+        shutil.rmtree(join(self.person.workspace, "logs"))
         self.assertQuiet(self.person.types("stop"), 0)
         self.assertEqual((self.servers(), self.person.state()), ([], None))
         self.assertNotIn("Traceback", read(follower.said))
@@ -9833,7 +9786,7 @@ class DisksAndFolders(Trouble):
         self.assertClear(self.person.types("run", "--demo", HOME=""), 1, "No home folder is known", "COMFYDOCK_HOME")
         self.assertClear(self.person.types("status", HOME="not/absolute"), 1, "No home folder is known")
         data = self.start_demo()
-        gone = os.path.join(self.person.home, "gone")
+        gone = join(self.person.home, "gone")
         self.person.prefix = ["sh", "-c", 'mkdir "$0"; cd "$0"; rmdir "$0"; exec "$@"', gone]
         self.assertIn(f"PID: {data['pid']}", self.assertQuiet(self.person.types("status"), 0))
         self.assertQuiet(self.person.types("restart"), 0)
@@ -9845,7 +9798,7 @@ class DisksAndFolders(Trouble):
         if not (AS_ROOT and has("setpriv") and plain):
             self.skipTest("needs root, setpriv and a python3 that others may run")
         code = "import sys; sys.path.insert(0, sys.argv.pop()); import comfydock; sys.exit(comfydock.main())"
-        shutil.copy(MODULE, os.path.join(self.person.home, "comfydock.py"))
+        shutil.copy(MODULE, join(self.person.home, "comfydock.py"))
         os.chmod(self.person.home, 0o755)
         command = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", plain, "-B", "-c", code, "list",
             self.person.home]  # fmt: skip
@@ -9946,7 +9899,7 @@ class TimeAndIdentity(Trouble):
     @unittest.skipUnless(LINUX, "reads /proc")
     def test_who_only_writes_to_the_log_is_named_and_left_alone(self):
         self.run_demo()
-        log = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
+        log = join(self.person.workspace, "logs", "demo", "comfyui.log")
         with open(log, "ab") as file:
             browser = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=file)
         self.person.children.append(browser)
@@ -9984,12 +9937,15 @@ class Exhausted(Trouble):
         self.assertQuiet(self.person.types("-e", "demo", "stop"), 0)
 
     def test_without_another_thread_all_goes_on_or_one_line_says_why(self):
-        if not strace_works():
-            self.skipTest("needs strace")
+        if not strace_works() or not has("git"):
+            self.skipTest("needs strace, and git for a command to run")
         self.run_demo()
+        clone = join(self.person.home, "clone")
+        os.mkdir(clone)
+        git(clone, "init", "--quiet")
         self.person.prefix = ["strace", "-f", "-qq", "-o", os.devnull, "-e", "trace=clone,clone3", "-e",
             "inject=clone,clone3:error=EAGAIN"]  # fmt: skip
-        for words, code in ((("status",), 0), (("list",), 0), (("stop",), 0), (("node", "add", HERE, "--dev"), 1)):
+        for words, code in ((("status",), 0), (("list",), 0), (("stop",), 0), (("node", "add", clone, "--dev"), 1)):
             done = self.person.types("-e", "demo", *words)
             self.assertEqual(done.returncode, code, done.stderr)
         self.assertIn("ulimit -u", done.stderr)
@@ -10030,7 +9986,7 @@ class LogsOfAllKinds(Trouble):
     def test_two_gigabytes_take_little_memory_and_time(self):
         self.start_demo()
         self.assertQuiet(self.person.types("stop"), 0)
-        log = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
+        log = join(self.person.workspace, "logs", "demo", "comfyui.log")
         os.truncate(log, 2 << 30)  # NULs without a line's end
         with open(log, "ab") as file:
             file.write(b"\nlast but one\nlast\n")
@@ -10135,12 +10091,12 @@ class PlantedByOthers(Trouble):
         person, port = self.person, str(free_port())
         self.assertQuiet(person.types("run", "--demo", "--port", port), 0)
         self.assertQuiet(person.types("stop"), 0)
-        precious = os.path.join(person.home, "precious")
-        log = os.path.join(person.workspace, "logs", "demo", "comfyui.log")
-        places = [log, person.state_file(), os.path.join(os.path.dirname(person.state_file()), ".comfyui.lock"),
-                  os.path.join(person.workspace, ".metadata", "workspace.json"), os.path.join(person.workspace, ".metadata", ".workspace.lock")]  # fmt: skip
+        precious = join(person.home, "precious")
+        log = join(person.workspace, "logs", "demo", "comfyui.log")
+        places = [log, person.state_file(), join(os.path.dirname(person.state_file()), ".comfyui.lock"),
+                  join(person.workspace, ".metadata", "workspace.json"), join(person.workspace, ".metadata", ".workspace.lock")]  # fmt: skip
         for place in places:
-            for target in [precious, os.path.join(person.home, "not there")][: None if LONG else 1]:
+            for target in [precious, join(person.home, "not there")][: None if LONG else 1]:
                 with self.subTest(place=place, target=target):
                     Path(precious).write_bytes(b"precious")
                     with contextlib.suppress(FileNotFoundError):
@@ -10150,7 +10106,7 @@ class PlantedByOthers(Trouble):
                     self.assertClear(person.types(*reads_it), 1, place, "is a link")
                     self.assertQuiet(person.types("-e", "demo", "stop"), 0, 1)
                     self.assertEqual((Path(precious).read_bytes(), self.servers()), (b"precious", []))
-                    self.assertFalse(os.path.lexists(os.path.join(person.home, "not there")))
+                    self.assertFalse(os.path.lexists(join(person.home, "not there")))
                     if os.path.lexists(place):
                         os.remove(place)
                     with contextlib.suppress(FileNotFoundError):
@@ -10159,11 +10115,10 @@ class PlantedByOthers(Trouble):
     def test_pipes_devices_and_giants_in_place_of_our_files_are_one_clear_line_and_hold_nobody_up(self):
         person, port = self.person, str(free_port())
         self.start_demo()
-        cec, metadata = os.path.dirname(person.state_file()), os.path.join(person.workspace, ".metadata")
-        log = os.path.join(person.workspace, "logs", "demo", "comfyui.log")
-        places = [person.state_file(), log, os.path.join(cec, "pyproject.toml"),
-            os.path.join(metadata, "workspace.json")]  # fmt: skip
-        places += [os.path.join(cec, name) for name in (".comfyui.lock", ".comfyui.last", ".manifest.json")]
+        cec, metadata = os.path.dirname(person.state_file()), join(person.workspace, ".metadata")
+        log = join(person.workspace, "logs", "demo", "comfyui.log")
+        places = [person.state_file(), log, join(cec, "pyproject.toml"), join(metadata, "workspace.json")]
+        places += [join(cec, name) for name in (".comfyui.lock", ".comfyui.last", ".manifest.json")]
         commands = [["run", "--demo", "--port", port], ["logs", "-n", "5"], ["status"], ["stop", "--timeout", "3"]]
         commands += [["logs", "--rotate"], ["list"], ["repair"], ["restart"]]
         in_turn = itertools.cycle(commands)
@@ -10187,7 +10142,7 @@ class PlantedByOthers(Trouble):
                 person.types("-e", "demo", "stop", "--kill")
 
     def test_a_rotation_leaves_the_target_of_a_link_whole(self):
-        data, precious = self.run_demo(), os.path.join(self.person.home, "precious")
+        data, precious = self.run_demo(), join(self.person.home, "precious")
         Path(precious).write_bytes(b"precious")
         os.unlink(data["log"])
         os.symlink(precious, data["log"])
@@ -10196,12 +10151,12 @@ class PlantedByOthers(Trouble):
 
     def test_names_of_others_neither_drive_a_terminal_nor_forge_a_line(self):
         self.run_demo()
-        environments = os.path.join(self.person.workspace, "environments")
+        environments = join(self.person.workspace, "environments")
         signs = ("\n✓ ComfyUI stopped", "\r✓ ComfyUI stopped", "\x1b]0;owned\a", "\u202etxt.exe", "\u2066x", "\x9b31m",
             "\u2028✓ ComfyUI stopped", "\udcff")  # fmt: skip
         for number, sign in enumerate(signs):
-            os.makedirs(os.path.join(environments, f"e{number}{sign}", ".cec"))
-            os.makedirs(os.path.join(environments, "demo", "ComfyUI", "custom_nodes", f"n{number}{sign}"))
+            os.makedirs(join(environments, f"e{number}{sign}", ".cec"))
+            os.makedirs(join(environments, "demo", "ComfyUI", "custom_nodes", f"n{number}{sign}"))
         for words in (["list"], ["-e", "demo", "status"], ["-e", "demo", "repair"], ["-e", "demo", "node", "list"],
             ["-e", "demo", "node", "track", *(f"n{number}{sign}" for number, sign in enumerate(signs))]):  # fmt: skip
             with self.subTest(words=words[:3]):
@@ -10212,10 +10167,10 @@ class PlantedByOthers(Trouble):
                 self.assertFalse([line for line in said.splitlines() if line.startswith("✓ ComfyUI stopped")])
 
     def test_a_link_where_the_old_log_goes_is_replaced(self):
-        log = os.path.join(self.person.workspace, "logs", "demo", "comfyui.log")
+        log = join(self.person.workspace, "logs", "demo", "comfyui.log")
         os.makedirs(os.path.dirname(log))
         Path(log).write_bytes(b"earlier\n" * (2 * 1024 * 1024))
-        precious = os.path.join(self.person.home, "precious")
+        precious = join(self.person.home, "precious")
         Path(precious).write_bytes(b"precious")
         os.symlink(precious, log + ".old")
         self.start_demo()
@@ -10225,8 +10180,7 @@ class PlantedByOthers(Trouble):
         person, port = self.person, str(free_port())
         self.assertEqual(person.types("run", "--demo", "--port", port).stderr, "")
         self.assertQuiet(person.types("stop"), 0)
-        for folder in (person.workspace, os.path.dirname(person.state_file()),
-            os.path.join(person.workspace, "logs", "demo")):  # fmt: skip
+        for folder in (person.workspace, os.path.dirname(person.state_file()), join(person.workspace, "logs", "demo")):
             with self.subTest(folder=folder):
                 os.chmod(folder, 0o777)
                 done = person.types("run", "--demo", "--port", port)
@@ -10291,9 +10245,9 @@ class TerminalsAndPipes(Trouble):
         self.start_demo()
         gone = OSError(errno.EIO, "Input/output error")
         calls = {"buffer.write.side_effect": gone, "write.side_effect": gone, "isatty.return_value": False}
-        out = unittest.mock.Mock(encoding="utf-8", **calls)
+        out = Mock(encoding="utf-8", **calls)
         watcher = dock.Foreground(dock.Console(out, out, None), self.environment_of_person(), [])
-        with unittest.mock.patch.object(dock, "forget_output"):
+        with patch.object(dock, "forget_output"):
             self.assertEqual(watcher.watch(), 129)
         self.assertEqual((self.servers(), self.person.state()), ([], None))
 
@@ -10390,7 +10344,7 @@ class DamagedFiles(Trouble):
         """One command in this process; returns (exit code, all that it says)."""
         out, err = io.StringIO(), io.StringIO()
         with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-            unittest.mock.patch.dict(os.environ, {"HOME": self.person.home})):  # fmt: skip
+            patch.dict(os.environ, {"HOME": self.person.home})):  # fmt: skip
             code = dock.main(["--workspace", self.person.workspace, *words])
         return code, out.getvalue() + err.getvalue()
 
@@ -10421,12 +10375,8 @@ class DamagedFiles(Trouble):
     def sweep(self, path, texts, commands, may_go, without=None):
         """Each damaged text in turn at `path`, and a command that reads it; none that holds `without`."""
         signalled, chance = [], random.Random(5)
-        with (
-            unittest.mock.patch.object(dock, "signal_process", lambda *words: signalled.append(words)),
-            unittest.mock.patch.object(
-                dock, "create_background_process", side_effect=dock.CDEnvironmentError("no start")
-            ),
-        ):
+        with (patch.object(dock, "signal_process", lambda *words: signalled.append(words)),
+            patch.object(dock, "create_background_process", side_effect=dock.CDEnvironmentError("no start"))):  # fmt: skip
             for content in self.mutations(texts):
                 if without and without in content:
                     continue
@@ -10470,7 +10420,7 @@ class DamagedFiles(Trouble):
     def test_settings_of_the_workspace(self):
         self.person.environment("a")
         self.person.environment("b")
-        path = os.path.join(self.person.workspace, ".metadata", "workspace.json")
+        path = join(self.person.workspace, ".metadata", "workspace.json")
         texts = [Path(path).read_bytes(), b'{"version": 1, "active_environment": "a", "x": [1, {"y": null}]}']
         commands = [["list"], ["list", "--json"], ["status"], ["use", "a"], ["stop"]]
 
@@ -10483,7 +10433,7 @@ class DamagedFiles(Trouble):
 
     def test_manifests(self):
         self.person.environment("a")
-        path = os.path.join(self.person.workspace, "environments", "a", ".cec", "pyproject.toml")
+        path = join(self.person.workspace, "environments", "a", ".cec", "pyproject.toml")
         node = b'\n[tool.comfydock.nodes."x-y"]\nname = "x-y"\nsource = "git"\nversion = "1"\nrepository = "https://x.org/y"\n'
         whole = Path(path).read_bytes()
         commands = [[*words, "-e", "a"] for words in (["status"], ["list"], ["node", "list"], ["stop"], ["logs"])]
@@ -10530,7 +10480,7 @@ class Claimed(unittest.TestSuite):
     def __iter__(self):
         for kind, cases in itertools.groupby(sorted(self._tests, key=rank), type):
             try:
-                os.mkdir(os.path.join(os.environ[CLAIMS], kind.__name__))
+                os.mkdir(join(os.environ[CLAIMS], kind.__name__))
             except FileExistsError:
                 continue
             yield from cases
