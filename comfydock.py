@@ -4059,11 +4059,10 @@ def clone(url: str, reference: Optional[str], folder: str) -> None:
     """Clone a branch, tag or commit (None: the default branch) and submodules, shallow where that is enough."""
     check_repository(url)
     check_reference(reference or "HEAD")
-    options = ["--quiet", "--recurse-submodules", "--shallow-submodules"]
+    options, branch = ["--quiet", "--recurse-submodules", "--shallow-submodules"], f"--branch={reference}"
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", reference or ""):
-        branch = [f"--branch={reference}"] if reference else []
         try:
-            git(["clone", *options, "--depth=1", *branch, "--", url, folder], url=url)
+            git(["clone", *options, "--depth=1", *[branch] * bool(reference), "--", url, folder], url=url)
             return
         except CDEnvironmentError:
             if not re.fullmatch(COMMIT, reference or ""):  # else it may be a short commit, or a branch 20250101
@@ -4695,13 +4694,12 @@ class RegistrySource:
         status = re.sub("^Node(Version)?Status", "", str(answer.get("status") or ""))
         if status in ("Banned", "Deleted"):
             raise CDEnvironmentError(f"{what} is {status.lower()} in the registry", code="banned")
-        warnings = {
-            "Flagged": "was flagged by the registry's security scan: look at its code before you run it",
-            "Pending": "has not been checked by the registry yet",
-        }
-        for warning in (warnings.get(status), answer.get("deprecated") and "is deprecated by its author"):
-            if warning:
-                tell(f"warning: {what} {warning}")
+        if status == "Flagged":
+            tell(f"warning: {what} was flagged by the registry's security scan: look at its code before you run it")
+        if status == "Pending":
+            tell(f"warning: {what} has not been checked by the registry yet")
+        if answer.get("deprecated"):
+            tell(f"warning: {what} is deprecated by its author")
 
     def search(self, words: str) -> list[dict[str, Any]]:
         from urllib.parse import quote_plus
