@@ -605,11 +605,6 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in text[:500]).strip()
 
 
-def session_header(run_id: str, environment: str) -> str:
-    """The line that begins a run in the log."""
-    return f"{SESSION_MARK}{run_id} {utc_now()} environment {environment}, comfydock {__version__} ===\n"
-
-
 # ====================================================================================================================
 # 2. Places
 # The layout on disk: where a workspace and an environment keep what is theirs, and what a checkout is known by.
@@ -3120,13 +3115,9 @@ def same_beginning(one: str, other: str) -> bool:
     return False
 
 
-def start_log_anew(path: str, header: str) -> int:
-    """Empty a log and write `header`; return its inode. Nobody may be writing to it."""
+def empty_log(path: str) -> None:
     with open_regular(path, "r+b") as log:
         log.truncate(0)
-    log, _, inode = begin_session(path, header)
-    log.close()
-    return inode
 
 
 def move_log(path: str, keep: Optional[int]) -> None:
@@ -3138,12 +3129,12 @@ def move_log(path: str, keep: Optional[int]) -> None:
         if not FILES_ARE_LOCKED_IN_USE:
             raise
         copy_log(path, rotated(path), 0, spare=0)
-        with open_regular(path, "r+b") as log:
-            log.truncate(0)
+        empty_log(path)
 
 
-def begin_session(path: str, header: str) -> "tuple[BinaryIO, int, int]":
+def begin_session(path: str, run_id: Optional[str], environment: str) -> "tuple[BinaryIO, int, int]":
     """Return the log opened for appending, the session header written: (file, offset of the header, inode)."""
+    header = f"{SESSION_MARK}{run_id or ''} {utc_now()} environment {environment}, comfydock {__version__} ===\n"
     make_folder(os.path.dirname(path))
     log = open_append(path)
     try:
@@ -6899,8 +6890,9 @@ class Environment:
             return True
 
     def _start_log_anew(self, record: ProcessState) -> None:
-        record.log_inode = start_log_anew(self.log_path, session_header(record.run_id or "", self.name))
-        record.log_offset = 0
+        empty_log(self.log_path)
+        log, record.log_offset, record.log_inode = begin_session(self.log_path, record.run_id, self.name)
+        log.close()
 
     def finish_rotation(self) -> None:
         """Finish a rotation that was killed: resume the processes that it left standing still."""
@@ -7073,8 +7065,7 @@ class Environment:
             child = None
             try:
                 rotate_at_start(self.log_path)
-                header = session_header(record.run_id or "", self.name)
-                log, record.log_offset, record.log_inode = begin_session(self.log_path, header)
+                log, record.log_offset, record.log_inode = begin_session(self.log_path, record.run_id, self.name)
                 environ = {**launch.variables, **record.env, RUN_ID_VARIABLE: record.run_id or ""}
                 handed = (alive.fileno(),) if alive else ()
                 with log:

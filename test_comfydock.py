@@ -906,7 +906,7 @@ class WordsForPeople(unittest.TestCase):
         cases = [
             (f"{begin}{unknown}\n", unknown), (begin + "zipfile.BadZipFile\nbye\n", "zipfile.BadZipFile"), ("OSError: first\n" + begin, "OSError: first"),
             (f"a\nTraceback\n  File\n{missing}\n\nbye\n", missing), (f"usage: x\n{refused}\n", refused), ("all is well\n", None), ("0%\r50%\rdone\n", None),
-            ("torch.cuda.OutOfMemoryError: CUDA\nlast\n", "torch.cuda.OutOfMemoryError: CUDA"), ("", None), (dock.session_header("id", "e"), None),
+            ("torch.cuda.OutOfMemoryError: CUDA\nlast\n", "torch.cuda.OutOfMemoryError: CUDA"), ("", None), (dock.SESSION_MARK + "id 2026 environment e ===\n", None),
         ]  # fmt: skip
         for text, expected in cases:
             self.assertEqual(dock.last_error_line(text), expected, text)
@@ -2767,7 +2767,7 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
         self.assertEqual(self.tail(b"old\nnew1\nnew2\n", 9, floor=4), b"new1\nnew2\n")
 
     def test_the_last_session_is_found_across_block_borders(self):
-        mark = dock.session_header("run", "env").encode()
+        mark = f"{dock.SESSION_MARK}run 2026 environment env ===\n".encode()
         for before in (0, 10, dock.BLOCK - 5, dock.BLOCK, 5 * dock.BLOCK):
             data = mark + b"z" * before + b"\n" + mark + b"after\n" * 50000
             Path(self.path).write_bytes(data)
@@ -2779,9 +2779,11 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
 
     def test_a_session_begins_on_a_line_of_its_own(self):
         Path(self.path).write_bytes(b"cut off")
-        log, offset, inode = dock.begin_session(self.path, "=== header\n")
+        log, offset, inode = dock.begin_session(self.path, "id", "env")
         log.close()
-        self.assertEqual(Path(self.path).read_bytes()[offset:], b"=== header\n")
+        self.assertRegex(
+            Path(self.path).read_bytes()[offset:], rb"^=== comfydock session id .* environment env, .* ===\n$"
+        )
         self.assertEqual(offset, 8)
         self.assertEqual(inode, os.stat(self.path).st_ino)
 
@@ -2807,7 +2809,7 @@ class LogsAreReadFromTheirEnd(unittest.TestCase):
         Path(self.path).touch()
         full = lambda path: open("/dev/full", "ab", buffering=0)  # noqa: E731
         with patch.object(dock, "open_append", full), self.assertRaises(OSError) as caught:
-            dock.begin_session(self.path, "=== header\n")
+            dock.begin_session(self.path, "id", "env")
         self.assertEqual((caught.exception.errno, caught.exception.filename), (errno.ENOSPC, self.path))
 
     def test_a_start_never_fails_for_rotation(self):
