@@ -7949,7 +7949,7 @@ class Workspace:
         """
         if name == DEMO_NAME and to_start:
             found = Environment(name, self.paths, self._ports_of_others)
-            return self.demo() if found.manifest.demo or not os.path.isdir(found.paths.cec) else found
+            return self.demo(found) if found.manifest.demo or not os.path.isdir(found.paths.cec) else found
         if name is not None:
             return self.get_environment(name)
         folder = folder or current_folder()
@@ -8033,9 +8033,9 @@ class Workspace:
             create_from_checkout(environment.paths, checkout, interpreter, environment.tell)
         return environment
 
-    def demo(self) -> Environment:
+    def demo(self, found: Optional[Environment] = None) -> Environment:
         """Return the environment of the built-in demo, made or updated. Raises CDEnvironmentError, OSError."""
-        environment = Environment(DEMO_NAME, self.paths, self._ports_of_others)
+        environment = found or Environment(DEMO_NAME, self.paths, self._ports_of_others)
         paths, is_complete = environment.paths, environment.is_complete
         if (os.path.lexists(paths.content_lock) or is_complete) and not environment.manifest.demo:
             message = f"The environment '{DEMO_NAME}' is one of yours, not the demo."
