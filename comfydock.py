@@ -9272,9 +9272,8 @@ def prepare(console: Console, args: Arguments, environment: Environment) -> Envi
     """Return it, healed and telling the console, which learns whether hints need `-e` to reach it again."""
     environment.tell = console.work
     environment.finish_rotation()
-    trace(
-        f"'{environment.name}' is at {environment.paths.root}, processes are read by {type(process_table()).__name__}"
-    )
+    trace(f"environment '{environment.name}' at {environment.paths.root}")
+    trace(f"processes are read by {type(process_table()).__name__}")
     console.environment = environment.name
     console.chosen = ("-e", environment.name) if args.env or args.has("demo") else ()
     return environment
