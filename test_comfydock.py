@@ -1256,6 +1256,7 @@ class StartingInTheBackground(Stage):
 
     def test_a_released_process_is_let_go_without_a_warning(self):
         self.write(READY_AND_WAIT)
+        gc.collect()  # what other tests left
         with dock.open_append(self.log) as log, warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             process = dock.create_background_process([sys.executable, self.script], self.folder, log)
