@@ -7346,7 +7346,8 @@ class Environment:
         make_folder(os.path.join(folder, "user"))
         database = "sqlite:///" + os.path.join(folder, "comfyui.db").replace("\\", "/")
         flags = {"temp-directory": folder, "user-directory": os.path.join(folder, "user"), "database-url": database}
-        args = [*(last.args if last else []), "--listen", DEFAULT_HOST, "--port", str(DEFAULT_PORT + 1000)]
+        port = DEFAULT_PORT + 1000 + os.getpid() % 10000  # another one than an update beside this one tries
+        args = [*(last.args if last else []), "--listen", DEFAULT_HOST, "--port", str(port)]
         for flag, value in flags.items():
             args += [f"--{flag}", value] if f'"--{flag}"' in self._parser_text() else []
         self.tell("trying to start it")
