@@ -779,7 +779,12 @@ PS_WITH_ENVIRONMENT = "-axwwE" if sys.platform == "darwin" else "axeww"
 
 # Dates in plain English and UTC, for every locale writes them its own way. LC_ALL=C would do that too, but it sets
 # LC_CTYPE as well, and then ps prints ? for each letter of a path that is not ASCII.
-PS_LOCALE = {"LC_TIME": "C", "LC_CTYPE": "UTF-8" if sys.platform == "darwin" else "C.UTF-8", "TZ": "UTC"}
+PS_LOCALE = {
+    "LC_TIME": "C",
+    "LC_NUMERIC": "C",
+    "LC_CTYPE": "UTF-8" if sys.platform == "darwin" else "C.UTF-8",
+    "TZ": "UTC",
+}
 
 
 def inherited_environment() -> dict[str, str]:
@@ -820,7 +825,7 @@ def open_regular(path: str, mode: str = "rb", buffering: int = -1) -> "BinaryIO"
             return file  # type: ignore[no-any-return]
         file.close()
     except OSError as error:
-        if error.errno not in (errno.ENXIO, errno.ESPIPE, errno.EISDIR):  # of a pipe that nobody reads, of others
+        if error.errno not in (None, errno.ENXIO, errno.ESPIPE, errno.EISDIR):  # of pipes, devices and folders
             raise
     raise OSError(errno.EINVAL, "Not a regular file", path)
 
@@ -1109,8 +1114,6 @@ if sys.platform == "win32":
 
     def exit_code_kept(pid: int) -> "AbstractContextManager[Any]":
         """Have `reap` tell the exit code of a process that is no child: it is known while somebody has it open."""
-        from contextlib import ExitStack
-
         stack = ExitStack()
         with suppress(OSError):
             stack.enter_context(opened_process(pid, SYNCHRONIZE))
@@ -1656,23 +1659,24 @@ def run_command(
     env: Optional[dict[str, str]] = None,
     timeout: Optional[float] = None,
     tell: Progress = no_progress,
+    only_looks: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
     """Run a command to its end and return its code and output (text; bytes that are not UTF-8 are replaced).
 
     `timeout` is in seconds; `tell` is given each line as it comes. A code other than 0 does not raise. Raises
     CDEnvironmentError with code "missing" where the program is not there, "timeout" when the time is up: then, as with
     any other exception, the command and all that it started are ended. What runs under a lock of HANDED_ON has its
-    descriptor, and ends with us where the system can see to that.
+    descriptor, and ends with us where the system can see to that; not what only looks: to sign a lock asks ps.
     """
     import subprocess
 
     trace(cmd, cwd)
-    began = time.monotonic()
+    began, locks = time.monotonic(), {} if only_looks else HANDED_ON
     try:
         pipe, options = subprocess.PIPE, {**GROUP, "env": inherited_environment() if env is None else env}
         options.update(stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace")
-        if HANDED_ON and not IS_WINDOWS:
-            options.update(pass_fds=tuple(HANDED_ON), preexec_fn=ending_with_us())
+        if locks and not IS_WINDOWS:
+            options.update(pass_fds=tuple(locks), preexec_fn=ending_with_us())
         with default_signals():
             process = subprocess.Popen(cmd, cwd=cwd, **options)
     except OSError as error:
@@ -1680,7 +1684,7 @@ def run_command(
     deadline = None if timeout is None else time.monotonic() + timeout
     output: dict[str, list[str]] = {"stdout": [], "stderr": []}
     try:
-        for note in HANDED_ON.values():
+        for note in locks.values():
             bind_to_us(process)
             note(process.pid, cmd)
         for name, line in pumped_lines(process, deadline):
@@ -1894,13 +1898,15 @@ class ProcessTable:
         return {}
 
 
-def proc_process(pid: int, folder: Optional[int] = None) -> Optional[Process]:
+def proc_process(
+    pid: int, folder: Optional[int] = None, clock: "Optional[tuple[float, int, int]]" = None
+) -> Optional[Process]:
     """Return a process by its folder in /proc; by an open one (`folder`) it is no other that has its PID meanwhile."""
     opened = open_proc(pid) if folder is None else folder
     if opened is None:
         return None
     try:
-        process = parse_stat(read_proc("stat", opened), *kernel_clock())
+        process = parse_stat(read_proc("stat", opened), *(clock or kernel_clock()))
         if process is not None:
             words = read_proc("cmdline", opened).rstrip(b"\0").split(b"\0")  # of a zombie or a kernel thread none
             process.command = [os.fsdecode(word) for word in words] if any(words) else process.command
@@ -1949,9 +1955,9 @@ class ProcTable(ProcessTable):
 
     def processes(self, containing: str = "") -> list[Process]:
         """Return all processes, or those whose command line contains a text (only they are looked at closely)."""
-        needle, pids = os.fsencode(containing), self.pids()
+        needle, pids, clock = os.fsencode(containing), self.pids(), kernel_clock()
         found = [pid for pid in pids if not needle or needle in read_proc(f"/proc/{pid}/cmdline")]
-        return list(filter(None, map(proc_process, found)))
+        return list(filter(None, (proc_process(pid, None, clock) for pid in found)))
 
     def marker(self, pid: int) -> str:
         block = b"\0" + read_proc(f"/proc/{pid}/environ")
@@ -2043,7 +2049,7 @@ class PsutilTable(ProcessTable):
 def printed(cmd: list[str], env: Optional[dict[str, str]] = None) -> str:
     """Return what a system tool prints, "" where it is missing or hangs: then this source knows nothing."""
     with suppress(CDEnvironmentError):
-        return run_command(cmd, env=env, timeout=20).stdout
+        return run_command(cmd, env=env, timeout=20, only_looks=True).stdout
     return ""
 
 
@@ -2147,7 +2153,8 @@ TABLES: dict[str, type[ProcessTable]] = {
 def is_usable(name: str) -> bool:
     """Tell whether a source of TABLES works here: it sees us. Asked once, for trying ps costs a process."""
     try:
-        return name in TABLES and TABLES[name]().process(os.getpid()) is not None
+        may_be = name in TABLES and (IS_WINDOWS or name != "windows")
+        return may_be and TABLES[name]().process(os.getpid()) is not None
     except Exception as error:  # psutil reads /proc on Linux, and raises anything without it
         if getattr(error, "errno", None) in NO_MORE_FILES:  # who cannot look now can later
             raise
@@ -2454,7 +2461,7 @@ class Answer:
 
 
 def facts_of(stats: Any) -> dict[str, Any]:
-    """Return versions, device and VRAM (bytes) as /system_stats tells them, each only where it is what it should be."""
+    """Return versions, device and VRAM (bytes) of /system_stats; what is not what it should be is left out or None."""
     system, devices = stats["system"], stats.get("devices")
     device = devices[0] if isinstance(devices, list) and devices and isinstance(devices[0], dict) else {}
     named = (system.get("comfyui_version"), system.get("python_version"), device.get("name"))
@@ -2807,7 +2814,7 @@ def notify_engine(words: str) -> None:
 
 # ====================================================================================================================
 # 6. Files
-# Alone creates, replaces, renames and deletes.
+# Alone replaces, renames and deletes.
 
 LOG_LIMIT = 10 * MEGABYTE
 BLOCK = 1 << 16  # bytes; what a pipe of Linux holds, so that reader and writer work side by side
@@ -2882,12 +2889,13 @@ def sweep_leftovers(path: str) -> None:
 
 def again_while_busy(action: Callable[[], object], seconds: float) -> None:
     """Do something with files, again while they are in use (by Windows' virus scanners). Raises the last OSError."""
-    for tries_left in range(int(seconds * 20), -1, -1):
+    deadline = time.monotonic() + seconds
+    while True:
         try:
             action()
             return
         except OSError as error:
-            if not tries_left or error.errno not in IN_USE:
+            if time.monotonic() >= deadline or error.errno not in IN_USE:
                 raise
         time.sleep(0.05)
 
@@ -3350,7 +3358,7 @@ def refuse_mounts(path: str) -> None:
     if is_link(path) or not os.path.lexists(path):
         return
     top = os.path.join(os.path.realpath(path), "")
-    points = [point for point, _ in mounts()] or [place for place, _, _ in os.walk(path) if os.path.ismount(place)]
+    points = [point for point, _ in mounts()] or [place for place, _, _ in os.walk(top) if os.path.ismount(place)]
     for point in points:
         if os.path.join(point, "").startswith(top):
             raise CDEnvironmentError(f"{point} is mounted there, so nothing was changed", f"umount {point}", "mounted")
@@ -3580,7 +3588,7 @@ def has_control(text: str) -> bool:
 
 # ====================================================================================================================
 # 7. The state file
-# The only section that knows its shape; what is none reads as None, what is closed raises.
+# Alone reads and writes it; what is none reads as None, what is closed raises.
 
 
 STATE_LIMIT = 64 * MEGABYTE  # bytes
@@ -3593,7 +3601,7 @@ def read_state(path: str) -> Optional[ProcessState]:
             status = os.fstat(file.fileno())
             data, owner = file.read(min(STATE_LIMIT, status.st_size) + 1), status.st_uid
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP, errno.EINVAL):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL):
             return None
         raise
     try:
@@ -3690,7 +3698,8 @@ def toml_statements(text: str) -> list[Statement]:
     heads = list(re.finditer(TOML_LINE, plain, re.M))
     statements, table = [], Statement((), True, 0, 0)
     for head, stop in zip(heads, [*(after.start() for after in heads[1:]), len(text)]):
-        name = tuple(key.strip("\"'") for key in re.findall(TOML_KEY, head[2] or head[3]))
+        keys = re.findall(TOML_KEY, head[2] or head[3])
+        name = tuple(key[1:-1] if key[0] in "\"'" else key for key in keys)
         end = head.start() + len(re.sub(TOML_GAP, "", plain[head.start() : stop]))
         own = Statement(name if head[1] else table.name + name, bool(head[1]), head.start(), end)
         table = own if head[1] else table
@@ -3725,8 +3734,15 @@ def edited(text: str, name: Name, value: Any) -> str:
     if value is None:
         family = [item for item in statements if item.name[: len(name) - 1] == name[:-1]]
         # the last pair takes its table along
-        own = family if [item.is_table for item in family] == [True, False] else own
-    elif own and [item.name for item in own if item.is_table] != [name] * is_table:
+        own = family if own and [item.is_table for item in family] == [True, False] else own
+        tables = [item for item in own if item.is_table]
+        for item in own[::-1]:  # they may stand apart
+            if item.is_table or not any(table.start <= item.start < table.end for table in tables):
+                before = text[: item.start]
+                before = re.sub(r"(\A|\n)\r?\n\Z", r"\1", before) if item.is_table else before
+                text = before + text[item.end :]
+        return text
+    if own and [item.name for item in own if item.is_table] != [name] * is_table:
         return edited(edited(text, name, None), name, value)  # what was there was inline, or had sub-tables
     if own:
         start, end = own[0].start, own[-1].end
@@ -3738,9 +3754,7 @@ def edited(text: str, name: Name, value: Any) -> str:
         if not home:
             lines = [""] * bool(start) + (lines if is_table else toml_lines({name[-1]: value}, *name[:-1]))
     before, stop = text[:start], "\r\n" if "\r\n" in text else "\n"
-    if value is None:
-        before = re.sub(r"(\A|\n)\r?\n\Z", r"\1", before) if own[:1] and own[0].is_table else before
-    elif start and before[-1] != "\n":
+    if start and before[-1] != "\n":
         before += stop
     return before + "".join(line + stop for line in lines) + text[end:]
 
@@ -4080,15 +4094,16 @@ def newest_release(url: str) -> Optional[str]:
 
 
 def nearest_names(wanted: str, names: list[str]) -> list[str]:
-    """Return up to five of the tags and branches that may have been meant, the newest first; else the newest of all."""
+    """Return up to five of the tags and branches that may have been meant, newest first; else the newest versions."""
     from difflib import get_close_matches
 
-    return sorted(get_close_matches(wanted, names, 5, 0.5) or names, key=version_key, reverse=True)[:5]
+    near = get_close_matches(wanted, names, 5, 0.5) or [name for name in names if re.match(r"v?\d", name)]
+    return sorted(near, key=version_key, reverse=True)[:5]
 
 
 STAGES = {"dev": -4, "alpha": -3, "a": -3, "beta": -2, "b": -2, "preview": -1, "pre": -1, "rc": -1, "c": -1}
 STAGE = rf"[-_.]?({'|'.join(STAGES)}|post|rev|r)[-_.]?(\d*)|-(\d+)"  # before a release, or after it
-VERSION = rf"v?(?:(\d+)!)?(\d+(?:\.\d+)*)((?:{STAGE})*)(?:\+.*)?"
+VERSION = rf"v?(?:(\d+)!)?(\d+(?:\.\d+)*)((?:{STAGE}){{0,3}})(?:\+.*)?"
 
 
 def version_key(version: str) -> tuple[Any, ...]:
@@ -5014,11 +5029,12 @@ class NodeManager:
         return node_folders(self.custom_nodes)
 
     def disabled_folder(self, info: NodeInfo) -> Optional[str]:
-        """Return where a disabled node lies: NAME.disabled or .disabled/NAME[@VERSION], by its name or registry id."""
+        """Return where a disabled node lies: .disabled/NAME[@VERSION] or NAME.disabled, by its name or registry id."""
         names, shelf = {info.name.casefold(), (info.registry_id or info.name).casefold()}, ".disabled"
-        for folder, end in ((self.custom_nodes, shelf), (os.path.join(self.custom_nodes, shelf), "")):
-            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-                if name.endswith(end) and name.removesuffix(shelf).partition("@")[0].casefold() in names:
+        for folder, end in ((os.path.join(self.custom_nodes, shelf), ""), (self.custom_nodes, shelf)):
+            for name in sorted(os.listdir(folder), reverse=True) if os.path.isdir(folder) else ():
+                plain = name.removesuffix(shelf).partition("@")[0].casefold()
+                if name.endswith(end) and not name.startswith(".") and plain in names:
                     return os.path.join(folder, name)
         return None
 
@@ -5700,6 +5716,8 @@ def fetch_comfyui(source: str, reference: Optional[str], folder: str, tell: Prog
     is_folder = os.path.isdir(source)
     is_copied = is_folder and not os.path.lexists(os.path.join(source, ".git")) and not source.endswith(".git")
     is_archive = not is_folder and source.lower().endswith(".zip")
+    if not is_folder and source.lower().endswith((".tar.gz", ".tgz")):
+        raise CDEnvironmentError(f"{source} is not a zip file", "name the .zip of the same code", "usage")
     if reference and (is_archive or is_copied):
         message = f"{source} is not a repository, so it has no {reference}"
         raise CDEnvironmentError(message, "leave --comfyui out", "usage")
@@ -5871,10 +5889,10 @@ def complete_environment(
     write_atomic(paths.complete, b"", 0o644)
 
 
-def own_files(comfyui: str) -> dict[str, tuple[int, int]]:
-    """Count what a user put into a ComfyUI: folder -> (files, bytes), without the empty ones.
+def own_files(comfyui: str, seconds: float = 2.0) -> dict[str, tuple[int, int, bool]]:
+    """Count what a user put into a ComfyUI: folder -> (files, bytes, whether that is all), without the empty ones.
 
-    What git tracks there came with ComfyUI. Links are not followed.
+    What git tracks there came with ComfyUI. Links are not followed. Each folder is counted for `seconds` at most.
     """
     listed = (git_answer(["ls-files", "-z", "--", *OWN_FOLDERS], comfyui) or "").split("\0")
     tracked, counts = {os.path.join(comfyui, *name.split("/")) for name in listed}, {}
@@ -5882,9 +5900,13 @@ def own_files(comfyui: str) -> dict[str, tuple[int, int]]:
         top = os.path.join(comfyui, name)
         walk = () if is_link(top) else os.walk(top)
         paths = (os.path.join(folder, file) for folder, _, files in walk for file in files)
-        sizes = [*filter(None, (os.lstat(path).st_size for path in paths if path not in tracked))]
-        if sizes:
-            counts[name] = len(sizes), sum(sizes)
+        number, size, is_all, deadline = 0, 0, True, time.monotonic() + seconds
+        for length in (os.lstat(path).st_size for path in paths if path not in tracked):
+            number, size, is_all = number + (length > 0), size + length, time.monotonic() < deadline
+            if not is_all:
+                break
+        if number or not is_all:
+            counts[name] = number, size, is_all
     return counts
 
 
@@ -7457,8 +7479,6 @@ class Environment:
     @contextmanager
     def _lock_to_stop(self, seconds: float, is_kill: bool) -> Iterator[None]:
         """Hold the process lock; go on where there are no locks, or for a kill where its holder stands still."""
-        from contextlib import ExitStack
-
         holder = holder_of(self.paths.lock)[0] if is_kill else None
         is_barred = holder is not None and holder.state == "stopped"
         with ExitStack() as held:
@@ -10139,8 +10159,9 @@ def delete(console: Console, args: Arguments) -> Report:
     environment.require_idle()
     adopted = environment.manifest.comfyui_path
     counts = {} if adopted else own_files(environment.paths.comfyui)
-    for folder, (number, size) in counts.items():
-        console.say(f"   {folder}: {number} file{'' if number == 1 else 's'}, {format_size(size)}")
+    for folder, (number, size, is_all) in counts.items():
+        more = "" if is_all else "at least "
+        console.say(f"   {folder}: {more}{number} file{'' if number == 1 else 's'}, {format_size(size)}")
     if counts:
         console.say("   These are deleted, too." if args.purge else f"   These are kept in {workspace.paths.kept}.")
     if adopted:
@@ -11325,17 +11346,16 @@ def main(argv: Optional[list[str]] = None) -> int:
     except BrokenPipeError:  # `logs | head`: the reader has seen enough
         forget_output()
         return 0
-    except (KeyboardInterrupt, CDEnvironmentError, OSError) as caught:
-        error, code = explained(caught, words)
-    except Exception as caught:
-        if os.environ.get("COMFYDOCK_DEBUG"):
-            raise
-        error, code = explained(caught, words)
+    except (KeyboardInterrupt, Exception) as error:
+        caught = error
     finally:
         ignore_interrupts(argv is None)
+    is_fault = not isinstance(caught, (KeyboardInterrupt, CDEnvironmentError, OSError))
+    if is_fault and os.environ.get("COMFYDOCK_DEBUG"):
+        raise caught
     while True:
         with suppress(KeyboardInterrupt):  # a second one would only break off our last words
-            return complain(console, words, error, code)
+            return complain(console, words, *explained(caught, words))
 
 
 def hidden(words: list[str]) -> int:

@@ -679,7 +679,8 @@ def pip_of(python):
 
 def run_command(cmd, cwd=None, env=None, *options, real=dock.run_command, **named):
     """`comfydock.run_command`, but that pip is the one of `pip_of`."""
-    if cmd[1:3] != ["-m", "pip"] or WINDOWS or not cmd[0].startswith(Workshop.root):
+    is_fresh = sys.version_info >= (3, 11)  # before, pip goes by the packages that were there when it was imported
+    if cmd[1:3] != ["-m", "pip"] or WINDOWS or not is_fresh or not cmd[0].startswith(Workshop.root):
         return real(cmd, cwd, env, *options, **named)
     process = pip_of(cmd[0])
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
@@ -3753,7 +3754,8 @@ class DeleteTest(InWorkshop):
             os.symlink(join(root, "models"), join(paths.comfyui, "models"))
             write(join(paths.comfyui, "output", "art.png"), "art")
             write(join(paths.comfyui, "input", "empty"), "")
-            self.assertEqual(dock.own_files(paths.comfyui), {"output": (1, 3)})
+            self.assertEqual(dock.own_files(paths.comfyui), {"output": (1, 3, True)})
+            self.assertFalse(dock.own_files(paths.comfyui, 0)["output"][2])  # what is not counted is kept, too
             kept = dock.delete_environment(paths, contextlib.nullcontext(), None if purged else shelf)
             self.assertEqual(os.listdir(root).count("env"), 0)
             if purged:
@@ -7864,7 +7866,8 @@ class WhatUsersMet(Journey):
 
     def test_a_stop_between_two_starts_of_the_monitor_says_what_it_did(self):
         longer = "lambda question, seconds, *pause: until(question, 60 if seconds == 1.0 else seconds, *pause)"
-        self.person.program = installed("until = comfydock.until", f"comfydock.until = {longer}")  # before a start
+        itself = "comfydock.own_command = lambda: [sys.executable, __file__]"  # the monitor is started so, too
+        self.person.program = installed("until = comfydock.until", f"comfydock.until = {longer}", itself)
         self.start_demo("--monitor", COMFYDOCK_DEMO_EXIT="later:3:0.1")
         eventually(lambda: self.environment_of_person().observe().state == "crashed", 60)
         self.assertIn("its monitor will not start it again", self.person.types("stop").stdout)
