@@ -8765,14 +8765,15 @@ class Monitor:
 
     def watch(self) -> int:
         """Return when ComfyUI was stopped, ended well, or crashed too often."""
-        for snapshot, code in self.environment.watch(HEALTH_PAUSE):
-            if snapshot.process is not None:
-                self.look_after(snapshot)
-            elif not self.goes_on(code):
-                break
-            else:
-                self.record = self.environment._read_state()
-        return 0
+        while True:
+            for snapshot, code in self.environment.watch(HEALTH_PAUSE):
+                if snapshot.process is not None:
+                    self.look_after(snapshot)
+                elif self.goes_on(code):
+                    break
+                else:
+                    return 0
+            self.record = self.environment._read_state()
 
     def look_after(self, snapshot: Snapshot) -> None:
         """Write news of its health down, and rotate a log that has grown."""
@@ -9425,8 +9426,7 @@ def run_in_background(console: Console, args: Arguments, environment: Environmen
     opens = args.open or environment.opens_browser(args.comfyui_args)
     seconds = START_GRACE if opens and args.wait is None else args.wait
     what = "A monitor now watches ComfyUI (PID {pid})" if watched else "ComfyUI started in background (PID {pid})"
-    health = environment.report(0.5)["health"] if watched else None
-    report = started_report(console, environment, what, seconds, health)
+    report = started_report(console, environment, what, seconds)
     report.data["only_watched"] = watched is not None
     tip = f"Tip: View logs with '{console.typed('logs')}', stop with '{console.typed('stop')}'"
     report.lines = [*report.lines, f"  Log: {report.data['log']}", "", tip]
@@ -9435,9 +9435,7 @@ def run_in_background(console: Console, args: Arguments, environment: Environmen
     return report
 
 
-def started_report(
-    console: Console, environment: Environment, what: str, seconds: Optional[float] = None, health: Optional[str] = None
-) -> Report:
+def started_report(console: Console, environment: Environment, what: str, seconds: Optional[float] = None) -> Report:
     """Report that `what` was started; where `seconds` are given, wait so long for ComfyUI's first answer."""
     waited: dict[str, Any] = {}
     error = None if seconds is None else await_answer(console, environment, seconds, waited)
@@ -9449,7 +9447,7 @@ def started_report(
     data = {
         **{name: getattr(record, name) for name in ("pid", "host", "port", "args", "started_at")},
         "url": url,
-        "health": HEALTHY if is_ready or record.health_status == HEALTHY else health or STARTING,
+        "health": HEALTHY if is_ready else environment.report(0.5)["health"] or STARTING,
         "log": record.log_path,
         "demo": environment.manifest.demo,
         **waited,
@@ -9676,6 +9674,8 @@ def crash_words(data: dict[str, Any]) -> str:
     code = data["exit_code"]
     known = "" if code is None else f"{'exit ' if code >= 0 else ''}{format_exit(code)}"
     when = f"{format_duration(time.time() - epoch_of(data['last_alive']))} ago" if data["last_alive"] else ""
+    if when and code is None and not data["last_error"]:  # nobody watched it, and its log says nothing of an end
+        when = f"last seen alive {when}"
     about = ", ".join(filter(None, (known, when)))
     return (f" ({about})" if about else "") + (f": {data['last_error']}" if data["last_error"] else "")
 
@@ -10124,6 +10124,8 @@ def use(console: Console, args: Arguments) -> Report:
 def create(console: Console, args: Arguments) -> Report:
     workspace = workspace_of(args, to_make=True)
     require_new_name(args.name)
+    if args.from_dir == "":  # a variable of a script that is not set: the current folder was not meant
+        raise CDEnvironmentError("--from names no folder.", ("help", "create"), "usage")
     if args.from_dir is not None:
         environment = workspace.adopt(args.from_dir, args.name, args.python)
         if args.models is not None:
@@ -11383,9 +11385,10 @@ def answer(console: Console, words: list[str]) -> int:
     console.where = ("--workspace", args.workspace) if args.workspace else ()
     console.chosen = ("-e", args.env) if args.env else ("-e", DEMO_NAME) if args.has("demo") else ()
     streams = args.has("foreground") or args.has("watch") or not command.has_json and not args.has("rotate")
+    streams = streams or command.name == "run" and os.getpid() == 1  # which stays in the foreground
     TRACERS[:] = [console.trace] if args.verbose else []
     with nullcontext() if streams else console.ticking(command.name):
-        is_for_all = args.has("all") and command.name != "logs"
+        is_for_all = args.has("all") and command.name not in ("logs", "help", "version")
         report = do_all(console, args, command) if is_for_all else command.act(console, args)
     console.show(command.name, report)
     if args.verbose:

@@ -4606,6 +4606,17 @@ class TheRegistryAndTheManager(NodeCase):
         self.assertEqual(self.manager.switch_node(name, False), "switched is disabled already")
         self.assertEqual(self.manager.switch_node(name, True), "switched is enabled")
         self.assertTrue(os.path.exists(join(self.nodes, name, "__init__.py")))
+        write(join(self.nodes, "switched.disabled", "own.py"), "")  # of a development node that had this name before
+        self.manager.switch_node(name, False)
+        self.manager.switch_node(name, True)
+        self.assertTrue(os.path.exists(join(self.nodes, name, "__init__.py")))
+        self.assertTrue(os.path.exists(join(self.nodes, "switched.disabled", "own.py")))
+
+    def test_pairs_that_stand_apart_are_changed_alone(self):
+        text = "[a]\nfoo.x = 1\nbar.x = 2  # mine\nfoo.y = 3\n\n[b.foo]\nx = 1\n\n[c]\nx = 1\n\n[b.foo.z]\nx = 1\n"
+        text = dock.edited(dock.edited(text, ("a", "foo"), None), ("b", "foo"), None)
+        self.assertEqual(text, "[a]\nbar.x = 2  # mine\n\n[c]\nx = 1\n")
+        self.assertEqual(dock.edited('[a]\n"dogs\'" = 1\n"dogs" = 2\n', ("a", "dogs'"), None), '[a]\n"dogs" = 2\n')
 
     def test_what_the_manager_installed_is_known_with_id_and_version(self):
         repository = make_repository("by-manager", {"__init__.py": ""})
@@ -4820,7 +4831,8 @@ class OddMachines(unittest.TestCase):
         for same in (("9.1", "9.1.0"), ("1.0.0-beta.1", "1.0.0b1"), ("v1", "1.0+cpu"), ("nightly", "latest")):
             self.assertEqual(*map(dock.version_key, same), same)
         self.assertGreater(dock.version_key("build-7"), dock.version_key("build-" + "1"))
-        dock.version_key("9" * 5000)
+        for hostile in ("9" * 5000, "1" + "r-1" * 500 + "!", "1" + "rc" * 500 + "!"):
+            dock.version_key(hostile)
 
     def test_packages_are_listed_with_where_they_are_from(self):
         paths = {"a-1.0": {}, "b-2.0": {"url": "file:///w/b.whl"}, "c-3.0": {"url": "file:///home/me/my%20code", "dir_info": {"editable": True}},
