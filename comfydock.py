@@ -9329,6 +9329,11 @@ def do_all(console: Console, args: Arguments, command: Command) -> Report:
     return Report({"environments": items}, code=1 if first_error else 0, error=first_error)
 
 
+def stays_in_foreground(command: str, args: Arguments) -> bool:
+    """Tell whether a command is a `run` that streams the log until ComfyUI ends; as PID 1 it is, for its container."""
+    return command == "run" and (args.foreground or os.getpid() == 1)
+
+
 @Command(f"""run [NAME]: start ComfyUI in the background; its own arguments pass through
     -f --foreground       stay and stream the log (without --json); Ctrl-C stops ComfyUI
     --auto-port           take the next free port when the port is in use
@@ -9344,7 +9349,7 @@ def do_all(console: Console, args: Arguments, command: Command) -> Report:
     e.g. run --demo; run --wait -- --listen --port 8190; -e dev run --foreground""")
 def run(console: Console, args: Arguments) -> Report:
     config = parse_comfyui_args(args.comfyui_args)  # before anything is made or changed
-    stays = args.foreground or os.getpid() == 1
+    stays = stays_in_foreground("run", args)
     environment = environment_to_run(console, args)
     say_what_starts(console, environment, args.comfyui_args, config.host, stays)
     is_demo = environment.manifest.demo
@@ -10124,8 +10129,6 @@ def use(console: Console, args: Arguments) -> Report:
 def create(console: Console, args: Arguments) -> Report:
     workspace = workspace_of(args, to_make=True)
     require_new_name(args.name)
-    if args.from_dir == "":  # a variable of a script that is not set: the current folder was not meant
-        raise CDEnvironmentError("--from names no folder.", ("help", "create"), "usage")
     if args.from_dir is not None:
         environment = workspace.adopt(args.from_dir, args.name, args.python)
         if args.models is not None:
@@ -10854,6 +10857,7 @@ KINDS: "dict[str, tuple[Callable[[str], Any], Callable[[Any], bool]]]" = {
     "SECONDS": (float, lambda value: 0 <= value < 1e8),
     "N": (int, lambda value: value >= 0),
     "PORT": (int, is_port),
+    "DIR": (str, bool),  # of a variable of a script that is not set the current folder would become
     "KEY=VALUE": (
         lambda text: text.split("=", 1) if "=" in text else [text, os.environ.get(text, "\0")],
         lambda pair: is_variable(*pair),
@@ -11384,8 +11388,8 @@ def answer(console: Console, words: list[str]) -> int:
     console.quiet, console.colour, console.json_mode = args.quiet, args.color, args.json
     console.where = ("--workspace", args.workspace) if args.workspace else ()
     console.chosen = ("-e", args.env) if args.env else ("-e", DEMO_NAME) if args.has("demo") else ()
-    streams = args.has("foreground") or args.has("watch") or not command.has_json and not args.has("rotate")
-    streams = streams or command.name == "run" and os.getpid() == 1  # which stays in the foreground
+    streams = stays_in_foreground(command.name, args) or args.has("watch")
+    streams = streams or not command.has_json and not args.has("rotate")
     TRACERS[:] = [console.trace] if args.verbose else []
     with nullcontext() if streams else console.ticking(command.name):
         is_for_all = args.has("all") and command.name not in ("logs", "help", "version")
