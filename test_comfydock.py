@@ -8434,18 +8434,25 @@ class SmallCommands(Journey):
     def test_all_does_it_to_each_and_fails_when_one_fails(self):
         for name in ("alpha", "beta"):
             self.person.environment(name)
-        done = self.person.types("run", "--all")
+        console, asked = dock.Console(io.StringIO(), io.StringIO(), None), []
+        with unittest.mock.patch.object(dock, "run_in_background", lambda _, __, environment, options: (
+            asked.append(options["auto_port"]) or dock.Report({}, environment.name))):  # fmt: skip
+            command, args = dock.parse(["--workspace", self.person.workspace, "run", "--all"])
+            dock.do_all(console, args, command)
+        self.assertEqual(asked, [True, True])  # of themselves from 8188 on, which other tests may take meanwhile
+        run_all = ("run", "--all", "--auto-port", "--port", str(free_port()))
+        done = self.person.types(*run_all)
         self.assertEqual((done.returncode, len(done.stdout.splitlines())), (0, 2), done)
         self.assertRegex(done.stdout, r"(?m)^✓ beta: ComfyUI started in background \(PID \d+\), .*http://")
         self.assertIn("✓ alpha: already running", self.person.types("run", "--all").stdout)
         self.does("stop", "alpha")
         done = self.person.types("restart", "--all")
         self.assertRegex(done.stdout, r"\A✓ beta: Restarted .*\n\Z", done.stderr)
-        done = self.person.types("run", "--all", "--json")
+        done = self.person.types(*run_all, "--json")
         self.assertEqual([item["ok"] for item in json.loads(done.stdout)["data"]["environments"]], [True, True])
         self.assertEqual(self.person.types("stop", "--all").stdout.count("✓"), 2)
         os.remove(join(self.person.home, "beta", "ComfyUI", "main.py"))
-        done = self.person.types("run", "--all")
+        done = self.person.types(*run_all)
         self.assertEqual(
             (done.returncode, done.stdout.count("✓"), done.stderr.count("✗ Beta:") + done.stderr.count("✗ beta:")),
             (1, 1, 1),
